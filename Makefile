@@ -1,0 +1,68 @@
+# `make demo` and `make test` need nothing but Python 3.11 or later and the network:
+# they create .venv, install into it, and run. A second call goes straight to running.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+DEMO_CONFIG ?= configs/digits_resnet8_tpp.py
+DEMO_WORKDIR ?= runs/digits
+
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    train, prune and fine-tune on handwritten digits (minutes)"
+	@echo "make test    lint, tests and the examples in docstrings"
+	@echo "make lint    ruff check and format check only"
+	@echo "make format  rewrite the code in the house format"
+	@echo "make clean   remove the virtual environment and caches (runs/ stays)"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS)"
+
+demo: $(VENV)/.installed
+	$(BIN)/python launch.py --config=$(DEMO_CONFIG) --workdir=$(DEMO_WORKDIR)
+	@echo
+	@echo "Where to look:"
+	@echo "  $(DEMO_WORKDIR)/summary.json   accuracy, parameters and FLOPs, before and after"
+	@echo "  $(DEMO_WORKDIR)                checkpoints and TensorBoard event files"
+	@echo "Check the pruned network again, from its checkpoint alone:"
+	@echo "  $(BIN)/python launch.py --mode=evaluate --workdir=$(DEMO_WORKDIR)"
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest --doctest-modules tpp_jax
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find tpp_jax tests configs benchmarks -name __pycache__ -prune -exec rm -rf {} + \
+		2>/dev/null || true
+
+# The stamps say that the installation finished, for the dependencies as they are now.
+$(VENV)/.installed: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "error: there is no $(PYTHON): install Python 3.11 or later, or name" \
+			"one with PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: Python 3.11 or later is needed, but $(PYTHON) is" \
+			"$$($(PYTHON) --version 2>&1). Name another:" \
+			"make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "error: no virtual environment could be made; on Debian and Ubuntu" \
+			"install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+	@touch $@

@@ -1,0 +1,14 @@
+"""Set-up that every test needs: four simulated devices, and reproducible properties."""
+
+import os
+
+# JAX reads this once, when it is first imported. Four devices let the tests of the
+# parallel step run on any machine; a value that the user has set is left alone.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
+import hypothesis  # noqa: E402
+
+# Compilation makes the first example of a property slow, so there is no deadline, and
+# the examples are the same in every run: a failure is never a matter of luck.
+hypothesis.settings.register_profile("tpp_jax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tpp_jax")

@@ -1,0 +1,90 @@
+"""Downloads and prepares TFDS data sets in the format that `tpp_jax.data.load` reads.
+
+    pip install 'tpp_jax[prepare]'
+    python -m tpp_jax.data.prepare cifar10 mnist --data_dir=~/tensorflow_datasets
+
+This is the one place that needs TensorFlow: TFDS encodes images with it. TFDS's own
+command `tfds build` would do the same, but needs Apache Beam even where it uses none.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from tpp_jax.data.sources import NAMES, prepare_command
+from tpp_jax.errors import TPPError
+
+
+def prepare(name: str, data_dir: str | None = None) -> str:
+    """Downloads a data set and writes it as array_record files, unless it is there.
+
+    Args:
+      name: one of `tpp_jax.data.sources.NAMES` other than ``digits``.
+      data_dir: the folder to write to, or None for TFDS's default.
+
+    Returns:
+      The folder that holds the prepared data set.
+
+    Raises:
+      TPPError: if the name is unknown, TensorFlow is missing, or the folder holds the
+        data set in another format.
+    """
+    choices = [known for known in NAMES if known != "digits"]
+    if name not in choices:
+        raise TPPError(
+            f"{name!r} cannot be prepared. Choose from: {', '.join(choices)}; digits "
+            "needs no preparation."
+        )
+    for package in ("tensorflow", "importlib_resources", "tensorflow_datasets"):
+        if find_spec(package) is None:
+            raise TPPError(
+                f"Preparing {name} needs the package {package}, which is not "
+                f"installed: {prepare_command(name, data_dir)}"
+            )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow loads
+    import tensorflow_datasets as tfds
+
+    data_dir = os.path.expanduser(data_dir) if data_dir else None
+    present = tfds.builder(name, data_dir=data_dir)
+    if present.info.splits:
+        formats = sorted(f.value for f in present.info.available_file_formats())
+        if "array_record" not in formats:
+            raise TPPError(
+                f"{present.data_dir} holds {name} as {', '.join(formats)}. Choose "
+                "another --data_dir, or delete that folder first."
+            )
+        return str(present.data_dir)
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    return str(builder.data_dir)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+      arguments: the words after the program's name; None for those of the process.
+
+    Returns:
+      The exit status: 0, or 1 if an error was printed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tpp_jax.data.prepare",
+        description="Downloads TFDS data sets and prepares them for tpp_jax.",
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help="such as cifar10")
+    parser.add_argument("--data_dir", help="default: ~/tensorflow_datasets")
+    options = parser.parse_args(arguments)
+    try:
+        for name in options.names:
+            print(f"{name} is ready in {prepare(name, options.data_dir)}")
+    except TPPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

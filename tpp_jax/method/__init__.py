@@ -1,0 +1,1 @@
+"""The paper as pure functions of arrays: penalties, strength schedule, optax transforms."""

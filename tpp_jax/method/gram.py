@@ -1,0 +1,74 @@
+"""Penalties on the Gram matrix of a layer's filters, with closed-form gradients.
+
+A kernel (HWIO of a convolution, IO of a dense layer) has its N filters on the last axis;
+W is the matrix [N, D] of filters as rows and G = W Wᵀ. A penalty is
+
+    L(W) = ‖R(G)‖²_F / N²
+
+with a residual R that is linear in G but for a constant, so that
+
+    ∂L/∂W = (4 / N²) R(G) W.
+
+The gradient depends on the parameters alone, which is why it belongs in an optax
+transform and not in the loss (TPP, section 3.2).
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Target = Literal["decorrelate", "orthogonal"]
+"""What the Gram matrix is driven to.
+
+``"decorrelate"``: 0 in every row and column of a pruned filter, its diagonal included,
+and whatever it is among the kept ones (TPP). ``"orthogonal"``: the identity among the
+kept filters and 0 for the pruned ones (the ablation "kernel orthogonality for pruning").
+"""
+
+
+def gram_penalty(
+    kernel: Float[Array, "*d n"],
+    pruned: Bool[Array, " n"],
+    target: Target = "decorrelate",
+) -> Float[Array, ""]:
+    """Returns the penalty of one layer, L(W) above.
+
+    Args:
+      kernel: float, filters on the last axis.
+      pruned: which filters are to be pruned.
+      target: see :data:`Target`.
+
+    Example:
+      >>> gram_penalty(jnp.eye(3), jnp.array([True, False, False]))
+      Array(0.11111111, dtype=float32)
+    """
+    return gram_penalty_and_grad(kernel, pruned, target)[0]
+
+
+def gram_penalty_grad(
+    kernel: Float[Array, "*d n"],
+    pruned: Bool[Array, " n"],
+    target: Target = "decorrelate",
+) -> Float[Array, "*d n"]:
+    """Returns the gradient of :func:`gram_penalty` with respect to the kernel."""
+    return gram_penalty_and_grad(kernel, pruned, target)[1]
+
+
+def gram_penalty_and_grad(
+    kernel: Float[Array, "*d n"],
+    pruned: Bool[Array, " n"],
+    target: Target = "decorrelate",
+) -> tuple[Float[Array, ""], Float[Array, "*d n"]]:
+    """Returns the penalty and its gradient, sharing the one Gram matrix."""
+    columns = kernel.reshape(-1, kernel.shape[-1])
+    gram = columns.T @ columns
+    if target == "decorrelate":
+        residual = jnp.where(pruned[:, None] | pruned[None, :], gram, 0)
+    elif target == "orthogonal":
+        residual = gram - jnp.diag(1 - pruned.astype(gram.dtype))
+    else:
+        raise ValueError(f"unknown Gram target {target!r}: decorrelate or orthogonal")
+    scale = 1 / kernel.shape[-1] ** 2
+    penalty = scale * jnp.sum(jnp.square(residual))
+    return penalty, (4 * scale * (columns @ residual)).reshape(kernel.shape)

@@ -1,0 +1,140 @@
+"""Flax NNX networks by name, plain: they know nothing of pruning.
+
+    >>> from flax import nnx
+    >>> model = create("cifar_resnet20", num_classes=10, rngs=nnx.Rngs(0))
+    >>> model.spec
+    ModelSpec(name='cifar_resnet20', num_classes=10, image_shape=(32, 32, 3))
+
+Images are [batch, height, width, channels] of any float type; outputs are logits,
+[batch, classes].  `names()` lists what there is.
+"""
+
+import dataclasses
+import difflib
+import re
+
+from flax import nnx
+
+from tpp_jax.models import cifar_resnet, cifar_vgg, mlp
+from tpp_jax.models.cifar_resnet import CifarResNet
+from tpp_jax.models.cifar_vgg import CifarVGG
+from tpp_jax.models.layers import BatchNorm
+from tpp_jax.models.lenet import LeNet5
+from tpp_jax.models.mlp import MLP
+
+__all__ = [
+    "MLP",
+    "BatchNorm",
+    "CifarResNet",
+    "CifarVGG",
+    "LeNet5",
+    "ModelSpec",
+    "create",
+    "names",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What `create` was asked for: enough to build the same architecture again.
+
+    Attributes:
+      name: the name given to `create`.
+      num_classes: number of logits.
+      image_shape: (height, width, channels) of one image.
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+
+def names() -> tuple[str, ...]:
+    """All names that `create` knows, sorted by family and depth.
+
+    A CIFAR ResNet's name may further end in `_x2`, `_x3`, …, a factor on its channels:
+    ``cifar_resnet20_x4``, ``cifar_resnet56_b_x2``.
+    """
+    resnets = [f"cifar_resnet{d}{o}" for d in cifar_resnet.DEPTHS for o in ("", "_b")]
+    vggs = [f"cifar_vgg{depth}" for depth in cifar_vgg.WIDTHS]
+    mlps = [f"mlp{d}_{kind}" for d in mlp.DEPTHS for kind in ("linear", "relu")]
+    return (*resnets, *vggs, *mlps, "lenet5", "lenet5_linear")
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int = 10,
+    image_shape: tuple[int, int, int] | None = None,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """Build a network with random weights, in training mode.
+
+    Args:
+      name: one of `names()`; CIFAR ResNets may end in a width factor, `_x4`.
+      num_classes: number of logits.
+      image_shape: (height, width, channels) of one image; by default (32, 32, 3), and
+        (32, 32, 1) for the MLPs and LeNet-5.
+      rngs: source of the random start.
+
+    Returns:
+      The module, from images [b, h, w, c] to logits [b, num_classes].  Its static
+      attribute `spec` is the `ModelSpec` that builds it again.
+
+    Raises:
+      ValueError: if there is no network of that name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> model = create("lenet5", rngs=nnx.Rngs(0))
+      >>> model(jnp.ones((2, 32, 32, 1))).shape
+      (2, 10)
+    """
+    # The width factor is open-ended; everything before it is in the list.
+    base, suffix, factor = name.partition("_x")
+    resnet = base.startswith("cifar_resnet")
+    if base not in names() or (
+        suffix and not (resnet and re.fullmatch("[1-9][0-9]*", factor))
+    ):
+        near = ", ".join(difflib.get_close_matches(name, names())) or "none"
+        raise ValueError(
+            f"There is no network named {name!r} (near it: {near});"
+            " tpp_jax.models.names() lists them all."
+        )
+    if image_shape is None:
+        image_shape = (32, 32, 1 if base.startswith(("mlp", "lenet")) else 3)
+    height, width, channels = image_shape
+    depth = int("".join(filter(str.isdigit, base)))
+    linear = base.endswith("_linear")
+
+    model: nnx.Module
+    if resnet:
+        model = CifarResNet(
+            cifar_resnet.blocks_of_depth(depth),
+            num_classes=num_classes,
+            width=int(factor or 1),
+            option="B" if base.endswith("_b") else "A",
+            in_channels=channels,
+            rngs=rngs,
+        )
+    elif base.startswith("cifar_vgg"):
+        model = CifarVGG(
+            cifar_vgg.WIDTHS[depth],
+            num_classes=num_classes,
+            in_channels=channels,
+            rngs=rngs,
+        )
+    elif base.startswith("mlp"):
+        model = MLP(
+            depth,
+            num_classes=num_classes,
+            image_shape=(height, width, channels),
+            linear=linear,
+            rngs=rngs,
+        )
+    else:
+        model = LeNet5(
+            num_classes=num_classes, in_channels=channels, linear=linear, rngs=rngs
+        )
+    model.spec = ModelSpec(name, num_classes, (height, width, channels))
+    return model

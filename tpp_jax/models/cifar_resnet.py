@@ -1,0 +1,176 @@
+"""Residual networks for 32×32 images (He et al. 2016, section 4.2).
+
+Three stages of basic blocks at 16, 32 and 64 channels (times a width), 6n + 2 layers in
+all.  Where a stage halves the image and doubles the channels, the shortcut either
+subsamples and pads with zero channels (option A, the paper's for CIFAR, no parameters)
+or is a 1×1 convolution with batch norm (option B).
+
+Attributes carry the names of the PyTorch implementations, so the path of an array, say
+``layer2.0.conv1.kernel``, matches the same pattern strings.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from tpp_jax.models.layers import (
+    BatchNorm,
+    Images,
+    Logits,
+    conv,
+    dense,
+    every_second,
+    global_average_pool,
+)
+
+DEPTHS = (8, 20, 32, 44, 56, 110, 1202)
+
+Option = Literal["A", "B"]
+
+
+class BasicBlock(nnx.Module):
+    """Two 3×3 convolutions and a shortcut around them.
+
+    [b, h, w, in_planes] to [b, h/stride, w/stride, planes].
+
+    Args:
+      in_planes: channels of the input.
+      planes: channels of both convolutions' outputs.
+      stride: 1, or 2 to halve the image in the first convolution.
+      option: shortcut where the shape changes: "A" subsamples and pads channels with
+        zeros, planes // 4 on either side; "B" is a 1×1 convolution and a batch norm,
+        named ``downsample.0`` and ``downsample.1``.
+      rngs: source of the random start.
+    """
+
+    def __init__(
+        self,
+        in_planes: int,
+        planes: int,
+        *,
+        stride: int,
+        option: Option,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.conv1 = conv(in_planes, planes, 3, stride=stride, padding=1, rngs=rngs)
+        self.bn1 = BatchNorm(planes, rngs=rngs)
+        self.conv2 = conv(planes, planes, 3, padding=1, rngs=rngs)
+        self.bn2 = BatchNorm(planes, rngs=rngs)
+        # The one width a forward pass knows.  It stays right while the channels that
+        # blocks pass on are left alone; those inside a block are free.
+        self.pad_channels = 0
+        self.projects = False
+        if stride != 1 or in_planes != planes:
+            if option == "A":
+                self.pad_channels = planes // 4
+            else:
+                self.projects = True
+                self.downsample = nnx.List(
+                    [
+                        conv(in_planes, planes, 1, stride=stride, rngs=rngs),
+                        BatchNorm(planes, rngs=rngs),
+                    ]
+                )
+
+    def __call__(self, x: Images) -> Images:
+        y = jax.nn.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return jax.nn.relu(y + self.shortcut(x))
+
+    def shortcut(self, x: Images) -> Images:
+        """The path around the convolutions, in the shape of their output."""
+        if self.projects:
+            project, normalise = self.downsample
+            return normalise(project(x))
+        if self.pad_channels:
+            both = (self.pad_channels, self.pad_channels, 0)
+            zero = jnp.zeros((), x.dtype)
+            return lax.pad(every_second(x), zero, [(0, 0, 0)] * 3 + [both])
+        return x
+
+
+class CifarResNet(nnx.Module):
+    """A CIFAR ResNet, [b, h, w, in_channels] to logits [b, num_classes].
+
+    Weights start as PyTorch's default, U(±1/√fan_in).
+
+    Args:
+      blocks: number of basic blocks in each of the three stages.
+      num_classes: number of logits.
+      width: factor on the 16, 32 and 64 channels of the stages; 16·width must be a
+        whole, even number.
+      option: shortcut where the shape changes, see `BasicBlock`.
+      in_channels: channels of the images.
+      rngs: source of the random start.
+
+    Raises:
+      ValueError: for an impossible width, option or number of stages.
+
+    Example:
+      >>> model = CifarResNet((1, 1, 1), num_classes=10, rngs=nnx.Rngs(0))
+      >>> model(jnp.ones((2, 32, 32, 3))).shape
+      (2, 10)
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        *,
+        num_classes: int = 10,
+        width: float = 1,
+        option: Option = "A",
+        in_channels: int = 3,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if len(blocks) != 3 or min(blocks) < 1:
+            raise ValueError(
+                f"A CIFAR ResNet has three stages of at least one block, not {blocks}."
+            )
+        if option not in ("A", "B"):
+            raise ValueError(f'The shortcut option is "A" or "B", not {option!r}.')
+        planes = int(16 * width)
+        if planes != 16 * width or planes < 2 or planes % 2:
+            raise ValueError(
+                f"A width of {width} gives {16 * width} channels in the first stage; "
+                "choose one that gives a whole, even number."
+            )
+
+        def stage(in_planes: int, planes: int, count: int, stride: int) -> nnx.List:
+            first = BasicBlock(
+                in_planes, planes, stride=stride, option=option, rngs=rngs
+            )
+            rest = [
+                BasicBlock(planes, planes, stride=1, option=option, rngs=rngs)
+                for _ in range(count - 1)
+            ]
+            return nnx.List([first, *rest])
+
+        self.conv1 = conv(in_channels, planes, 3, padding=1, rngs=rngs)
+        self.bn1 = BatchNorm(planes, rngs=rngs)
+        self.layer1 = stage(planes, planes, blocks[0], 1)
+        self.layer2 = stage(planes, 2 * planes, blocks[1], 2)
+        self.layer3 = stage(2 * planes, 4 * planes, blocks[2], 2)
+        self.linear = dense(4 * planes, num_classes, rngs=rngs)
+
+    def __call__(self, x: Images) -> Logits:
+        x = jax.nn.relu(self.bn1(self.conv1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            for block in stage:
+                x = block(x)
+        return self.linear(global_average_pool(x))
+
+
+def blocks_of_depth(depth: int) -> tuple[int, int, int]:
+    """Blocks per stage of the network with `depth` = 6n + 2 layers.
+
+    >>> blocks_of_depth(56)
+    (9, 9, 9)
+    """
+    n, rest = divmod(depth - 2, 6)
+    if n < 1 or rest:
+        raise ValueError(f"A CIFAR ResNet has 6n + 2 layers, which {depth} is not.")
+    return (n, n, n)

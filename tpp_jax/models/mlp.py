@@ -1,0 +1,70 @@
+"""Multilayer perceptrons, linear and with ReLU: where trainability is easiest to see.
+
+A deep *linear* network computes a matrix, and its Jacobian is the product of its
+kernels: what pruning does to the singular values can be read off without data.  Dense
+layers sit at the even places of `net`, activations at the odd ones, as in PyTorch's
+Sequential: ``net.0.kernel``, ``net.2.kernel``, …
+"""
+
+import math
+
+from flax import nnx
+
+from tpp_jax.models.layers import Identity, Images, Logits, Relu, dense
+
+DEPTHS = (7, 20, 50)
+
+
+class MLP(nnx.Module):
+    """`depth` dense layers with biases, [b, h, w, c] to logits [b, num_classes].
+
+    Images are flattened in the order of their axes, pixels before channels.  With one
+    channel that is PyTorch's order too; with several, the rows of an imported first
+    kernel have to be rearranged.
+
+    Weights and biases start as PyTorch's default, U(±1/√fan_in).
+
+    Args:
+      depth: number of dense layers, at least 1.
+      num_classes: number of logits.
+      image_shape: (height, width, channels) of one image.
+      hidden: width of all layers but the last.
+      linear: leave out the ReLUs.
+      rngs: source of the random start.
+
+    Raises:
+      ValueError: if `depth` is below 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> model = MLP(7, linear=True, rngs=nnx.Rngs(0))
+      >>> model(jnp.ones((2, 32, 32, 1))).shape
+      (2, 10)
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        num_classes: int = 10,
+        image_shape: tuple[int, int, int] = (32, 32, 1),
+        hidden: int = 100,
+        linear: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if depth < 1:
+            raise ValueError(f"An MLP has at least one layer, not {depth}.")
+        widths = [math.prod(image_shape), *[hidden] * (depth - 1), num_classes]
+        activation = Identity if linear else Relu
+        net: list[nnx.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            if net:
+                net.append(activation())
+            net.append(dense(before, after, rngs=rngs))
+        self.net = nnx.List(net)
+
+    def __call__(self, x: Images) -> Logits:
+        x = x.reshape(x.shape[0], -1)
+        for layer in self.net:
+            x = layer(x)
+        return x

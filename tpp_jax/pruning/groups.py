@@ -1,0 +1,331 @@
+"""Coupled-channel groups of any traced function: which channels live and die together.
+
+A *channel* is a set of positions in parameter arrays that only make sense together: row
+c of a convolution kernel's output axis, entry c of the batch norm after it, slice c of
+the next kernel's input axis. A *group* is a set of channels that occupy the same arrays:
+the sixteen channels of ``layer1.0.conv1``, say. Both are read off the jaxpr; there is no
+table of architectures.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from tpp_jax.pruning.naming import layer_name
+from tpp_jax.pruning.rules import Labels, apply_rule
+from tpp_jax.pruning.tracing import Layer, Trace, layers, trace
+
+
+class Member(NamedTuple):
+    """One axis of one parameter array that a group's channels run through.
+
+    Attributes:
+      leaf: dotted name, ``layer1.0.conv1.kernel``.
+      axis: which of its axes.
+      positions: int64 ``[size, m]``; channel c occupies ``positions[c]`` along the axis
+        (m > 1 where a flattened feature map enters a dense layer).
+      role: ``"produced"`` for the output axis of a kernel, ``"contracted"`` for the
+        input axis of one, ``"along"`` for what is applied channel by channel (a bias, a
+        norm's scale, bias, mean and variance).
+      order: index of the layer in order of execution: the kernel's own or, for a norm,
+        that of the layer run last before it.
+    """
+
+    leaf: str
+    axis: int
+    positions: np.ndarray
+    role: str
+    order: int
+
+
+class Group(NamedTuple):
+    """Channels that occupy the same arrays.
+
+    Attributes:
+      name: the layer that produces them first, ``layer1.0.conv1``.
+      size: number of channels.
+      producers: names of all layers that produce them, in order of execution.
+      members: every parameter axis that they run through.
+      reason: why they cannot be pruned; None if they can.
+      reduced: whether a sum or maximum runs over the channels (a layer norm, a softmax);
+        then zeros in their place are not the same as their absence.
+    """
+
+    name: str
+    size: int
+    producers: tuple[str, ...]
+    members: tuple[Member, ...]
+    reason: str | None
+    reduced: bool
+
+
+class Groups:
+    """The groups of a model, in order of execution; compared by identity.
+
+    Attributes:
+      all: every group, prunable or not.
+      layers: names of the convolution and dense layers in order of execution.
+      shapes: parameter leaf name → shape of the unpruned array.
+      inputs: abstract example inputs, to re-trace a sliced model.
+    """
+
+    def __init__(
+        self,
+        groups: tuple[Group, ...],
+        layers: tuple[str, ...],
+        shapes: dict[str, tuple[int, ...]],
+        inputs: tuple[Any, ...],
+    ) -> None:
+        self.all = groups
+        self.layers = layers
+        self.shapes = shapes
+        self.inputs = inputs
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.all)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __getitem__(self, name: str | int) -> Group:
+        return self.all[name] if isinstance(name, int) else self._by_name[name]
+
+    def __repr__(self) -> str:
+        prunable = sum(group.reason is None for group in self)
+        return f"Groups({len(self)} groups, {prunable} prunable)"
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self}
+
+    @functools.cached_property
+    def members(self) -> dict[str, tuple[tuple[Group, Member], ...]]:
+        """Leaf name → what runs through that leaf, for the prunable groups."""
+        found: dict[str, list[tuple[Group, Member]]] = {}
+        for group in self:
+            if group.reason is None:
+                for member in group.members:
+                    found.setdefault(member.leaf, []).append((group, member))
+        return {leaf: tuple(pairs) for leaf, pairs in found.items()}
+
+
+def channel_groups(
+    model: nnx.Module | Callable[..., Any], *inputs: Any, params: Any = None
+) -> Groups:
+    """Finds the coupled-channel groups of a model.
+
+    Args:
+      model: an NNX module (run in evaluation mode, left untouched) or a function
+        ``fn(params, *inputs)``.
+      *inputs: example inputs; arrays or ``jax.ShapeDtypeStruct``, only shapes matter.
+      params: for a function, its parameter pytree (abstract will do).
+
+    Returns:
+      The groups that have a producing layer, in order of execution. Channels that
+      cannot be removed (outputs of the model, axes that meet an operation that is not
+      understood) are there too, with the reason.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def mlp(p, x):
+      ...     return jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"]
+      >>> p = {"w1": jnp.ones((4, 8)), "b1": jnp.ones(8), "w2": jnp.ones((8, 2))}
+      >>> for g in channel_groups(mlp, jnp.ones((1, 4)), params=p):
+      ...     print(g.name, g.size, g.reason)
+      w1 8 None
+      w2 2 an output of the model
+    """
+    traced = trace(model, *inputs, params=params)
+    layer_list = layers(traced)
+    labels, axes = _label(traced)
+    component, stuck, reduced = _components(labels)
+    roles = _roles(layer_list, axes, traced)
+    orders = _orders(traced, layer_list)
+
+    slots = [
+        (leaf, axis)
+        for leaf, value in traced.leaves.items()
+        for axis in range(len(traced.shapes[value]))
+    ]
+    rows = [component[axes[traced.leaves[leaf]][axis]] for leaf, axis in slots]
+    groups = []
+    for channels, members_at in _alike_channels(rows, stuck):
+        members = []
+        for slot in members_at:
+            leaf, axis = slots[slot]
+            role = roles.get((leaf, axis), "along")
+            positions = _positions_of(channels, rows[slot])
+            members.append(Member(leaf, axis, positions, role, orders.get(leaf, 0)))
+        produced = sorted(
+            (m for m in members if m.role == "produced"), key=lambda m: m.order
+        )
+        if not produced:
+            continue
+        # Channels are counted in the order of the first layer that produces them.
+        rank = np.argsort(produced[0].positions.min(axis=1))
+        code = stuck[channels[0]]
+        names = tuple(dict.fromkeys(layer_name(m.leaf) for m in produced))
+        group = Group(
+            name=names[0],
+            size=len(channels),
+            producers=names,
+            members=tuple(m._replace(positions=m.positions[rank]) for m in members),
+            reason=None if code < 0 else labels.reasons[code],
+            reduced=bool(reduced[channels].any()),
+        )
+        groups.append((produced[0].order, produced[0].positions.min(), group))
+    groups.sort(key=lambda entry: entry[:2])
+    return Groups(
+        groups=_with_unique_names([(first, group) for _, first, group in groups]),
+        layers=tuple(dict.fromkeys(layer.name for layer in layer_list)),
+        shapes={leaf: traced.shapes[n] for leaf, n in traced.leaves.items()},
+        inputs=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)),
+            inputs,
+        ),
+    )
+
+
+def _label(traced: Trace) -> tuple[Labels, dict[int | None, list[np.ndarray]]]:
+    """Runs the rules over the whole computation; returns each value's labels."""
+    labels = Labels()
+    axes: dict[int | None, list[np.ndarray]] = {None: []}
+    for value in traced.leaves.values():
+        axes[value] = [labels.fresh(n) for n in traced.shapes[value]]
+    for value in traced.inputs:
+        axes[value] = [
+            labels.stuck(n, "an input of the model") for n in traced.shapes[value]
+        ]
+    for value in traced.constants:
+        axes[value] = [
+            labels.stuck(n, "an array built into the model")
+            for n in traced.shapes[value]
+        ]
+    for eqn in traced.equations:
+        operands = [axes[n] for n in eqn.inputs]
+        shapes = [traced.shapes[n] for n in eqn.outputs]
+        results = apply_rule(labels, eqn, operands, shapes)
+        axes.update(zip(eqn.outputs, results, strict=True))
+    labels.fix_all([axes[n] for n in traced.outputs], "an output of the model")
+    return labels, axes
+
+
+def _components(labels: Labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Joins tied labels.
+
+    Returns:
+      ``(component of each label, for each component the number of the reason that it is
+      fixed or -1, whether it is reduced over)``.
+    """
+    n = labels.count
+    none = np.zeros(0, np.int64)
+    a = np.concatenate([tie[0] for tie in labels.ties] or [none])
+    b = np.concatenate([tie[1] for tie in labels.ties] or [none])
+    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(n, n))
+    count, component = connected_components(graph, directed=False)
+    stuck = np.full(count, -1)
+    for fixed, reason in reversed(labels.fixed):
+        stuck[component[fixed]] = reason
+    reduced = np.zeros(count, bool)
+    for summed in labels.reduced:
+        reduced[component[summed]] = True
+    return component, stuck, reduced
+
+
+def _roles(
+    layer_list: list[Layer], axes: dict[int | None, list[np.ndarray]], traced: Trace
+) -> dict[tuple[str, int], str]:
+    """Tells which axis of each kernel produces channels and which one contracts them."""
+    roles: dict[tuple[str, int], str] = {}
+    for layer in layer_list:
+        eqn = layer.equation
+        dims = eqn.params["dimension_numbers"]
+        if eqn.primitive == "conv_general_dilated":
+            by_axis = {dims.rhs_spec[0]: "produced", dims.rhs_spec[1]: "contracted"}
+        else:
+            contracted, batch = (side[layer.operand] for side in dims)
+            rank = len(traced.shapes[eqn.inputs[layer.operand]])
+            by_axis = dict.fromkeys(set(range(rank)) - set(batch), "produced")
+            by_axis |= dict.fromkeys(contracted, "contracted")
+        operand = axes[eqn.inputs[layer.operand]]
+        # The kernel may have been transposed or reshaped on its way here: its own
+        # labels tell which of its axes ended up where.
+        for axis, own in enumerate(axes[traced.leaves[layer.kernel]]):
+            for i, role in by_axis.items():
+                if np.isin(operand[i], own).any():
+                    roles.setdefault((layer.kernel, axis), role)
+    return roles
+
+
+def _orders(traced: Trace, layer_list: list[Layer]) -> dict[str, int]:
+    """Numbers every parameter leaf by the layer that it belongs to in execution order."""
+    orders: dict[str, int] = {}
+    at = {layer.equation.outputs[0]: i for i, layer in enumerate(layer_list)}
+    current = 0
+    for eqn in traced.equations:
+        for value in eqn.inputs:
+            leaf = traced.origin.get(value)
+            if leaf is not None:
+                orders.setdefault(leaf, current)
+        current = at.get(eqn.outputs[0], current)
+    return orders | {layer.kernel: i for i, layer in enumerate(layer_list)}
+
+
+def _alike_channels(
+    rows: list[np.ndarray], stuck: np.ndarray
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Bundles channels that occupy the same slots equally often.
+
+    Args:
+      rows: for each slot (an axis of a parameter leaf) the component of each position.
+      stuck: reason number of each component, or -1.
+
+    Yields:
+      ``(components, slots)`` of each bundle.
+    """
+    if not rows:
+        return
+    component = np.concatenate(rows)
+    slot = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    # A channel's signature is the sum of a random 64-bit number for each of its slots:
+    # equal sums mean equal slots, but for a chance of 2^-64 a pair.
+    weights = np.random.default_rng(0).integers(
+        2**63, size=len(rows) + stuck.max(initial=-1) + 2, dtype=np.uint64
+    )
+    signature = weights[len(rows) + stuck + 1]
+    np.add.at(signature, component, weights[slot])
+    present = np.unique(component)
+    by_component = np.argsort(component, kind="stable")
+    starts = np.searchsorted(component[by_component], present)
+    ends = np.searchsorted(component[by_component], present, side="right")
+    _, bundle = np.unique(signature[present], return_inverse=True)
+    by_bundle = np.argsort(bundle, kind="stable")
+    for chosen in np.split(by_bundle, np.flatnonzero(np.diff(bundle[by_bundle])) + 1):
+        sample = chosen[0]
+        slots = np.unique(slot[by_component[starts[sample] : ends[sample]]])
+        yield present[chosen], slots.tolist()
+
+
+def _positions_of(channels: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Returns int64 ``[len(channels), m]``: where each channel stands along an axis."""
+    order = np.argsort(row, kind="stable")
+    start = np.searchsorted(row[order], channels)
+    m = np.searchsorted(row[order], channels[0], side="right") - start[0]
+    return order[start[:, None] + np.arange(m)]
+
+
+def _with_unique_names(groups: list[tuple[int, Group]]) -> tuple[Group, ...]:
+    """Tells groups of one first producer apart by where they start: ``conv[16]``."""
+    taken: set[str] = set()
+    unique = []
+    for first, group in groups:
+        name = group.name if group.name not in taken else f"{group.name}[{first}]"
+        taken.add(name)
+        unique.append(group._replace(name=name))
+    return tuple(unique)

@@ -1,0 +1,88 @@
+"""Dotted names of pytree leaves: ``layer1.0.conv1.kernel``.
+
+The names are the ones PyTorch users know, so that the original's pattern strings work
+verbatim, and they are the only link between a plan and the trees it is applied to.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Returns the dotted name of a key path as given by ``jax.tree_util``.
+
+    Flax NNX keeps an array inside a variable, whose key path ends in ``.value``: that
+    last step is left out, so that an ``nnx.State``, its pure dict and a flat dict with
+    dotted keys all give the same names.
+
+    Args:
+      path: a key path, a tuple of ``jax.tree_util`` keys.
+
+    Returns:
+      The name, ``""`` for the path of a bare leaf.
+
+    Example:
+      >>> import jax
+      >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"a": [1]})
+      >>> leaf_name(path)
+      'a.0'
+    """
+    if path and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return ".".join(_key_name(key) for key in path)
+
+
+def _key_name(key: Any) -> str:
+    match key:
+        case SequenceKey(idx=idx):
+            return str(idx)
+        case DictKey(key=name) | FlattenedIndexKey(key=name):
+            return str(name)
+        case GetAttrKey(name=name):
+            return name
+        case _:
+            return str(key)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a pytree by dotted name, in the tree's own order."""
+    return {
+        leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Maps ``fn(name, leaf, *rest_leaves)`` over pytrees of one structure."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: fn(leaf_name(path), *leaves), tree, *rest
+    )
+
+
+def layer_name(leaf: str) -> str:
+    """Returns the layer that a parameter leaf belongs to: its name without the last part.
+
+    A leaf at the root of the tree (``w1`` in a plain dict) is its own layer.
+
+    Example:
+      >>> layer_name("layer1.0.conv1.kernel"), layer_name("w1")
+      ('layer1.0.conv1', 'w1')
+    """
+    return leaf.rpartition(".")[0] or leaf
+
+
+def longest_known_suffix(name: str, known: Iterable[str]) -> str | None:
+    """Returns the longest dotted suffix of ``name`` that is in ``known``, or None.
+
+    An optimizer keeps copies of the parameters deeper in its own state
+    (``0.trace.layer1.0.conv1.kernel``): the longest suffix names the parameter. ``known``
+    must hold *every* parameter, also the ones that nothing is cut from, lest
+    ``layer1.0.conv1.kernel`` be taken for a pruned ``conv1.kernel``.
+    """
+    while name:
+        if name in known:
+            return name
+        name = name.partition(".")[2]
+    return None
