@@ -249,3 +249,14 @@ def test_preparing_does_not_overwrite_another_format(monkeypatch, tmp_path):
     _write_prepared(tmp_path, "mnist", {"train": split, "test": split}, "tfrecord")
     with pytest.raises(TPPError, match="holds mnist as tfrecord"):
         prepare_module.prepare("mnist", str(tmp_path))
+
+
+def test_a_failed_download_is_one_clear_error(monkeypatch, tmp_path):
+    _pretend_installed(monkeypatch)
+
+    def fail(self):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(TPPError, match=r"mnist could not be .* \(no route to host\)"):
+        prepare_module.prepare("mnist", str(tmp_path))

@@ -36,9 +36,10 @@ def filled(create):
     rng = np.random.default_rng(0)
 
     def draw(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise AssertionError("A network should hold floating-point arrays only.")
-        return jnp.asarray(rng.uniform(0.5, 1.0, leaf.shape) / 10, leaf.dtype)
+        if leaf.ndim == 1:  # variances must be positive
+            return jnp.asarray(rng.uniform(0.5, 1.0, leaf.shape), leaf.dtype)
+        kernel = rng.normal(size=leaf.shape) / math.prod(leaf.shape[:-1]) ** 0.5
+        return jnp.asarray(kernel, leaf.dtype)
 
     return nnx.merge(graph, jax.tree.map(draw, state))
 
@@ -159,10 +160,14 @@ def test_mlp_and_lenet_layers():
 def test_a_linear_mlp_is_linear_and_a_relu_mlp_is_not():
     x = np.random.default_rng(0).normal(size=(4, 4, 4, 1)).astype(np.float32)
     for name, holds in (("mlp7_linear", True), ("mlp7_relu", False)):
-        model = models.create(name, image_shape=(4, 4, 1), rngs=nnx.Rngs(0))
+        model = filled(
+            lambda name=name: models.create(
+                name, image_shape=(4, 4, 1), rngs=nnx.Rngs(0)
+            )
+        )
         middle = model((x[:2] + x[2:]) / 2)
         mean = (model(x[:2]) + model(x[2:])) / 2
-        assert np.allclose(middle, mean, atol=1e-6) == holds
+        assert np.allclose(middle, mean, atol=1e-4) == holds
 
 
 @pytest.mark.parametrize("option", ["A", "B"])
@@ -260,4 +265,4 @@ def test_impossible_architectures_are_refused():
     with pytest.raises(ValueError, match=r"6n \+ 2"):
         cifar_resnet.blocks_of_depth(21)
     with pytest.raises(ValueError, match="32×32"):
-        models.create("lenet5", rngs=nnx.Rngs(0))(jnp.ones((1, 36, 36, 1)))
+        small_nets()[3](jnp.ones((1, 36, 36, 3)))

@@ -28,8 +28,8 @@ def prepare(name: str, data_dir: str | None = None) -> str:
       The folder that holds the prepared data set.
 
     Raises:
-      TPPError: if the name is unknown, TensorFlow is missing, or the folder holds the
-        data set in another format.
+      TPPError: if the name is unknown, TensorFlow is missing, the folder holds the data
+        set in another format, or the download fails.
     """
     choices = [known for known in NAMES if known != "digits"]
     if name not in choices:
@@ -57,7 +57,13 @@ def prepare(name: str, data_dir: str | None = None) -> str:
             )
         return str(present.data_dir)
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except OSError as error:  # a network failure is one, and so is a full disk
+        raise TPPError(
+            f"{name} could not be downloaded or written to {data_dir or builder.data_dir}"
+            f" ({error}). Check the network and the disk, then run the command again."
+        ) from error
     return str(builder.data_dir)
 
 

@@ -129,7 +129,12 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
       ValueError: the stabilize phase ends before the last layer's turn.
     """
     last = max(
-        (m.order for g in plan.pruned_groups for m in g.members if m.role == "produced"),
+        (
+            m.order
+            for g in plan.pruned_groups
+            for m in g.members
+            if m.role == "produced"
+        ),
         default=-1,
     )
     if schedule.zero_out_step(last) > schedule.total_steps - 1:
@@ -169,7 +174,9 @@ def _pruned_members(plan: Plan, leaf: str) -> list[tuple[Member, Bool[Array, " n
     """
     keep = keep_masks(plan, leaf)
     members = {
-        m.axis: m for _, m in plan.groups.members.get(leaf, ()) if m.role != "contracted"
+        m.axis: m
+        for _, m in plan.groups.members.get(leaf, ())
+        if m.role != "contracted"
     }
     return [
         (member, ~jnp.asarray(keep[axis][0]))

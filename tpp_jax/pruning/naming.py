@@ -50,7 +50,8 @@ def _key_name(key: Any) -> str:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a pytree by dotted name, in the tree's own order."""
     return {
-        leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        leaf_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 

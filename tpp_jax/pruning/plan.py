@@ -134,7 +134,9 @@ def make_plan(
     for group in groups:
         if group.reason is None:
             # Stable sorting breaks ties by index, so that one seed gives one plan.
-            order = np.argsort(scores.get(group.name, np.arange(group.size)), kind="stable")
+            order = np.argsort(
+                scores.get(group.name, np.arange(group.size)), kind="stable"
+            )
             kept[group.name] = np.sort(order[counts[group.name] :]).astype(np.int32)
     return Plan(kept, groups)
 

@@ -125,9 +125,7 @@ def _convolution(
     for axis in kernel_window:
         labels.fix(kernel[axis], "the window of a convolution")
     groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
-    out: Axes = [
-        labels.stuck(n, "a spatial axis of a convolution") for n in shapes[0]
-    ]
+    out: Axes = [labels.stuck(n, "a spatial axis of a convolution") for n in shapes[0]]
     out_batch, out_features, *_ = dims.out_spec
     out[out_batch] = images[batch]
     if groups == 1:
@@ -196,7 +194,9 @@ def _reshape(
             # Only one factor can shrink: each of its labels stands for a whole block.
             shape = [len(a) for a in block]
             i = prunable[0] if prunable else 0
-            along = np.reshape(block[i], [-1 if i == j else 1 for j in range(len(shape))])
+            along = np.reshape(
+                block[i], [-1 if i == j else 1 for j in range(len(shape))]
+            )
             out.append(np.broadcast_to(along, shape).reshape(-1))
         else:
             what = f"{tuple(len(a) for a in block)} into {tuple(sizes)}"

@@ -1,0 +1,38 @@
+"""ResNet-8 on scikit-learn's handwritten digits: the whole method in two minutes.
+
+The default config: no download. Prunes half of the filters of the first convolution of
+every block.
+
+    python launch.py --config=configs/digits_resnet8_tpp.py --workdir=runs/digits
+"""
+
+import ml_collections
+
+from tpp_jax.training.config import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.model.name = "cifar_resnet8"
+    config.data.name = "digits"
+    config.data.batch_size = 64
+    config.data.crop_padding = 1
+    config.data.flip = False
+    config.log_every = 20
+    config.eval_every = 200
+    config.checkpoint_every = 200
+
+    config.pretrain.epochs = 20
+    config.pretrain.schedule = "cosine"
+    config.pretrain.learning_rate = "0.1"
+
+    config.prune.ratios = "*layer*.conv1:0.5"
+    config.prune.schedule.granularity = 0.01
+    config.prune.schedule.every = 5
+    config.prune.schedule.stabilize = 200
+    config.prune.schedule.zero_out_every = 10
+
+    config.finetune.epochs = 10
+    config.finetune.schedule = "cosine"
+    config.finetune.learning_rate = "0.01"
+    return config

@@ -1,0 +1,50 @@
+"""Prune a network by TPP, or evaluate a finished run.
+
+    python launch.py --config=configs/digits_resnet8_tpp.py --workdir=runs/digits
+    python launch.py --mode=evaluate --workdir=runs/digits
+
+Any field of the config can be set: --config.prune.ratios='*layer*.conv1:0.9'. The same
+command continues a run that was interrupted. This file only reads flags; the work is in
+tpp_jax/training/run.py.
+"""
+
+import json
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_DEFAULT = pathlib.Path(__file__).parent / "configs" / "digits_resnet8_tpp.py"
+_CONFIG = config_flags.DEFINE_config_file("config", str(_DEFAULT), "What to run.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, logs and results."
+)
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate"], "Run all phases, or measure the result."
+)
+_DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks and library logs.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    if not _DEBUG.value:
+        logging.set_verbosity(logging.ERROR)
+    # Imported late, so that --help and a wrong flag answer at once.
+    from tpp_jax.training import evaluation, run
+
+    try:
+        if _MODE.value == "train":
+            run.train(_CONFIG.value, _WORKDIR.value)
+        else:
+            print(json.dumps(evaluation.evaluate(_WORKDIR.value)))
+    except ValueError as error:
+        if _DEBUG.value:
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("workdir")
+    app.run(main)

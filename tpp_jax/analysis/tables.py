@@ -1,0 +1,73 @@
+"""Tables of a pruned network, for the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import rich.table
+
+from tpp_jax.pruning.flops import Count
+
+
+def layer_table(dense: Count, pruned: Count) -> rich.table.Table:
+    """Returns a table of every layer before and after: channels, parameters, FLOPs.
+
+    Args:
+      dense: the network as it was.
+      pruned: the network after slicing, with the same layers.
+    """
+    table = rich.table.Table(title="Before → after pruning")
+    table.add_column("layer")
+    for column in ("channels", "params", "FLOPs"):
+        table.add_column(column, justify="right")
+    rows = [
+        (name, before, pruned.layers[name]) for name, before in dense.layers.items()
+    ]
+    for name, before, after in rows:
+        table.add_row(
+            name,
+            _change(before.channels, after.channels),
+            _change(before.params, after.params),
+            _change(before.flops, after.flops),
+        )
+    table.add_section()
+    table.add_row(
+        "all (norms included)",
+        "",
+        _change(dense.params, pruned.params),
+        _change(dense.flops, pruned.flops),
+    )
+    return table
+
+
+def result_table(summary: Mapping[str, Any]) -> rich.table.Table:
+    """Returns a table of what a run achieved, from its summary."""
+    dense, pruned = summary["dense"], summary["pruned"]
+    cut = next(phase for phase in summary["phases"] if phase["name"] == "slice")
+    table = rich.table.Table(
+        title=f"{summary['speedup']:.2f}× fewer FLOPs, "
+        f"{100 * summary['sparsity']:.1f} % of the parameters gone"
+    )
+    table.add_column("network")
+    table.add_column("test accuracy", justify="right")
+    for label, accuracy in (
+        ("dense", dense["accuracy"]),
+        ("cut at once (one-shot)", summary["one_shot"]["accuracy_after"]),
+        ("regularized by TPP, before the cut", cut["accuracy_before"]),
+        ("regularized by TPP, after the cut", cut["accuracy_after"]),
+        ("fine-tuned", pruned["accuracy"]),
+    ):
+        table.add_row(label, f"{accuracy:.2f} %")
+    return table
+
+
+def _change(before: int, after: int) -> str:
+    if before == after:
+        return _short(before)
+    return f"{_short(before)} → {_short(after)}"
+
+
+def _short(number: int) -> str:
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= 10 * size or (number >= size and size > 1e3):
+            return f"{number / size:.3g}{unit}"
+    return str(number)

@@ -1,0 +1,1 @@
+"""One step function, one loop over phases, checkpoints and progress."""

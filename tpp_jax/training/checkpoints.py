@@ -1,0 +1,184 @@
+"""Orbax checkpoints: everything is a flat dict of named arrays, plus JSON.
+
+A checkpoint tells its own shapes, so that restoring a network, pruned or not, needs no
+config: only the architecture's name, which is in the JSON.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from tpp_jax import models
+from tpp_jax.errors import TPPError
+from tpp_jax.pruning.naming import map_named, named_leaves
+from tpp_jax.pruning.plan import Plan
+
+Arrays = dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of a run, one for each step saved, in one folder."""
+
+    def __init__(self, folder: str | pathlib.Path, keep: int = 2) -> None:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(folder).absolute(),
+            options=options,
+            item_names=("arrays", "meta"),
+        )
+
+    def save(self, step: int, arrays: Arrays, meta: Mapping[str, Any]) -> None:
+        """Saves arrays and JSON-ready meta under a step, in the background.
+
+        The arrays are copied off the device before this returns.
+        """
+        self._manager.save(step, args=_items(arrays, meta), force=True)
+
+    def latest(self) -> int | None:
+        """Returns the last step saved, None if there is none."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int) -> tuple[Arrays, dict[str, Any]]:
+        """Returns the arrays and meta of a step.
+
+        Raises:
+          TPPError: the checkpoint cannot be read.
+        """
+        try:
+            items = self._manager.restore(step, args=_RESTORE)
+        except Exception as error:  # orbax and tensorstore raise of every kind here
+            raise TPPError(
+                f"the checkpoint {self._manager.directory}/{step} cannot be read "
+                f"({type(error).__name__}). Remove that folder to go on from the one "
+                "before it."
+            ) from error
+        return items["arrays"], items["meta"]
+
+    def close(self) -> None:
+        """Waits for the last save to be on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def save_model(
+    path: str | pathlib.Path,
+    model: nnx.Module,
+    plan: Plan | None = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves a model with all that is needed to use it again; replaces what is there.
+
+    Args:
+      path: a folder.
+      model: made by ``tpp_jax.models.create`` (pruned or not), or any module, which
+        :func:`load_model` then has to be given in its unpruned form.
+      plan: how it was pruned.
+      config: JSON-ready, kept with it.
+      metrics: JSON-ready, kept with it.
+    """
+    spec = getattr(model, "spec", None)
+    meta = {
+        "model": None if spec is None else dataclasses.asdict(spec),
+        "plan": None if plan is None else plan.to_dict(),
+        "config": dict(config or {}),
+        "metrics": dict(metrics or {}),
+    }
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
+        items = _items(named_leaves(nnx.state(model)), meta)
+        saver.save(pathlib.Path(path).absolute(), items, force=True)
+
+
+def load_model(
+    path: str | pathlib.Path, model: nnx.Module | None = None
+) -> tuple[nnx.Module, dict[str, Any]]:
+    """Loads a model saved by :func:`save_model`.
+
+    Args:
+      path: the folder.
+      model: a module of the saved one's class in its unpruned form (its arrays are not
+        used). Not needed if the saved model came from ``tpp_jax.models.create``.
+
+    Returns:
+      ``(model, meta)``: the model with the saved arrays, pruned widths included, and the
+      saved ``model``, ``plan``, ``config`` and ``metrics``.
+
+    Raises:
+      TPPError: there is no readable model, it does not say what it is and ``model`` is
+        not given, or its arrays are not those of the given model.
+    """
+    folder = pathlib.Path(path).absolute()
+    if not folder.is_dir():
+        raise TPPError(f"there is no saved model at {folder}")
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as loader:
+            items = loader.restore(folder, _RESTORE)
+    except Exception as error:  # orbax and tensorstore raise of every kind here
+        raise TPPError(
+            f"the saved model at {folder} cannot be read ({type(error).__name__}): it "
+            "is damaged or not one of tpp_jax"
+        ) from error
+    meta = items["meta"]
+    if model is None:
+        if meta["model"] is None:
+            raise TPPError(
+                f"the model at {folder} is not one that tpp_jax.models.create makes: "
+                "pass load_model an unpruned module of its class"
+            )
+        model = create_abstract(**meta["model"])
+    return with_arrays(model, items["arrays"]), meta
+
+
+def create_abstract(
+    name: str, num_classes: int, image_shape: Sequence[int]
+) -> nnx.Module:
+    """Returns a network of ``tpp_jax.models`` without arrays, for its structure."""
+    return nnx.eval_shape(
+        lambda: models.create(
+            name,
+            num_classes=num_classes,
+            image_shape=tuple(image_shape),
+            rngs=nnx.Rngs(0),
+        )
+    )
+
+
+def with_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:
+    """Returns a model of the same structure that holds the given arrays by name.
+
+    Raises:
+      TPPError: the names are not those of the model's arrays.
+    """
+    graphdef, state = nnx.split(model)
+    names = named_leaves(state).keys()
+    if names != arrays.keys():
+        odd = sorted(names ^ arrays.keys())
+        raise TPPError(
+            f"the saved arrays are not those of this {type(model).__name__}: "
+            f"{', '.join(odd[:5])} {'and more ' if len(odd) > 5 else ''}do not match"
+        )
+    state = map_named(lambda name, _: jnp.asarray(arrays[name]), state)
+    return nnx.merge(graphdef, state)
+
+
+_RESTORE = ocp.args.Composite(
+    arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()
+)
+
+
+def _items(arrays: Arrays, meta: Mapping[str, Any]) -> ocp.args.Composite:
+    # Host copies: a checkpoint then knows nothing of the devices it came from, and the
+    # device's buffers are free to be donated while Orbax writes in the background.
+    return ocp.args.Composite(
+        arrays=ocp.args.StandardSave(jax.device_get(arrays)),
+        meta=ocp.args.JsonSave(dict(meta)),
+    )

@@ -1,0 +1,84 @@
+"""Every field of a run's config with its default; the files in configs/ set some."""
+
+from typing import Any
+
+import ml_collections
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Returns all fields of a run. Types are fixed, and unknown fields are an error.
+
+    The defaults of ``prune`` and its schedule are the paper's for CIFAR.
+    """
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.num_devices = 0  # local devices to train on; 0 for all
+    config.steps_per_dispatch = 0  # 0: 1 on the CPU, 100 on accelerators
+    config.log_every = 50  # steps between lines of metrics
+    config.eval_every = 1000  # steps between test accuracies; each phase ends with one
+    config.checkpoint_every = 1000  # steps; each phase ends with a checkpoint
+
+    config.model = ml_collections.ConfigDict()
+    config.model.name = "cifar_resnet56"  # see tpp_jax.models.names()
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "cifar10"
+    config.data.dir = ""  # prepared TFDS data; "" for TFDS's own default
+    config.data.pad_to = 0  # zero-pad images to this size; 0 leaves them
+    config.data.batch_size = 128  # of all devices together
+    config.data.crop_padding = 4  # zero pixels around an image before its random crop
+    config.data.flip = True
+
+    # Start from a network saved by tpp_jax.save_model (the folder dense/ of another run)
+    # instead of training one.
+    config.init = ml_collections.ConfigDict({"model": ""})
+
+    config.pretrain = _training(epochs=200, learning_rate="0:0.1,100:0.01,150:0.001")
+
+    config.prune = ml_collections.ConfigDict()
+    config.prune.ratios = "*layer*.conv1:0.5"  # pattern:share pruned, comma-separated
+    config.prune.skip = ""  # patterns left whole
+    config.prune.criterion = "l1"
+    config.prune.scope = "local"
+    config.prune.round_to = 1
+    config.prune.learning_rate = 1e-3
+    config.prune.momentum = 0.9
+    config.prune.weight_decay = 5e-4
+    config.prune.gram_weight = 1000.0  # 0: without Gram decorrelation
+    config.prune.bn = True  # shrink batch norms' scales and biases
+    config.prune.l2 = True  # shrink pruned filters
+    config.prune.target = "decorrelate"  # or "orthogonal", an ablation
+    config.prune.schedule = ml_collections.ConfigDict()
+    config.prune.schedule.kind = "linear"  # or poly2, poly3…
+    config.prune.schedule.granularity = 1e-4
+    config.prune.schedule.every = 10
+    config.prune.schedule.ceiling = 1.0
+    config.prune.schedule.stabilize = 10_000
+    config.prune.schedule.zero_out_every = 100
+    config.prune.schedule.regularize_steps = 0  # for poly only
+
+    config.finetune = _training(epochs=120, learning_rate="0:0.01,60:0.001,90:0.0001")
+    return config
+
+
+def _training(**fields: Any) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "schedule": "step",  # or cosine
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            **fields,
+        }
+    )
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Lists the fields in which two configs (nested dicts) differ, as text."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name} was {a!r}, is {b!r}")
+    return found

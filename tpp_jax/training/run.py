@@ -1,0 +1,384 @@
+"""A whole run: dense training, regularizing, slicing, fine-tuning, from one config.
+
+The checkpoint is the run: it holds the position (phase and step), the plan, the config
+and all state, so that the same command continues where a killed one was.
+"""
+
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from tpp_jax.analysis import plots, tables
+from tpp_jax.errors import TPPError
+from tpp_jax.method.transforms import TPPState
+from tpp_jax.pruning.flops import count
+from tpp_jax.pruning.naming import map_named, named_leaves
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.slicing import prune
+from tpp_jax.training import parallel, phases
+from tpp_jax.training.checkpoints import Checkpoints, save_model, with_arrays
+from tpp_jax.training.config import differences
+from tpp_jax.training.evaluation import Evaluator
+from tpp_jax.training.history import History
+from tpp_jax.training.phases import Phase
+from tpp_jax.training.progress import Progress
+from tpp_jax.training.setup import Setup, check, plan_for
+from tpp_jax.training.step import (
+    Images,
+    StepConfig,
+    TrainState,
+    epoch_order,
+    graphdef_of,
+    make_train_step,
+    make_train_steps,
+)
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
+    """Runs all phases, or what is left of them, and returns the summary.
+
+    Args:
+      config: from a file in configs/, see :func:`tpp_jax.training.config.default_config`.
+      workdir: folder of the run; made if missing, continued if not empty.
+
+    Returns:
+      The content of ``workdir/summary.json``.
+
+    Raises:
+      TPPError, ValueError: a config, data set or checkpoint is wrong; one clear
+        message, before any training. A loss that is not finite stops the run.
+    """
+    workdir = pathlib.Path(workdir)
+    summary_file = workdir / "summary.json"
+    if summary_file.exists():
+        summary = json.loads(summary_file.read_text())
+        _same_config(summary["config"], config.to_dict(), workdir)
+        print(f"The run in {workdir} is finished; its results are in {summary_file}.")
+        return summary
+    setup = check(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with Progress(workdir / "tensorboard") as progress:
+        run = Run(setup, workdir, progress)
+        try:
+            run.do(setup.pretrain)
+            run.choose_channels()
+            for phase in phases.tpp_phases(config.prune, run.plan, setup.schedule):
+                run.do(phase)
+            run.slice()
+            run.do(setup.finetune)
+            return run.finish()
+        finally:
+            run.checkpoints.close()
+
+
+class Run:
+    """A run in progress: the network as it is now, and the position.
+
+    Attributes:
+      meta: what the checkpoint says in JSON: ``config``, ``phase`` and ``step`` of the
+        position, ``seconds`` and ``best`` accuracy of the phase so far, ``results`` of
+        the finished phases, ``plan``, ``one_shot`` accuracy.
+    """
+
+    def __init__(self, setup: Setup, workdir: pathlib.Path, progress: Progress) -> None:
+        self.setup, self.workdir, self.progress = setup, workdir, progress
+        self.checkpoints = Checkpoints(workdir / "checkpoints")
+        self.plan: Plan | None = None
+        self.arrays: dict[str, Any] = {}
+        self.meta: dict[str, Any] = {
+            "config": setup.config.to_dict(),
+            "phase": None,
+            "step": 0,
+            "seconds": 0.0,
+            "best": 0.0,
+            "results": [],
+            "plan": None,
+            "one_shot": None,
+        }
+        self.model = setup.model
+        if (latest := self.checkpoints.latest()) is not None:
+            self._restore(latest)
+        self.evaluate = Evaluator(setup.model, setup.dataset, setup.devices)
+        images = Images(setup.dataset.train_images, setup.dataset.train_labels)
+        self.images = parallel.replicate(images, setup.devices)
+        self.history = History(workdir / "metrics.jsonl", self._global_step())
+
+    def _restore(self, step: int) -> None:
+        arrays, meta = self.checkpoints.restore(step)
+        _same_config(meta["config"], self.meta["config"], self.workdir)
+        self.meta = meta
+        self.arrays = arrays
+        self.model = with_arrays(self.model, _part(arrays, "model."))
+        if meta["plan"] is not None:
+            self.plan = Plan.from_dict(meta["plan"], self.setup.groups)
+        self.progress.say(
+            f"Continuing the run in {self.workdir} from {meta['phase'] or 'the start'}, "
+            f"step {meta['step']}."
+        )
+
+    def finished(self, name: str) -> bool:
+        """Tells whether a phase is done."""
+        return any(result["name"] == name for result in self.meta["results"])
+
+    def do(self, phase: Phase) -> None:
+        """Trains for one phase, from wherever the checkpoint left it."""
+        if self.finished(phase.name) or (
+            phase.name == "pretrain" and self.setup.config.init.model
+        ):
+            return
+        if self.meta["phase"] != phase.name:
+            self.meta |= {"phase": phase.name, "step": 0, "seconds": 0.0, "best": 0.0}
+        config, devices = self.setup.config, self.setup.devices
+        state = parallel.replicate(self._initial_state(phase), devices)
+        step_config = StepConfig(
+            config.data.batch_size,
+            config.data.crop_padding,
+            config.data.flip,
+            self.setup.dataset.mean,
+            self.setup.dataset.std,
+        )
+        step = make_train_step(
+            graphdef_of(self.model, training=True),
+            phase.tx,
+            step_config,
+            parallel.axis_name(devices),
+        )
+        at_once = config.steps_per_dispatch or (
+            1 if jax.default_backend() == "cpu" else 100
+        )
+        steps = parallel.on_devices(
+            make_train_steps(step, loop=at_once > 1), devices, donate=0
+        )
+        key = jax.random.fold_in(
+            jax.random.key(config.seed), phases.NAMES.index(phase.name)
+        )
+        key_on_devices = parallel.replicate(key, devices)
+        done, per_epoch = self.meta["step"], self.setup.steps_per_epoch
+        n = len(self.setup.dataset.train_images)
+        order, order_epoch = None, -1
+        recent: list[Any] = []
+        self.progress.phase(phase.name, phase.steps, done)
+        started = time.monotonic() - self.meta["seconds"]
+        while done < phase.steps:
+            epoch = done // per_epoch
+            if epoch != order_epoch:
+                order = parallel.replicate(_order(key, epoch, n), devices)
+                order_epoch = epoch
+            every = (config.log_every, config.eval_every, config.checkpoint_every)
+            stop = min(
+                phase.steps,
+                (epoch + 1) * per_epoch,
+                done + at_once,
+                *((done // k + 1) * k for k in every),
+            )
+            state, metrics = steps(
+                state, key_on_devices, order, self.images, np.int32(stop - done)
+            )
+            recent.append((stop - done, metrics))
+            done = stop
+            if done % config.log_every == 0 or done == phase.steps:
+                self._log(phase, done, state, recent)
+                recent = []
+            self.meta |= {"step": done, "seconds": time.monotonic() - started}
+            if done % config.eval_every == 0 and done < phase.steps:
+                self._measure(phase, done, state)
+            if done % config.checkpoint_every == 0 and done < phase.steps:
+                self._check_finite(phase, done, recent)
+                self._save(state)
+        accuracy = self._measure(phase, done, state)
+        self._result(
+            name=phase.name,
+            steps=phase.steps,
+            seconds=time.monotonic() - started,
+            accuracy=accuracy,
+            best_accuracy=self.meta["best"],
+        )
+        self._save(state)
+        self.arrays = _part_of_state(state)
+        self.model = self._with_state(state)
+
+    def choose_channels(self) -> None:
+        """Makes the plan from the trained weights, and shows what one-shot costs."""
+        if self.plan is not None:
+            return
+        if not (self.workdir / "dense").exists():
+            save_model(self.workdir / "dense", self.model, config=self.meta["config"])
+        self.plan = plan_for(self.setup.config, self.setup.groups, self.model)
+        self.meta["plan"] = self.plan.to_dict()
+        dense = self._accuracy(self.model)
+        one_shot = self._accuracy(prune(self.model, self.plan))
+        self.meta["dense_accuracy"], self.meta["one_shot"] = dense, one_shot
+        self.progress.say(
+            f"Chose the channels to prune. Cutting them out now, without TPP, would take"
+            f" the accuracy from {dense:.2f} % to {one_shot:.2f} %."
+        )
+
+    def slice(self) -> None:
+        """Cuts the pruned channels out and compares the accuracy before and after."""
+        if self.finished("slice"):
+            return
+        start = time.monotonic()
+        before = self._accuracy(self.model)
+        self.model = prune(self.model, self.plan)
+        after = self._accuracy(self.model)
+        self.meta["phase"], self.meta["step"] = "slice", 0
+        self._result(
+            name="slice",
+            steps=0,
+            seconds=time.monotonic() - start,
+            accuracy=after,
+            best_accuracy=after,
+            accuracy_before=before,
+            accuracy_after=after,
+        )
+        self.progress.say(
+            f"Sliced: accuracy {before:.2f} % before, {after:.2f} % after the cut."
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Saves the pruned network, writes summary and plots, prints the table."""
+        config, plan = self.meta["config"], self.plan
+        shape = self.setup.dataset.train_images.shape[1:]
+        example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        dense, small = count(self.setup.model, example), count(self.model, example)
+        summary = {
+            "status": "done",
+            "phases": self.meta["results"],
+            "dense": {
+                "params": dense.params,
+                "flops": dense.flops,
+                "accuracy": self.meta["dense_accuracy"],
+            },
+            "pruned": {
+                "params": small.params,
+                "flops": small.flops,
+                "accuracy": self.meta["results"][-1]["accuracy"],
+            },
+            "one_shot": {"accuracy_after": self.meta["one_shot"]},
+            "speedup": dense.flops / small.flops,
+            "sparsity": 1 - small.params / dense.params,
+            "layers": {
+                name: {"kept": small.layers[name].channels, "total": layer.channels}
+                for name, layer in dense.layers.items()
+            },
+            "config": config,
+        }
+        metrics = {key: summary[key] for key in ("pruned", "speedup", "sparsity")}
+        save_model(
+            self.workdir / "model", self.model, plan, config=config, metrics=metrics
+        )
+        plots.draw_run(self.history.read(), summary, self.workdir)
+        temporary = self.workdir / "summary.json.partial"
+        temporary.write_text(json.dumps(summary, indent=2))
+        temporary.replace(self.workdir / "summary.json")
+        self.progress.say(tables.layer_table(dense, small))
+        self.progress.say(tables.result_table(summary))
+        return summary
+
+    def _initial_state(self, phase: Phase) -> TrainState:
+        params = nnx.state(self.model, nnx.Param)
+        stats = nnx.state(self.model, nnx.BatchStat)
+        if self.meta["step"] == 0 and phase.fresh:
+            opt_state = phase.tx.init(params)
+        else:
+            saved = _part(self.arrays, "opt.")
+            opt_state = map_named(
+                lambda name, _: jnp.asarray(saved[name]),
+                jax.eval_shape(phase.tx.init, params),
+            )
+        state = TrainState(jnp.int32(self.meta["step"]), params, stats, opt_state)
+        # Own buffers: the step donates them, and the model's must live on.
+        return jax.tree.map(jnp.copy, state)
+
+    def _with_state(self, state: TrainState) -> nnx.Module:
+        return with_arrays(self.model, _part(_part_of_state(state), "model."))
+
+    def _accuracy(self, model: nnx.Module) -> float:
+        params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+        return self.evaluate(params, stats)["accuracy"]
+
+    def _global_step(self) -> int:
+        before = sum(result["steps"] for result in self.meta["results"])
+        unfinished = not self.finished(self.meta["phase"])
+        return before + (self.meta["step"] if unfinished else 0)
+
+    def _log(
+        self, phase: Phase, done: int, state: TrainState, recent: list[Any]
+    ) -> None:
+        self._check_finite(phase, done, recent)
+        total = sum(n for n, _ in recent)
+        metrics = {
+            name: float(sum(n * m[name] for n, m in recent)) / total
+            for name in recent[-1][1]
+        }
+        metrics["accuracy"] *= 100
+        penalties = state.opt_state[0]
+        if isinstance(penalties, TPPState):
+            metrics["strength"] = float(penalties.strength)
+            metrics["gram"] = float(penalties.gram)
+        self.progress.step(done, metrics)
+        images = self.progress.rate(done) * self.setup.config.data.batch_size
+        metrics["learning_rate"] = float(phase.learning_rate(done - 1))
+        self._record(phase, done, {**metrics, "images_per_second": images})
+
+    def _check_finite(self, phase: Phase, done: int, recent: list[Any]) -> None:
+        if not all(math.isfinite(float(m["loss"])) for _, m in recent):
+            raise TPPError(
+                f"the loss is no longer finite at step {done} of {phase.name}. The last "
+                f"good state is in {self.workdir / 'checkpoints'}; lower the learning "
+                "rate or the penalties, and use a new --workdir"
+            )
+
+    def _measure(self, phase: Phase, done: int, state: TrainState) -> float:
+        result = self.evaluate(state.params, state.stats)
+        self.meta["best"] = max(self.meta["best"], result["accuracy"])
+        metrics = {f"test_{name}": value for name, value in result.items()}
+        self._record(phase, done, metrics)
+        self.progress.line(done, metrics)
+        return result["accuracy"]
+
+    def _record(self, phase: Phase, done: int, metrics: dict[str, float]) -> None:
+        step = sum(result["steps"] for result in self.meta["results"]) + done
+        self.progress.scalars(step, metrics)
+        self.history.append({"step": step, "phase": phase.name, **metrics})
+
+    def _result(self, **result: Any) -> None:
+        self.meta["results"] = [*self.meta["results"], result]
+
+    def _save(self, state: TrainState) -> None:
+        self.checkpoints.save(self._global_step(), _part_of_state(state), self.meta)
+
+
+_order = jax.jit(epoch_order, static_argnums=2)
+
+
+def _part_of_state(state: TrainState) -> dict[str, Any]:
+    """Returns the arrays of a checkpoint: ``model.<name>`` and ``opt.<name>``."""
+    model = named_leaves(state.params) | named_leaves(state.stats)
+    arrays = {f"model.{name}": array for name, array in model.items()}
+    optimizer = named_leaves(state.opt_state)
+    return arrays | {f"opt.{name}": array for name, array in optimizer.items()}
+
+
+def _part(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
+
+
+def _same_config(old: dict, new: dict, workdir: pathlib.Path) -> None:
+    if changed := differences(old, new):
+        raise TPPError(
+            f"{workdir} holds a run of another config ({'; '.join(changed[:5])}). Use "
+            "another --workdir, or the same config to continue it"
+        )
