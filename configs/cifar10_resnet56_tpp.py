@@ -1,9 +1,9 @@
-"""ResNet-56 on CIFAR-10: the paper's Table 1, column 0.9 (set the ratio for the others).
+"""ResNet-56 on CIFAR-10: Table 1 of the paper, column 0.9 (set the ratio for others).
 
 Expected test accuracy, from the paper: 93.78 % dense; pruned by TPP at ratio 0.3, 0.5,
 0.7, 0.9, 0.95: 93.81, 93.46, 92.35, 89.63, 85.86 %, at 1.45, 1.99, 3.59, 11.6, 19.8
-times fewer FLOPs (means of three runs, best epoch on the test set). 78,000 steps of dense
-training, 110,001 of regularizing and stabilizing, 46,800 of fine-tuning.
+times fewer FLOPs (means of three runs, best epoch on the test set). 78,000 steps of
+dense training, 110,001 of regularizing and stabilizing, 46,800 of fine-tuning.
 
     python launch.py --config=configs/cifar10_resnet56_tpp.py --workdir=runs/resnet56 \\
         --config.data.dir=$TFDS --config.prune.ratios='*layer*.conv1:0.9'

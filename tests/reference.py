@@ -12,7 +12,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 def from_torch(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Renames and transposes a PyTorch state dict to the names and layouts used here."""
+    """Renames and transposes a PyTorch state dict to our names and layouts."""
     leaves = {}
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
@@ -42,3 +42,23 @@ def with_leaves(model: nnx.Module, leaves: dict[str, np.ndarray], dtype) -> nnx.
     assert named_leaves(state).keys() == leaves.keys()
     state = map_named(lambda name, _: jnp.asarray(leaves[name], dtype), state)
     return nnx.merge(graphdef, state)
+
+
+def filled(create, seed: int = 0) -> nnx.Module:
+    """Returns the model that ``create`` makes, with every array drawn by NumPy.
+
+    Nothing is compiled, which takes most of the time when JAX draws the start. Norms'
+    scales, biases and means are random too, so that no channel is like another.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(create))
+    rng = np.random.default_rng(seed)
+
+    def draw(name, leaf):
+        if name.endswith(".var"):
+            array = rng.uniform(0.5, 1.5, leaf.shape)
+        else:
+            fan_in = np.prod(leaf.shape[:-1])  # 1 for the arrays of one axis
+            array = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
+        return jnp.asarray(array, leaf.dtype)
+
+    return nnx.merge(graphdef, map_named(draw, state))

@@ -1,4 +1,4 @@
-"""Whole TPP runs follow the original's recordings, in float64 so that rounding is out."""
+"""Whole TPP runs follow the original's recordings, in float64 to rule rounding out."""
 
 import jax
 import jax.numpy as jnp

@@ -61,7 +61,8 @@ def prepare(name: str, data_dir: str | None = None) -> str:
         builder.download_and_prepare()
     except OSError as error:  # a network failure is one, and so is a full disk
         raise TPPError(
-            f"{name} could not be downloaded or written to {data_dir or builder.data_dir}"
+            f"{name} could not be downloaded or written to "
+            f"{data_dir or builder.data_dir}"
             f" ({error}). Check the network and the disk, then run the command again."
         ) from error
     return str(builder.data_dir)

@@ -1,1 +1,1 @@
-"""The paper as pure functions of arrays: penalties, strength schedule, optax transforms."""
+"""The paper as pure functions of arrays: penalties, schedule, optax transforms."""

@@ -1,7 +1,7 @@
 """Penalties on the Gram matrix of a layer's filters, with closed-form gradients.
 
-A kernel (HWIO of a convolution, IO of a dense layer) has its N filters on the last axis;
-W is the matrix [N, D] of filters as rows and G = W Wᵀ. A penalty is
+A kernel (HWIO of a convolution, IO of a dense layer) has its N filters on the last
+axis; W is the matrix [N, D] of filters as rows and G = W Wᵀ. A penalty is
 
     L(W) = ‖R(G)‖²_F / N²
 
@@ -23,7 +23,8 @@ Target = Literal["decorrelate", "orthogonal"]
 
 ``"decorrelate"``: 0 in every row and column of a pruned filter, its diagonal included,
 and whatever it is among the kept ones (TPP). ``"orthogonal"``: the identity among the
-kept filters and 0 for the pruned ones (the ablation "kernel orthogonality for pruning").
+kept filters and 0 for the pruned ones (the ablation "kernel orthogonality for
+pruning").
 """
 
 

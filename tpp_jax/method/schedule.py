@@ -36,7 +36,7 @@ class GrowingSchedule:
 
     @property
     def total_steps(self) -> int:
-        """Steps of both phases; the last one, at ``regularize_steps + stabilize``, counts."""
+        """Steps of both phases, step ``regularize_steps + stabilize`` included."""
         return self.regularize_steps + self.stabilize + 1
 
     @functools.cached_property

@@ -1,1 +1,1 @@
-"""Which channels go, and taking them out: jaxprs and pytrees, no Flax layers, no training."""
+"""Which channels go, and taking them out: jaxprs and pytrees, no training."""

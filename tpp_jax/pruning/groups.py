@@ -2,9 +2,9 @@
 
 A *channel* is a set of positions in parameter arrays that only make sense together: row
 c of a convolution kernel's output axis, entry c of the batch norm after it, slice c of
-the next kernel's input axis. A *group* is a set of channels that occupy the same arrays:
-the sixteen channels of ``layer1.0.conv1``, say. Both are read off the jaxpr; there is no
-table of architectures.
+the next kernel's input axis. A *group* is a set of channels that occupy the same
+arrays: the sixteen channels of ``layer1.0.conv1``, say. Both are read off the jaxpr;
+there is no table of architectures.
 """
 
 import functools
@@ -53,8 +53,8 @@ class Group(NamedTuple):
       producers: names of all layers that produce them, in order of execution.
       members: every parameter axis that they run through.
       reason: why they cannot be pruned; None if they can.
-      reduced: whether a sum or maximum runs over the channels (a layer norm, a softmax);
-        then zeros in their place are not the same as their absence.
+      reduced: whether a sum or maximum runs over the channels (a layer norm, a
+        softmax); then zeros in their place are not the same as their absence.
     """
 
     name: str
@@ -241,7 +241,7 @@ def _components(labels: Labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _roles(
     layer_list: list[Layer], axes: dict[int | None, list[np.ndarray]], traced: Trace
 ) -> dict[tuple[str, int], str]:
-    """Tells which axis of each kernel produces channels and which one contracts them."""
+    """Tells which axis of each kernel produces channels, which one contracts them."""
     roles: dict[tuple[str, int], str] = {}
     for layer in layer_list:
         eqn = layer.equation
@@ -264,7 +264,7 @@ def _roles(
 
 
 def _orders(traced: Trace, layer_list: list[Layer]) -> dict[str, int]:
-    """Numbers every parameter leaf by the layer that it belongs to in execution order."""
+    """Numbers every parameter leaf by its layer in order of execution."""
     orders: dict[str, int] = {}
     at = {layer.equation.outputs[0]: i for i, layer in enumerate(layer_list)}
     current = 0

@@ -63,7 +63,7 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def layer_name(leaf: str) -> str:
-    """Returns the layer that a parameter leaf belongs to: its name without the last part.
+    """Returns the layer that a leaf belongs to: its name without the last part.
 
     A leaf at the root of the tree (``w1`` in a plain dict) is its own layer.
 
@@ -78,8 +78,8 @@ def longest_known_suffix(name: str, known: Iterable[str]) -> str | None:
     """Returns the longest dotted suffix of ``name`` that is in ``known``, or None.
 
     An optimizer keeps copies of the parameters deeper in its own state
-    (``0.trace.layer1.0.conv1.kernel``): the longest suffix names the parameter. ``known``
-    must hold *every* parameter, also the ones that nothing is cut from, lest
+    (``0.trace.layer1.0.conv1.kernel``): the longest suffix names the parameter.
+    ``known`` must hold *every* parameter, also those that nothing is cut from, lest
     ``layer1.0.conv1.kernel`` be taken for a pruned ``conv1.kernel``.
     """
     while name:

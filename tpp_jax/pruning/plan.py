@@ -1,4 +1,4 @@
-"""From ratios to counts to the channels that stay: what a pruning run will do, as data."""
+"""From ratios to counts to the channels that stay: what a run will do, as data."""
 
 import dataclasses
 import difflib
@@ -28,8 +28,8 @@ Ratios = Mapping[str, float] | str
 class Plan:
     """Which channels stay: a pytree whose leaves are the kept indices.
 
-    The number of channels kept is static (a shape), which channels they are is an array:
-    slicing and penalties can be jitted, and vmapped over plans of equal counts.
+    The number of channels kept is static (a shape), which channels they are is an
+    array: slicing and penalties can be jitted, and vmapped over plans of equal counts.
 
     Attributes:
       kept: group name → int32 ``[k]``, ascending, for every prunable group.
@@ -114,8 +114,8 @@ def make_plan(
       ``floor(0.995 · n)``.
 
     Raises:
-      ValueError: a ratio outside [0, 1), a pattern that matches no layer, a pattern that
-        matches only layers that cannot be pruned, an unknown criterion or scope.
+      ValueError: a ratio outside [0, 1), a pattern that matches no layer, a pattern
+        that matches only layers that cannot be pruned, an unknown criterion or scope.
     """
     counts = _prune_counts(groups, parse_ratios(ratios), parse_patterns(skip), round_to)
     leaves = named_leaves(nnx.state(model) if isinstance(model, nnx.Module) else model)
@@ -161,8 +161,8 @@ def parse_ratios(ratios: Ratios) -> dict[str, float]:
                 colon = ""
             if not colon or not pattern.strip():
                 raise ValueError(
-                    f"cannot read the pruning ratio {part!r}: write pattern:ratio, as in "
-                    "'*layer*.conv1:0.5', several separated by commas"
+                    f"cannot read the pruning ratio {part!r}: write pattern:ratio, as "
+                    "in '*layer*.conv1:0.5', several separated by commas"
                 )
         ratios = dict(pairs)
     for pattern, ratio in ratios.items():
@@ -238,7 +238,7 @@ def _check_leaves(groups: Groups, leaves: Mapping[str, Any]) -> None:
 def _global_counts(
     scores: dict[str, np.ndarray], counts: dict[str, int]
 ) -> dict[str, int]:
-    """Spends the total count on the lowest scores of all groups; no group is emptied."""
+    """Spends the total on the lowest scores of all groups; no group is emptied."""
     names = list(scores)
     pool = []
     for i, name in enumerate(names):

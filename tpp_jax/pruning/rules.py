@@ -16,7 +16,6 @@ fixed, with the primitive as the reason.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -64,7 +63,7 @@ class Labels:
                 self.fix(labels, reason)
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Ties two axes of one length position by position; returns the joint labels."""
+        """Ties two axes position by position; returns the joint labels."""
         both = (a >= 0) & (b >= 0) & (a != b)
         if both.any():
             self.ties.append((a[both], b[both]))
@@ -328,8 +327,8 @@ _ELEMENTWISE = """
     abs acos add add_any and asin atan atan2 cbrt ceil clamp convert_element_type copy
     copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
     is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow
-    reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub
-    tan tanh xor
+    reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient
+    sub tan tanh xor
 """.split()
 
 RULES: dict[str, Rule] = {

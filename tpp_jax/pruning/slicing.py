@@ -1,8 +1,8 @@
 """Taking pruned channels out of any pytree that mirrors the parameters.
 
-Parameters, batch statistics, optimizer moments, averages: wherever an array of the model
-(or a copy of it inside an optimizer's state) is found by name, the pruned positions of
-each of its axes are cut out, or masked.
+Parameters, batch statistics, optimizer moments, averages: wherever an array of the
+model (or a copy of it inside an optimizer's state) is found by name, the pruned
+positions of each of its axes are cut out, or masked.
 """
 
 from typing import Any

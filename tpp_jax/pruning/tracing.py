@@ -31,7 +31,7 @@ _CALLS = {
 
 
 class Equation(NamedTuple):
-    """One primitive applied to numbered values; ``None`` stands for a scalar literal."""
+    """One primitive applied to numbered values; ``None`` is a scalar literal."""
 
     primitive: str
     inputs: tuple[int | None, ...]

@@ -109,8 +109,8 @@ def load_model(
         used). Not needed if the saved model came from ``tpp_jax.models.create``.
 
     Returns:
-      ``(model, meta)``: the model with the saved arrays, pruned widths included, and the
-      saved ``model``, ``plan``, ``config`` and ``metrics``.
+      ``(model, meta)``: the model with the saved arrays, pruned widths included, and
+      the saved ``model``, ``plan``, ``config`` and ``metrics``.
 
     Raises:
       TPPError: there is no readable model, it does not say what it is and ``model`` is

@@ -29,8 +29,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.data.crop_padding = 4  # zero pixels around an image before its random crop
     config.data.flip = True
 
-    # Start from a network saved by tpp_jax.save_model (the folder dense/ of another run)
-    # instead of training one.
+    # Start from a network saved by tpp_jax.save_model (the folder dense/ of another
+    # run) instead of training one.
     config.init = ml_collections.ConfigDict({"model": ""})
 
     config.pretrain = _training(epochs=200, learning_rate="0:0.1,100:0.01,150:0.001")

@@ -69,7 +69,7 @@ def learning_rate(
 def sgd(
     rate: optax.Schedule | float, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """SGD in PyTorch's order: decay joins the gradient, then momentum, then the rate."""
+    """SGD in PyTorch's order: decay joins the gradient, then momentum, then rate."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum)
     )

@@ -46,7 +46,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     """Runs all phases, or what is left of them, and returns the summary.
 
     Args:
-      config: from a file in configs/, see :func:`tpp_jax.training.config.default_config`.
+      config: from a file in configs/; tpp_jax/training/config.py lists all fields.
       workdir: folder of the run; made if missing, continued if not empty.
 
     Returns:
@@ -120,8 +120,8 @@ class Run:
         if meta["plan"] is not None:
             self.plan = Plan.from_dict(meta["plan"], self.setup.groups)
         self.progress.say(
-            f"Continuing the run in {self.workdir} from {meta['phase'] or 'the start'}, "
-            f"step {meta['step']}."
+            f"Continuing the run in {self.workdir} from {meta['phase']}, step "
+            f"{meta['step']}."
         )
 
     def finished(self, name: str) -> bool:
@@ -217,8 +217,8 @@ class Run:
         one_shot = self._accuracy(prune(self.model, self.plan))
         self.meta["dense_accuracy"], self.meta["one_shot"] = dense, one_shot
         self.progress.say(
-            f"Chose the channels to prune. Cutting them out now, without TPP, would take"
-            f" the accuracy from {dense:.2f} % to {one_shot:.2f} %."
+            "Chose the channels to prune. Cutting them out now, without TPP, would "
+            f"take the accuracy from {dense:.2f} % to {one_shot:.2f} %."
         )
 
     def slice(self) -> None:
@@ -332,9 +332,9 @@ class Run:
     def _check_finite(self, phase: Phase, done: int, recent: list[Any]) -> None:
         if not all(math.isfinite(float(m["loss"])) for _, m in recent):
             raise TPPError(
-                f"the loss is no longer finite at step {done} of {phase.name}. The last "
-                f"good state is in {self.workdir / 'checkpoints'}; lower the learning "
-                "rate or the penalties, and use a new --workdir"
+                f"the loss is no longer finite at step {done} of {phase.name}. The "
+                f"last good state is in {self.workdir / 'checkpoints'}; lower the "
+                "learning rate or the penalties, and use a new --workdir"
             )
 
     def _measure(self, phase: Phase, done: int, state: TrainState) -> float:

@@ -1,4 +1,4 @@
-"""What a config asks for, checked and loaded: every mistake is found before training."""
+"""What a config asks for, checked and loaded: mistakes are found before training."""
 
 import dataclasses
 
@@ -51,8 +51,8 @@ def check(config: ml_collections.ConfigDict) -> Setup:
     n = len(dataset.train_images)
     if not 1 <= config.data.batch_size <= n:
         raise TPPError(
-            f"config.data.batch_size is {config.data.batch_size}, but {config.data.name}"
-            f" has {n} training images"
+            f"config.data.batch_size is {config.data.batch_size}, but "
+            f"{config.data.name} has {n} training images"
         )
     steps_per_epoch = n // config.data.batch_size
     image_shape = dataset.train_images.shape[1:]

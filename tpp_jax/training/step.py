@@ -70,7 +70,7 @@ def graphdef_of(model: nnx.Module, *, training: bool) -> nnx.GraphDef:
 
 
 def epoch_order(key: Array, epoch: int, n: int) -> Int[Array, " n"]:
-    """Returns the order in which an epoch visits n images: a permutation of 0 … n - 1."""
+    """Returns the order in which an epoch visits n images, a permutation."""
     return jax.random.permutation(jax.random.fold_in(key, epoch), n)
 
 
