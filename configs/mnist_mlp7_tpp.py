@@ -20,8 +20,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.batch_size = 100
     config.data.crop_padding = 0
     config.data.flip = False
+    config.steps_per_dispatch = 100  # there is no convolution: loops are fine on the CPU
     config.log_every = 200
-    config.eval_every = 3000
+    config.eval_every = 6000
     config.checkpoint_every = 6000
 
     config.pretrain.epochs = 90
@@ -31,9 +32,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.prune.ratios = "*net*:0.8"
     config.prune.skip = "net.12"
     config.prune.weight_decay = 1e-4
-    config.prune.schedule.granularity = 1e-3
+    config.prune.schedule.granularity = 1e-4
     config.prune.schedule.every = 10
-    config.prune.schedule.stabilize = 1000
+    config.prune.schedule.stabilize = 10_000
 
     config.finetune.epochs = 90
     config.finetune.learning_rate = "0:0.01,30:0.001,60:0.0001"

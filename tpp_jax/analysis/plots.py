@@ -48,6 +48,18 @@ def _curves(
         axes[1].semilogy(*_series(rows, "loss"), color=color, linewidth=1)
         steps, strength = _series(rows, "strength")
         axes[2].plot(steps, strength, color=color, linewidth=1.5)
+    cut = _step_of_the_cut(summary)
+    for one in axes:
+        one.axvline(cut, color="0.3", linestyle="--", linewidth=1)
+    axes[0].text(
+        cut,
+        1,
+        "cut",
+        transform=axes[0].get_xaxis_transform(),
+        ha="center",
+        va="bottom",
+        fontsize="small",
+    )
     gram = axes[2].twinx()
     steps, values = _series(history, "gram")
     gram.semilogy(steps, np.maximum(values, 1e-12), color="0.5", linewidth=1)
@@ -72,6 +84,12 @@ def _curves(
     for one in axes:
         one.grid(alpha=0.25)
     return figure
+
+
+def _step_of_the_cut(summary: Mapping[str, Any]) -> int:
+    names = [phase["name"] for phase in summary["phases"]]
+    before = summary["phases"][: names.index("slice")]
+    return sum(phase["steps"] for phase in before)
 
 
 def _channels(layers: Mapping[str, Mapping[str, int]]) -> matplotlib.figure.Figure:
