@@ -8,15 +8,33 @@ command continues a run that was interrupted. This file only reads flags; the wo
 tpp_jax/training/run.py.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
+from collections.abc import Iterator
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 _DEFAULT = pathlib.Path(__file__).parent / "configs" / "digits_resnet8_tpp.py"
-_CONFIG = config_flags.DEFINE_config_file("config", str(_DEFAULT), "What to run.")
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns what ml_collections raises of a wrong config into one line."""
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        text = str(error).replace("\\n", " ").replace("\\", "").strip("\"'")
+        name, _, hint = " ".join(text.split()).partition("'")
+        sys.exit(f"error: the config has no field '{name}'.{hint}")
+    except OSError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+with plain_errors():  # reads --config.… already here, to make its default
+    _CONFIG = config_flags.DEFINE_config_file("config", str(_DEFAULT), "What to run.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, logs and results."
 )
@@ -32,6 +50,7 @@ def main(argv: list[str]) -> None:
     if not _DEBUG.value:
         logging.set_verbosity(logging.ERROR)
     # Imported late, so that --help and a wrong flag answer at once.
+    from tpp_jax.errors import TPPError
     from tpp_jax.training import evaluation, run
 
     try:
@@ -39,12 +58,19 @@ def main(argv: list[str]) -> None:
             run.train(_CONFIG.value, _WORKDIR.value)
         else:
             print(json.dumps(evaluation.evaluate(_WORKDIR.value)))
-    except ValueError as error:
+    except TPPError as error:
         if _DEBUG.value:
             raise
         sys.exit(f"error: {error}")
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    with plain_errors():
+        rest = app.parse_flags_with_usage(argv)
+        _CONFIG.value.items()  # a file that cannot be read raises only here
+    return rest
+
+
 if __name__ == "__main__":
     flags.mark_flag_as_required("workdir")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

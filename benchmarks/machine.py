@@ -16,7 +16,9 @@ def describe() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [row for row in cpuinfo.read_text().splitlines() if "model name" in row]
+        models = [
+            row for row in cpuinfo.read_text().splitlines() if "model name" in row
+        ]
         cpu = models[0].partition(":")[2].strip() if models else cpu
     return {
         "cpu": cpu,

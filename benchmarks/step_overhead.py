@@ -101,7 +101,11 @@ class _Stepper:
         state = TrainState(
             jax.numpy.int32(0), params, nnx.state(model, nnx.BatchStat), tx.init(params)
         )
-        self._args = jax.random.key(0), np.arange(2 * batch_size, dtype=np.int32), images
+        self._args = (
+            jax.random.key(0),
+            np.arange(2 * batch_size, dtype=np.int32),
+            images,
+        )
         self._state = jax.tree.map(jax.numpy.copy, state)
         self._step = jax.jit(step, donate_argnums=0)
         for _ in range(2):

@@ -20,7 +20,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.batch_size = 100
     config.data.crop_padding = 0
     config.data.flip = False
-    config.steps_per_dispatch = 100  # there is no convolution: loops are fine on the CPU
+    config.steps_per_dispatch = (
+        100  # there is no convolution: loops are fine on the CPU
+    )
     config.log_every = 200
     config.eval_every = 6000
     config.checkpoint_every = 6000

@@ -1,5 +1,8 @@
 """tpp_jax: structured pruning that keeps a network trainable, in JAX."""
 
+import importlib
+from typing import Any
+
 from tpp_jax import models
 from tpp_jax.method.gram import gram_penalty, gram_penalty_grad
 from tpp_jax.method.schedule import growing_schedule
@@ -17,10 +20,23 @@ __all__ = [
     "gram_penalty",
     "gram_penalty_grad",
     "growing_schedule",
+    "load_model",
+    "load_model_info",
     "make_plan",
     "mask_tree",
     "models",
     "prune",
+    "save_model",
     "slice_tree",
     "zero_pruned",
 ]
+
+_CHECKPOINTS = ("load_model", "load_model_info", "save_model")
+
+
+def __getattr__(name: str) -> Any:
+    # Orbax takes a second to import: only who saves or loads a model pays for it.
+    if name in _CHECKPOINTS:
+        checkpoints = importlib.import_module("tpp_jax.training.checkpoints")
+        return getattr(checkpoints, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

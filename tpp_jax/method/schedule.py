@@ -96,6 +96,10 @@ def growing_schedule(
     ):
         if not low < value < math.inf:
             raise ValueError(f"the schedule's {name} is {value}, must be above {low}")
+        if name not in ("granularity", "ceiling") and value % 1:
+            raise ValueError(
+                f"the schedule's {name} is {value}, must be a whole number of steps"
+            )
     if kind == "linear":
         if regularize_steps is not None:
             raise ValueError(
@@ -104,7 +108,7 @@ def growing_schedule(
             )
         strengths = _until_ceiling(granularity, ceiling)
     elif kind.removeprefix("poly").isdigit() and kind.startswith("poly"):
-        if not regularize_steps or regularize_steps % every:
+        if not regularize_steps or regularize_steps < 0 or regularize_steps % every:
             raise ValueError(
                 f"a {kind} schedule needs regularize_steps, a multiple of every "
                 f"({every}); it is {regularize_steps}"
@@ -120,7 +124,7 @@ def growing_schedule(
 
 
 def _until_ceiling(granularity: float, ceiling: float) -> list[float]:
-    # The original compares in float32, where 0.1 * 7 does reach 0.7.
+    # The original compares in float32, where 3 * 0.3 does reach 0.9.
     strengths = [0.0]
     while np.float32(strengths[-1]) < np.float32(ceiling):
         strengths.append(granularity * len(strengths))

@@ -23,6 +23,8 @@ from tpp_jax.pruning.naming import layer_name, map_named
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import keep_masks
 
+_NO_PARAMS = "the transform needs the parameters: call update(updates, state, params)"
+
 
 class TPPState(NamedTuple):
     """State of :func:`add_tpp_penalties`.
@@ -84,7 +86,7 @@ def add_tpp_penalties(
         updates: Any, state: TPPState, params: Any = None
     ) -> tuple[Any, TPPState]:
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError(_NO_PARAMS)
         strength = schedule(state.step)
         penalties = []
 
@@ -152,7 +154,7 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
         updates: Any, state: ZeroPrunedState, params: Any = None
     ) -> tuple[Any, ZeroPrunedState]:
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError(_NO_PARAMS)
 
         def zero(name: str, change: Array, parameter: Array) -> Array:
             for member, pruned in _pruned_members(plan, name):

@@ -117,7 +117,9 @@ def make_plan(
       ValueError: a ratio outside [0, 1), a pattern that matches no layer, a pattern
         that matches only layers that cannot be pruned, an unknown criterion or scope.
     """
-    counts = _prune_counts(groups, parse_ratios(ratios), parse_patterns(skip), round_to)
+    if round_to < 1:
+        raise ValueError(f"round_to is {round_to}, must be at least 1")
+    counts = _prune_counts(groups, parse_ratios(ratios), parse_patterns(skip))
     leaves = named_leaves(nnx.state(model) if isinstance(model, nnx.Module) else model)
     _check_leaves(groups, leaves)
     score = find_criterion(criterion, seed)
@@ -137,7 +139,10 @@ def make_plan(
             order = np.argsort(
                 scores.get(group.name, np.arange(group.size)), kind="stable"
             )
-            kept[group.name] = np.sort(order[counts[group.name] :]).astype(np.int32)
+            n_kept = group.size - counts[group.name]
+            n_kept = min(math.ceil(n_kept / round_to) * round_to, group.size)
+            order = order[group.size - n_kept :]
+            kept[group.name] = np.sort(order).astype(np.int32)
     return Plan(kept, groups)
 
 
@@ -182,11 +187,9 @@ def parse_patterns(patterns: Sequence[str] | str) -> list[str]:
 
 
 def _prune_counts(
-    groups: Groups, ratios: dict[str, float], skip: list[str], round_to: int
+    groups: Groups, ratios: dict[str, float], skip: list[str]
 ) -> dict[str, int]:
     """Returns group name → number of channels to prune, for the prunable groups."""
-    if round_to < 1:
-        raise ValueError(f"round_to is {round_to}, must be at least 1")
     for pattern in [*ratios, *skip]:
         _check_pattern(groups, pattern, must_prune=ratios.get(pattern, 0) > 0)
     counts = {}
@@ -198,9 +201,7 @@ def _prune_counts(
             matching = []
         n = group.size
         ratio = matching[-1] if matching else 0.0
-        count = min(math.ceil(ratio * n), math.floor(_LARGEST_SHARE * n))
-        kept = min(math.ceil((n - count) / round_to) * round_to, n)
-        counts[group.name] = n - kept
+        counts[group.name] = min(math.ceil(ratio * n), math.floor(_LARGEST_SHARE * n))
     return counts
 
 

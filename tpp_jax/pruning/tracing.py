@@ -95,7 +95,8 @@ def as_function(
       ``(fn, params, names of the trainable leaves)``.
 
     Raises:
-      TypeError: a function without ``params``, or an object that is neither.
+      TypeError: a function without ``params`` or with a bare array, which has no name,
+        or an object that is neither.
     """
     if isinstance(model, nnx.Module):
         graphdef, state = nnx.split(model)
@@ -111,6 +112,8 @@ def as_function(
         raise TypeError(f"expected an nnx.Module or a function, got {type(model)}")
     if params is None:
         raise TypeError("a plain function needs its parameters: pass params=tree")
+    if "" in _names(params):
+        raise TypeError("the parameters are a bare array: put it in a dict, for a name")
     return model, params, _names(params)
 
 

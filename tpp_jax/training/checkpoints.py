@@ -98,9 +98,7 @@ def save_model(
         saver.save(pathlib.Path(path).absolute(), items, force=True)
 
 
-def load_model(
-    path: str | pathlib.Path, model: nnx.Module | None = None
-) -> tuple[nnx.Module, dict[str, Any]]:
+def load_model(path: str | pathlib.Path, model: nnx.Module | None = None) -> nnx.Module:
     """Loads a model saved by :func:`save_model`.
 
     Args:
@@ -109,13 +107,33 @@ def load_model(
         used). Not needed if the saved model came from ``tpp_jax.models.create``.
 
     Returns:
-      ``(model, meta)``: the model with the saved arrays, pruned widths included, and
-      the saved ``model``, ``plan``, ``config`` and ``metrics``.
+      The model with the saved arrays, pruned widths included, in training mode.
 
     Raises:
       TPPError: there is no readable model, it does not say what it is and ``model`` is
         not given, or its arrays are not those of the given model.
     """
+    arrays, meta = _load(path)
+    if model is None:
+        if meta["model"] is None:
+            raise TPPError(
+                f"the model at {path} is not one that tpp_jax.models.create makes: "
+                "pass load_model an unpruned module of its class"
+            )
+        model = create_abstract(**meta["model"])
+    return with_arrays(model, arrays)
+
+
+def load_model_info(path: str | pathlib.Path) -> dict[str, Any]:
+    """Returns what was saved with a model: its spec, plan, config and metrics.
+
+    Raises:
+      TPPError: there is no readable model.
+    """
+    return _load(path)[1]
+
+
+def _load(path: str | pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
     folder = pathlib.Path(path).absolute()
     if not folder.is_dir():
         raise TPPError(f"there is no saved model at {folder}")
@@ -127,15 +145,7 @@ def load_model(
             f"the saved model at {folder} cannot be read ({type(error).__name__}): it "
             "is damaged or not one of tpp_jax"
         ) from error
-    meta = items["meta"]
-    if model is None:
-        if meta["model"] is None:
-            raise TPPError(
-                f"the model at {folder} is not one that tpp_jax.models.create makes: "
-                "pass load_model an unpruned module of its class"
-            )
-        model = create_abstract(**meta["model"])
-    return with_arrays(model, items["arrays"]), meta
+    return items["arrays"], items["meta"]
 
 
 def create_abstract(

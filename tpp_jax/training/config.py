@@ -1,8 +1,11 @@
 """Every field of a run's config with its default; the files in configs/ set some."""
 
+import difflib
 from typing import Any
 
 import ml_collections
+
+from tpp_jax.errors import TPPError
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -70,6 +73,30 @@ def _training(**fields: Any) -> ml_collections.ConfigDict:
             **fields,
         }
     )
+
+
+def check_fields(config: ml_collections.ConfigDict) -> None:
+    """Raises a TPPError unless a config has exactly the fields of the default one."""
+    ours, theirs = _fields(default_config()), _fields(config)
+    if odd := sorted(theirs - ours):
+        near = difflib.get_close_matches(odd[0], ours, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise TPPError(f"the config has a field {odd[0]} that nothing reads{hint}")
+    if missing := sorted(ours - theirs):
+        raise TPPError(
+            f"the config has no field {missing[0]}: start it from "
+            "tpp_jax.training.config.default_config()"
+        )
+
+
+def _fields(config: ml_collections.ConfigDict, prefix: str = "") -> set[str]:
+    names: set[str] = set()
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            names |= _fields(value, f"{prefix}{name}.")
+        else:
+            names.add(f"{prefix}{name}")
+    return names
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -13,7 +13,7 @@ from tpp_jax import data
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning.flops import count
 from tpp_jax.training import parallel
-from tpp_jax.training.checkpoints import load_model
+from tpp_jax.training.checkpoints import load_model, load_model_info
 from tpp_jax.training.step import Images, StepConfig, graphdef_of, make_eval_step
 
 _BATCH = 512  # images of one step, rounded up to fill the devices evenly
@@ -74,8 +74,8 @@ def evaluate(workdir: str | pathlib.Path, data_dir: str = "") -> dict[str, Any]:
             f"there is no finished run in {workdir}: it has no folder 'model'. Run "
             "launch.py with the same --workdir and its config to finish it"
         )
-    model, meta = load_model(folder)
-    settings = meta["config"]["data"]
+    model = load_model(folder)
+    settings = load_model_info(folder)["config"]["data"]
     dataset = data.load(
         settings["name"], data_dir or settings["dir"] or None, settings["pad_to"]
     )

@@ -14,6 +14,7 @@ from tpp_jax.pruning.groups import Groups, channel_groups
 from tpp_jax.pruning.plan import Plan, make_plan
 from tpp_jax.training import parallel, phases
 from tpp_jax.training.checkpoints import load_model
+from tpp_jax.training.config import check_fields
 from tpp_jax.training.phases import Phase
 
 
@@ -34,7 +35,21 @@ class Setup:
 
 
 def check(config: ml_collections.ConfigDict) -> Setup:
-    """Loads the data, builds the model and tries the plan, to find errors early."""
+    """Loads the data, builds the model and tries the plan, to find errors early.
+
+    Raises:
+      TPPError: whatever is wrong with the config.
+    """
+    try:
+        return _check(config)
+    except TPPError:
+        raise
+    except ValueError as error:  # the core's own messages: a pattern, a ratio, a name
+        raise TPPError(str(error)) from error
+
+
+def _check(config: ml_collections.ConfigDict) -> Setup:
+    check_fields(config)
     if bad := [
         n for n in ("log_every", "eval_every", "checkpoint_every") if config[n] < 1
     ]:
@@ -57,7 +72,7 @@ def check(config: ml_collections.ConfigDict) -> Setup:
     steps_per_epoch = n // config.data.batch_size
     image_shape = dataset.train_images.shape[1:]
     if config.init.model:
-        model, _ = load_model(config.init.model)
+        model = load_model(config.init.model)
         spec = model.spec
         wanted = (config.model.name, dataset.num_classes, tuple(image_shape))
         if (spec.name, spec.num_classes, tuple(spec.image_shape)) != wanted:

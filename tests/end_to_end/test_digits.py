@@ -1,0 +1,133 @@
+"""The whole job through launch.py, as a user runs it, on real handwritten digits."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHORTER = [
+    "--config.pretrain.epochs=10",
+    "--config.prune.schedule.granularity=0.01",
+    "--config.finetune.epochs=8",
+]
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    """Runs launch.py on one device; returns what it printed."""
+    environment = {**os.environ, "XLA_FLAGS": "", "COLUMNS": "100"}
+    command = [sys.executable, "launch.py", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of the default config, somewhat shortened: (folder, output)."""
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    done = launch(f"--workdir={workdir}", *SHORTER)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+@pytest.fixture(scope="module")
+def summary(run):
+    return json.loads((run[0] / "summary.json").read_text())
+
+
+def test_summary_holds_every_phase_in_order(summary):
+    assert summary["status"] == "done"
+    names = [phase["name"] for phase in summary["phases"]]
+    assert names == ["pretrain", "regularize", "stabilize", "slice", "finetune"]
+    steps = [phase["steps"] for phase in summary["phases"]]
+    assert steps == [10 * 22, 500, 201, 0, 8 * 22]
+    for phase in summary["phases"]:
+        assert 0 <= phase["accuracy"] <= phase["best_accuracy"] <= 100
+        assert phase["seconds"] > 0
+
+
+def test_half_of_the_filters_of_the_pruned_layers_are_gone(summary):
+    layers = summary["layers"]
+    assert layers["layer1.0.conv1"] == {"kept": 8, "total": 16}
+    assert layers["layer3.0.conv1"] == {"kept": 32, "total": 64}
+    assert layers["layer3.0.conv2"] == {"kept": 64, "total": 64}
+    dense, pruned = summary["dense"], summary["pruned"]
+    assert dense["params"] == 75002 and pruned["params"] == 38026
+    assert summary["speedup"] == pytest.approx(dense["flops"] / pruned["flops"])
+    assert summary["sparsity"] == pytest.approx(1 - pruned["params"] / dense["params"])
+
+
+def test_the_cut_costs_nothing_after_regularizing_and_much_without(summary):
+    cut = next(phase for phase in summary["phases"] if phase["name"] == "slice")
+    drop = cut["accuracy_before"] - cut["accuracy_after"]
+    one_shot = summary["dense"]["accuracy"] - summary["one_shot"]["accuracy_after"]
+    assert abs(drop) < 0.5
+    assert one_shot > 5
+
+
+def test_the_small_network_is_about_as_good_as_the_dense_one(summary):
+    # The full config is within 1 point; 360 test images weigh 0.28 points each.
+    assert summary["pruned"]["accuracy"] > summary["dense"]["accuracy"] - 2
+    assert summary["dense"]["accuracy"] > 97
+
+
+def test_tables_pictures_and_logs_are_left(run):
+    workdir, output = run
+    assert "layer2.0.conv1" in output and "32 → 16" in output
+    assert "fine-tuned" in output
+    for picture in ("curves.png", "channels.png"):
+        assert (workdir / picture).stat().st_size > 10_000
+    [events] = (workdir / "tensorboard").glob("events.out.tfevents.*")
+    assert b"strength" in events.read_bytes()
+    rows = [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
+    strengths = [row["strength"] for row in rows if "strength" in row]
+    assert strengths == sorted(strengths) and strengths[-1] == 1.0
+
+
+def test_running_again_says_that_it_is_finished(run):
+    again = launch(f"--workdir={run[0]}", *SHORTER)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+
+
+def test_another_config_in_the_same_folder_is_refused(run):
+    other = launch(f"--workdir={run[0]}", *SHORTER, "--config.seed=5")
+    assert other.returncode == 1
+    assert "seed was 0, is 5" in other.stderr
+
+
+def test_evaluation_needs_nothing_but_the_folder(run, summary, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(run[0], moved)
+    result = launch("--mode=evaluate", f"--workdir={moved}")
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert measured["accuracy"] == pytest.approx(summary["pruned"]["accuracy"])
+    assert measured["params"] == summary["pruned"]["params"]
+    assert measured["flops"] == summary["pruned"]["flops"]
+    assert 0 < measured["loss"] < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.prune.ratois=x"], "no field 'ratois'. Did you mean \"ratios\""),
+        (["--config=configs/none.py"], "configs/none.py"),
+        (["--config.prune.ratios=*xyz*:0.5"], "'*xyz*' matches no layer"),
+        (["--mode=evaluate"], "no finished run"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(tmp_path, arguments, message):
+    done = launch(f"--workdir={tmp_path / 'run'}", *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,185 @@
+"""Sizes and costs are exactly the original's, for every network and ratio recorded."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax import lax
+
+import tpp_jax as tpp
+from tests.reference import GOLDEN, filled
+from tpp_jax.pruning.naming import named_leaves
+
+RECORDED = json.loads((GOLDEN / "flops.json").read_text())
+
+
+def shape(*dims):
+    return jax.ShapeDtypeStruct(dims, jnp.float32)
+
+
+@functools.cache
+def dense(name):
+    """(abstract model, its groups, weights that cost nothing to make, its count)."""
+    model = nnx.eval_shape(
+        lambda: tpp.models.create(
+            name, num_classes=RECORDED[name]["num_classes"], rngs=nnx.Rngs(0)
+        )
+    )
+    image = shape(1, *model.spec.image_shape)
+    weights = {
+        leaf: jnp.zeros(array.shape)
+        for leaf, array in named_leaves(nnx.state(model)).items()
+    }
+    return model, tpp.channel_groups(model, image), weights, tpp.count(model, image)
+
+
+@functools.cache
+def pruned(name, ratios, skip=()):
+    """The count of the network sliced by shapes alone; which channels go is nothing."""
+    model, groups, weights, _ = dense(name)
+    plan = tpp.make_plan(groups, weights, ratios, skip=skip)
+    graphdef, state = nnx.split(model)
+    small = nnx.merge(graphdef, tpp.slice_tree(plan, state))
+    return tpp.count(small, shape(1, *model.spec.image_shape))
+
+
+ROWS = [
+    (name, row) for name, recorded in RECORDED.items() for row in recorded["pruned"]
+]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_parameters_and_flops_of_whole_networks_are_the_recorded_ones(name):
+    *_, count = dense(name)
+    assert (count.params, count.flops) == (
+        RECORDED[name]["params"],
+        RECORDED[name]["flops"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "row"), ROWS, ids=[f"{name} {row['ratios']}" for name, row in ROWS]
+)
+def test_pruned_networks_have_the_recorded_size_cost_and_widths(name, row):
+    count = pruned(name, row["ratios"], row["skip"])
+    assert (count.params, count.flops) == (row["params"], row["flops"])
+    kept = {layer: one.channels for layer, one in count.layers.items()}
+    assert kept == row["kept"]
+    speedup = dense(name)[-1].flops / count.flops
+    assert speedup == pytest.approx(row["speedup"], rel=1e-12)
+
+
+def speedup_and_sparsity(name, ratios, skip=()):
+    *_, before = dense(name)
+    after = pruned(name, ratios, skip)
+    return before.flops / after.flops, 1 - after.params / before.params
+
+
+@pytest.mark.parametrize(
+    ("ratio", "speedup", "sparsity"),
+    [
+        (0.3, "1.452", "31.135"),
+        (0.5, "1.993", "49.817"),
+        (0.7, "3.593", "70.580"),
+        (0.9, "11.578", "90.445"),
+        (0.95, "19.846", "95.183"),
+    ],
+)
+def test_the_paper_s_rows_for_resnet56(ratio, speedup, sparsity):
+    got = speedup_and_sparsity("cifar_resnet56", f"*layer*.conv1:{ratio}")
+    assert (f"{got[0]:.3f}", f"{100 * got[1]:.3f}") == (speedup, sparsity)
+
+
+def test_the_row_of_resnet56_with_a_ratio_per_stage():
+    ratios = "*layer[1-2]*.conv1:0.75,*layer3*.conv1:0.32"
+    speedup, _ = speedup_and_sparsity("cifar_resnet56", ratios)
+    assert f"{speedup:.4f}" == "2.5546"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "speedup", "sparsity"),
+    [
+        (0.1, "1.226", "19.24"),
+        (0.3, "1.965", "51.01"),
+        (0.5, "3.609", "74.87"),
+        (0.7, "8.891", "90.98"),
+        (0.9, "45.529", "98.96"),
+    ],
+)
+def test_the_paper_s_rows_for_vgg19_on_100_classes(ratio, speedup, sparsity):
+    got = speedup_and_sparsity("cifar_vgg19", f"*features*:{ratio}", "features.0")
+    assert f"{got[0]:.3f}" == speedup
+    assert f"{100 * got[1]:.2f}" == sparsity
+
+
+def test_the_dense_networks_have_the_published_multiply_adds():
+    *_, resnet = dense("cifar_resnet56")
+    assert (resnet.params, resnet.flops // 2) == (853_018, 125_485_696)
+    *_, vgg = dense("cifar_vgg19")
+    assert (vgg.params, vgg.flops // 2) == (20_081_188, 398_182_400)
+
+
+def test_a_real_pruned_network_counts_as_its_shapes_do():
+    model = filled(lambda: tpp.models.create("cifar_resnet56", rngs=nnx.Rngs(0)))
+    image = jnp.ones((1, 32, 32, 3))
+    groups = tpp.channel_groups(model, image)
+    small = tpp.prune(model, tpp.make_plan(groups, model, {"*layer*.conv1": 0.9}))
+    before, after = tpp.count(model, image), tpp.count(small, image)
+    assert after == pruned("cifar_resnet56", "*layer*.conv1:0.9")
+    assert f"{before.flops / after.flops:.3f}" == "11.578"
+    assert f"{1 - after.params / before.params:.5f}" == "0.90445"
+
+
+def test_every_layer_s_share_is_told_in_order_of_execution():
+    *_, count = dense("cifar_resnet20")
+    assert list(count.layers)[:3] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
+    # 16 filters of 3 · 3 · 3 weights at 32 · 32 places; no bias.
+    assert count.layers["conv1"] == (16, 432, 2 * 432 * 32 * 32)
+    assert count.layers["layer2.0.conv1"] == (32, 4608, 2 * 4608 * 16 * 16)
+    assert count.layers["linear"] == (10, 650, 2 * 640)
+    assert sum(layer.flops for layer in count.layers.values()) == count.flops
+    norms = count.params - sum(layer.params for layer in count.layers.values())
+    assert norms == 2 * (16 + 3 * 2 * (16 + 32 + 64))
+
+
+def test_statistics_are_no_parameters_but_every_leaf_of_a_plain_tree_is():
+    *_, count = dense("cifar_resnet20")
+    assert count.params == 269_722
+
+    def fn(p, x):
+        return x @ p["w"] + p["mean"]
+
+    params = {"w": shape(3, 5), "mean": shape(5)}
+    assert tpp.count(fn, shape(1, 3), params=params).params == 20
+
+
+def test_cost_grows_with_the_batch_and_the_image():
+    def fn(p, x):
+        return lax.conv_general_dilated(
+            x,
+            p["k"],
+            (2, 2),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=2,
+        )
+
+    params = {"k": shape(3, 3, 2, 6)}
+    one = tpp.count(fn, shape(1, 8, 8, 4), params=params)
+    four = tpp.count(fn, shape(4, 8, 16, 4), params=params)
+    # A grouped filter sees half of the input channels.
+    assert one.flops == 2 * 4 * 4 * 6 * (3 * 3 * 2)
+    assert four.flops == 8 * one.flops
+
+
+def test_a_layer_that_runs_three_times_has_its_parameters_once():
+    def fn(p, x):
+        for _ in range(3):
+            x = x @ p["w"]
+        return x
+
+    count = tpp.count(fn, shape(1, 4), params={"w": shape(4, 4)})
+    assert count == (16, 3 * 2 * 16, {"w": (4, 16, 3 * 2 * 16)})
