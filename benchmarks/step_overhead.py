@@ -1,6 +1,6 @@
 """What TPP adds to a training step: the penalized step over the plain one.
 
-    python benchmarks/step_overhead.py --model=cifar_resnet56 --batch_size=128
+    python -m benchmarks.step_overhead --model=cifar_resnet56 --batch_size=128
 
 Both steps are the library's own (augmentation, loss, batch norm, SGD), compiled in one
 process and timed in turn, so that whatever else the machine does falls on both alike.
