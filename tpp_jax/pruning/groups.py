@@ -51,6 +51,9 @@ class Group(NamedTuple):
       size: number of channels.
       producers: names of all layers that produce them, in order of execution.
       members: every parameter axis that they run through.
+      inner: whether another group runs through the same filters at a coarser grain:
+        that group's channels are the heads of an attention, say, and this one's the
+        dimensions of each head. Named ``layer#2``.
       reason: why they cannot be pruned; None if they can.
       reduced: whether a sum or maximum runs over the channels (a layer norm, a
         softmax); then zeros in their place are not the same as their absence.
@@ -60,6 +63,7 @@ class Group(NamedTuple):
     size: int
     producers: tuple[str, ...]
     members: tuple[Member, ...]
+    inner: bool
     reason: str | None
     reduced: bool
 
@@ -175,13 +179,18 @@ def channel_groups(
             size=len(channels),
             producers=names,
             members=tuple(m._replace(positions=m.positions[rank]) for m in members),
+            inner=False,
             reason=None if code < 0 else labels.reasons[code],
             reduced=bool(solution.reduced[channels].any()),
         )
-        groups.append((produced[0].order, produced[0].positions.min(), group))
-    groups.sort(key=lambda entry: entry[:2])
+        # Of groups that run through the same filters the coarser comes first: that
+        # whose channels take up neighbouring filters, or an axis further left.
+        one, *_ = first = produced[0].positions[rank]
+        key = (produced[0].order, first.min(), produced[0].axis, np.ptp(one))
+        groups.append((key, group))
+    groups.sort(key=lambda entry: entry[0])
     return Groups(
-        groups=_with_unique_names([(first, group) for _, first, group in groups]),
+        groups=_with_unique_names([group for _, group in groups]),
         layers=tuple(dict.fromkeys(layer.name for layer in layer_list)),
         shapes={leaf: traced.shapes[n] for leaf, n in traced.leaves.items()},
         inputs=jax.tree.map(
@@ -299,12 +308,30 @@ def _positions_of(
     return positions[order[start[:, None] + np.arange(m)]]
 
 
-def _with_unique_names(groups: list[tuple[int, Group]]) -> tuple[Group, ...]:
-    """Tells groups of one first producer apart by where they start: ``conv[16]``."""
+def _with_unique_names(groups: list[Group]) -> tuple[Group, ...]:
+    """Tells groups apart whose channels are produced by one layer.
+
+    One that runs through the same filters as an earlier one is an inner group,
+    ``conv#2``; one that stands beside it is named by where it starts, ``conv@16``.
+    """
+    earlier: dict[str, list[Member]] = {}
     taken: set[str] = set()
     unique = []
-    for first, group in groups:
-        name = group.name if group.name not in taken else f"{group.name}[{first}]"
+    for group in groups:
+        produced = [member for member in group.members if member.role == "produced"]
+        own = min(produced, key=lambda m: m.order)
+        outer = sum(
+            other.axis != own.axis
+            or bool(np.isin(own.positions, other.positions).any())
+            for other in earlier.get(own.leaf, [])
+        )
+        name = group.name
+        if outer:
+            name = f"{group.name}#{outer + 1}"
+        elif name in taken:
+            name = f"{group.name}@{own.positions.min()}"
         taken.add(name)
-        unique.append(group._replace(name=name))
+        for member in produced:
+            earlier.setdefault(member.leaf, []).append(member)
+        unique.append(group._replace(name=name, inner=outer > 0))
     return tuple(unique)

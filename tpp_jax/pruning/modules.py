@@ -32,16 +32,16 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
     """
     graphdef, state = nnx.split(model)
     small = nnx.merge(graphdef, slice_tree(plan, state))
-    for _, module in nnx.iter_modules(small):
-        _follow_arrays(module)
+    for path, module in nnx.iter_modules(small):
+        _follow_arrays(module, ".".join(map(str, path)), plan)
     name = type(model).__name__
     try:
         found = channel_groups(small, *plan.groups.inputs)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the sliced {name} does not run: one of its layers has a size written "
-            "into it that does not follow its arrays. Skip that layer's channels in the "
-            f"plan. The layer says: {error}"
+            "into it that does not follow its arrays. Skip that layer's channels in "
+            f"the plan. The layer says: {error}"
         ) from error
     there = {part for group in found for part in _layout(group)}
     for group in plan.groups:
@@ -54,7 +54,7 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
     return small
 
 
-def _follow_arrays(module: nnx.Module) -> None:
+def _follow_arrays(module: nnx.Module, path: str, plan: Plan) -> None:
     """Sets the static sizes of a Flax layer to what its sliced arrays say."""
     match module:
         case nnx.Conv(feature_group_count=groups) if groups > 1:
@@ -63,10 +63,20 @@ def _follow_arrays(module: nnx.Module) -> None:
                 groups = produced * groups // module.out_features
             module.feature_group_count = groups
             module.in_features, module.out_features = contracted * groups, produced
+        case nnx.GroupNorm() if module.scale is not None:
+            for group, member in plan.groups.members.get(f"{path}.scale", ()):
+                if group.size == module.num_groups and member.positions.shape[1] > 1:
+                    module.num_groups = plan.kept_count(group)
+            module.num_features = module.scale.shape[0]
+            module.group_size = module.num_features // module.num_groups
         case nnx.LinearGeneral():
             n = len(module.in_features)
             module.in_features = module.kernel.shape[:n]
             module.out_features = module.kernel.shape[n:]
+        case nnx.RNNCellBase():
+            recurrent = getattr(module, "dense_h", None) or getattr(module, "hf", None)
+            if recurrent is not None:
+                module.hidden_features = recurrent.kernel.shape[0]
         case nnx.MultiHeadAttention():
             module.in_features, heads, size = module.query.kernel.shape
             module.num_heads, module.head_dim = heads, size

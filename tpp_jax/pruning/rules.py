@@ -326,6 +326,21 @@ def _sort(
     return [joint for _ in shapes]
 
 
+def _loop_slice(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    labels.fix(operands[0][0], "the axis that a loop runs along")
+    return [operands[0][1:]]
+
+
+def _loop_stack(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    steps = labels.stuck(shapes[0][0], "the axis that a loop runs along")
+    rest = operands[0] if operands else [labels.fresh(n) for n in shapes[0][1:]]
+    return [[steps, *rest]]
+
+
 def _arg_reduce(
     labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
 ) -> list[Axes]:
@@ -362,6 +377,9 @@ RULES: dict[str, Rule] = {
     "dot_general": _dot_general,
     "gather": _gather,
     "iota": _iota,
+    "join": _elementwise,
+    "loop_slice": _loop_slice,
+    "loop_stack": _loop_stack,
     "pad": _pad,
     "reduce_and": _reduce,
     "reduce_max": _reduce,
