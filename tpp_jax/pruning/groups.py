@@ -295,7 +295,33 @@ def _alike_channels(
     for chosen in np.split(by_bundle, np.flatnonzero(np.diff(bundle[by_bundle])) + 1):
         sample = chosen[0]
         slots = np.unique(slot[by_channel[starts[sample] : ends[sample]]])
-        yield present[chosen], slots.tolist()
+        for channels in _apart(present[chosen], *rows[slots[0]]):
+            yield channels, slots.tolist()
+
+
+def _apart(
+    channels: np.ndarray, positions: np.ndarray, row: np.ndarray
+) -> list[np.ndarray]:
+    """Parts channels that share positions, as four heads and four dimensions do.
+
+    Positions are all combinations of one head and one dimension: the channels of one
+    kind are those that meet the same others.
+
+    Args:
+      channels: ascending.
+      positions: positions of an axis that all of them run through.
+      row: the channel at each of these.
+    """
+    here = np.isin(row, channels)
+    positions, row = positions[here], np.searchsorted(channels, row[here])
+    if len(np.unique(positions)) == len(positions):
+        return [channels]
+    incidence = np.zeros((len(channels), positions.max() + 1), np.int64)
+    incidence[row, positions] = 1
+    meets = incidence @ incidence.T > 0
+    np.fill_diagonal(meets, False)
+    _, kind = np.unique(meets, axis=0, return_inverse=True)
+    return [channels[kind == k] for k in range(kind.max() + 1)]
 
 
 def _positions_of(

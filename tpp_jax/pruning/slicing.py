@@ -101,11 +101,12 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 shape = (*leaf.shape[:axis], count, *leaf.shape[axis + 1 :])
                 leaf = jax.ShapeDtypeStruct(shape, leaf.dtype)
-            elif isinstance(mask, np.ndarray):
-                leaf = jnp.take(leaf, np.flatnonzero(mask), axis=axis)
+            elif isinstance(mask, np.ndarray) and not isinstance(leaf, jax.core.Tracer):
+                # On the host: on a device every new shape would be compiled for.
+                leaf = np.take(np.asarray(leaf), np.flatnonzero(mask), axis=axis)
             else:
                 leaf = jnp.take(leaf, jnp.nonzero(mask, size=count)[0], axis=axis)
-        return leaf
+        return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
     return map_named(cut, tree)
 
