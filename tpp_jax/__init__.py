@@ -9,8 +9,9 @@ from tpp_jax.method.schedule import growing_schedule
 from tpp_jax.method.transforms import add_tpp_penalties, zero_pruned
 from tpp_jax.pruning.flops import count
 from tpp_jax.pruning.groups import channel_groups
+from tpp_jax.pruning.modules import prune
 from tpp_jax.pruning.plan import Plan, make_plan
-from tpp_jax.pruning.slicing import mask_tree, prune, slice_tree
+from tpp_jax.pruning.slicing import mask_tree, slice_tree
 
 __all__ = [
     "Plan",

@@ -280,11 +280,10 @@ def test_a_layer_that_runs_twice_is_pruned_on_both_sides():
 
 
 UNKNOWN = {
-    "sort": lambda x: jnp.sort(x, axis=-1),
-    "cumsum": lambda x: jnp.cumsum(x, axis=-1),
-    "rev": lambda x: lax.rev(x, (1,)),
-    "scan": lambda x: lax.scan(lambda c, _: (c * 2, None), x, length=3)[0],
-    "while": lambda x: lax.while_loop(lambda c: jnp.all(c < 9), lambda c: c + 1, x),
+    "fft": lambda x: jnp.abs(jnp.fft.fft(x, axis=-1)),
+    "dynamic_slice": lambda x: lax.dynamic_slice(x, (0, 0), (1, 6)),
+    "lu": lambda x: lax.linalg.lu(x)[0],
+    "top_k": lambda x: lax.top_k(x, 6)[0],
 }
 
 
@@ -303,33 +302,81 @@ def test_an_operation_that_is_not_understood_keeps_all_that_meets_it(primitive):
     assert groups.members.keys() == {"after", "last"}
 
 
-def test_a_kernel_used_only_in_an_unknown_operation_belongs_to_no_group():
+ORDERED = {
+    "sort": (lambda x: jnp.sort(x, axis=-1), "an axis that is sorted"),
+    "cumsum": (lambda x: jnp.cumsum(x, axis=-1), "the axis that 'cumsum' runs along"),
+    "slice": (lambda x: x[:, :6], "a slice with fixed bounds [0:6:1]"),
+}
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_an_axis_whose_positions_have_an_order_stays(name):
+    operation, reason = ORDERED[name]
+
     def fn(p, x):
-        hidden = lax.scan(lambda c, w: (c @ w, None), x, p["stack"])[0]
+        return operation(jax.nn.relu(x @ p["before"])) @ p["last"]
+
+    params = {"before": shape(3, 7), "last": shape(6 if name == "slice" else 7, 2)}
+    groups = tpp.channel_groups(fn, shape(1, 3), params=params)
+    assert groups["before"].reason == reason
+
+
+def test_channels_are_followed_through_loops_and_branches():
+    def fn(p, x):
+        hidden = lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x @ p["in"], p["all"])[
+            0
+        ]
+        hidden = lax.cond(jnp.sum(x) > 0, jnp.tanh, jnp.square, hidden)
+        hidden = lax.while_loop(lambda c: jnp.all(c < 9), lambda c: c + 1, hidden)
         return hidden @ p["last"]
 
-    params = {"stack": shape(3, 4, 4), "last": shape(4, 2)}
-    groups = tpp.channel_groups(fn, shape(1, 4), params=params)
-    assert summary(groups) == [("last", 2, ("last",), OUTPUT)]
+    params = {"in": shape(3, 4), "all": shape(5, 4, 4), "last": shape(4, 2)}
+    groups = tpp.channel_groups(fn, shape(1, 3), params=params)
+    assert summary(groups) == [
+        ("in", 4, ("in", "all"), None),
+        ("last", 2, ("last",), OUTPUT),
+    ]
+    assert slots(groups["in"], "contracted") == {("all", 1), ("last", 0)}
+    assert slots(groups["in"], "produced") == {("in", 1), ("all", 2)}
+    # A layer in a loop costs what it costs at every turn.
+    assert tpp.count(fn, shape(1, 3), params=params).layers["all"].flops == 5 * 32
 
 
-def test_a_grouped_convolution_is_not_guessed():
+def grouped_convolution(groups, width):
     def fn(p, x):
         y = lax.conv_general_dilated(
             conv(x, p["first"]),
-            p["depthwise"],
+            p["middle"],
             (1, 1),
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=4,
+            feature_group_count=groups,
         )
         return conv(y, p["last"])
 
-    params = {"first": shape(1, 1, 3, 4), "depthwise": shape(3, 3, 1, 4)}
-    params["last"] = shape(1, 1, 4, 2)
-    groups = tpp.channel_groups(fn, shape(1, 4, 4, 3), params=params)
-    assert groups["first"].reason == "a grouped convolution (4 groups)"
-    assert groups["depthwise"].reason == "a grouped convolution (4 groups)"
+    params = {"first": shape(1, 1, 3, 4), "middle": shape(3, 3, 4 // groups, width)}
+    params["last"] = shape(1, 1, width, 2)
+    return tpp.channel_groups(fn, shape(1, 4, 4, 3), params=params)
+
+
+def test_a_depthwise_convolution_carries_its_input_channels_on():
+    groups = grouped_convolution(groups=4, width=8)
+    assert groups["first"].producers == ("first", "middle")
+    assert positions(groups, "first", "middle", 3).tolist() == [
+        [0, 1], [2, 3], [4, 5], [6, 7]
+    ]  # fmt: skip
+    assert positions(groups, "first", "last", 2).tolist() == [
+        [0, 1], [2, 3], [4, 5], [6, 7]
+    ]  # fmt: skip
+
+
+def test_a_grouped_convolution_loses_the_same_channels_in_every_group():
+    groups = grouped_convolution(groups=2, width=6)
+    assert groups["first"].size == 2
+    assert positions(groups, "first", "first", 3).tolist() == [[0, 2], [1, 3]]
+    assert positions(groups, "first", "middle", 2).tolist() == [[0], [1]]
+    assert groups["middle"].size == 3
+    assert positions(groups, "middle", "last", 2).tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 @pytest.mark.parametrize("wrap", ["jit", "checkpoint", "custom_jvp", "custom_vjp"])

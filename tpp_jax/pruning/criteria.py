@@ -9,23 +9,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from tpp_jax.pruning.groups import Group, Member
 
-Criterion = Callable[[Float[Array, "n d"]], Float[Array, " n"]]
+Criterion = Callable[[Float[np.ndarray, "n d"]], Float[np.ndarray, " n"]]
 
 
-def l1(filters: Float[Array, "n d"]) -> Float[Array, " n"]:
+def l1(filters: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
     """Mean absolute weight (TPP section 3.2; Li et al. 2017)."""
-    return jnp.mean(jnp.abs(filters), axis=1)
+    return np.mean(np.abs(filters), axis=1)
 
 
-def l2(filters: Float[Array, "n d"]) -> Float[Array, " n"]:
+def l2(filters: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
     """Root mean squared weight."""
-    return jnp.sqrt(jnp.mean(jnp.square(filters), axis=1))
+    return np.sqrt(np.mean(np.square(filters), axis=1))
 
 
 CRITERIA: dict[str, Criterion] = {"l1": l1, "l2": l2}
@@ -45,7 +44,7 @@ def find_criterion(criterion: str | Criterion, seed: int) -> Criterion:
         return criterion
     if criterion == "random":
         draws = np.random.default_rng(seed)
-        return lambda filters: jnp.asarray(draws.random(filters.shape[0]))
+        return lambda filters: draws.random(filters.shape[0])
     if criterion not in CRITERIA:
         known = ", ".join([*CRITERIA, "random"])
         raise ValueError(
@@ -55,10 +54,11 @@ def find_criterion(criterion: str | Criterion, seed: int) -> Criterion:
     return CRITERIA[criterion]
 
 
-def filters_of(member: Member, kernel: Any) -> Float[Array, "n d"]:
+def filters_of(member: Member, kernel: Any) -> Float[np.ndarray, "n d"]:
     """Returns a group's filters in one kernel: row c is all that makes channel c."""
     positions = member.positions
-    rows = jnp.moveaxis(jnp.asarray(kernel), member.axis, 0)[positions.reshape(-1)]
+    # On the host: on a device every new shape would be compiled for.
+    rows = np.moveaxis(np.asarray(kernel), member.axis, 0)[positions.reshape(-1)]
     return rows.reshape(len(positions), -1)
 
 

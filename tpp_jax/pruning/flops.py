@@ -93,7 +93,7 @@ def _filters(traced: Trace, layer: Layer) -> int:
 
 def _flops(traced: Trace, layer: Layer) -> int:
     eqn = layer.equation
-    out = math.prod(traced.shapes[eqn.outputs[0]])
+    out = eqn.times * math.prod(traced.shapes[eqn.outputs[0]])
     shape = traced.shapes[eqn.inputs[layer.operand]]
     dims = eqn.params["dimension_numbers"]
     if eqn.primitive == "conv_general_dilated":

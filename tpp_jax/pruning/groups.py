@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from tpp_jax.pruning.labels import Labels, solve
 from tpp_jax.pruning.naming import layer_name
-from tpp_jax.pruning.rules import Labels, apply_rule
+from tpp_jax.pruning.rules import apply_rule
 from tpp_jax.pruning.tracing import Layer, Trace, layers, trace
 
 
@@ -52,6 +51,9 @@ class Group(NamedTuple):
       size: number of channels.
       producers: names of all layers that produce them, in order of execution.
       members: every parameter axis that they run through.
+      inner: whether another group runs through the same filters at a coarser grain:
+        that group's channels are the heads of an attention, say, and this one's the
+        dimensions of each head. Named ``layer#2``.
       reason: why they cannot be pruned; None if they can.
       reduced: whether a sum or maximum runs over the channels (a layer norm, a
         softmax); then zeros in their place are not the same as their absence.
@@ -61,6 +63,7 @@ class Group(NamedTuple):
     size: int
     producers: tuple[str, ...]
     members: tuple[Member, ...]
+    inner: bool
     reason: str | None
     reduced: bool
 
@@ -144,7 +147,7 @@ def channel_groups(
     traced = trace(model, *inputs, params=params)
     layer_list = layers(traced)
     labels, axes = _label(traced)
-    component, stuck, reduced = _components(labels)
+    solution = solve(labels)
     roles = _roles(layer_list, axes, traced)
     orders = _orders(traced, layer_list)
 
@@ -153,14 +156,14 @@ def channel_groups(
         for leaf, value in traced.leaves.items()
         for axis in range(len(traced.shapes[value]))
     ]
-    rows = [component[axes[traced.leaves[leaf]][axis]] for leaf, axis in slots]
+    rows = [solution.of(axes[traced.leaves[leaf]][axis]) for leaf, axis in slots]
     groups = []
-    for channels, members_at in _alike_channels(rows, stuck):
+    for channels, members_at in _alike_channels(rows, solution.stuck):
         members = []
         for slot in members_at:
             leaf, axis = slots[slot]
             role = roles.get((leaf, axis), "along")
-            positions = _positions_of(channels, rows[slot])
+            positions = _positions_of(channels, *rows[slot])
             members.append(Member(leaf, axis, positions, role, orders.get(leaf, 0)))
         produced = sorted(
             (m for m in members if m.role == "produced"), key=lambda m: m.order
@@ -169,20 +172,25 @@ def channel_groups(
             continue
         # Channels are counted in the order of the first layer that produces them.
         rank = np.argsort(produced[0].positions.min(axis=1))
-        code = stuck[channels[0]]
+        code = solution.stuck[channels[0]]
         names = tuple(dict.fromkeys(layer_name(m.leaf) for m in produced))
         group = Group(
             name=names[0],
             size=len(channels),
             producers=names,
             members=tuple(m._replace(positions=m.positions[rank]) for m in members),
+            inner=False,
             reason=None if code < 0 else labels.reasons[code],
-            reduced=bool(reduced[channels].any()),
+            reduced=bool(solution.reduced[channels].any()),
         )
-        groups.append((produced[0].order, produced[0].positions.min(), group))
-    groups.sort(key=lambda entry: entry[:2])
+        # Of groups that run through the same filters the coarser comes first: that
+        # whose channels take up neighbouring filters, or an axis further left.
+        one, *_ = first = produced[0].positions[rank]
+        key = (produced[0].order, first.min(), produced[0].axis, np.ptp(one))
+        groups.append((key, group))
+    groups.sort(key=lambda entry: entry[0])
     return Groups(
-        groups=_with_unique_names([(first, group) for _, first, group in groups]),
+        groups=_with_unique_names([group for _, group in groups]),
         layers=tuple(dict.fromkeys(layer.name for layer in layer_list)),
         shapes={leaf: traced.shapes[n] for leaf, n in traced.leaves.items()},
         inputs=jax.tree.map(
@@ -214,28 +222,6 @@ def _label(traced: Trace) -> tuple[Labels, dict[int | None, list[np.ndarray]]]:
         axes.update(zip(eqn.outputs, results, strict=True))
     labels.fix_all([axes[n] for n in traced.outputs], "an output of the model")
     return labels, axes
-
-
-def _components(labels: Labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Joins tied labels.
-
-    Returns:
-      ``(component of each label, for each component the number of the reason that it is
-      fixed or -1, whether it is reduced over)``.
-    """
-    n = labels.count
-    none = np.zeros(0, np.int64)
-    a = np.concatenate([tie[0] for tie in labels.ties] or [none])
-    b = np.concatenate([tie[1] for tie in labels.ties] or [none])
-    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(n, n))
-    count, component = connected_components(graph, directed=False)
-    stuck = np.full(count, -1)
-    for fixed, reason in reversed(labels.fixed):
-        stuck[component[fixed]] = reason
-    reduced = np.zeros(count, bool)
-    for summed in labels.reduced:
-        reduced[component[summed]] = True
-    return component, stuck, reduced
 
 
 def _roles(
@@ -278,54 +264,100 @@ def _orders(traced: Trace, layer_list: list[Layer]) -> dict[str, int]:
 
 
 def _alike_channels(
-    rows: list[np.ndarray], stuck: np.ndarray
+    rows: list[tuple[np.ndarray, np.ndarray]], stuck: np.ndarray
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
     """Bundles channels that occupy the same slots equally often.
 
     Args:
-      rows: for each slot (an axis of a parameter leaf) the component of each position.
-      stuck: reason number of each component, or -1.
+      rows: for each slot (an axis of a parameter leaf) ``(positions, channels)``.
+      stuck: reason number of each channel, or -1.
 
     Yields:
-      ``(components, slots)`` of each bundle.
+      ``(channels, slots)`` of each bundle.
     """
     if not rows:
         return
-    component = np.concatenate(rows)
-    slot = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    channel = np.concatenate([row[1] for row in rows])
+    slot = np.repeat(np.arange(len(rows)), [len(row[1]) for row in rows])
     # A channel's signature is the sum of a random 64-bit number for each of its slots:
     # equal sums mean equal slots, but for a chance of 2^-64 a pair.
     weights = np.random.default_rng(0).integers(
         2**63, size=len(rows) + stuck.max(initial=-1) + 2, dtype=np.uint64
     )
     signature = weights[len(rows) + stuck + 1]
-    np.add.at(signature, component, weights[slot])
-    present = np.unique(component)
-    by_component = np.argsort(component, kind="stable")
-    starts = np.searchsorted(component[by_component], present)
-    ends = np.searchsorted(component[by_component], present, side="right")
+    np.add.at(signature, channel, weights[slot])
+    present = np.unique(channel)
+    by_channel = np.argsort(channel, kind="stable")
+    starts = np.searchsorted(channel[by_channel], present)
+    ends = np.searchsorted(channel[by_channel], present, side="right")
     _, bundle = np.unique(signature[present], return_inverse=True)
     by_bundle = np.argsort(bundle, kind="stable")
     for chosen in np.split(by_bundle, np.flatnonzero(np.diff(bundle[by_bundle])) + 1):
         sample = chosen[0]
-        slots = np.unique(slot[by_component[starts[sample] : ends[sample]]])
-        yield present[chosen], slots.tolist()
+        slots = np.unique(slot[by_channel[starts[sample] : ends[sample]]])
+        for channels in _apart(present[chosen], *rows[slots[0]]):
+            yield channels, slots.tolist()
 
 
-def _positions_of(channels: np.ndarray, row: np.ndarray) -> np.ndarray:
+def _apart(
+    channels: np.ndarray, positions: np.ndarray, row: np.ndarray
+) -> list[np.ndarray]:
+    """Parts channels that share positions, as four heads and four dimensions do.
+
+    Positions are all combinations of one head and one dimension: the channels of one
+    kind are those that meet the same others.
+
+    Args:
+      channels: ascending.
+      positions: positions of an axis that all of them run through.
+      row: the channel at each of these.
+    """
+    here = np.isin(row, channels)
+    positions, row = positions[here], np.searchsorted(channels, row[here])
+    if len(np.unique(positions)) == len(positions):
+        return [channels]
+    incidence = np.zeros((len(channels), positions.max() + 1), np.int64)
+    incidence[row, positions] = 1
+    meets = incidence @ incidence.T > 0
+    np.fill_diagonal(meets, False)
+    _, kind = np.unique(meets, axis=0, return_inverse=True)
+    return [channels[kind == k] for k in range(kind.max() + 1)]
+
+
+def _positions_of(
+    channels: np.ndarray, positions: np.ndarray, row: np.ndarray
+) -> np.ndarray:
     """Returns int64 ``[len(channels), m]``: where each channel stands along an axis."""
-    order = np.argsort(row, kind="stable")
+    order = np.lexsort((positions, row))
     start = np.searchsorted(row[order], channels)
     m = np.searchsorted(row[order], channels[0], side="right") - start[0]
-    return order[start[:, None] + np.arange(m)]
+    return positions[order[start[:, None] + np.arange(m)]]
 
 
-def _with_unique_names(groups: list[tuple[int, Group]]) -> tuple[Group, ...]:
-    """Tells groups of one first producer apart by where they start: ``conv[16]``."""
+def _with_unique_names(groups: list[Group]) -> tuple[Group, ...]:
+    """Tells groups apart whose channels are produced by one layer.
+
+    One that runs through the same filters as an earlier one is an inner group,
+    ``conv#2``; one that stands beside it is named by where it starts, ``conv@16``.
+    """
+    earlier: dict[str, list[Member]] = {}
     taken: set[str] = set()
     unique = []
-    for first, group in groups:
-        name = group.name if group.name not in taken else f"{group.name}[{first}]"
+    for group in groups:
+        produced = [member for member in group.members if member.role == "produced"]
+        own = min(produced, key=lambda m: m.order)
+        outer = sum(
+            other.axis != own.axis
+            or bool(np.isin(own.positions, other.positions).any())
+            for other in earlier.get(own.leaf, [])
+        )
+        name = group.name
+        if outer:
+            name = f"{group.name}#{outer + 1}"
+        elif name in taken:
+            name = f"{group.name}@{own.positions.min()}"
         taken.add(name)
-        unique.append(group._replace(name=name))
+        for member in produced:
+            earlier.setdefault(member.leaf, []).append(member)
+        unique.append(group._replace(name=name, inner=outer > 0))
     return tuple(unique)

@@ -100,7 +100,8 @@ def make_plan(
       ratios: pattern → share of the channels to prune, in [0, 1), as a dict or as the
         original's string ``"*layer*.conv1:0.9,*layer3*:0.5"``. Patterns are
         ``fnmatch`` globs over layer names; the last match wins, no match means 0. A
-        group is matched by any layer that produces it.
+        group is matched by any layer that produces it; an inner group (``layer#2``,
+        the dimensions within heads) by its own name only.
       skip: patterns of layers that are left whole, whatever the ratios say.
       criterion: ``"l1"``, ``"l2"``, ``"random"`` or a function from filters ``[n, d]``
         to scores ``[n]``; the lowest scores go.
@@ -206,7 +207,8 @@ def _prune_counts(
 
 
 def _matches(pattern: str, group: Group) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in group.producers)
+    names = (group.name,) if group.inner else (group.name, *group.producers)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 def _check_pattern(groups: Groups, pattern: str, must_prune: bool) -> None:

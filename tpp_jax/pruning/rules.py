@@ -1,14 +1,12 @@
 """How each primitive ties the positions of its operands' axes together.
 
-Every position of every axis of every array has a *label*: a non-negative integer for a
-position that could be removed, a negative one for a position that is fixed (an image
-row, a class of the output, padding of a constant width…), which tells why. A primitive
-gives labels to its results and ties labels that must be kept or removed together. The
-channels of a network are then the connected components of all ties.
+A rule takes the labels of a primitive's operands (see labels.py), gives labels to its
+results, and says which labels must be kept or removed together.
 
 Working on single positions rather than on whole axes makes padding, concatenation and
 flattening fall out without special cases: ``pad`` puts fixed labels beside the
-operand's, ``reshape`` of (h, w, c) into h·w·c repeats the labels of c.
+operand's, ``reshape`` of (h, w, c) into h·w·c repeats the labels of c, ``reshape`` of
+heads · size into (heads, size) makes each position a pair.
 
 A primitive that is not listed here is never guessed: every position of its operands is
 fixed, with the primitive as the reason.
@@ -19,64 +17,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tpp_jax.pruning.labels import Labels
 from tpp_jax.pruning.tracing import Equation
 
 Axes = list[np.ndarray]  # the labels of one array: an int64 vector for each axis
-
-
-class Labels:
-    """Gives out labels and collects ties between them.
-
-    Attributes:
-      count: labels given out so far, which are ``0 … count - 1``.
-      ties: pairs of equally long label vectors that are tied position by position.
-      fixed: pairs (labels, reason number) of positions that must stay.
-      reasons: texts; the fixed label ``-1 - i`` stands for ``reasons[i]``.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.ties: list[tuple[np.ndarray, np.ndarray]] = []
-        self.fixed: list[tuple[np.ndarray, int]] = []
-        self.reasons: list[str] = []
-        self.reduced: list[np.ndarray] = []
-
-    def fresh(self, n: int) -> np.ndarray:
-        """Returns ``n`` new labels."""
-        self.count += n
-        return np.arange(self.count - n, self.count)
-
-    def stuck(self, n: int, reason: str) -> np.ndarray:
-        """Returns ``n`` positions that are fixed for ``reason``."""
-        return np.full(n, -1 - self._reason(reason))
-
-    def fix(self, labels: np.ndarray, reason: str) -> None:
-        """Fixes positions: their channels cannot be removed."""
-        labels = labels[labels >= 0]
-        if labels.size:
-            self.fixed.append((labels, self._reason(reason)))
-
-    def fix_all(self, operands: list[Axes], reason: str) -> None:
-        """Fixes every position of every axis of several arrays."""
-        for axes in operands:
-            for labels in axes:
-                self.fix(labels, reason)
-
-    def tie(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Ties two axes position by position; returns the joint labels."""
-        both = (a >= 0) & (b >= 0) & (a != b)
-        if both.any():
-            self.ties.append((a[both], b[both]))
-        for x, y in ((a, b), (b, a)):
-            mixed = (x >= 0) & (y < 0)
-            for code in np.unique(y[mixed]):
-                self.fixed.append((x[mixed & (y == code)], -1 - int(code)))
-        return np.where(a >= 0, a, b)
-
-    def _reason(self, text: str) -> int:
-        if text not in self.reasons:
-            self.reasons.append(text)
-        return self.reasons.index(text)
 
 
 Rule = Callable[[Labels, Equation, list[Axes], list[tuple[int, ...]]], list[Axes]]
@@ -123,18 +67,27 @@ def _convolution(
         labels.fix(images[axis], "a spatial axis of a convolution")
     for axis in kernel_window:
         labels.fix(kernel[axis], "the window of a convolution")
-    groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
     out: Axes = [labels.stuck(n, "a spatial axis of a convolution") for n in shapes[0]]
     out_batch, out_features, *_ = dims.out_spec
     out[out_batch] = images[batch]
-    if groups == 1:
+    out[out_features] = kernel[produced]
+    groups = eqn.params["feature_group_count"]
+    if eqn.params["batch_group_count"] != 1:
+        for axis in (images[batch], images[features], kernel[contracted]):
+            labels.fix(axis, "a convolution in groups of the batch")
+        labels.fix(kernel[produced], "a convolution in groups of the batch")
+    elif groups == 1:
         labels.tie(images[features], kernel[contracted])
-        out[out_features] = kernel[produced]
+    elif len(kernel[contracted]) == 1:
+        # Depthwise: each input channel makes its own one or more output channels.
+        several = len(kernel[produced]) // groups
+        labels.tie(np.repeat(images[features], several), kernel[produced])
     else:
-        reason = f"a grouped convolution ({groups} groups)"
-        for axis in (images[features], kernel[contracted], kernel[produced]):
-            labels.fix(axis, reason)
-        out[out_features] = labels.stuck(shapes[0][out_features], reason)
+        # Channels may go from all groups alike; the number of groups stays.
+        group = labels.stuck(groups, f"the {groups} groups of a convolution")
+        within = labels.product([group, kernel[contracted]])
+        labels.tie(images[features], within)
+        functools.reduce(labels.tie, np.split(kernel[produced], groups))
     return [out]
 
 
@@ -183,25 +136,14 @@ def _reshape(
     out: Axes = []
     for old_axes, new_axes in _matching_axes([len(a) for a in old], new):
         block = [old[i] for i in old_axes]
-        sizes = [new[j] for j in new_axes]
-        prunable = [i for i, labels_ in enumerate(block) if (labels_ >= 0).any()]
+        sizes = tuple(new[j] for j in new_axes)
         if not block:
-            out.append(labels.fresh(1))
-        elif len(sizes) == 1 and len(block) == 1:
-            out.append(block[0])
-        elif len(sizes) == 1 and len(prunable) <= 1:
-            # Only one factor can shrink: each of its labels stands for a whole block.
-            shape = [len(a) for a in block]
-            i = prunable[0] if prunable else 0
-            along = np.reshape(
-                block[i], [-1 if i == j else 1 for j in range(len(shape))]
-            )
-            out.append(np.broadcast_to(along, shape).reshape(-1))
+            out.append(labels.fresh(1))  # a new axis of size one
+        elif len(sizes) == 1:
+            out.append(labels.product(block))
         else:
-            what = f"{tuple(len(a) for a in block)} into {tuple(sizes)}"
-            reason = f"a reshape of {what}"
-            labels.fix_all([block], reason)
-            out += [labels.stuck(n, reason) for n in sizes]
+            whole = labels.product(block) if len(block) > 1 else block[0]
+            out += labels.split(whole, sizes)
     return [out]
 
 
@@ -317,6 +259,97 @@ def _slice(
     return [out]
 
 
+def _split(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    along, sizes = eqn.params["axis"], eqn.params["sizes"]
+    axis = operands[0][along]
+    if len(set(sizes)) > 1:
+        labels.fix(axis, f"a split into the fixed sizes {tuple(sizes)}")
+    else:
+        # Equal parts stay equal only if they lose the same positions.
+        functools.reduce(labels.tie, np.split(axis, len(sizes)))
+    results = []
+    for part in np.split(axis, np.cumsum(sizes)[:-1]):
+        axes = list(operands[0])
+        axes[along] = part
+        results.append(axes)
+    return results
+
+
+def _cumulative(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    along = eqn.params["axis"]
+    labels.fix(operands[0][along], f"the axis that '{eqn.primitive}' runs along")
+    return [list(operands[0])]
+
+
+def _reverse(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    turned = eqn.params["dimensions"]
+    return [[a[::-1] if i in turned else a for i, a in enumerate(operands[0])]]
+
+
+def _gather(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    """Looking rows up (an embedding): axes that are taken whole pass through."""
+    table, indices = operands
+    dims = eqn.params["dimension_numbers"]
+    sizes = eqn.params["slice_sizes"]
+    reason = "an axis that is indexed"
+    if dims.operand_batching_dims or dims.start_indices_batching_dims:
+        return _unknown(labels, eqn, operands, shapes)
+    whole = []
+    for i, axis in enumerate(table):
+        if i in dims.collapsed_slice_dims:
+            labels.fix(axis, reason)
+        elif sizes[i] == len(axis) and i not in dims.start_index_map:
+            whole.append(axis)
+        else:
+            labels.fix(axis, reason)
+            whole.append(labels.stuck(sizes[i], reason))
+    offsets = dict(zip(dims.offset_dims, whole, strict=True))
+    looked_up = iter(indices[:-1])
+    rank = range(len(shapes[0]))
+    return [[offsets[i] if i in offsets else next(looked_up) for i in rank]]
+
+
+def _sort(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    along = eqn.params["dimension"]
+    joint = [functools.reduce(labels.tie, axes) for axes in zip(*operands, strict=True)]
+    labels.fix(joint[along], "an axis that is sorted")
+    return [joint for _ in shapes]
+
+
+def _loop_slice(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    labels.fix(operands[0][0], "the axis that a loop runs along")
+    return [operands[0][1:]]
+
+
+def _loop_stack(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    steps = labels.stuck(shapes[0][0], "the axis that a loop runs along")
+    rest = operands[0] if operands else [labels.fresh(n) for n in shapes[0][1:]]
+    return [[steps, *rest]]
+
+
+def _arg_reduce(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    for axis in eqn.params["axes"]:
+        labels.fix(operands[0][axis], f"the axis that '{eqn.primitive}' runs over")
+    gone = eqn.params["axes"]
+    return [[a for i, a in enumerate(operands[0]) if i not in gone]]
+
+
 def _iota(
     labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
 ) -> list[Axes]:
@@ -333,19 +366,34 @@ _ELEMENTWISE = """
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    "argmax": _arg_reduce,
+    "argmin": _arg_reduce,
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _concatenate,
     "conv_general_dilated": _convolution,
+    **dict.fromkeys(
+        ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"), _cumulative
+    ),
     "dot_general": _dot_general,
+    "gather": _gather,
     "iota": _iota,
+    "join": _elementwise,
+    "loop_slice": _loop_slice,
+    "loop_stack": _loop_stack,
     "pad": _pad,
+    "reduce_and": _reduce,
     "reduce_max": _reduce,
     "reduce_min": _reduce,
+    "reduce_or": _reduce,
+    "reduce_prod": _reduce,
     "reduce_sum": _reduce,
     "reduce_window_max": _reduce_window,
     "reduce_window_sum": _reduce_window,
     "reshape": _reshape,
+    "rev": _reverse,
     "slice": _slice,
+    "sort": _sort,
+    "split": _split,
     "squeeze": _squeeze,
     "transpose": _transpose,
 }

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool
 
+from tpp_jax.pruning.groups import Group, Member
 from tpp_jax.pruning.naming import longest_known_suffix, map_named
 from tpp_jax.pruning.plan import Plan
 
@@ -28,24 +28,54 @@ def keep_masks(plan: Plan, leaf: str) -> dict[int, tuple[Bool[Array, " n"], int]
       Axis → (bool ``[n]``, True where the position stays; how many stay), for the axes
       that lose something.
     """
+    cut = [
+        (group, member)
+        for group, member in plan.groups.members.get(leaf, ())
+        if plan.kept_count(group) < group.size
+    ]
     masks: dict[int, tuple[Any, int]] = {}
-    for group, member in plan.groups.members.get(leaf, ()):
-        gone = group.size - plan.kept_count(group)
-        if not gone:
-            continue
-        n = plan.groups.shapes[leaf][member.axis]
-        mask, count = masks.get(member.axis, (np.ones(n, bool), n))
-        kept = plan.kept[group.name]
-        if isinstance(kept, np.ndarray):
-            stays = np.zeros(group.size, bool)
-            stays[kept] = True
-            mask = mask.copy()
-            mask[member.positions] = stays[:, None]
-        else:
-            stays = jnp.zeros(group.size, bool).at[kept].set(True)
-            mask = jnp.asarray(mask).at[member.positions].set(stays[:, None])
-        masks[member.axis] = mask, count - gone * member.positions.shape[1]
+    for axis in dict.fromkeys(member.axis for _, member in cut):
+        n = plan.groups.shapes[leaf][axis]
+        here = [(group, member) for group, member in cut if member.axis == axis]
+        mask = np.ones(n, bool)
+        for group, member in here:
+            stays = _stays(plan.kept[group.name], group.size)[:, None]
+            if isinstance(mask, np.ndarray) and isinstance(stays, np.ndarray):
+                mask[member.positions] &= stays
+            else:
+                rows = jnp.ones(n, bool).at[member.positions].set(stays)
+                mask = jnp.asarray(mask) & rows
+        masks[axis] = mask, _kept_positions(plan, n, here)
     return masks
+
+
+def _stays(kept: Any, size: int) -> Any:
+    """Returns bool ``[size]``, True for the kept channels."""
+    if isinstance(kept, np.ndarray):
+        stays = np.zeros(size, bool)
+        stays[kept] = True
+        return stays
+    return jnp.zeros(size, bool).at[kept].set(True)
+
+
+def _kept_positions(plan: Plan, n: int, here: list[tuple[Group, Member]]) -> int:
+    """Counts the positions of an axis that stay, whichever channels they are.
+
+    Where several groups run through one position (the heads and the channels of a head
+    through an attention's projection), it stays if it stays for each of them: such
+    positions are all combinations of the groups' channels, so the shares multiply.
+    """
+    through = np.zeros(n, np.int64)
+    for i, (_, member) in enumerate(here):
+        through[member.positions.reshape(-1)] |= 1 << i
+    total = 0
+    for code, positions in zip(*np.unique(through, return_counts=True), strict=True):
+        share = int(positions)
+        for i, (group, _) in enumerate(here):
+            if code >> i & 1:
+                share = share * plan.kept_count(group) // group.size
+        total += share
+    return total
 
 
 def slice_tree(plan: Plan, tree: Any) -> Any:
@@ -71,11 +101,12 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 shape = (*leaf.shape[:axis], count, *leaf.shape[axis + 1 :])
                 leaf = jax.ShapeDtypeStruct(shape, leaf.dtype)
-            elif isinstance(mask, np.ndarray):
-                leaf = jnp.take(leaf, np.flatnonzero(mask), axis=axis)
+            elif isinstance(mask, np.ndarray) and not isinstance(leaf, jax.core.Tracer):
+                # On the host: on a device every new shape would be compiled for.
+                leaf = np.take(np.asarray(leaf), np.flatnonzero(mask), axis=axis)
             else:
                 leaf = jnp.take(leaf, jnp.nonzero(mask, size=count)[0], axis=axis)
-        return leaf
+        return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
     return map_named(cut, tree)
 
@@ -102,39 +133,6 @@ def mask_tree(plan: Plan, tree: Any) -> Any:
         return mask
 
     return map_named(mark, tree)
-
-
-def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
-    """Returns a smaller model; the given one is untouched.
-
-    Args:
-      model: the model that the plan was made for.
-      plan: what is pruned.
-
-    Returns:
-      A new module of the same class with narrower layers.
-
-    Raises:
-      ValueError: the sliced model does not run, since a layer has a size of its own
-        written into it.
-    """
-    graphdef, state = nnx.split(model)
-    small = nnx.merge(graphdef, slice_tree(plan, state))
-
-    def run(state: Any, *inputs: Any) -> Any:
-        merged = nnx.merge(graphdef, state)
-        merged.eval()
-        return merged(*inputs)
-
-    try:
-        jax.eval_shape(run, nnx.state(small), *plan.groups.inputs)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the sliced {type(model).__name__} does not run: one of its layers has a "
-            "size written into it that does not follow its arrays. Skip that layer's "
-            f"channels in the plan. The layer says: {error}"
-        ) from error
-    return small
 
 
 def _parameter(plan: Plan, name: str, leaf: Any) -> str:

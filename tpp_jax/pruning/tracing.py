@@ -1,8 +1,8 @@
 """A traced function as a flat list of equations over numbered values.
 
 Groups and FLOPs are both read off a jaxpr. Here the jaxpr is made, from abstract shapes
-alone, and its nested calls (``jit``, ``custom_jvp``, ``remat``…) are unfolded, so that
-what reads it is one loop over plain primitives.
+alone, and its nested calls (``jit``, ``custom_jvp``, ``remat``…), loops and branches
+are unfolded, so that what reads it is one loop over plain primitives.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,22 @@ _CALLS = {
 
 
 class Equation(NamedTuple):
-    """One primitive applied to numbered values; ``None`` is a scalar literal."""
+    """One primitive applied to numbered values; ``None`` is a scalar literal.
+
+    Besides JAX's primitives there are three that come from unfolding loops and
+    branches: ``loop_slice`` takes one step's part of an array (its first axis goes),
+    ``loop_stack`` puts the parts together again, ``join`` is one value of several
+    sources.
+
+    Attributes:
+      times: how often it runs, where a ``scan`` tells.
+    """
 
     primitive: str
     inputs: tuple[int | None, ...]
     outputs: tuple[int, ...]
     params: dict[str, Any]
+    times: int = 1
 
 
 class Trace(NamedTuple):
@@ -139,11 +149,14 @@ def trace(
     named = jax.tree_util.tree_leaves_with_path(params)
     closed = jax.make_jaxpr(fn)(params, *inputs)
     builder = _Builder()
-    numbers = [builder.number(var) for var in closed.jaxpr.invars]
+    jaxpr = closed.jaxpr
+    numbers = [builder.number(np.shape(var.aval)) for var in jaxpr.invars]
     leaves = {leaf_name(path): n for (path, _), n in zip(named, numbers, strict=False)}
-    constants = [builder.number(var, "") for var in closed.jaxpr.constvars]
+    constants = [builder.number(np.shape(var.aval), "") for var in jaxpr.constvars]
     builder.origin.update({n: name for name, n in leaves.items()})
-    outputs = builder.unfold(closed.jaxpr, dict(builder.numbers))
+    variables = [*jaxpr.invars, *jaxpr.constvars]
+    scope = dict(zip(variables, [*numbers, *constants], strict=True))
+    outputs = builder.unfold(jaxpr, scope)
     return Trace(
         leaves=leaves,
         trainable=trainable,
@@ -183,7 +196,6 @@ class _Builder:
     """Numbers values and unfolds calls while walking a jaxpr."""
 
     def __init__(self) -> None:
-        self.numbers: dict[Any, int] = {}
         self.shapes: list[tuple[int, ...]] = []
         self.equations: list[Equation] = []
         self.constants: list[int] = []
@@ -191,36 +203,102 @@ class _Builder:
         # input or on several leaves.
         self.origin: dict[int, str | None] = {}
 
-    def number(self, var: Any, origin: str | None = None) -> int:
-        n = len(self.shapes)
-        self.numbers[var] = n
-        self.shapes.append(tuple(np.shape(var.aval)))
+    def number(self, shape: tuple[int, ...], origin: str | None = None) -> int:
+        self.shapes.append(tuple(shape))
+        n = len(self.shapes) - 1
         self.origin[n] = origin
         return n
 
-    def unfold(self, jaxpr: Any, env: dict[Any, int | None]) -> list[int | None]:
+    def unfold(
+        self, jaxpr: Any, env: dict[Any, int | None], times: int = 1
+    ) -> list[int | None]:
         for eqn in jaxpr.eqns:
-            name = eqn.primitive.name
             inputs = [self._read(var, env) for var in eqn.invars]
-            if name in _CALLS:
-                inner = eqn.params[_CALLS[name]]
-                consts = getattr(inner, "consts", ())
-                inner = getattr(inner, "jaxpr", inner)
-                scope = dict(zip(inner.invars, inputs, strict=True))
-                for var, _ in zip(inner.constvars, consts, strict=True):
-                    scope[var] = self.number(var, "")
-                    self.constants.append(scope[var])
-                outputs = self.unfold(inner, scope)
-                env.update(zip(eqn.outvars, outputs, strict=True))
-                continue
-            outputs = [self.number(var) for var in eqn.outvars]
+            match eqn.primitive.name:
+                case name if name in _CALLS:
+                    outputs = self._call(eqn.params[_CALLS[name]], inputs, times)
+                case "scan":
+                    outputs = self._scan(eqn, inputs, times)
+                case "while":
+                    outputs = self._while(eqn, inputs, times)
+                case "cond":
+                    outputs = self._cond(eqn, inputs, times)
+                case name:
+                    shapes = [np.shape(var.aval) for var in eqn.outvars]
+                    outputs = self._equation(name, inputs, shapes, eqn.params, times)
             env.update(zip(eqn.outvars, outputs, strict=True))
-            origin = self._origin_of(inputs)
-            self.origin.update(dict.fromkeys(outputs, origin))
-            self.equations.append(
-                Equation(name, tuple(inputs), tuple(outputs), eqn.params)
-            )
         return [self._read(var, env) for var in jaxpr.outvars]
+
+    def _equation(
+        self,
+        name: str,
+        inputs: list[int | None],
+        shapes: list[tuple[int, ...]],
+        params: dict[str, Any] | None = None,
+        times: int = 1,
+    ) -> list[int]:
+        origin = self._origin_of(inputs)
+        outputs = [self.number(shape, origin) for shape in shapes]
+        self.equations.append(
+            Equation(name, tuple(inputs), tuple(outputs), params or {}, times)
+        )
+        return outputs
+
+    def _call(
+        self, closed: Any, inputs: list[int | None], times: int
+    ) -> list[int | None]:
+        inner = getattr(closed, "jaxpr", closed)
+        scope = dict(zip(inner.invars, inputs, strict=True))
+        for var in inner.constvars:
+            scope[var] = self.number(np.shape(var.aval), "")
+            self.constants.append(scope[var])
+        return self.unfold(inner, scope, times)
+
+    def _join(self, sources: list[int | None]) -> int | None:
+        """Makes one value of several that must have the same channels."""
+        known = [n for n in sources if n is not None]
+        if len(known) < 2:
+            return known[0] if known else None
+        return self._equation("join", known, [self.shapes[known[0]]])[0]
+
+    def _scan(self, eqn: Any, inputs: list[int | None], times: int) -> list[int | None]:
+        length = eqn.params["length"]
+        n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        carry, stacked = inputs[n_consts:][:n_carry], inputs[n_consts + n_carry :]
+        parts = [
+            None
+            if n is None
+            else self._equation("loop_slice", [n], [self.shapes[n][1:]])[0]
+            for n in stacked
+        ]
+        arguments = [*inputs[:n_consts], *carry, *parts]
+        results = self._call(eqn.params["jaxpr"], arguments, times * length)
+        outputs = [
+            self._join([first, last])
+            for first, last in zip(carry, results[:n_carry], strict=True)
+        ]
+        for result, var in zip(results[n_carry:], eqn.outvars[n_carry:], strict=True):
+            shape = np.shape(var.aval)
+            sources = [] if result is None else [result]
+            outputs += self._equation("loop_stack", sources, [shape])
+        return outputs
+
+    def _while(
+        self, eqn: Any, inputs: list[int | None], times: int
+    ) -> list[int | None]:
+        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        carry = inputs[n_cond + n_body :]
+        self._call(eqn.params["cond_jaxpr"], [*inputs[:n_cond], *carry], times)
+        body = [*inputs[n_cond:][:n_body], *carry]
+        results = self._call(eqn.params["body_jaxpr"], body, times)
+        pairs = zip(carry, results, strict=True)
+        return [self._join([first, last]) for first, last in pairs]
+
+    def _cond(self, eqn: Any, inputs: list[int | None], times: int) -> list[int | None]:
+        branches = [
+            self._call(branch, inputs[1:], times) for branch in eqn.params["branches"]
+        ]
+        return [self._join(list(sources)) for sources in zip(*branches, strict=True)]
 
     def _read(self, var: Any, env: dict[Any, int | None]) -> int | None:
         if isinstance(var, jex_core.Literal):

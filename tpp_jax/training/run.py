@@ -20,9 +20,9 @@ from tpp_jax.analysis import plots, tables
 from tpp_jax.errors import TPPError
 from tpp_jax.method.transforms import TPPState
 from tpp_jax.pruning.flops import count
+from tpp_jax.pruning.modules import prune
 from tpp_jax.pruning.naming import map_named, named_leaves
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.slicing import prune
 from tpp_jax.training import parallel, phases
 from tpp_jax.training.checkpoints import Checkpoints, save_model, with_arrays
 from tpp_jax.training.config import differences

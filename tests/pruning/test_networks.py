@@ -1,0 +1,233 @@
+"""Networks of many kinds: their groups by hand; the sliced equals the masked one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import tpp_jax as tpp
+
+
+class InvertedResidual(nnx.Module):
+    """MobileNetV3's block: expand, depthwise or grouped, squeeze-excite, project."""
+
+    def __init__(self, rngs, groups=32, norm="batch"):
+        self.expand = nnx.Conv(8, 32, (1, 1), rngs=rngs)
+        if norm == "batch":
+            self.norm = nnx.BatchNorm(32, rngs=rngs)
+        else:
+            self.norm = nnx.GroupNorm(32, num_groups=4, rngs=rngs)
+        self.middle = nnx.Conv(32, 32, (3, 3), feature_group_count=groups, rngs=rngs)
+        self.squeeze = nnx.Linear(32, 8, rngs=rngs)
+        self.excite = nnx.Linear(8, 32, rngs=rngs)
+        self.project = nnx.Conv(32, 8, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        y = nnx.relu6(self.norm(self.expand(x)))
+        y = nnx.hard_swish(self.middle(y))
+        gate = nnx.relu(self.squeeze(y.mean((1, 2))))
+        gate = nnx.sigmoid(self.excite(gate))
+        return x + self.project(y * gate[:, None, None])
+
+
+class Block(nnx.Module):
+    """A transformer block with a fused qkv; heads by number or by their size."""
+
+    def __init__(self, rngs, width=16, heads=4, by_size=True):
+        self.heads, self.size = heads, width // heads
+        self.by_size = by_size
+        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.out = nnx.Linear(width, width, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, rngs=rngs)
+        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def split(self, x):
+        by_size = (*x.shape[:2], -1, self.size)
+        return x.reshape(by_size if self.by_size else (*x.shape[:2], self.heads, -1))
+
+    def __call__(self, x):
+        q, k, v = (self.split(y) for y in jnp.split(self.qkv(self.norm1(x)), 3, -1))
+        y = nnx.dot_product_attention(q, k, v)
+        x = x + self.out(y.reshape(*x.shape[:2], -1))
+        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+
+
+class TextModel(nnx.Module):
+    def __init__(self, rngs, by_size=True):
+        self.embed = nnx.Embed(20, 16, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs, by_size=by_size) for _ in range(2)])
+        self.head = nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+class Llama(nnx.Module):
+    """Grouped-query attention with rotary positions, RMS norm and a gated MLP."""
+
+    def __init__(self, rngs, width=16, heads=4, kv_heads=2, size=4):
+        linear = nnx.LinearGeneral
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+        self.q = linear(width, (heads, size), use_bias=False, rngs=rngs)
+        self.k = linear(width, (kv_heads, size), use_bias=False, rngs=rngs)
+        self.v = linear(width, (kv_heads, size), use_bias=False, rngs=rngs)
+        self.o = linear((heads, size), width, axis=(-2, -1), use_bias=False, rngs=rngs)
+        self.gate = nnx.Linear(width, 32, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(width, 32, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(32, width, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        y = self.norm(x)
+        q, k, v = rotate(self.q(y)), rotate(self.k(y)), self.v(y)
+        each = q.shape[2] // k.shape[2]
+        k, v = jnp.repeat(k, each, axis=2), jnp.repeat(v, each, axis=2)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
+        x = x + self.o(jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v))
+        return x + self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+def rotate(x):
+    first, second = jnp.split(x, 2, axis=-1)
+    angle = jnp.arange(x.shape[1])[:, None, None] * 0.1
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    parts = [first * cos - second * sin, first * sin + second * cos]
+    return jnp.concatenate(parts, axis=-1)
+
+
+class Recurrent(nnx.Module):
+    def __init__(self, rngs, cell):
+        self.rnn = nnx.RNN(cell(6, 8, rngs=rngs))
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.rnn(x)[:, -1])
+
+
+class UNet(nnx.Module):
+    def __init__(self, rngs):
+        self.down = nnx.Conv(4, 12, (3, 3), strides=2, rngs=rngs)
+        self.up = nnx.ConvTranspose(12, 10, (2, 2), strides=(2, 2), rngs=rngs)
+        self.last = nnx.Conv(14, 3, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(jnp.concatenate([self.up(nnx.relu(self.down(x))), x], -1))
+
+
+def attention(rngs):
+    return nnx.MultiHeadAttention(
+        num_heads=4, in_features=16, qkv_features=32, decode=False, rngs=rngs
+    )
+
+
+IMAGES, TOKENS, SEQUENCE = (2, 8, 8, 8), (2, 5), (2, 5, 16)
+CASES = {
+    # name: (model, input shape, pattern, the group's size and producers)
+    "depthwise": (
+        InvertedResidual,
+        IMAGES,
+        "expand",
+        32,
+        ("expand", "middle", "excite"),
+    ),
+    "squeeze": (InvertedResidual, IMAGES, "squeeze", 8, ("squeeze",)),
+    "grouped": (
+        lambda rngs: InvertedResidual(rngs, groups=4),
+        IMAGES,
+        "expand",
+        8,
+        ("expand",),
+    ),
+    "group norm": (
+        lambda rngs: InvertedResidual(rngs, norm="group"),
+        IMAGES,
+        "expand",
+        4,
+        ("expand", "middle", "excite"),
+    ),
+    "heads of a fused qkv": (TextModel, TOKENS, "*0.qkv", 4, ("blocks.0.qkv",)),
+    "mlp": (TextModel, TOKENS, "*.up", 64, ("blocks.0.up",)),
+    "heads": (attention, SEQUENCE, "query", 4, ("query", "key", "value")),
+    "dimensions of values": (Llama, SEQUENCE, "v#2", 4, ("v",)),
+    "key-value heads": (Llama, SEQUENCE, "k", 2, ("q", "k", "v")),
+    "gated mlp": (Llama, SEQUENCE, "up", 32, ("gate", "up")),
+    "lstm": (
+        lambda rngs: Recurrent(rngs, nnx.OptimizedLSTMCell),
+        (2, 5, 6),
+        "rnn*",
+        8,
+        ("rnn.cell.dense_i", "rnn.cell.dense_h"),
+    ),
+    "transposed convolution": (UNet, (2, 8, 8, 4), "up", 10, ("up",)),
+}
+
+
+def example(shape):
+    if shape == TOKENS:
+        return jax.random.randint(jax.random.key(1), shape, 0, 20)
+    return jax.random.normal(jax.random.key(1), shape)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_sliced_network_computes_what_the_masked_one_does(name):
+    make, shape, pattern, size, producers = CASES[name]
+    model, x = make(nnx.Rngs(0)), example(shape)
+    groups = tpp.channel_groups(model, x)
+    plan = tpp.make_plan(groups, model, {pattern: 0.5})
+    group = plan.pruned_groups[0]
+    assert (group.size, set(group.producers)) == (size, set(producers))
+    small = tpp.prune(model, plan)
+    assert tpp.count(small, x).params < tpp.count(model, x).params
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params = jax.tree.map(jnp.multiply, params, tpp.mask_tree(plan, params))
+    masked = nnx.merge(graphdef, params, rest, copy=True)
+    masked.eval(), small.eval()
+    np.testing.assert_allclose(small(x), masked(x), atol=2e-6)
+
+
+def test_heads_and_the_dimensions_of_a_head_are_separate_groups():
+    groups = tpp.channel_groups(attention(nnx.Rngs(0)), jnp.ones(SEQUENCE))
+    found = [(g.name, g.size, g.inner) for g in groups if g.reason is None]
+    assert found == [("query", 4, False), ("query#2", 8, True), ("value#2", 8, True)]
+    slots = {(m.leaf, m.axis) for m in groups["query"].members}
+    assert {("value.kernel", 1), ("key.bias", 0), ("out.kernel", 0)} < slots
+    assert ("out.kernel", 1) in {(m.leaf, m.axis) for m in groups["value#2"].members}
+
+
+def test_both_heads_and_dimensions_can_go_at_once():
+    model, x = Llama(nnx.Rngs(0)), jnp.ones(SEQUENCE)
+    groups = tpp.channel_groups(model, x)
+    small = tpp.prune(model, tpp.make_plan(groups, model, {"k": 0.5, "v#2": 0.25}))
+    assert small.v.kernel.shape == (16, 1, 3)
+    assert small.q.kernel.shape == (16, 2, 4)
+    assert small.o.kernel.shape == (2, 3, 16)
+
+
+def test_rotary_pairs_stay_together():
+    groups = tpp.channel_groups(Llama(nnx.Rngs(0)), jnp.ones(SEQUENCE))
+    [pair] = [g for g in groups if g.inner and "k" in g.producers and g.size == 2]
+    for member in pair.members:
+        assert np.sort(member.positions, axis=1).tolist() == [[0, 2], [1, 3]]
+
+
+def test_a_number_of_heads_written_into_a_model_is_found_out():
+    model = TextModel(nnx.Rngs(0), by_size=False)
+    groups = tpp.channel_groups(model, jnp.ones(TOKENS, jnp.int32))
+    plan = tpp.make_plan(groups, model, {"*0.qkv": 0.5})
+    with pytest.raises(ValueError, match=r"channels of blocks.0.qkv in another way"):
+        tpp.prune(model, plan)
+
+
+def test_a_plan_of_overlapping_groups_can_be_traced():
+    model, x = Llama(nnx.Rngs(0)), jnp.ones(SEQUENCE)
+    groups = tpp.channel_groups(model, x)
+    plan = tpp.make_plan(groups, model, {"k": 0.5, "v#2": 0.25})
+    params = nnx.state(model, nnx.Param)
+    concrete = tpp.slice_tree(plan, params)
+    traced = jax.jit(lambda plan, tree: tpp.slice_tree(plan, tree))(plan, params)
+    jax.tree.map(np.testing.assert_array_equal, concrete, traced)

@@ -1,0 +1,231 @@
+"""Labels of axis positions: which are tied, which are fixed, which are pairs of others.
+
+Every position of every axis of every array has a *label*: a non-negative integer for a
+position that could be removed, a negative one for one that is fixed, which tells why.
+Three facts about labels are collected while the rules walk a computation:
+
+- *ties*: two labels stand for positions that are kept or removed together;
+- *fixes*: a label's position must stay;
+- *definitions*: a label stands for a pair (or more) of others: position 7 of an axis of
+  12 that is reshaped to (3, 4) is (1, 3). It is removed if any of its parts is.
+
+:func:`solve` turns them into *channels*: the classes of tied labels that are not
+defined by others.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+_DEPTH = 16  # of definitions within definitions; real networks need three or four
+
+
+class Labels:
+    """Gives out labels and collects what is found out about them.
+
+    Attributes:
+      count: labels given out so far, which are ``0 … count - 1``.
+      ties: pairs of equally long label vectors, tied position by position.
+      fixed: pairs (labels, reason number) of positions that must stay.
+      definitions: pairs (labels ``[n]``, their parts ``[n, k]``).
+      reduced: labels of axes that a reduction runs over.
+      reasons: texts; the fixed label ``-1 - i`` stands for ``reasons[i]``.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.ties: list[tuple[np.ndarray, np.ndarray]] = []
+        self.fixed: list[tuple[np.ndarray, int]] = []
+        self.definitions: list[tuple[np.ndarray, np.ndarray]] = []
+        self.reduced: list[np.ndarray] = []
+        self.reasons: list[str] = []
+
+    def fresh(self, n: int) -> np.ndarray:
+        """Returns ``n`` new labels."""
+        self.count += n
+        return np.arange(self.count - n, self.count)
+
+    def stuck(self, n: int, reason: str) -> np.ndarray:
+        """Returns ``n`` positions that are fixed for ``reason``."""
+        return np.full(n, -1 - self._reason(reason))
+
+    def fix(self, labels: np.ndarray, reason: str) -> None:
+        """Fixes positions: their channels cannot be removed."""
+        self._fix(labels, self._reason(reason))
+
+    def fix_all(self, arrays: list[list[np.ndarray]], reason: str) -> None:
+        """Fixes every position of every axis of several arrays."""
+        for axes in arrays:
+            for labels in axes:
+                self.fix(labels, reason)
+
+    def tie(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Ties two axes position by position; returns the joint labels."""
+        both = (a >= 0) & (b >= 0) & (a != b)
+        if both.any():
+            self.ties.append((a[both], b[both]))
+        for x, y in ((a, b), (b, a)):
+            mixed = (x >= 0) & (y < 0)
+            for code in np.unique(y[mixed]):
+                self._fix(x[mixed & (y == code)], -1 - int(code))
+        return np.where(a >= 0, a, b)
+
+    def product(self, axes: list[np.ndarray]) -> np.ndarray:
+        """Returns the labels of an axis that runs over all tuples of positions.
+
+        Where at most one of the axes can shrink, that axis's labels are repeated;
+        otherwise new labels are defined as tuples.
+        """
+        shape = [len(axis) for axis in axes]
+        grids = [
+            np.broadcast_to(axis.reshape(_along(i, shape)), shape).reshape(-1)
+            for i, axis in enumerate(axes)
+        ]
+        prunable = [grid for grid in grids if (grid >= 0).any()]
+        if len(prunable) <= 1:
+            return (prunable or grids)[0]
+        whole = self.fresh(len(grids[0]))
+        self.definitions.append((whole, np.stack(prunable, axis=1)))
+        return whole
+
+    def split(self, axis: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
+        """Returns the labels of the axes that one axis is split into."""
+        if (axis < 0).all():
+            return [np.full(n, axis[0]) for n in sizes]
+        if (axis < 0).any():
+            reason = "an axis that is partly fixed and is split by a reshape"
+            self.fix(axis, reason)
+            return [self.stuck(n, reason) for n in sizes]
+        parts = [self.fresh(n) for n in sizes]
+        grids = [
+            np.broadcast_to(part.reshape(_along(i, sizes)), sizes).reshape(-1)
+            for i, part in enumerate(parts)
+        ]
+        self.definitions.append((axis, np.stack(grids, axis=1)))
+        return parts
+
+    def _fix(self, labels: np.ndarray, reason: int) -> None:
+        labels = labels[labels >= 0]
+        if labels.size:
+            self.fixed.append((labels, reason))
+
+    def _reason(self, text: str) -> int:
+        if text not in self.reasons:
+            self.reasons.append(text)
+        return self.reasons.index(text)
+
+
+class Channels(NamedTuple):
+    """The solution: every label expressed in channels.
+
+    Attributes:
+      component: int64 ``[labels]``: the class of tied labels that each is in.
+      stuck: int64 ``[components]``: number of the reason why it must stay, or -1.
+      reduced: bool ``[components]``: whether a reduction runs over it.
+      parts: int64 ``[components, k]``: the components that define it, -1 where there
+        are none.
+    """
+
+    component: np.ndarray
+    stuck: np.ndarray
+    reduced: np.ndarray
+    parts: np.ndarray
+
+    def of(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the channels that run through an axis.
+
+        Args:
+          labels: the labels of its positions.
+
+        Returns:
+          ``(positions, channels)``, two equally long vectors: a channel runs through
+          each of its positions, and a position may have several channels.
+        """
+        positions = np.flatnonzero(labels >= 0)
+        channels = self.component[labels[positions]]
+        for _ in range(_DEPTH):
+            parts = self.parts[channels]
+            defined = (parts >= 0).any(axis=1)
+            if not defined.any():
+                break
+            more_positions, which = np.nonzero((parts >= 0) & defined[:, None])
+            positions = np.concatenate([positions[~defined], positions[more_positions]])
+            channels = np.concatenate(
+                [channels[~defined], parts[more_positions, which]]
+            )
+        return positions, channels
+
+
+def solve(labels: Labels) -> Channels:
+    """Joins ties, and makes all definitions of a label agree.
+
+    Two definitions of one label with as many parts are tied part by part: that may tie
+    more than is needed, never less. With other numbers of parts the parts are fixed.
+    """
+    while True:
+        component = _components(labels)
+        stuck = np.full(component.max(initial=-1) + 1, -1)
+        for fixed, reason in reversed(labels.fixed):
+            stuck[component[fixed]] = reason
+        before = len(labels.ties), len(labels.fixed)
+        parts = _agree(labels, component, stuck)
+        if (len(labels.ties), len(labels.fixed)) == before:
+            break
+    reduced = np.zeros(len(stuck), bool)
+    for summed in labels.reduced:
+        reduced[component[summed[summed >= 0]]] = True
+    return Channels(component, stuck, reduced, parts)
+
+
+def _components(labels: Labels) -> np.ndarray:
+    n = labels.count
+    none = np.zeros(0, np.int64)
+    a = np.concatenate([tie[0] for tie in labels.ties] or [none])
+    b = np.concatenate([tie[1] for tie in labels.ties] or [none])
+    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(n, n))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _agree(labels: Labels, component: np.ndarray, stuck: np.ndarray) -> np.ndarray:
+    """Ties and fixes what the definitions imply; returns each component's parts."""
+    width = max((parts.shape[1] for _, parts in labels.definitions), default=1)
+    found = np.full((len(stuck), width), -1)
+    arity = np.zeros(len(stuck), np.int64)
+    for whole, parts in list(labels.definitions):
+        k = parts.shape[1]
+        own = component[whole]
+        for code in np.unique(stuck[own][stuck[own] >= 0]):
+            chosen = parts[stuck[own] == code].reshape(-1)
+            loose = chosen[(chosen >= 0) & (stuck[component[chosen]] < 0)]
+            labels._fix(loose, int(code))
+        other = (arity[own] > 0) & (arity[own] != k)
+        if other.any():
+            reason = "an axis that is split by reshapes in different ways"
+            rest = np.concatenate([parts[other].reshape(-1), whole[other]])
+            loose = rest[rest >= 0]
+            labels.fix(loose[stuck[component[loose]] < 0], reason)
+        arity[own] = k
+        for i in range(k):
+            here = np.where(parts[:, i] >= 0, component[parts[:, i]], -1)
+            new = found[own, i] < 0
+            found[own[new], i] = here[new]
+            # One pass keeps one definition per component; every other is tied to it.
+            there = found[own, i]
+            differ = (here >= 0) & (there >= 0) & (here != there)
+            if differ.any():
+                first = _representatives(component)
+                labels.ties.append((first[here[differ]], first[there[differ]]))
+    return found
+
+
+def _representatives(component: np.ndarray) -> np.ndarray:
+    """Returns one label of each component."""
+    first = np.zeros(component.max(initial=-1) + 1, np.int64)
+    first[component[::-1]] = np.arange(len(component))[::-1]
+    return first
+
+
+def _along(axis: int, shape: tuple[int, ...] | list[int]) -> list[int]:
+    return [-1 if i == axis else 1 for i in range(len(shape))]

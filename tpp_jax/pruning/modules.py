@@ -1,0 +1,113 @@
+"""Pruning a Flax NNX module: its arrays, and the few sizes that Flax keeps beside them.
+
+Most layers of NNX take their sizes from their arrays, so that the sliced state merged
+with the old structure is the smaller model. The others are in the table here, by type.
+"""
+
+import numpy as np
+from flax import nnx
+
+from tpp_jax.pruning.groups import Group, channel_groups
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.slicing import keep_masks, slice_tree
+
+
+def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
+    """Returns a smaller model; the given one is untouched.
+
+    The result is checked: its own groups must be those of the plan, narrower. So a
+    size that a layer has written into it is found out here, even where the sliced
+    model would run and compute something else.
+
+    Args:
+      model: the model that the plan was made for.
+      plan: what is pruned; concrete.
+
+    Returns:
+      A new module of the same class with narrower layers.
+
+    Raises:
+      ValueError: the sliced model does not run, or arranges its channels in another
+        way than the plan has it, since a layer has a size of its own written into it.
+    """
+    graphdef, state = nnx.split(model)
+    small = nnx.merge(graphdef, slice_tree(plan, state))
+    for path, module in nnx.iter_modules(small):
+        _follow_arrays(module, ".".join(map(str, path)), plan)
+    name = type(model).__name__
+    try:
+        found = channel_groups(small, *plan.groups.inputs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the sliced {name} does not run: one of its layers has a size written "
+            "into it that does not follow its arrays. Skip that layer's channels in "
+            f"the plan. The layer says: {error}"
+        ) from error
+    there = {part for group in found for part in _layout(group)}
+    for group in plan.groups:
+        if not there.issuperset(_layout(group, plan)):
+            raise ValueError(
+                f"the sliced {name} runs, but arranges the channels of {group.name} in "
+                "another way than planned: a size (a number of heads, say) is written "
+                "into it that does not follow its arrays. Skip that layer in the plan"
+            )
+    return small
+
+
+def _follow_arrays(module: nnx.Module, path: str, plan: Plan) -> None:
+    """Sets the static sizes of a Flax layer to what its sliced arrays say."""
+    match module:
+        case nnx.Conv(feature_group_count=groups) if groups > 1:
+            *_, contracted, produced = module.kernel.shape
+            if module.in_features == groups:  # depthwise: the groups are the channels
+                groups = produced * groups // module.out_features
+            module.feature_group_count = groups
+            module.in_features, module.out_features = contracted * groups, produced
+        case nnx.GroupNorm() if module.scale is not None:
+            for group, member in plan.groups.members.get(f"{path}.scale", ()):
+                if group.size == module.num_groups and member.positions.shape[1] > 1:
+                    module.num_groups = plan.kept_count(group)
+            module.num_features = module.scale.shape[0]
+            module.group_size = module.num_features // module.num_groups
+        case nnx.LinearGeneral():
+            n = len(module.in_features)
+            module.in_features = module.kernel.shape[:n]
+            module.out_features = module.kernel.shape[n:]
+        case nnx.RNNCellBase():
+            recurrent = getattr(module, "dense_h", None) or getattr(module, "hf", None)
+            if recurrent is not None:
+                module.hidden_features = recurrent.kernel.shape[0]
+        case nnx.MultiHeadAttention():
+            module.in_features, heads, size = module.query.kernel.shape
+            module.num_heads, module.head_dim = heads, size
+            module.num_kv_heads = module.key.kernel.shape[1]
+            module.qkv_features = heads * size
+
+
+def _layout(group: Group, plan: Plan | None = None) -> set[tuple[str, int, bytes]]:
+    """Tells where a group's channels stand in each array, as comparable values.
+
+    Args:
+      group: the group.
+      plan: if given, the layout is the one that slicing by it is to give.
+
+    Returns:
+      ``(leaf, axis, positions)`` of every member; nothing for a group that cannot be
+      pruned or is left with one channel: an axis of size one couples with nothing, so
+      there would be nothing to be found of it.
+    """
+    size = group.size if plan is None else plan.kept_count(group)
+    if size <= 1 or group.reason is not None:
+        return set()
+    layout = set()
+    for leaf, axis, positions, _, _ in group.members:
+        if plan is not None:
+            positions = positions[np.asarray(plan.kept[group.name])]
+            masks = keep_masks(plan, leaf)
+            if axis in masks:
+                stays = np.asarray(masks[axis][0])
+                moved = np.cumsum(stays) - 1
+                positions = moved[positions[stays[positions]]].reshape(size, -1)
+        positions = np.sort(positions, axis=1)
+        layout.add((leaf, axis, positions[np.argsort(positions[:, 0])].tobytes()))
+    return layout
