@@ -53,7 +53,7 @@ class Checkpoints:
           TPPError: the checkpoint cannot be read.
         """
         try:
-            items = self._manager.restore(step, args=_RESTORE)
+            items = self._manager.restore(step, args=_wanted())
         except Exception as error:  # orbax and tensorstore raise of every kind here
             raise TPPError(
                 f"the checkpoint {self._manager.directory}/{step} cannot be read "
@@ -139,7 +139,7 @@ def _load(path: str | pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
         raise TPPError(f"there is no saved model at {folder}")
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as loader:
-            items = loader.restore(folder, _RESTORE)
+            items = loader.restore(folder, _wanted())
     except Exception as error:  # orbax and tensorstore raise of every kind here
         raise TPPError(
             f"the saved model at {folder} cannot be read ({type(error).__name__}): it "
@@ -180,9 +180,10 @@ def with_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:
     return nnx.merge(graphdef, state)
 
 
-_RESTORE = ocp.args.Composite(
-    arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()
-)
+def _wanted() -> ocp.args.Composite:
+    return ocp.args.Composite(
+        arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()
+    )
 
 
 def _items(arrays: Arrays, meta: Mapping[str, Any]) -> ocp.args.Composite:
