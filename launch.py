@@ -62,6 +62,8 @@ def main(argv: list[str]) -> None:
         if _DEBUG.value:
             raise
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command continues from the last checkpoint")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
