@@ -263,7 +263,12 @@ class _Builder:
 
     def _scan(self, eqn: Any, inputs: list[int | None], times: int) -> list[int | None]:
         length = eqn.params["length"]
-        n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        # How the operands are counted differs between versions of JAX; what is stacked
+        # has one axis more outside the body than inside.
+        body = eqn.params["jaxpr"].jaxpr
+        n_stacked = _count_other_ranks(eqn.invars, body.invars)
+        n_carry = len(eqn.outvars) - _count_other_ranks(eqn.outvars, body.outvars)
+        n_consts = len(inputs) - n_carry - n_stacked
         carry, stacked = inputs[n_consts:][:n_carry], inputs[n_consts + n_carry :]
         parts = [
             None
@@ -310,3 +315,8 @@ class _Builder:
         if len(origins) > 1 or None in origins:
             return None
         return origins.pop() if origins else ""
+
+
+def _count_other_ranks(outside: list[Any], inside: list[Any]) -> int:
+    pairs = zip(outside, inside, strict=True)
+    return sum(np.ndim(a.aval) != np.ndim(b.aval) for a, b in pairs)
