@@ -26,18 +26,18 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError) as error:
-        text = str(error).replace("\\n", " ").replace("\\", "").strip("\"'")
-        name, _, hint = " ".join(text.split()).partition("'")
+        text = " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
+        if "has no attribute" in text:  # of the file's own code, or no get_config
+            sys.exit(f"error: the config cannot be read: {text}")
+        name, _, hint = text.strip("\"'").partition("'")
         sys.exit(f"error: the config has no field '{name}'.{hint}")
-    except OSError as error:
+    except (OSError, SyntaxError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 with plain_errors():  # reads --config.… already here, to make its default
     _CONFIG = config_flags.DEFINE_config_file("config", str(_DEFAULT), "What to run.")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: checkpoints, logs and results."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run and its results.")
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "Run all phases, or measure the result."
 )
@@ -46,9 +46,9 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks and library logs.")
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+        sys.exit(f"error: not understood: {' '.join(argv[1:])}")
     if not _DEBUG.value:
-        logging.set_verbosity(logging.ERROR)
+        logging.set_verbosity(logging.FATAL)  # what matters is raised as well
     # Imported late, so that --help and a wrong flag answer at once.
     from tpp_jax.errors import TPPError
     from tpp_jax.training import evaluation, run
@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
         if _MODE.value == "train":
             run.train(_CONFIG.value, _WORKDIR.value)
         else:
-            print(json.dumps(evaluation.evaluate(_WORKDIR.value)))
+            data_dir = _CONFIG.value.data.dir  # only if given: where it has moved to
+            print(json.dumps(evaluation.evaluate(_WORKDIR.value, data_dir)))
     except TPPError as error:
         if _DEBUG.value:
             raise

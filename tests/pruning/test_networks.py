@@ -231,3 +231,25 @@ def test_a_plan_of_overlapping_groups_can_be_traced():
     concrete = tpp.slice_tree(plan, params)
     traced = jax.jit(lambda plan, tree: tpp.slice_tree(plan, tree))(plan, params)
     jax.tree.map(np.testing.assert_array_equal, concrete, traced)
+
+
+def test_a_depthwise_kernel_shrinks_with_its_channels_but_is_not_decorrelated():
+    model, x = InvertedResidual(nnx.Rngs(0)), jnp.ones(IMAGES)
+    groups = tpp.channel_groups(model, x)
+    plan = tpp.make_plan(groups, model, {"expand": 0.5})
+    schedule = tpp.growing_schedule(
+        granularity=1.0, every=1, stabilize=9, zero_out_every=1
+    )
+    params = nnx.state(model, nnx.Param)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def gradients(**options):
+        tx = tpp.add_tpp_penalties(plan, schedule, **options)
+        state = tx.init(params)._replace(step=jnp.int32(1))
+        return tx.update(zeros, state, params)[0]
+
+    kernel = model.middle.kernel[...]
+    gone = np.isin(np.arange(32), plan.kept["expand"], invert=True)
+    np.testing.assert_allclose(gradients()["middle"]["kernel"][...], kernel * gone)
+    assert not np.any(gradients(l2=False)["middle"]["kernel"][...])
+    assert np.any(gradients(l2=False)["expand"]["kernel"][...])

@@ -135,7 +135,7 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
             m.order
             for g in plan.pruned_groups
             for m in g.members
-            if m.role == "produced"
+            if m.role != "contracted"
         ),
         default=-1,
     )

@@ -31,7 +31,8 @@ class Member(NamedTuple):
         (m > 1 where a flattened feature map enters a dense layer).
       role: ``"produced"`` for the output axis of a kernel, ``"contracted"`` for the
         input axis of one, ``"along"`` for what is applied channel by channel (a bias, a
-        norm's scale, bias, mean and variance).
+        norm's scale, bias, mean and variance), ``"depthwise"`` for the kernel of a
+        depthwise convolution, which is applied channel by channel too.
       order: index of the layer in order of execution: the kernel's own or, for a norm,
         that of the layer run last before it.
     """
@@ -173,9 +174,11 @@ def channel_groups(
         # Channels are counted in the order of the first layer that produces them.
         rank = np.argsort(produced[0].positions.min(axis=1))
         code = solution.stuck[channels[0]]
-        names = tuple(dict.fromkeys(layer_name(m.leaf) for m in produced))
+        makers = [m for m in members if m.role in ("produced", "depthwise")]
+        makers.sort(key=lambda m: m.order)
+        names = tuple(dict.fromkeys(layer_name(m.leaf) for m in makers))
         group = Group(
-            name=names[0],
+            name=layer_name(produced[0].leaf),
             size=len(channels),
             producers=names,
             members=tuple(m._replace(positions=m.positions[rank]) for m in members),
@@ -233,7 +236,10 @@ def _roles(
         eqn = layer.equation
         dims = eqn.params["dimension_numbers"]
         if eqn.primitive == "conv_general_dilated":
-            by_axis = {dims.rhs_spec[0]: "produced", dims.rhs_spec[1]: "contracted"}
+            width = traced.shapes[eqn.inputs[layer.operand]][dims.rhs_spec[1]]
+            depthwise = width == 1 and eqn.params["feature_group_count"] > 1
+            by_axis = {dims.rhs_spec[0]: "depthwise" if depthwise else "produced"}
+            by_axis |= {dims.rhs_spec[1]: "contracted"}
         else:
             contracted, batch = (side[layer.operand] for side in dims)
             rank = len(traced.shapes[eqn.inputs[layer.operand]])

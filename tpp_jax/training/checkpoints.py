@@ -21,6 +21,8 @@ from tpp_jax.pruning.plan import Plan
 
 Arrays = dict[str, Any]
 
+_META = {"model", "plan", "config", "metrics"}  # what is told of a saved model
+
 
 class Checkpoints:
     """The checkpoints of a run, one for each step saved, in one folder."""
@@ -145,6 +147,11 @@ def _load(path: str | pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
             f"the saved model at {folder} cannot be read ({type(error).__name__}): it "
             "is damaged or not one of tpp_jax"
         ) from error
+    if missing := _META - set(items["meta"] or ()):
+        raise TPPError(
+            f"the saved model at {folder} is not one of tpp_jax: it does not tell its "
+            f"{sorted(missing)[0]}"
+        )
     return items["arrays"], items["meta"]
 
 

@@ -1,11 +1,37 @@
 """Every field of a run's config with its default; the files in configs/ set some."""
 
 import difflib
+import math
+import operator
+import typing
 from typing import Any
 
 import ml_collections
 
 from tpp_jax.errors import TPPError
+from tpp_jax.method.gram import Target
+
+# The least that makes sense of a number; no number may be infinite or not a number.
+_LEAST = {
+    "seed": 0,
+    "num_devices": 0,
+    "steps_per_dispatch": 0,
+    "log_every": 1,
+    "eval_every": 1,
+    "checkpoint_every": 1,
+    "data.pad_to": 0,
+    "data.crop_padding": 0,
+    "pretrain.epochs": 0,
+    "pretrain.momentum": 0,
+    "pretrain.weight_decay": 0,
+    "prune.learning_rate": 0,
+    "prune.momentum": 0,
+    "prune.weight_decay": 0,
+    "prune.gram_weight": 0,
+    "finetune.epochs": 0,
+    "finetune.momentum": 0,
+    "finetune.weight_decay": 0,
+}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -86,6 +112,20 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
         raise TPPError(
             f"the config has no field {missing[0]}: start it from "
             "tpp_jax.training.config.default_config()"
+        )
+
+
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """Raises a TPPError if a field holds what no run can use, whatever its data."""
+    for name, least in _LEAST.items():
+        value = operator.attrgetter(name)(config)
+        if not least <= value < math.inf:
+            raise TPPError(f"config.{name} is {value}, must be at least {least}")
+    targets = typing.get_args(Target)
+    if config.prune.target not in targets:
+        raise TPPError(
+            f"unknown config.prune.target {config.prune.target!r}: choose "
+            f"{' or '.join(map(repr, targets))}"
         )
 
 

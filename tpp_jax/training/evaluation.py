@@ -74,8 +74,10 @@ def evaluate(workdir: str | pathlib.Path, data_dir: str = "") -> dict[str, Any]:
             f"there is no finished run in {workdir}: it has no folder 'model'. Run "
             "launch.py with the same --workdir and its config to finish it"
         )
+    settings = load_model_info(folder)["config"].get("data")
+    if settings is None:
+        raise TPPError(f"{folder} does not tell its data: it is not of a finished run")
     model = load_model(folder)
-    settings = load_model_info(folder)["config"]["data"]
     dataset = data.load(
         settings["name"], data_dir or settings["dir"] or None, settings["pad_to"]
     )

@@ -1,5 +1,7 @@
 """Learning-rate schedules and optimizer chains, from config fields to optax."""
 
+import math
+
 import optax
 
 from tpp_jax.errors import TPPError
@@ -42,10 +44,12 @@ def learning_rate(
             "pairs as in '0:0.1,100:0.01,150:0.001'"
         ) from None
     starts = list(stages)
-    if starts[0] != 0 or starts != sorted(starts) or min(stages.values()) < 0:
+    ascending = starts == sorted(starts) and len(starts) == len(pairs)
+    finite = all(math.isfinite(number) for pair in stages.items() for number in pair)
+    if not (finite and ascending and starts[0] == 0 and min(stages.values()) >= 0):
         raise TPPError(
             f"the learning rate {text!r} must start at epoch 0, with epochs ascending "
-            "and no negative rate"
+            "and no negative or infinite rate"
         )
     if kind == "cosine":
         if len(stages) > 1:

@@ -8,12 +8,14 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from flax import nnx
 
 from tpp_jax.analysis import plots, tables
@@ -59,12 +61,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     workdir = pathlib.Path(workdir)
     summary_file = workdir / "summary.json"
     if summary_file.exists():
-        summary = json.loads(summary_file.read_text())
+        summary = _read_summary(summary_file)
         _same_config(summary["config"], config.to_dict(), workdir)
         print(f"The run in {workdir} is finished; its results are in {summary_file}.")
         return summary
     setup = check(config)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TPPError(f"the folder of the run cannot be made: {error}") from error
     with Progress(workdir / "tensorboard") as progress:
         run = Run(setup, workdir, progress)
         try:
@@ -77,6 +82,18 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
             return run.finish()
         finally:
             run.checkpoints.close()
+
+
+def _read_summary(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(file.read_text())
+        summary["config"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TPPError(
+            f"{file} cannot be read ({error}). Remove it, and the same command makes "
+            "it again from the last checkpoint"
+        ) from error
+    return summary
 
 
 class Run:
@@ -104,6 +121,7 @@ class Run:
             "one_shot": None,
         }
         self.model = setup.model
+        self._program: tuple[Any, Any] = (None, None)
         if (latest := self.checkpoints.latest()) is not None:
             self._restore(latest)
         self.evaluate = Evaluator(setup.model, setup.dataset, setup.devices)
@@ -138,25 +156,12 @@ class Run:
             self.meta |= {"phase": phase.name, "step": 0, "seconds": 0.0, "best": 0.0}
         config, devices = self.setup.config, self.setup.devices
         state = parallel.replicate(self._initial_state(phase), devices)
-        step_config = StepConfig(
-            config.data.batch_size,
-            config.data.crop_padding,
-            config.data.flip,
-            self.setup.dataset.mean,
-            self.setup.dataset.std,
-        )
-        step = make_train_step(
-            graphdef_of(self.model, training=True),
-            phase.tx,
-            step_config,
-            parallel.axis_name(devices),
-        )
         at_once = config.steps_per_dispatch or (
             1 if jax.default_backend() == "cpu" else 100
         )
-        steps = parallel.on_devices(
-            make_train_steps(step, loop=at_once > 1), devices, donate=0
-        )
+        if self._program[0] is not phase.tx:  # phases of one optimizer share a program
+            self._program = phase.tx, self._compile(phase.tx, loop=at_once > 1)
+        steps = self._program[1]
         key = jax.random.fold_in(
             jax.random.key(config.seed), phases.NAMES.index(phase.name)
         )
@@ -204,6 +209,24 @@ class Run:
         self._save(state)
         self.arrays = _part_of_state(state)
         self.model = self._with_state(state)
+
+    def _compile(
+        self, tx: optax.GradientTransformation, *, loop: bool
+    ) -> Callable[..., Any]:
+        data, devices = self.setup.config.data, self.setup.devices
+        step = make_train_step(
+            graphdef_of(self.model, training=True),
+            tx,
+            StepConfig(
+                data.batch_size,
+                data.crop_padding,
+                data.flip,
+                self.setup.dataset.mean,
+                self.setup.dataset.std,
+            ),
+            parallel.axis_name(devices),
+        )
+        return parallel.on_devices(make_train_steps(step, loop=loop), devices, donate=0)
 
     def choose_channels(self) -> None:
         """Makes the plan from the trained weights, and shows what one-shot costs."""
@@ -330,15 +353,18 @@ class Run:
         self._record(phase, done, {**metrics, "images_per_second": images})
 
     def _check_finite(self, phase: Phase, done: int, recent: list[Any]) -> None:
-        if not all(math.isfinite(float(m["loss"])) for _, m in recent):
-            raise TPPError(
-                f"the loss is no longer finite at step {done} of {phase.name}. The "
-                f"last good state is in {self.workdir / 'checkpoints'}; lower the "
-                "learning rate or the penalties, and use a new --workdir"
-            )
+        if all(math.isfinite(float(m["loss"])) for _, m in recent):
+            return
+        saved = self.checkpoints.latest()
+        kept = "" if saved is None else f" The checkpoint of step {saved} is kept."
+        raise TPPError(
+            f"the loss is no longer finite at step {done} of {phase.name}.{kept} Lower "
+            "the learning rate or the penalties, and use a new --workdir"
+        )
 
     def _measure(self, phase: Phase, done: int, state: TrainState) -> float:
         result = self.evaluate(state.params, state.stats)
+        self._check_finite(phase, done, [(1, result)])
         self.meta["best"] = max(self.meta["best"], result["accuracy"])
         metrics = {f"test_{name}": value for name, value in result.items()}
         self._record(phase, done, metrics)

@@ -14,7 +14,7 @@ from tpp_jax.pruning.groups import Groups, channel_groups
 from tpp_jax.pruning.plan import Plan, make_plan
 from tpp_jax.training import parallel, phases
 from tpp_jax.training.checkpoints import load_model
-from tpp_jax.training.config import check_fields
+from tpp_jax.training.config import check_fields, check_values
 from tpp_jax.training.phases import Phase
 
 
@@ -50,10 +50,7 @@ def check(config: ml_collections.ConfigDict) -> Setup:
 
 def _check(config: ml_collections.ConfigDict) -> Setup:
     check_fields(config)
-    if bad := [
-        n for n in ("log_every", "eval_every", "checkpoint_every") if config[n] < 1
-    ]:
-        raise TPPError(f"config.{bad[0]} is {config[bad[0]]}, must be at least 1")
+    check_values(config)
     devices = jax.local_devices()
     if config.num_devices > len(devices):
         raise TPPError(
