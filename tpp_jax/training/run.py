@@ -189,14 +189,15 @@ class Run:
             )
             recent.append((stop - done, metrics))
             done = stop
-            if done % config.log_every == 0 or done == phase.steps:
+            checkpoint_due = done % config.checkpoint_every == 0 and done < phase.steps
+            # A checkpoint holds no metrics: those since the last line go out before it.
+            if done % config.log_every == 0 or checkpoint_due or done == phase.steps:
                 self._log(phase, done, state, recent)
                 recent = []
             self.meta |= {"step": done, "seconds": time.monotonic() - started}
             if done % config.eval_every == 0 and done < phase.steps:
                 self._measure(phase, done, state)
-            if done % config.checkpoint_every == 0 and done < phase.steps:
-                self._check_finite(phase, done, recent)
+            if checkpoint_due:
                 self._save(state)
         accuracy = self._measure(phase, done, state)
         self._result(
