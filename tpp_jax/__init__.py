@@ -7,8 +7,10 @@ from tpp_jax import models
 from tpp_jax.method.gram import gram_penalty, gram_penalty_grad
 from tpp_jax.method.schedule import growing_schedule
 from tpp_jax.method.transforms import add_tpp_penalties, zero_pruned
+from tpp_jax.pruning.channels import channel_groups
+from tpp_jax.pruning.checking import check_groups
 from tpp_jax.pruning.flops import count
-from tpp_jax.pruning.groups import channel_groups
+from tpp_jax.pruning.linen import linen_apply
 from tpp_jax.pruning.modules import prune
 from tpp_jax.pruning.plan import Plan, make_plan
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
@@ -17,10 +19,12 @@ __all__ = [
     "Plan",
     "add_tpp_penalties",
     "channel_groups",
+    "check_groups",
     "count",
     "gram_penalty",
     "gram_penalty_grad",
     "growing_schedule",
+    "linen_apply",
     "load_model",
     "load_model_info",
     "make_plan",

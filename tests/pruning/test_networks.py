@@ -216,11 +216,17 @@ def test_rotary_pairs_stay_together():
 
 
 def test_a_number_of_heads_written_into_a_model_is_found_out():
-    model = TextModel(nnx.Rngs(0), by_size=False)
-    groups = tpp.channel_groups(model, jnp.ones(TOKENS, jnp.int32))
-    plan = tpp.make_plan(groups, model, {"*0.qkv": 0.5})
-    with pytest.raises(ValueError, match=r"channels of blocks.0.qkv in another way"):
-        tpp.prune(model, plan)
+    tokens = jnp.ones(TOKENS, jnp.int32)
+    groups = tpp.channel_groups(TextModel(nnx.Rngs(0), by_size=False), tokens)
+    for block in ("blocks.0", "blocks.1"):
+        heads, dimensions = groups[f"{block}.qkv"], groups[f"{block}.qkv#2"]
+        assert "another way" in heads.reason
+        assert "a size written into the model (test_networks.py:" in heads.reason
+        assert dimensions.reason is None
+    groups = tpp.channel_groups(TextModel(nnx.Rngs(0), by_size=True), tokens)
+    for block in ("blocks.0", "blocks.1"):
+        assert groups[f"{block}.qkv"].reason is None
+        assert "a size written into" in groups[f"{block}.qkv#2"].reason
 
 
 def test_a_plan_of_overlapping_groups_can_be_traced():

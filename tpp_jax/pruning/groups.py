@@ -8,17 +8,23 @@ there is no table of architectures.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
-from tpp_jax.pruning.labels import Labels, solve
+from tpp_jax.pruning.labels import Labels, NotUnderstood, solve
 from tpp_jax.pruning.naming import layer_name
 from tpp_jax.pruning.rules import apply_rule
-from tpp_jax.pruning.tracing import Layer, Trace, layers, trace
+from tpp_jax.pruning.tracing import (
+    Layer,
+    Trace,
+    is_array,
+    layers,
+    lookups,
+    source_line,
+)
 
 
 class Member(NamedTuple):
@@ -77,6 +83,7 @@ class Groups:
       layers: names of the convolution and dense layers in order of execution.
       shapes: parameter leaf name → shape of the unpruned array.
       inputs: abstract example inputs, to re-trace a sliced model.
+      traced: the computation that they were read off.
     """
 
     def __init__(
@@ -85,11 +92,13 @@ class Groups:
         layers: tuple[str, ...],
         shapes: dict[str, tuple[int, ...]],
         inputs: tuple[Any, ...],
+        traced: Trace,
     ) -> None:
         self.all = groups
         self.layers = layers
         self.shapes = shapes
         self.inputs = inputs
+        self.traced = traced
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.all)
@@ -119,38 +128,39 @@ class Groups:
         return {leaf: tuple(pairs) for leaf, pairs in found.items()}
 
 
-def channel_groups(
-    model: nnx.Module | Callable[..., Any], *inputs: Any, params: Any = None
-) -> Groups:
-    """Finds the coupled-channel groups of a model.
+class Supposition(NamedTuple):
+    """Something that groups rest on, which a traced computation does not tell.
+
+    Attributes:
+      group: index of a group that rests on it.
+      part: which of the sizes that one operation is told.
+      source: the operation's source, see :func:`tracing.source_line`.
+    """
+
+    group: int
+    part: int
+    source: Any
+
+
+def read_groups(
+    traced: Trace, inputs: tuple[Any, ...], strict: bool = False
+) -> tuple[Groups, list[Supposition]]:
+    """Reads the coupled-channel groups off a traced computation.
 
     Args:
-      model: an NNX module (run in evaluation mode, left untouched) or a function
-        ``fn(params, *inputs)``.
-      *inputs: example inputs; arrays or ``jax.ShapeDtypeStruct``, only shapes matter.
-      params: for a function, its parameter pytree (abstract will do).
+      traced: the computation.
+      inputs: the example inputs that it was traced with.
+      strict: see :func:`tpp_jax.channel_groups`.
 
     Returns:
-      The groups that have a producing layer, in order of execution. Channels that
-      cannot be removed (outputs of the model, axes that meet an operation that is not
-      understood) are there too, with the reason.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> def mlp(p, x):
-      ...     return jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"]
-      >>> p = {"w1": jnp.ones((4, 8)), "b1": jnp.ones(8), "w2": jnp.ones((8, 2))}
-      >>> for g in channel_groups(mlp, jnp.ones((1, 4)), params=p):
-      ...     print(g.name, g.size, g.reason)
-      w1 8 None
-      w2 2 an output of the model
+      The groups, and what they rest on: that the sizes which reshapes, splits and
+      broadcasts are told would be others if there were fewer channels.
     """
-    traced = trace(model, *inputs, params=params)
     layer_list = layers(traced)
     labels, axes = _label(traced)
     solution = solve(labels)
     roles = _roles(layer_list, axes, traced)
-    orders = _orders(traced, layer_list)
+    orders, first_use = _orders(traced, layer_list)
 
     slots = [
         (leaf, axis)
@@ -158,7 +168,8 @@ def channel_groups(
         for axis in range(len(traced.shapes[value]))
     ]
     rows = [solution.of(axes[traced.leaves[leaf]][axis]) for leaf, axis in slots]
-    groups = []
+    groups: list[tuple[tuple[int, ...], Group]] = []
+    channels_of: list[np.ndarray] = []
     for channels, members_at in _alike_channels(rows, solution.stuck):
         members = []
         for slot in members_at:
@@ -166,16 +177,14 @@ def channel_groups(
             role = roles.get((leaf, axis), "along")
             positions = _positions_of(channels, *rows[slot])
             members.append(Member(leaf, axis, positions, role, orders.get(leaf, 0)))
-        produced = sorted(
-            (m for m in members if m.role == "produced"), key=lambda m: m.order
-        )
+        members.sort(key=lambda m: first_use.get(m.leaf, 0))
+        makers = [m for m in members if m.role in ("produced", "depthwise")]
+        produced = [m for m in members if m.role == "produced"]
         if not produced:
             continue
         # Channels are counted in the order of the first layer that produces them.
         rank = np.argsort(produced[0].positions.min(axis=1))
         code = solution.stuck[channels[0]]
-        makers = [m for m in members if m.role in ("produced", "depthwise")]
-        makers.sort(key=lambda m: m.order)
         names = tuple(dict.fromkeys(layer_name(m.leaf) for m in makers))
         group = Group(
             name=layer_name(produced[0].leaf),
@@ -183,24 +192,49 @@ def channel_groups(
             producers=names,
             members=tuple(m._replace(positions=m.positions[rank]) for m in members),
             inner=False,
-            reason=None if code < 0 else labels.reasons[code],
+            reason=None if code < 0 else _explain(*labels.reasons[code]),
             reduced=bool(solution.reduced[channels].any()),
         )
         # Of groups that run through the same filters the coarser comes first: that
-        # whose channels take up neighbouring filters, or an axis further left.
+        # whose channels take up neighbouring filters, or an axis further left. What
+        # cannot be pruned comes last.
         one, *_ = first = produced[0].positions[rank]
-        key = (produced[0].order, first.min(), produced[0].axis, np.ptp(one))
+        place = first.min(), produced[0].axis, np.ptp(one)
+        key = (first_use[produced[0].leaf], code >= 0, *place)
+        if strict and code >= 0 and isinstance(labels.reasons[code][0], NotUnderstood):
+            raise ValueError(
+                f"the channels of {group.name} meet {group.reason}. Without "
+                "strict=True they are left whole"
+            )
         groups.append((key, group))
-    groups.sort(key=lambda entry: entry[0])
-    return Groups(
-        groups=_with_unique_names([group for _, group in groups]),
+        channels_of.append(channels)
+    order = sorted(range(len(groups)), key=lambda i: groups[i][0])
+    channels_of = [channels_of[i] for i in order]
+    found = Groups(
+        groups=_with_unique_names([groups[i][1] for i in order]),
         layers=tuple(dict.fromkeys(layer.name for layer in layer_list)),
         shapes={leaf: traced.shapes[n] for leaf, n in traced.leaves.items()},
         inputs=jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)),
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x,
             inputs,
         ),
+        traced=traced,
     )
+    group_of = np.full(len(solution.stuck), -1)
+    for i, channels in enumerate(channels_of):
+        group_of[channels] = i
+    suppositions = [
+        Supposition(int(i), part, source)
+        for axis, part, source in labels.supposed
+        for i in np.unique(group_of[solution.of(axis)[1]])
+        if i >= 0 and found[int(i)].reason is None
+    ]
+    return found, suppositions
+
+
+def _explain(reason: str, source: Any) -> str:
+    line = source_line(source)
+    return f"{reason} ({line})" if line else str(reason)
 
 
 def _label(traced: Trace) -> tuple[Labels, dict[int | None, list[np.ndarray]]]:
@@ -223,6 +257,7 @@ def _label(traced: Trace) -> tuple[Labels, dict[int | None, list[np.ndarray]]]:
         shapes = [traced.shapes[n] for n in eqn.outputs]
         results = apply_rule(labels, eqn, operands, shapes)
         axes.update(zip(eqn.outputs, results, strict=True))
+    labels.source = None
     labels.fix_all([axes[n] for n in traced.outputs], "an output of the model")
     return labels, axes
 
@@ -252,21 +287,43 @@ def _roles(
             for i, role in by_axis.items():
                 if np.isin(operand[i], own).any():
                     roles.setdefault((layer.kernel, axis), role)
+    # A table that the model's inputs are looked up in makes channels too, and before
+    # anything contracts them: an embedding whose transpose is the output layer.
+    for table, result in lookups(traced):
+        for axis, own in enumerate(axes[traced.leaves[table]]):
+            if any(np.isin(found, own).any() for found in axes[result]):
+                roles[table, axis] = "produced"
     return roles
 
 
-def _orders(traced: Trace, layer_list: list[Layer]) -> dict[str, int]:
-    """Numbers every parameter leaf by its layer in order of execution."""
+def _orders(
+    traced: Trace, layer_list: list[Layer]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Numbers every parameter leaf by its layer in order of execution.
+
+    Returns:
+      ``(leaf → number of its layer, leaf → number of the equation that first needs
+      it)``; a kernel is needed by its layer, wherever it was transposed or cast.
+    """
     orders: dict[str, int] = {}
+    first_use: dict[str, int] = {}
+    tables = {table for table, _ in lookups(traced)}
     at = {layer.equation.outputs[0]: i for i, layer in enumerate(layer_list)}
     current = 0
-    for eqn in traced.equations:
+    for i, eqn in enumerate(traced.equations):
         for value in eqn.inputs:
             leaf = traced.origin.get(value)
             if leaf is not None:
                 orders.setdefault(leaf, current)
-        current = at.get(eqn.outputs[0], current)
-    return orders | {layer.kernel: i for i, layer in enumerate(layer_list)}
+                first_use.setdefault(leaf, i)
+        if eqn.outputs and eqn.outputs[0] in at:
+            current = at[eqn.outputs[0]]
+            # A kernel may have been cast long before its layer; but a tied embedding
+            # makes channels when it is first looked up in.
+            if layer_list[current].kernel not in tables:
+                first_use[layer_list[current].kernel] = i
+                orders[layer_list[current].kernel] = current
+    return orders, first_use
 
 
 def _alike_channels(

@@ -13,11 +13,16 @@ Three facts about labels are collected while the rules walk a computation:
 defined by others.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+
+class NotUnderstood(str):
+    """A reason to keep positions: what happens to them is not known."""
+
 
 _DEPTH = 16  # of definitions within definitions; real networks need three or four
 
@@ -30,8 +35,13 @@ class Labels:
       ties: pairs of equally long label vectors, tied position by position.
       fixed: pairs (labels, reason number) of positions that must stay.
       definitions: pairs (labels ``[n]``, their parts ``[n, k]``).
+      supposed: labels of axes whose size an operation is told, with a number that tells
+        apart what one operation is told, and the operation's source. That the size
+        follows the channels is a supposition, to be tried.
       reduced: labels of axes that a reduction runs over.
-      reasons: texts; the fixed label ``-1 - i`` stands for ``reasons[i]``.
+      reasons: texts with the sources of the equations that gave them; the fixed label
+        ``-1 - i`` stands for ``reasons[i]``.
+      source: that of the equation whose rule is at work.
     """
 
     def __init__(self) -> None:
@@ -39,8 +49,11 @@ class Labels:
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
         self.fixed: list[tuple[np.ndarray, int]] = []
         self.definitions: list[tuple[np.ndarray, np.ndarray]] = []
+        self.supposed: list[tuple[np.ndarray, int, Any]] = []
         self.reduced: list[np.ndarray] = []
-        self.reasons: list[str] = []
+        self.reasons: list[tuple[str, Any]] = []
+        self.source: Any = None
+        self._numbers: dict[tuple[str, int], int] = {}
 
     def fresh(self, n: int) -> np.ndarray:
         """Returns ``n`` new labels."""
@@ -60,6 +73,11 @@ class Labels:
         for axes in arrays:
             for labels in axes:
                 self.fix(labels, reason)
+
+    def suppose(self, labels: np.ndarray, part: int = 0) -> None:
+        """Notes that the size of an axis is supposed to follow its channels."""
+        if (labels >= 0).any():
+            self.supposed.append((labels, part, self.source))
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Ties two axes position by position; returns the joint labels."""
@@ -95,7 +113,7 @@ class Labels:
         if (axis < 0).all():
             return [np.full(n, axis[0]) for n in sizes]
         if (axis < 0).any():
-            reason = "an axis that is partly fixed and is split by a reshape"
+            reason = NotUnderstood("a reshape that splits an axis that is partly fixed")
             self.fix(axis, reason)
             return [self.stuck(n, reason) for n in sizes]
         parts = [self.fresh(n) for n in sizes]
@@ -112,9 +130,11 @@ class Labels:
             self.fixed.append((labels, reason))
 
     def _reason(self, text: str) -> int:
-        if text not in self.reasons:
-            self.reasons.append(text)
-        return self.reasons.index(text)
+        key = text, id(self.source)  # the sources are kept, so that no id comes twice
+        if key not in self._numbers:
+            self._numbers[key] = len(self.reasons)
+            self.reasons.append((text, self.source))
+        return self._numbers[key]
 
 
 class Channels(NamedTuple):
@@ -202,7 +222,7 @@ def _agree(labels: Labels, component: np.ndarray, stuck: np.ndarray) -> np.ndarr
             labels._fix(loose, int(code))
         other = (arity[own] > 0) & (arity[own] != k)
         if other.any():
-            reason = "an axis that is split by reshapes in different ways"
+            reason = NotUnderstood("reshapes that split one axis in different ways")
             rest = np.concatenate([parts[other].reshape(-1), whole[other]])
             loose = rest[rest >= 0]
             labels.fix(loose[stuck[component[loose]] < 0], reason)

@@ -7,9 +7,12 @@ with the old structure is the smaller model. The others are in the table here, b
 import numpy as np
 from flax import nnx
 
-from tpp_jax.pruning.groups import Group, channel_groups
+from tpp_jax.pruning.groups import Group, Groups, read_groups
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import keep_masks, slice_tree
+from tpp_jax.pruning.tracing import trace
+
+Slot = tuple[str, int, bytes]  # a leaf, an axis of it, positions along the axis
 
 
 def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
@@ -31,19 +34,18 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
         way than the plan has it, since a layer has a size of its own written into it.
     """
     graphdef, state = nnx.split(model)
-    small = nnx.merge(graphdef, slice_tree(plan, state))
-    for path, module in nnx.iter_modules(small):
-        _follow_arrays(module, ".".join(map(str, path)), plan)
+    small = sliced_module(graphdef, state, plan)
     name = type(model).__name__
+    inputs = plan.groups.inputs
     try:
-        found = channel_groups(small, *plan.groups.inputs)
+        found, _ = read_groups(trace(small, *inputs), inputs)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the sliced {name} does not run: one of its layers has a size written "
             "into it that does not follow its arrays. Skip that layer's channels in "
             f"the plan. The layer says: {error}"
         ) from error
-    there = {part for group in found for part in _layout(group)}
+    there = arrangement(found)
     for group in plan.groups:
         if not there.issuperset(_layout(group, plan)):
             raise ValueError(
@@ -52,6 +54,24 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
                 "into it that does not follow its arrays. Skip that layer in the plan"
             )
     return small
+
+
+def sliced_module(graphdef: nnx.GraphDef, state: nnx.State, plan: Plan) -> nnx.Module:
+    """Returns the smaller module, not checked; arrays may be abstract."""
+    small = nnx.merge(graphdef, slice_tree(plan, state))
+    for path, module in nnx.iter_modules(small):
+        _follow_arrays(module, ".".join(map(str, path)), plan)
+    return small
+
+
+def arrangement(groups: Groups, plan: Plan | None = None) -> set[Slot]:
+    """Tells where all channels stand in each array, to be compared.
+
+    Args:
+      groups: the groups.
+      plan: if given, what is told is how slicing by it is to leave them.
+    """
+    return {slot for group in groups for slot in _layout(group, plan)}
 
 
 def _follow_arrays(module: nnx.Module, path: str, plan: Plan) -> None:
@@ -84,7 +104,7 @@ def _follow_arrays(module: nnx.Module, path: str, plan: Plan) -> None:
             module.qkv_features = heads * size
 
 
-def _layout(group: Group, plan: Plan | None = None) -> set[tuple[str, int, bytes]]:
+def _layout(group: Group, plan: Plan | None = None) -> set[Slot]:
     """Tells where a group's channels stand in each array, as comparable values.
 
     Args:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tpp_jax.pruning.labels import Labels
+from tpp_jax.pruning.labels import Labels, NotUnderstood
 from tpp_jax.pruning.tracing import Equation
 
 Axes = list[np.ndarray]  # the labels of one array: an int64 vector for each axis
@@ -32,13 +32,16 @@ def apply_rule(
 ) -> list[Axes]:
     """Gives labels to the results of one equation, by its rule or as unknown."""
     rule = RULES.get(eqn.primitive, _unknown)
+    labels.source = eqn.source
     return rule(labels, eqn, operands, shapes)
 
 
 def _unknown(
     labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
 ) -> list[Axes]:
-    reason = f"the operation '{eqn.primitive}' is not one whose channels are understood"
+    reason = NotUnderstood(
+        f"the operation '{eqn.primitive}', which is not one that is understood"
+    )
     labels.fix_all(operands, reason)
     return [[labels.stuck(n, reason) for n in shape] for shape in shapes]
 
@@ -115,12 +118,15 @@ def _broadcast_in_dim(
     # Copies along a new axis are alike: the axis takes on whatever width it meets.
     [shape] = shapes
     placed = dict(zip(eqn.params["broadcast_dimensions"], operands[0], strict=True))
-    return [
-        [
-            placed[i] if i in placed and len(placed[i]) == n else labels.fresh(n)
-            for i, n in enumerate(shape)
-        ]
-    ]
+    out = []
+    for i, n in enumerate(shape):
+        if i in placed and len(placed[i]) == n:
+            out.append(placed[i])
+        else:
+            out.append(labels.fresh(n))
+            if n > 1:
+                labels.suppose(out[-1])
+    return [out]
 
 
 def _transpose(
@@ -141,9 +147,14 @@ def _reshape(
             out.append(labels.fresh(1))  # a new axis of size one
         elif len(sizes) == 1:
             out.append(labels.product(block))
+            if len(block) > 1:
+                labels.suppose(out[-1])
         else:
             whole = labels.product(block) if len(block) > 1 else block[0]
-            out += labels.split(whole, sizes)
+            parts = labels.split(whole, sizes)
+            for i, part in enumerate(parts):
+                labels.suppose(part, i)
+            out += parts
     return [out]
 
 
@@ -252,11 +263,50 @@ def _slice(
     for axis, start, limit, stride in zip(
         operands[0], starts, limits, strides, strict=True
     ):
-        part = axis[start:limit:stride]
-        if len(part) != len(axis):
-            labels.fix(axis, f"a slice with fixed bounds [{start}:{limit}:{stride}]")
+        n, part = len(axis), axis[start:limit:stride]
+        size = limit - start
+        if 1 < size < n and n % size == 0 and start % size == 0 and stride == 1:
+            # Half of an axis (a third…) stays half if all parts lose the same.
+            labels.suppose(axis)
+            functools.reduce(labels.tie, np.split(axis, n // size))
+        elif len(part) != n:
+            reason = f"a slice with fixed bounds [{start}:{limit}:{stride}]"
+            labels.fix(axis, NotUnderstood(reason))
         out.append(part)
     return [out]
+
+
+def _dynamic_slice(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    reason = "an axis that is indexed"
+    return [_windows(labels, operands[0], shapes[0], reason)]
+
+
+def _dynamic_update_slice(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    array, update, *_ = operands
+    out = []
+    for axis, new in zip(array, update, strict=True):
+        if len(axis) == len(new):
+            out.append(labels.tie(axis, new))
+        else:
+            labels.fix_all([[axis, new]], "an axis that is indexed")
+            out.append(axis)
+    return [out]
+
+
+def _windows(
+    labels: Labels, axes: Axes, sizes: tuple[int, ...], reason: str
+) -> list[np.ndarray]:
+    """Passes on the axes that are taken whole, and fixes the others."""
+    out = []
+    for axis, size in zip(axes, sizes, strict=True):
+        if len(axis) != size:
+            labels.fix(axis, reason)
+        out.append(axis if len(axis) == size else labels.stuck(size, reason))
+    return out
 
 
 def _split(
@@ -265,9 +315,11 @@ def _split(
     along, sizes = eqn.params["axis"], eqn.params["sizes"]
     axis = operands[0][along]
     if len(set(sizes)) > 1:
-        labels.fix(axis, f"a split into the fixed sizes {tuple(sizes)}")
+        reason = f"a split into the fixed sizes {tuple(sizes)}"
+        labels.fix(axis, NotUnderstood(reason))
     else:
         # Equal parts stay equal only if they lose the same positions.
+        labels.suppose(axis)
         functools.reduce(labels.tie, np.split(axis, len(sizes)))
     results = []
     for part in np.split(axis, np.cumsum(sizes)[:-1]):
@@ -300,11 +352,14 @@ def _gather(
     dims = eqn.params["dimension_numbers"]
     sizes = eqn.params["slice_sizes"]
     reason = "an axis that is indexed"
-    if dims.operand_batching_dims or dims.start_indices_batching_dims:
-        return _unknown(labels, eqn, operands, shapes)
+    along = dict(
+        zip(dims.operand_batching_dims, dims.start_indices_batching_dims, strict=True)
+    )
     whole = []
     for i, axis in enumerate(table):
-        if i in dims.collapsed_slice_dims:
+        if i in along:
+            labels.tie(axis, indices[along[i]])
+        elif i in dims.collapsed_slice_dims:
             labels.fix(axis, reason)
         elif sizes[i] == len(axis) and i not in dims.start_index_map:
             whole.append(axis)
@@ -315,6 +370,90 @@ def _gather(
     looked_up = iter(indices[:-1])
     rank = range(len(shapes[0]))
     return [[offsets[i] if i in offsets else next(looked_up) for i in rank]]
+
+
+def _scatter(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    """Putting rows back (a sum over a graph's neighbours): the reverse of a gather."""
+    array, indices, updates = operands
+    dims = eqn.params["dimension_numbers"]
+    reason = "an axis that is indexed"
+    along = dict(
+        zip(dims.operand_batching_dims, dims.scatter_indices_batching_dims, strict=True)
+    )
+    windows = iter(dims.update_window_dims)
+    out = []
+    for i, axis in enumerate(array):
+        if i in along:
+            axis = labels.tie(axis, indices[along[i]])
+        elif i in dims.inserted_window_dims:
+            labels.fix(axis, reason)
+        else:
+            window = updates[next(windows)]
+            moved = i in dims.scatter_dims_to_operand_dims
+            if len(window) == len(axis) and not moved:
+                axis = labels.tie(axis, window)
+            else:
+                labels.fix_all([[axis, window]], reason)
+        out.append(axis)
+    rows = [a for j, a in enumerate(updates) if j not in dims.update_window_dims]
+    for row, index in zip(rows, indices[:-1], strict=True):
+        labels.tie(row, index)
+    return [out]
+
+
+def _top_k(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    reason = "an axis of which the largest entries are taken"
+    axis = eqn.params.get("axis", -1) % len(shapes[0])
+    labels.fix(operands[0][axis], reason)
+    out = list(operands[0])
+    out[axis] = labels.stuck(shapes[0][axis], reason)
+    return [out for _ in shapes]
+
+
+def _tile(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    # Copies that follow one another are the same channels again; those of an axis of
+    # size one are a broadcast.
+    out = []
+    for axis, times in zip(operands[0], eqn.params["reps"], strict=True):
+        if times == 1:
+            out.append(axis)
+        else:
+            out.append(np.tile(axis, times) if len(axis) > 1 else labels.fresh(times))
+            labels.suppose(out[-1])
+    return [out]
+
+
+def _unstack(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    along = eqn.params["axis"]
+    labels.fix(operands[0][along], "an axis that is unstacked")
+    rest = [a for i, a in enumerate(operands[0]) if i != along]
+    return [rest for _ in shapes]
+
+
+def _same(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    return [list(axes) for axes in operands]
+
+
+def _no_results(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    return []
+
+
+def _random(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    return [[labels.stuck(n, "random numbers") for n in shape] for shape in shapes]
 
 
 def _sort(
@@ -357,11 +496,17 @@ def _iota(
 
 
 _ELEMENTWISE = """
-    abs acos add add_any and asin atan atan2 cbrt ceil clamp convert_element_type copy
-    copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
-    is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow
-    reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient
-    sub tan tanh xor
+    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz
+    complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv
+    erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p
+    logistic lt max min mul ne neg nextafter not or population_count pow real
+    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+""".split()
+
+_SAME = """
+    device_put mesh_cast name optimization_barrier pcast pvary reshard
+    sharding_constraint
 """.split()
 
 RULES: dict[str, Rule] = {
@@ -374,13 +519,18 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"), _cumulative
     ),
+    "debug_callback": _no_results,
+    "debug_print": _no_results,
     "dot_general": _dot_general,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
     "iota": _iota,
     "join": _elementwise,
     "loop_slice": _loop_slice,
     "loop_stack": _loop_stack,
     "pad": _pad,
+    "random_bits": _random,
     "reduce_and": _reduce,
     "reduce_max": _reduce,
     "reduce_min": _reduce,
@@ -391,9 +541,22 @@ RULES: dict[str, Rule] = {
     "reduce_window_sum": _reduce_window,
     "reshape": _reshape,
     "rev": _reverse,
+    **dict.fromkeys(_SAME, _same),
+    "scatter": _scatter,
+    "scatter-add": _scatter,
+    "scatter-max": _scatter,
+    "scatter-min": _scatter,
+    "scatter-mul": _scatter,
+    "scatter_add": _scatter,
+    "scatter_max": _scatter,
+    "scatter_min": _scatter,
+    "scatter_mul": _scatter,
     "slice": _slice,
     "sort": _sort,
     "split": _split,
     "squeeze": _squeeze,
+    "tile": _tile,
+    "top_k": _top_k,
     "transpose": _transpose,
+    "unstack": _unstack,
 }

@@ -5,14 +5,17 @@ alone, and its nested calls (``jit``, ``custom_jvp``, ``remat``…), loops and b
 are unfolded, so that what reads it is one loop over plain primitives.
 """
 
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 from jax.extend import core as jex_core
 
+from tpp_jax.pruning.linen import linen_apply
 from tpp_jax.pruning.naming import layer_name, leaf_name
 
 # Calls that only wrap another jaxpr: the parameter that holds it.
@@ -30,6 +33,14 @@ _CALLS = {
 }
 
 
+# Files whose lines are not the user's.
+_LIBRARIES = (
+    *(str(pathlib.Path(module.__file__).parent) for module in (jax, flax)),
+    str(pathlib.Path(__file__).parent),
+    "<",
+)
+
+
 class Equation(NamedTuple):
     """One primitive applied to numbered values; ``None`` is a scalar literal.
 
@@ -39,6 +50,7 @@ class Equation(NamedTuple):
     sources.
 
     Attributes:
+      source: where it was written, as JAX records it; see :func:`source_line`.
       times: how often it runs, where a ``scan`` tells.
     """
 
@@ -46,6 +58,7 @@ class Equation(NamedTuple):
     inputs: tuple[int | None, ...]
     outputs: tuple[int, ...]
     params: dict[str, Any]
+    source: Any = None
     times: int = 1
 
 
@@ -91,18 +104,35 @@ class Layer(NamedTuple):
     operand: int
 
 
+class Function(NamedTuple):
+    """A model as a pure function of its parameters.
+
+    Attributes:
+      call: ``call(params, *inputs)``.
+      params: the parameter tree.
+      names: the dotted name of every leaf of ``params``, in order.
+      trainable: names of the leaves that are trained.
+    """
+
+    call: Callable[..., Any]
+    params: Any
+    names: tuple[str, ...]
+    trainable: frozenset[str]
+
+
 def as_function(
-    model: nnx.Module | Callable[..., Any], params: Any = None
-) -> tuple[Callable[..., Any], Any, frozenset[str]]:
+    model: nnx.Module | linen.Module | Callable[..., Any],
+    params: Any = None,
+    plan: Any = None,
+) -> Function:
     """Splits a model into a pure function and its parameter tree.
 
     Args:
-      model: an NNX module, which is left untouched and run in evaluation mode, or a
-        function ``fn(params, *inputs)``.
-      params: the function's parameter pytree (arrays or ``jax.ShapeDtypeStruct``).
-
-    Returns:
-      ``(fn, params, names of the trainable leaves)``.
+      model: an NNX module, which is left untouched and run in evaluation mode; a Linen
+        module; or a function ``fn(params, *inputs)``.
+      params: the function's parameter pytree (arrays or ``jax.ShapeDtypeStruct``), or
+        the Linen module's variables.
+      plan: the plan by which a Linen module's variables were sliced.
 
     Raises:
       TypeError: a function without ``params`` or with a bare array, which has no name,
@@ -110,48 +140,80 @@ def as_function(
     """
     if isinstance(model, nnx.Module):
         graphdef, state = nnx.split(model)
-        trainable = nnx.filter_state(state, nnx.Param)
 
-        def fn(state: Any, *inputs: Any) -> Any:
+        def call(state: Any, *inputs: Any) -> Any:
             merged = nnx.merge(graphdef, state)
             merged.eval()
             return merged(*inputs)
 
-        return fn, state, _names(trainable)
+        trained = frozenset(_names(nnx.filter_state(state, nnx.Param)))
+        return Function(call, state, _names(state), trained)
     if not callable(model):
-        raise TypeError(f"expected an nnx.Module or a function, got {type(model)}")
+        raise TypeError(f"expected a Flax module or a function, got {type(model)}")
     if params is None:
-        raise TypeError("a plain function needs its parameters: pass params=tree")
-    if "" in _names(params):
+        what = (
+            "a Linen module needs its variables"
+            if _is_linen(model)
+            else ("a plain function needs its parameters")
+        )
+        raise TypeError(f"{what}: pass params=tree")
+    names = _names(params)
+    if "" in names:
         raise TypeError("the parameters are a bare array: put it in a dict, for a name")
-    return model, params, _names(params)
+    if _is_linen(model):
+        # Without the name of the collection: an optimizer sees the parameters alone.
+        trained = frozenset(_names(params.get("params", {})))
+        names = tuple(name.partition(".")[2] for name in names)
+        return Function(linen_apply(model, plan), params, names, trained)
+    return Function(model, params, names, frozenset(names))
 
 
-def _names(tree: Any) -> frozenset[str]:
+def _is_linen(model: Any) -> bool:
+    return isinstance(model, linen.Module)
+
+
+def _names(tree: Any) -> tuple[str, ...]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
-    return frozenset(leaf_name(path) for path, _ in paths)
+    return tuple(leaf_name(path) for path, _ in paths)
+
+
+def is_array(leaf: Any) -> bool:
+    """Tells whether an argument is traced; others (``True``, ``None``) are settings."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def trace(
-    model: nnx.Module | Callable[..., Any], *inputs: Any, params: Any = None
+    model: nnx.Module | linen.Module | Callable[..., Any],
+    *inputs: Any,
+    params: Any = None,
+    plan: Any = None,
 ) -> Trace:
     """Traces a model abstractly; nothing is computed and nothing allocated.
 
     Args:
       model: see :func:`as_function`.
-      *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``.
-      params: the parameters of a plain function.
+      *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; whatever else is
+        among them (``True``, a string) is handed to the model as it is.
+      params: the parameters of a plain function, the variables of a Linen module.
+      plan: if the variables of a Linen module were sliced, the plan of the cut.
 
     Returns:
       The computation with all nested calls unfolded.
     """
-    fn, params, trainable = as_function(model, params)
-    named = jax.tree_util.tree_leaves_with_path(params)
-    closed = jax.make_jaxpr(fn)(params, *inputs)
+    function = as_function(model, params, plan)
+    arguments, structure = jax.tree.flatten(inputs)
+    arrays = [leaf for leaf in arguments if is_array(leaf)]
+
+    def call(params: Any, arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        whole = [next(given) if is_array(leaf) else leaf for leaf in arguments]
+        return function.call(params, *jax.tree.unflatten(structure, whole))
+
+    closed = jax.make_jaxpr(call)(function.params, arrays)
     builder = _Builder()
     jaxpr = closed.jaxpr
     numbers = [builder.number(np.shape(var.aval)) for var in jaxpr.invars]
-    leaves = {leaf_name(path): n for (path, _), n in zip(named, numbers, strict=False)}
+    leaves = dict(zip(function.names, numbers, strict=False))
     constants = [builder.number(np.shape(var.aval), "") for var in jaxpr.constvars]
     builder.origin.update({n: name for name, n in leaves.items()})
     variables = [*jaxpr.invars, *jaxpr.constvars]
@@ -159,7 +221,7 @@ def trace(
     outputs = builder.unfold(jaxpr, scope)
     return Trace(
         leaves=leaves,
-        trainable=trainable,
+        trainable=function.trainable,
         inputs=tuple(numbers[len(leaves) :]),
         constants=tuple(constants) + tuple(builder.constants),
         outputs=tuple(outputs),
@@ -192,6 +254,26 @@ def layers(traced: Trace, repeated: bool = False) -> list[Layer]:
     return list(found.values())
 
 
+def lookups(traced: Trace) -> list[tuple[str, int]]:
+    """Lists the look-ups of the model's inputs in a table: embeddings.
+
+    Returns:
+      ``(leaf name of the table, value of the result)``. Tables that are indexed by
+      something built into the model (positions counted from 0) are not among them.
+    """
+    found = []
+    varying = set(traced.inputs)
+    for eqn in traced.equations:
+        if varying.isdisjoint(eqn.inputs):
+            continue
+        varying.update(eqn.outputs)
+        if eqn.primitive == "gather":
+            table = traced.origin.get(eqn.inputs[0])
+            if table is not None and eqn.inputs[1] in varying:
+                found.append((table, eqn.outputs[0]))
+    return found
+
+
 class _Builder:
     """Numbers values and unfolds calls while walking a jaxpr."""
 
@@ -199,6 +281,8 @@ class _Builder:
         self.shapes: list[tuple[int, ...]] = []
         self.equations: list[Equation] = []
         self.constants: list[int] = []
+        self.source: Any = None
+        self.caller: Any = None
         # "" marks a value that depends on no parameter, None one that depends on an
         # input or on several leaves.
         self.origin: dict[int, str | None] = {}
@@ -214,9 +298,15 @@ class _Builder:
     ) -> list[int | None]:
         for eqn in jaxpr.eqns:
             inputs = [self._read(var, env) for var in eqn.invars]
+            self.source = self.caller or eqn.source_info
             match eqn.primitive.name:
                 case name if name in _CALLS:
+                    before = self.caller
+                    # JAX keeps what a jitted function does, with the lines of its
+                    # first call: all of it is put down to the line of this call.
+                    self.caller = self.source if name in ("jit", "pjit") else before
                     outputs = self._call(eqn.params[_CALLS[name]], inputs, times)
+                    self.caller = before
                 case "scan":
                     outputs = self._scan(eqn, inputs, times)
                 case "while":
@@ -240,7 +330,9 @@ class _Builder:
         origin = self._origin_of(inputs)
         outputs = [self.number(shape, origin) for shape in shapes]
         self.equations.append(
-            Equation(name, tuple(inputs), tuple(outputs), params or {}, times)
+            Equation(
+                name, tuple(inputs), tuple(outputs), params or {}, self.source, times
+            )
         )
         return outputs
 
@@ -315,6 +407,23 @@ class _Builder:
         if len(origins) > 1 or None in origins:
             return None
         return origins.pop() if origins else ""
+
+
+def source_line(source: Any) -> str:
+    """Returns the user's line that an equation comes from, as ``model.py:31``.
+
+    Args:
+      source: :attr:`Equation.source`.
+
+    Returns:
+      The innermost line that is not in JAX, Flax or this file's neighbours; ``""`` if
+      there is none.
+    """
+    traceback = getattr(source, "traceback", None)
+    for frame in traceback.frames if traceback is not None else ():
+        if not frame.file_name.startswith(_LIBRARIES):
+            return f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
+    return ""
 
 
 def _count_other_ranks(outside: list[Any], inside: list[Any]) -> int:

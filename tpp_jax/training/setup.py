@@ -10,7 +10,8 @@ from flax import nnx
 from tpp_jax import data, models
 from tpp_jax.errors import TPPError
 from tpp_jax.method.schedule import GrowingSchedule
-from tpp_jax.pruning.groups import Groups, channel_groups
+from tpp_jax.pruning.channels import channel_groups
+from tpp_jax.pruning.groups import Groups
 from tpp_jax.pruning.plan import Plan, make_plan
 from tpp_jax.training import parallel, phases
 from tpp_jax.training.checkpoints import load_model
