@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -54,11 +55,15 @@ def filled(create, seed: int = 0) -> nnx.Module:
     rng = np.random.default_rng(seed)
 
     def draw(name, leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(seed)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.zeros(leaf.shape, leaf.dtype)
         if name.endswith(".var"):
             array = rng.uniform(0.5, 1.5, leaf.shape)
         else:
             fan_in = np.prod(leaf.shape[:-1])  # 1 for the arrays of one axis
             array = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
-        return jnp.asarray(array, leaf.dtype)
+        return jax.device_put(np.asarray(array, leaf.dtype))
 
     return nnx.merge(graphdef, map_named(draw, state))

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from tpp_jax import models
+from tpp_jax import data, models
 from tpp_jax.method.gram import gram_penalty, gram_penalty_grad
 from tpp_jax.method.schedule import growing_schedule
 from tpp_jax.method.transforms import add_tpp_penalties, zero_pruned
@@ -21,6 +21,7 @@ __all__ = [
     "channel_groups",
     "check_groups",
     "count",
+    "data",
     "gram_penalty",
     "gram_penalty_grad",
     "growing_schedule",

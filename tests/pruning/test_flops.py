@@ -5,12 +5,14 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
 
 import tpp_jax as tpp
 from tests.reference import GOLDEN, filled
+from tpp_jax.pruning.flops import Costs
 from tpp_jax.pruning.naming import named_leaves
 
 RECORDED = json.loads((GOLDEN / "flops.json").read_text())
@@ -183,3 +185,112 @@ def test_a_layer_that_runs_three_times_has_its_parameters_once():
 
     count = tpp.count(fn, shape(1, 4), params={"w": shape(4, 4)})
     assert count == (16, 3 * 2 * 16, {"w": (4, 16, 3 * 2 * 16)})
+
+
+def assert_costs_of_pruned_forms(fn, params, *inputs, shares=(0.3, 0.6, 0.9)):
+    """Compares counts told from the whole with counts of what was really sliced."""
+    groups = tpp.channel_groups(fn, *inputs, params=params)
+    costs = Costs(groups)
+    for share in shares:
+        plan = tpp.make_plan(groups, params, {"*": share}, criterion="random")
+        kept = {g.name: plan.kept_count(g) for g in plan.pruned_groups}
+        small = tpp.count(fn, *inputs, params=tpp.slice_tree(plan, params))
+        assert kept
+        assert costs(kept) == (small.params, small.flops)
+        assert costs(kept) < costs({})
+    return {group.name: group.reason for group in groups}
+
+
+def ones(**shapes):
+    return {name: np.ones(dims, np.float32) for name, dims in shapes.items()}
+
+
+def test_costs_follow_channels_that_a_layer_only_carries_along():
+    # A layer over tokens runs once for each channel: an MLP-Mixer.
+    def fn(p, x):
+        h = jnp.swapaxes(x @ p["up"], 1, 2) @ p["mix"] @ p["back"]
+        return jnp.swapaxes(h, 1, 2) @ p["down"]
+
+    params = ones(up=(4, 10), mix=(6, 9), back=(9, 6), down=(10, 3))
+    reasons = assert_costs_of_pruned_forms(fn, params, shape(2, 6, 4))
+    assert [name for name, reason in reasons.items() if reason is None] == ["up", "mix"]
+
+
+def test_costs_follow_kernels_that_are_cut_joined_or_transposed():
+    def fn(p, x):
+        a, b = jnp.split(x @ p["both"].T, 2, axis=-1)
+        h = jnp.concatenate([a * b, x @ p["side"]], axis=-1)
+        return h @ p["down"]
+
+    params = ones(both=(16, 4), side=(4, 6), down=(14, 3))
+    assert_costs_of_pruned_forms(fn, params, shape(2, 4))
+
+
+def test_costs_follow_heads_and_their_dimensions():
+    def fn(p, x):
+        q, k, v = (jnp.einsum("nti,ihd->nhtd", x, p[name]) for name in "qkv")
+        weights = jax.nn.softmax(jnp.einsum("nhtd,nhsd->nhts", q, k))
+        return jnp.einsum("nhts,nhsd,hdo->nto", weights, v, p["o"])
+
+    params = ones(q=(5, 4, 8), k=(5, 4, 8), v=(5, 4, 6), o=(4, 6, 3))
+    reasons = assert_costs_of_pruned_forms(fn, params, shape(2, 7, 5))
+    assert reasons == {
+        "q": None,
+        "q#2": None,
+        "v#2": None,
+        "o": "an output of the model",
+    }
+
+
+def test_costs_follow_grouped_convolutions_and_flattened_maps():
+    def conv(x, kernel, groups=1):
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    def fn(p, x):
+        x = jax.nn.relu(conv(x, p["first"]))
+        x = conv(x, p["depthwise"], x.shape[-1])
+        return x.reshape(len(x), -1) @ p["dense"]
+
+    params = ones(first=(3, 3, 2, 8), depthwise=(3, 3, 1, 8), dense=(4 * 4 * 8, 3))
+    assert_costs_of_pruned_forms(fn, params, shape(2, 4, 4, 2))
+
+
+def test_costs_follow_loops_and_layers_that_run_twice():
+    def fn(p, x):
+        def step(h, x):
+            h = jnp.tanh(x @ p["input"] + h @ p["hidden"])
+            return h, h
+
+        h, _ = lax.scan(step, jnp.zeros((2, 1)) @ p["start"], x)
+        return jax.nn.relu(h @ p["twice"]) @ p["twice"].T @ p["out"]
+
+    params = ones(start=(1, 8), input=(3, 8), hidden=(8, 8), twice=(8, 6), out=(8, 2))
+    assert_costs_of_pruned_forms(fn, params, shape(5, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_resnet8_b", "lenet5"])
+def test_costs_of_networks_are_those_of_their_sliced_forms(name):
+    model = nnx.eval_shape(lambda: tpp.models.create(name, rngs=nnx.Rngs(0)))
+    image = shape(2, *model.spec.image_shape)
+    graphdef, state = nnx.split(model)
+
+    def fn(state, x):
+        merged = nnx.merge(graphdef, state)
+        merged.eval()
+        return merged(x)
+
+    weights = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+    assert_costs_of_pruned_forms(fn, weights, image)
+
+
+def test_costs_leave_statistics_out():
+    model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    groups = tpp.channel_groups(model, shape(1, 3))
+    assert Costs(groups)({}) == (6, 0)

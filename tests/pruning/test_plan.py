@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -307,10 +308,10 @@ def test_malformed_ratios_are_refused(text):
 def test_an_unknown_scope_criterion_or_rounding_is_refused():
     message = refusal("*conv1:0.5", scope="planet")
     assert "'planet'" in message
-    assert "'local' or 'global'" in message
+    assert "'local', 'global' or 'isomorphic'" in message
     message = refusal("*conv1:0.5", criterion="l7")
     assert "'l7'" in message
-    assert "l1, l2, random" in message
+    assert "l1, l2, bn_scale" in message and "activation, random" in message
     assert "round_to is 0" in refusal("*conv1:0.5", round_to=0)
 
 
@@ -367,6 +368,31 @@ def test_the_leaves_of_a_plan_are_its_kept_indices():
     leaves, tree = jax.tree.flatten(plan)
     assert len(leaves) == len(plan.kept)
     assert jax.tree.unflatten(tree, leaves).groups is groups
+
+
+def test_a_pruned_network_is_pruned_again_with_its_optimizer():
+    model, groups = resnet()
+    x = jnp.ones((1, 8, 8, 3))
+    tx = optax.adam(1e-3)
+    state = jax.eval_shape(tx.init, nnx.state(model, nnx.Param))
+    # Moments that are told apart: of each parameter its own values.
+    state = (state[0]._replace(mu=nnx.state(model, nnx.Param)), *state[1:])
+    for ratio in (0.5, 0.25):
+        plan = tpp.make_plan(groups, model, ratio, round_to=2)
+        again = tpp.Plan.from_dict(json.loads(json.dumps(plan.to_dict())), groups)
+        model = tpp.prune(model, again)
+        state = tpp.slice_tree(again, state)
+        groups = tpp.channel_groups(model, x)
+    widths = {g.name: g.size for g in groups if g.reason is None}
+    whole = {g.name: g.size for g in resnet()[1] if g.reason is None}
+    assert widths.keys() == whole.keys()
+    for name, n in whole.items():
+        once = math.ceil(n / 2 / 2) * 2
+        assert widths[name] == math.ceil((once - math.ceil(once / 4)) / 2) * 2
+    params = nnx.state(model, nnx.Param)
+    jax.tree.map(np.testing.assert_array_equal, state[0].mu, params)
+    updates, _ = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 
 
 @given(st.text(alphabet=st.sampled_from("a*?[]:,.01-e \n") | st.characters()))

@@ -188,8 +188,9 @@ def _pruned_members(plan: Plan, leaf: str) -> list[tuple[Member, Bool[Array, " n
 
 
 def _belongs_to_producer(plan: Plan, member: Member) -> bool:
-    """Tells a kernel and its own bias from a norm's parameters."""
-    return layer_name(member.leaf) in plan.groups.layers
+    """Tells a kernel (or embedding) and its own bias from a norm's parameters."""
+    made = member.role in ("produced", "depthwise")
+    return made or layer_name(member.leaf) in plan.groups.layers
 
 
 def _along(mask: Bool[Array, " n"], axis: int, array: Array) -> Array:

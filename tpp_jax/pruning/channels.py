@@ -5,6 +5,7 @@ make it (2, 8) or (4, 4) if 16 were left. So what was read off the computation i
 on the model itself, abstractly: it is traced once more with half of the channels.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from flax import linen, nnx
 
-from tpp_jax.pruning.groups import Groups, Supposition, read_groups
+from tpp_jax.pruning.groups import Group, Groups, Slot, Supposition, read_groups
 from tpp_jax.pruning.modules import arrangement, sliced_module
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import slice_tree
@@ -60,7 +61,10 @@ def channel_groups(
     groups, suppositions = read_groups(traced, inputs, strict)
     if not suppositions:
         return groups
-    reasons = _tried(_Trial(model, params, groups), suppositions)
+    reasons, joined = _tried(model, params, groups, suppositions)
+    if joined:
+        groups, suppositions = read_groups(traced, inputs, strict, joined)
+        reasons, _ = _tried(model, params, groups, suppositions, alone=False)
     if strict and reasons:
         i, reason = min(reasons.items())
         raise ValueError(
@@ -76,6 +80,7 @@ def channel_groups(
         groups.shapes,
         groups.inputs,
         groups.traced,
+        groups.joined,
     )
 
 
@@ -115,53 +120,96 @@ def retraced(model: Any, plan: Plan, params: Any = None) -> Groups:
     if isinstance(model, nnx.Module):
         graphdef, state = nnx.split(model)
         model = sliced_module(graphdef, jax.tree.map(abstract, state), plan)
-        return read_groups(trace(model, *inputs), inputs)[0]
-    small = slice_tree(plan, jax.tree.map(abstract, params))
-    return read_groups(trace(model, *inputs, params=small, plan=plan), inputs)[0]
+        traced = trace(model, *inputs)
+    else:
+        small = slice_tree(plan, jax.tree.map(abstract, params))
+        traced = trace(model, *inputs, params=small, plan=plan)
+    return read_groups(traced, inputs, joined=plan.groups.joined)[0]
 
 
-def _tried(trial: _Trial, suppositions: list[Supposition]) -> dict[int, str]:
+def _tried(
+    model: Any,
+    params: Any,
+    groups: Groups,
+    suppositions: list[Supposition],
+    alone: bool = True,
+) -> tuple[dict[int, str], tuple[tuple[Slot, Slot], ...]]:
     """Finds the groups whose suppositions do not hold.
 
-    Most often all of them do, which one trial tells. Otherwise groups that rest on the
-    same lines of code are tried together, and alone only where they differ.
+    Groups that rest on the same lines of code are tried together, and singly only where
+    they differ.
+
+    Args:
+      alone: whether to try groups of each kind without the others. All of them together
+        are not enough: two that are wrong may make up for each other, as the number of
+        dimensions of queries and that of values.
 
     Returns:
-      Index of a group → why it cannot be pruned.
+      Index of a group → why it cannot be pruned; or pairs of axes that can be pruned,
+      but only together.
     """
-    suspects = {one.group for one in suppositions}
-    if not trial(suspects):
-        return {}
+    trial = _Trial(model, params, groups)
     lines: dict[int, dict[tuple[str, int], None]] = {}
     for group, part, source in suppositions:
         lines.setdefault(group, {})[source_line(source), part] = None
-    alike: dict[frozenset[tuple[str, int]], list[int]] = {}
+    kinds: dict[frozenset[tuple[str, int]], list[int]] = {}
     for group, line in lines.items():
-        alike.setdefault(frozenset(line), []).append(group)
+        kinds.setdefault(frozenset(line), []).append(group)
     wrong: dict[int, str] = {}
-    for members in alike.values():
-        wrong |= _wrong_among(trial, members)
-    while True:
-        # What is right for each alone may still not be right for all together.
-        error = trial(suspects - wrong.keys())
-        if not error:
-            break
-        wrong |= dict.fromkeys(suspects - wrong.keys(), error)
+    if alone and len(kinds) > 1:
+        failed = [kind for kind in kinds.values() if trial(set(kind))]
+        joined = _only_together(trial, groups, failed)
+        if joined:
+            return {}, joined
+        for kind in failed:
+            wrong |= _wrong_among(trial, kind)
+    suspects = set(lines)
+    while error := trial(suspects - wrong.keys()):
+        # What is right for each kind alone may still not be right for all together.
+        more: dict[int, str] = {}
+        for kind in kinds.values():
+            more |= _wrong_among(trial, [i for i in kind if i not in wrong])
+        wrong |= more or dict.fromkeys(suspects - wrong.keys(), error)
     return {
         group: f"a size written into the model ({', '.join(_places(lines[group]))}): "
         + error
         for group, error in wrong.items()
-    }
+    }, ()
 
 
-def _wrong_among(trial: _Trial, members: list[int]) -> dict[int, str]:
-    error = trial(set(members))
-    if not error or len(members) == 1:
-        return dict.fromkeys(members, error) if error else {}
-    first, last = trial({members[0]}), trial({members[-1]})
-    if first and last:  # as a number of heads in every block of a transformer
-        return dict.fromkeys(members, error)
-    return {i: text for i in members if (text := trial({i}))}
+def _only_together(
+    trial: _Trial, groups: Groups, failed: list[list[int]]
+) -> tuple[tuple[Slot, Slot], ...]:
+    """Pairs groups of two kinds that are wrong alone and right together."""
+    for kind, other in itertools.combinations(failed, 2):
+        sizes = [[groups[i].size for i in members] for members in (kind, other)]
+        if sizes[0] == sizes[1] and not trial({*kind, *other}):
+            slots = [
+                (_own_slot(groups[i]), _own_slot(groups[j]))
+                for i, j in zip(kind, other, strict=True)
+            ]
+            if all(None not in pair for pair in slots):
+                return tuple(slots)
+    return ()
+
+
+def _own_slot(group: Group) -> Slot | None:
+    """Returns an axis that is made of the group's channels and nothing else."""
+    for member in group.members:
+        if member.role == "produced" and member.positions.shape[1] == 1:
+            return member.leaf, member.axis
+    return None
+
+
+def _wrong_among(trial: _Trial, kind: list[int]) -> dict[int, str]:
+    """Returns those of a kind that do not hold, and why."""
+    error = trial(set(kind)) if kind else ""
+    if not error or len(kind) == 1:
+        return dict.fromkeys(kind, error) if error else {}
+    if trial({kind[0]}) and trial({kind[-1]}):
+        # Most likely all, as a number of heads in every block of a transformer.
+        return dict.fromkeys(kind, error)
+    return {i: text for i in kind if (text := trial({i}))}
 
 
 def _places(lines: dict[tuple[str, int], None]) -> list[str]:

@@ -41,11 +41,14 @@ class Checks(NamedTuple):
       masked: largest difference between the network with half of the channels masked
         and with them cut out, over all groups that no reduction runs over.
       unprunable: group name → why it cannot be pruned.
+      unproved: names of the groups that have no influence on the outputs here (a dead
+        unit, a bias before a softmax): nothing was proved of them.
     """
 
     groups: tuple[GroupCheck, ...]
     masked: float
     unprunable: dict[str, str]
+    unproved: tuple[str, ...]
 
 
 def check_groups(
@@ -115,9 +118,10 @@ def check_groups(
     for group in groups:
         if group.reason is not None or group.size < 2:
             continue
-        # A rotation by one leaves no channel where it was.
-        order = np.roll(rng.permutation(group.size), 1)
-        order = np.roll(np.arange(group.size), 1) if group.size < 4 else order
+        # One cycle through all channels leaves none where it was.
+        cycle = rng.permutation(group.size)
+        order = np.empty_like(cycle)
+        order[cycle] = np.roll(cycle, 1)
         permuted = distance(run(_permuted(weights, function.names, group, order)))
         first = next(m for m in group.members if m.role == "produced")
         lone = group._replace(members=(first,))
@@ -129,43 +133,38 @@ def check_groups(
                 f"places, an output changes by {permuted:.2g} standard deviations. "
                 "Please report the model; until then, skip this group"
             )
-    masked = _masked_against_sliced(model, params, groups, weights, inputs, rng)
+    plan = _half(groups, rng, lambda group: not group.reduced)
+    mask = mask_tree(plan, weights)
+    expected = np.asarray(run(jax.tree.map(_masked, weights, mask)))
+    found = _run_sliced(model, plan, weights, inputs)
+    spread = float(expected.std()) or 1.0
+    masked = float(np.abs(found - expected).max(initial=0.0)) / spread
     if not masked <= tolerance:
         raise ValueError(
             f"masking half of the channels differs from cutting them out by "
             f"{masked:.2g} standard deviations of the outputs"
         )
     plan = _half(groups, rng, lambda group: True)
-    if isinstance(model, nnx.Module):
-        prune(model, plan)
-    elif not arrangement(retraced(model, plan, params)).issuperset(
-        arrangement(groups, plan)
-    ):
+    there = arrangement(retraced(model, plan, params))
+    if not there.issuperset(arrangement(groups, plan)):
         raise ValueError("the sliced model runs, but arranges its channels differently")
     reasons = {group.name: group.reason for group in groups if group.reason}
-    return Checks(tuple(checks), masked, reasons)
+    idle = tuple(one.name for one in checks if one.influence <= tolerance)
+    return Checks(tuple(checks), masked, reasons, idle)
 
 
-def _masked_against_sliced(
-    model: Any, params: Any, groups: Groups, weights: Any, inputs: Any, rng: Any
-) -> float:
-    plan = _half(groups, rng, lambda group: not group.reduced)
-    function = as_function(model, params)
-    mask = mask_tree(plan, weights)
-    masked = jax.tree.map(
-        lambda leaf, keep: leaf * keep if _is_float(leaf) else leaf, weights, mask
-    )
-    expected = np.asarray(jax.jit(lambda w: _flat(function.call(w, *inputs)))(masked))
+def _run_sliced(model: Any, plan: Plan, weights: Any, inputs: Any) -> np.ndarray:
     if isinstance(model, nnx.Module):
         whole = nnx.merge(nnx.graphdef(model), weights)
-        small = as_function(prune(whole, plan))
-        call, weights = small.call, small.params
+        call, weights, *_ = as_function(prune(whole, plan))
     else:
         call = linen_apply(model, plan) if isinstance(model, linen.Module) else model
         weights = slice_tree(plan, weights)
-    found = np.asarray(jax.jit(lambda w: _flat(call(w, *inputs)))(weights))
-    spread = float(expected.std()) or 1.0
-    return float(np.abs(found - expected).max(initial=0.0)) / spread
+    return np.asarray(jax.jit(lambda weights: _flat(call(weights, *inputs)))(weights))
+
+
+def _masked(leaf: Any, keep: Any) -> Any:
+    return np.asarray(leaf) * np.asarray(keep) if _is_float(leaf) else leaf
 
 
 def _half(groups: Groups, rng: Any, chosen: Callable[[Group], bool]) -> Plan:
@@ -186,7 +185,8 @@ def _permuted(weights: Any, names: tuple[str, ...], group: Group, order: Any) ->
         i = place[member.leaf]
         source = np.arange(leaves[i].shape[member.axis])
         source[member.positions] = member.positions[order]
-        leaves[i] = jnp.take(leaves[i], source, axis=member.axis)
+        # On the host: on a device every new shape would be compiled for.
+        leaves[i] = np.take(np.asarray(leaves[i]), source, axis=member.axis)
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -203,15 +203,17 @@ def _drawn(name: str, leaf: Any, rng: Any) -> Any:
         size = np.sqrt(np.mean(np.square(value))) if value.size else 0.0
         near = value * (1 + 0.3 * noise)
         near += 0.1 * (size or 1.0) * rng.uniform(-1, 1, leaf.shape)
-    return jnp.asarray(near, leaf.dtype)
+    return np.asarray(near, leaf.dtype)
 
 
 def _example(leaf: Any, rng: Any) -> Any:
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
-    return jnp.asarray(rng.integers(2, size=leaf.shape), leaf.dtype)
+        drawn = rng.normal(size=leaf.shape)
+    else:
+        drawn = rng.integers(2, size=leaf.shape)
+    return jax.device_put(np.asarray(drawn, leaf.dtype))
 
 
 def _is_float(leaf: Any) -> bool:

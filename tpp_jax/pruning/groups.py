@@ -15,16 +15,18 @@ import jax
 import numpy as np
 
 from tpp_jax.pruning.labels import Labels, NotUnderstood, solve
-from tpp_jax.pruning.naming import layer_name
 from tpp_jax.pruning.rules import apply_rule
 from tpp_jax.pruning.tracing import (
     Layer,
     Trace,
     is_array,
+    layer_names,
     layers,
     lookups,
     source_line,
 )
+
+Slot = tuple[str, int]  # an axis of a parameter leaf
 
 
 class Member(NamedTuple):
@@ -62,8 +64,10 @@ class Group(NamedTuple):
         that group's channels are the heads of an attention, say, and this one's the
         dimensions of each head. Named ``layer#2``.
       reason: why they cannot be pruned; None if they can.
-      reduced: whether a sum or maximum runs over the channels (a layer norm, a
-        softmax); then zeros in their place are not the same as their absence.
+      reduced: whether a sum or maximum runs over the channels that is not a layer's own
+        (a layer norm, a softmax, a product of queries and keys, which is scaled by the
+        number of channels); then zeros in their place are not the same as their
+        absence.
     """
 
     name: str
@@ -84,6 +88,8 @@ class Groups:
       shapes: parameter leaf name → shape of the unpruned array.
       inputs: abstract example inputs, to re-trace a sliced model.
       traced: the computation that they were read off.
+      joined: pairs of axes whose channels go together since the model refuses to run
+        otherwise.
     """
 
     def __init__(
@@ -93,12 +99,14 @@ class Groups:
         shapes: dict[str, tuple[int, ...]],
         inputs: tuple[Any, ...],
         traced: Trace,
+        joined: tuple[tuple[Slot, Slot], ...] = (),
     ) -> None:
         self.all = groups
         self.layers = layers
         self.shapes = shapes
         self.inputs = inputs
         self.traced = traced
+        self.joined = joined
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.all)
@@ -143,7 +151,10 @@ class Supposition(NamedTuple):
 
 
 def read_groups(
-    traced: Trace, inputs: tuple[Any, ...], strict: bool = False
+    traced: Trace,
+    inputs: tuple[Any, ...],
+    strict: bool = False,
+    joined: tuple[tuple[Slot, Slot], ...] = (),
 ) -> tuple[Groups, list[Supposition]]:
     """Reads the coupled-channel groups off a traced computation.
 
@@ -151,6 +162,7 @@ def read_groups(
       traced: the computation.
       inputs: the example inputs that it was traced with.
       strict: see :func:`tpp_jax.channel_groups`.
+      joined: pairs of axes whose channels are to go together, whatever is read.
 
     Returns:
       The groups, and what they rest on: that the sizes which reshapes, splits and
@@ -158,9 +170,14 @@ def read_groups(
     """
     layer_list = layers(traced)
     labels, axes = _label(traced)
+    for (leaf, axis), (other, its_axis) in joined:
+        labels.tie(
+            axes[traced.leaves[leaf]][axis], axes[traced.leaves[other]][its_axis]
+        )
     solution = solve(labels)
     roles = _roles(layer_list, axes, traced)
     orders, first_use = _orders(traced, layer_list)
+    name_of = layer_names(traced)
 
     slots = [
         (leaf, axis)
@@ -185,9 +202,9 @@ def read_groups(
         # Channels are counted in the order of the first layer that produces them.
         rank = np.argsort(produced[0].positions.min(axis=1))
         code = solution.stuck[channels[0]]
-        names = tuple(dict.fromkeys(layer_name(m.leaf) for m in makers))
+        names = tuple(dict.fromkeys(name_of(m.leaf) for m in makers))
         group = Group(
-            name=layer_name(produced[0].leaf),
+            name=name_of(produced[0].leaf),
             size=len(channels),
             producers=names,
             members=tuple(m._replace(positions=m.positions[rank]) for m in members),
@@ -195,12 +212,7 @@ def read_groups(
             reason=None if code < 0 else _explain(*labels.reasons[code]),
             reduced=bool(solution.reduced[channels].any()),
         )
-        # Of groups that run through the same filters the coarser comes first: that
-        # whose channels take up neighbouring filters, or an axis further left. What
-        # cannot be pruned comes last.
-        one, *_ = first = produced[0].positions[rank]
-        place = first.min(), produced[0].axis, np.ptp(one)
-        key = (first_use[produced[0].leaf], code >= 0, *place)
+        key = (first_use[produced[0].leaf], *_grain(group, produced[0].leaf))
         if strict and code >= 0 and isinstance(labels.reasons[code][0], NotUnderstood):
             raise ValueError(
                 f"the channels of {group.name} meet {group.reason}. Without "
@@ -219,6 +231,7 @@ def read_groups(
             inputs,
         ),
         traced=traced,
+        joined=joined,
     )
     group_of = np.full(len(solution.stuck), -1)
     for i, channels in enumerate(channels_of):
@@ -256,6 +269,14 @@ def _label(traced: Trace) -> tuple[Labels, dict[int | None, list[np.ndarray]]]:
         operands = [axes[n] for n in eqn.inputs]
         shapes = [traced.shapes[n] for n in eqn.outputs]
         results = apply_rule(labels, eqn, operands, shapes)
+        if eqn.primitive == "dot_general" and not any(
+            n in traced.origin for n in eqn.inputs
+        ):
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            labels.reduced += [operands[0][i] for i in contracted]
+            # Functions of attention are particular about the sizes that they are given.
+            for i, axis in enumerate(operands[0] + operands[1]):
+                labels.suppose(axis, i)
         axes.update(zip(eqn.outputs, results, strict=True))
     labels.source = None
     labels.fix_all([axes[n] for n in traced.outputs], "an output of the model")
@@ -397,30 +418,48 @@ def _positions_of(
     return positions[order[start[:, None] + np.arange(m)]]
 
 
+def _grain(group: Group, leaf: str) -> tuple[bool, int, int, int]:
+    """Ranks groups that run through one layer's filters: what is to be named first.
+
+    The coarser come first: those whose channels take up more neighbouring filters, or
+    an axis further left. What cannot be pruned comes last.
+    """
+    [own, *_] = [m for m in group.members if m.role == "produced" and m.leaf == leaf]
+    breaks = np.flatnonzero(np.diff(own.positions[0]) != 1)
+    runs = np.diff([-1, *breaks, own.positions.shape[1] - 1])
+    first = int(own.positions.min())
+    return group.reason is not None, own.axis, -int(runs.max()), first
+
+
 def _with_unique_names(groups: list[Group]) -> tuple[Group, ...]:
     """Tells groups apart whose channels are produced by one layer.
 
-    One that runs through the same filters as an earlier one is an inner group,
-    ``conv#2``; one that stands beside it is named by where it starts, ``conv@16``.
+    One that runs through the same filters as a coarser one is an inner group,
+    ``conv#2``; one that stands beside another is named by where it starts, ``conv@16``.
     """
-    earlier: dict[str, list[Member]] = {}
+    through: dict[str, list[tuple[Group, Member]]] = {}
+    for group in groups:
+        for member in group.members:
+            if member.role == "produced":
+                through.setdefault(member.leaf, []).append((group, member))
     taken: set[str] = set()
     unique = []
     for group in groups:
-        produced = [member for member in group.members if member.role == "produced"]
-        own = min(produced, key=lambda m: m.order)
+        own = next(member for member in group.members if member.role == "produced")
+        grain = _grain(group, own.leaf)[:3]
         outer = sum(
-            other.axis != own.axis
-            or bool(np.isin(own.positions, other.positions).any())
-            for other in earlier.get(own.leaf, [])
+            _grain(other, own.leaf)[:3] < grain
+            and (
+                member.axis != own.axis
+                or bool(np.isin(own.positions, member.positions).any())
+            )
+            for other, member in through[own.leaf]
         )
         name = group.name
         if outer:
             name = f"{group.name}#{outer + 1}"
-        elif name in taken:
-            name = f"{group.name}@{own.positions.min()}"
+        if name in taken:
+            name = f"{name}@{own.positions.min()}"
         taken.add(name)
-        for member in produced:
-            earlier.setdefault(member.leaf, []).append(member)
         unique.append(group._replace(name=name, inner=outer > 0))
     return tuple(unique)

@@ -13,11 +13,14 @@ Three facts about labels are collected while the rules walk a computation:
 defined by others.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+Axes = list[np.ndarray]  # the labels of one array: an int64 vector for each axis
 
 
 class NotUnderstood(str):
@@ -35,6 +38,7 @@ class Labels:
       ties: pairs of equally long label vectors, tied position by position.
       fixed: pairs (labels, reason number) of positions that must stay.
       definitions: pairs (labels ``[n]``, their parts ``[n, k]``).
+      pieces: an axis that was concatenated → the sizes of its pieces.
       supposed: labels of axes whose size an operation is told, with a number that tells
         apart what one operation is told, and the operation's source. That the size
         follows the channels is a supposition, to be tried.
@@ -49,6 +53,7 @@ class Labels:
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
         self.fixed: list[tuple[np.ndarray, int]] = []
         self.definitions: list[tuple[np.ndarray, np.ndarray]] = []
+        self.pieces: dict[bytes, list[int]] = {}
         self.supposed: list[tuple[np.ndarray, int, Any]] = []
         self.reduced: list[np.ndarray] = []
         self.reasons: list[tuple[str, Any]] = []
@@ -116,6 +121,13 @@ class Labels:
             reason = NotUnderstood("a reshape that splits an axis that is partly fixed")
             self.fix(axis, reason)
             return [self.stuck(n, reason) for n in sizes]
+        pieces = self.pieces.get(axis.tobytes(), [])
+        if len(pieces) == sizes[0] and len(set(pieces)) == 1:
+            # A concatenation that is reshaped into its pieces is a stack of them.
+            piece = functools.reduce(self.tie, np.split(axis, sizes[0]))
+            stack = self.stuck(sizes[0], "an axis that arrays are stacked along")
+            rest = self.split(piece, sizes[1:]) if len(sizes) > 2 else [piece]
+            return [stack, *rest]
         parts = [self.fresh(n) for n in sizes]
         grids = [
             np.broadcast_to(part.reshape(_along(i, sizes)), sizes).reshape(-1)
@@ -193,10 +205,23 @@ def solve(labels: Labels) -> Channels:
         parts = _agree(labels, component, stuck)
         if (len(labels.ties), len(labels.fixed)) == before:
             break
+    _undo_fixed(parts, stuck)
     reduced = np.zeros(len(stuck), bool)
     for summed in labels.reduced:
         reduced[component[summed[summed >= 0]]] = True
     return Channels(component, stuck, reduced, parts)
+
+
+def _undo_fixed(parts: np.ndarray, stuck: np.ndarray) -> None:
+    """Fixes labels whose parts are all fixed; they are pairs no more."""
+    while True:
+        of_fixed = ((parts < 0) | (stuck[parts] >= 0)).all(axis=1)
+        of_fixed &= (parts >= 0).any(axis=1)
+        if not of_fixed.any():
+            return
+        first = parts[of_fixed, (parts[of_fixed] >= 0).argmax(axis=1)]
+        stuck[of_fixed] = stuck[first]
+        parts[of_fixed] = -1
 
 
 def _components(labels: Labels) -> np.ndarray:

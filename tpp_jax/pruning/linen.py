@@ -109,11 +109,16 @@ def _static_sizes(
             if contracted == 1:  # depthwise: the groups are the channels
                 groups = produced * groups // module.features
             yield module, {"feature_group_count": groups, "features": produced}
+        case linen.DenseGeneral(features=tuple(features)) if "kernel" in own:
+            yield module, {"features": own["kernel"].shape[-len(features) :]}
         case linen.GroupNorm(num_groups=groups) if groups and plan is not None:
             scale = ".".join((*module.path, "scale"))
-            for group, member in plan.groups.members.get(scale, ()):
-                if group.size == groups and member.positions.shape[1] > 1:
-                    yield module, {"num_groups": plan.kept_count(group)}
-        case linen.RNN(cell=cell) if "cell" in own:
-            recurrent = [own["cell"][name] for name in own["cell"] if name[0] == "h"]
-            yield cell, {"features": recurrent[0]["kernel"].shape[0]}
+            yield module, {"num_groups": plan.kept_blocks(scale, groups)}
+        case linen.RNN(cell=cell) if cell.scope is not None:
+            recurrent = [
+                layer["kernel"]
+                for name, layer in cell.variables.get("params", {}).items()
+                if name.startswith("h")
+            ]
+            if recurrent:
+                yield cell, {"features": recurrent[0].shape[0]}

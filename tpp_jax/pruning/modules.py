@@ -12,7 +12,7 @@ from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import keep_masks, slice_tree
 from tpp_jax.pruning.tracing import trace
 
-Slot = tuple[str, int, bytes]  # a leaf, an axis of it, positions along the axis
+Place = tuple[str, int, bytes]  # a leaf, an axis of it, positions along the axis
 
 
 def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
@@ -38,7 +38,8 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
     name = type(model).__name__
     inputs = plan.groups.inputs
     try:
-        found, _ = read_groups(trace(small, *inputs), inputs)
+        traced = trace(small, *inputs)
+        found, _ = read_groups(traced, inputs, joined=plan.groups.joined)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the sliced {name} does not run: one of its layers has a size written "
@@ -47,7 +48,8 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
         ) from error
     there = arrangement(found)
     for group in plan.groups:
-        if not there.issuperset(_layout(group, plan)):
+        layout = _layout(group, plan)
+        if layout and layout not in there:
             raise ValueError(
                 f"the sliced {name} runs, but arranges the channels of {group.name} in "
                 "another way than planned: a size (a number of heads, say) is written "
@@ -64,14 +66,14 @@ def sliced_module(graphdef: nnx.GraphDef, state: nnx.State, plan: Plan) -> nnx.M
     return small
 
 
-def arrangement(groups: Groups, plan: Plan | None = None) -> set[Slot]:
-    """Tells where all channels stand in each array, to be compared.
+def arrangement(groups: Groups, plan: Plan | None = None) -> set[frozenset[Place]]:
+    """Tells where the channels of every group stand in each array, to be compared.
 
     Args:
       groups: the groups.
       plan: if given, what is told is how slicing by it is to leave them.
     """
-    return {slot for group in groups for slot in _layout(group, plan)}
+    return {_layout(group, plan) for group in groups} - {frozenset()}
 
 
 def _follow_arrays(module: nnx.Module, path: str, plan: Plan) -> None:
@@ -84,9 +86,7 @@ def _follow_arrays(module: nnx.Module, path: str, plan: Plan) -> None:
             module.feature_group_count = groups
             module.in_features, module.out_features = contracted * groups, produced
         case nnx.GroupNorm() if module.scale is not None:
-            for group, member in plan.groups.members.get(f"{path}.scale", ()):
-                if group.size == module.num_groups and member.positions.shape[1] > 1:
-                    module.num_groups = plan.kept_count(group)
+            module.num_groups = plan.kept_blocks(f"{path}.scale", module.num_groups)
             module.num_features = module.scale.shape[0]
             module.group_size = module.num_features // module.num_groups
         case nnx.LinearGeneral():
@@ -104,7 +104,7 @@ def _follow_arrays(module: nnx.Module, path: str, plan: Plan) -> None:
             module.qkv_features = heads * size
 
 
-def _layout(group: Group, plan: Plan | None = None) -> set[Slot]:
+def _layout(group: Group, plan: Plan | None = None) -> frozenset[Place]:
     """Tells where a group's channels stand in each array, as comparable values.
 
     Args:
@@ -118,7 +118,7 @@ def _layout(group: Group, plan: Plan | None = None) -> set[Slot]:
     """
     size = group.size if plan is None else plan.kept_count(group)
     if size <= 1 or group.reason is not None:
-        return set()
+        return frozenset()
     layout = set()
     for leaf, axis, positions, _, _ in group.members:
         if plan is not None:
@@ -130,4 +130,4 @@ def _layout(group: Group, plan: Plan | None = None) -> set[Slot]:
                 positions = moved[positions[stays[positions]]].reshape(size, -1)
         positions = np.sort(positions, axis=1)
         layout.add((leaf, axis, positions[np.argsort(positions[:, 0])].tobytes()))
-    return layout
+    return frozenset(layout)

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import fnmatch
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,15 +11,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from tpp_jax.pruning.criteria import Criterion, find_criterion, group_scores
+from tpp_jax.pruning.criteria import (
+    REDUCTIONS,
+    Criterion,
+    find_criterion,
+    group_scores,
+)
 from tpp_jax.pruning.groups import Group, Groups
-from tpp_jax.pruning.naming import named_leaves
+from tpp_jax.pruning.naming import longest_known_suffix, named_leaves
+from tpp_jax.pruning.targets import Limits, kept_by_ratios, kept_for_target, pools_of
 
-# The original never removes more than this share of a layer, so that one filter of 16
-# survives any ratio.
-_LARGEST_SHARE = 0.995
-
-Ratios = Mapping[str, float] | str
+Ratios = Mapping[str, float] | str | float
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +51,18 @@ class Plan:
         """Returns how many of a group's channels stay."""
         kept = self.kept.get(group.name)
         return group.size if kept is None else kept.shape[-1]
+
+    def kept_blocks(self, leaf: str, blocks: int) -> int:
+        """Returns of how many equal blocks of a parameter something stays.
+
+        Args:
+          leaf: a parameter of one axis, a group norm's scale.
+          blocks: how many blocks of neighbouring positions there are.
+        """
+        stays = np.ones(self.groups.shapes[leaf][0], bool)
+        for group, member in self.groups.members.get(leaf, ()):
+            stays[member.positions[self.pruned(group.name)]] = False
+        return int(stays.reshape(blocks, -1).any(axis=1).sum())
 
     def pruned(self, name: str) -> Int[np.ndarray, " p"]:
         """Returns the channels of a group that go, ascending (concrete plans only)."""
@@ -84,70 +97,112 @@ class Plan:
 def make_plan(
     groups: Groups,
     model: nnx.Module | Any,
-    ratios: Ratios,
+    ratios: Ratios | None = None,
     *,
+    flops: float | None = None,
+    params: float | None = None,
     skip: Sequence[str] | str = (),
     criterion: str | Criterion = "l1",
+    statistics: Any = None,
     scope: str = "local",
+    reduce: str = "mean",
     seed: int = 0,
     round_to: int = 1,
+    min_channels: int = 1,
 ) -> Plan:
     """Chooses the channels to prune (method section 1: chosen once, from the weights).
+
+    How much goes is said by ratios, or by a target that the ratios are solved for.
 
     Args:
       groups: from :func:`tpp_jax.channel_groups`.
       model: the model with its weights, or a parameter pytree.
-      ratios: pattern → share of the channels to prune, in [0, 1), as a dict or as the
+      ratios: share of the channels to prune, in [0, 1): one number for every group that
+        can be pruned and is not inner, or pattern → share, as a dict or as the
         original's string ``"*layer*.conv1:0.9,*layer3*:0.5"``. Patterns are
         ``fnmatch`` globs over layer names; the last match wins, no match means 0. A
         group is matched by any layer that produces it; an inner group (``layer#2``,
         the dimensions within heads) by its own name only.
+      flops: target: share of the model's FLOPs that is to *remain*, in (0, 1]. Ratios
+        are then relative: all are scaled by one number, as large as it takes. Without
+        ratios, all groups that a single number would prune get equal ones.
+      params: likewise, of its parameters. With both targets, both are met.
       skip: patterns of layers that are left whole, whatever the ratios say.
-      criterion: ``"l1"``, ``"l2"``, ``"random"`` or a function from filters ``[n, d]``
-        to scores ``[n]``; the lowest scores go.
-      scope: ``"local"``: each group loses its own share; ``"global"``: as many channels
-        in all, but the lowest scores among all matched groups.
+      criterion: a name in :data:`tpp_jax.pruning.criteria.CRITERIA`, ``"random"``, or a
+        function from filters ``[n, d]`` (and their statistics ``[n, d]``, if given) to
+        scores ``[n]``; the lowest scores go.
+      statistics: for a criterion that needs more than weights: a pytree named like the
+        parameters, from :mod:`tpp_jax.pruning.statistics`.
+      scope: where scores compete. ``"local"``: each group loses its own share;
+        ``"global"``: as many channels in all, but the lowest scores among all matched
+        groups; ``"isomorphic"``: as many in all among groups of like shape.
+      reduce: how a channel's scores in the layers that produce it become one:
+        ``"mean"``, ``"sum"``, ``"max"``, or ``"first"``, the score in the first layer.
       seed: of the random criterion.
       round_to: kept counts are rounded up to a multiple of this.
+      min_channels: no group is left with fewer.
 
     Returns:
-      The plan. ``ceil(ratio · n)`` channels of a group of n go, at most
-      ``floor(0.995 · n)``.
+      The plan. By ratios, ``ceil(ratio · n)`` channels of a group of n go, at most
+      ``floor(0.995 · n)``. For a target, as few go as meet it.
 
     Raises:
       ValueError: a ratio outside [0, 1), a pattern that matches no layer, a pattern
-        that matches only layers that cannot be pruned, an unknown criterion or scope.
+        that matches only layers that cannot be pruned, a target that is out of reach,
+        an unknown criterion, scope or reduction, statistics that are missing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from tpp_jax.pruning.channels import channel_groups
+      >>> def mlp(p, x):
+      ...     return x @ p["w1"] @ p["w2"]
+      >>> p = {"w1": jnp.arange(32.0).reshape(4, 8), "w2": jnp.ones((8, 2))}
+      >>> groups = channel_groups(mlp, jnp.ones((1, 4)), params=p)
+      >>> make_plan(groups, p, {"w1": 0.25}).to_dict()
+      {'w1': [2, 3, 4, 5, 6, 7]}
+      >>> make_plan(groups, p, flops=0.5).to_dict()
+      {'w1': [4, 5, 6, 7]}
     """
-    if round_to < 1:
-        raise ValueError(f"round_to is {round_to}, must be at least 1")
-    counts = _prune_counts(groups, parse_ratios(ratios), parse_patterns(skip))
-    leaves = named_leaves(nnx.state(model) if isinstance(model, nnx.Module) else model)
+    _check_numbers(flops, params, round_to, min_channels)
+    if reduce not in REDUCTIONS:
+        raise ValueError(
+            f"unknown reduce {reduce!r}: choose one of {', '.join(REDUCTIONS)}"
+        )
+    if ratios is None and flops is None and params is None:
+        raise ValueError(
+            "nothing says how much to prune: give ratios, or the share of the FLOPs or "
+            "parameters to remain, as in flops=0.5"
+        )
+    limits = Limits(min_channels, round_to)
+    asked = _ratios_of(groups, 0.5 if ratios is None else ratios, parse_patterns(skip))
+    matched = [g for g in groups if asked.get(g.name) and limits.most(g.size)]
+    pools = pools_of(groups, matched, scope)
+    leaves = _by_parameter(
+        nnx.state(model) if isinstance(model, nnx.Module) else model, groups
+    )
     _check_leaves(groups, leaves)
-    score = find_criterion(criterion, seed)
-    scores = {
-        group.name: group_scores(group, leaves, score)
-        for group in groups
-        if group.reason is None and counts[group.name]
-    }
-    if scope == "global":
-        counts |= _global_counts(scores, counts)
-    elif scope != "local":
-        raise ValueError(f"unknown scope {scope!r}: choose 'local' or 'global'")
+    score = find_criterion(criterion, seed, statistics is not None)
+    extra = None if statistics is None else _by_parameter(statistics, groups)
+    scores = {g.name: group_scores(g, leaves, score, reduce, extra) for g in matched}
+    if flops is None and params is None:
+        counts = kept_by_ratios(pools, asked, scores, limits)
+    else:
+        counts = kept_for_target(
+            groups, pools, asked, scores, limits, flops=flops, params=params
+        )
     kept = {}
     for group in groups:
         if group.reason is None:
+            n_kept = counts.get(group.name, group.size)
             # Stable sorting breaks ties by index, so that one seed gives one plan.
             order = np.argsort(
                 scores.get(group.name, np.arange(group.size)), kind="stable"
             )
-            n_kept = group.size - counts[group.name]
-            n_kept = min(math.ceil(n_kept / round_to) * round_to, group.size)
-            order = order[group.size - n_kept :]
-            kept[group.name] = np.sort(order).astype(np.int32)
+            kept[group.name] = np.sort(order[group.size - n_kept :]).astype(np.int32)
     return Plan(kept, groups)
 
 
-def parse_ratios(ratios: Ratios) -> dict[str, float]:
+def parse_ratios(ratios: Mapping[str, float] | str) -> dict[str, float]:
     """Reads ratios: a dict, or the original's string ``"pattern:ratio,pattern:ratio"``.
 
     Raises:
@@ -172,12 +227,16 @@ def parse_ratios(ratios: Ratios) -> dict[str, float]:
                 )
         ratios = dict(pairs)
     for pattern, ratio in ratios.items():
-        if not 0 <= ratio < 1:
-            raise ValueError(
-                f"the pruning ratio {ratio} of {pattern!r} is not in [0, 1): it is the "
-                "share of filters to remove"
-            )
+        _check_ratio(ratio, repr(pattern))
     return dict(ratios)
+
+
+def _check_ratio(ratio: float, of: str) -> None:
+    if not 0 <= ratio < 1:
+        raise ValueError(
+            f"the pruning ratio {ratio} of {of} is not in [0, 1): it is the share of "
+            "filters to remove"
+        )
 
 
 def parse_patterns(patterns: Sequence[str] | str) -> list[str]:
@@ -187,23 +246,49 @@ def parse_patterns(patterns: Sequence[str] | str) -> list[str]:
     return [pattern.strip() for pattern in patterns if pattern.strip()]
 
 
-def _prune_counts(
-    groups: Groups, ratios: dict[str, float], skip: list[str]
-) -> dict[str, int]:
-    """Returns group name → number of channels to prune, for the prunable groups."""
-    for pattern in [*ratios, *skip]:
-        _check_pattern(groups, pattern, must_prune=ratios.get(pattern, 0) > 0)
-    counts = {}
+def _check_numbers(
+    flops: float | None, params: float | None, round_to: int, min_channels: int
+) -> None:
+    for name, least in (("round_to", round_to), ("min_channels", min_channels)):
+        if least < 1:
+            raise ValueError(f"{name} is {least}, must be at least 1")
+    for name, share in (("flops", flops), ("params", params)):
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(
+                f"the target {name}={share} is not in (0, 1]: it is the share of the "
+                f"model's {name} that is to remain"
+            )
+
+
+def _ratios_of(groups: Groups, ratios: Ratios, skip: list[str]) -> dict[str, float]:
+    """Returns group name → share to prune, for the prunable groups."""
+    for pattern in skip:
+        _check_pattern(groups, pattern, must_prune=False)
+    if isinstance(ratios, (int, float)):
+        _check_ratio(ratios, "every group")
+        asked = {g.name: ratios for g in groups if g.reason is None and not g.inner}
+    else:
+        ratios = parse_ratios(ratios)
+        for pattern, ratio in ratios.items():
+            _check_pattern(groups, pattern, must_prune=ratio > 0)
+        asked = {}
+        for group in groups:
+            matching = [ratio for p, ratio in ratios.items() if _matches(p, group)]
+            if group.reason is None and matching:
+                asked[group.name] = matching[-1]
     for group in groups:
-        if group.reason is not None:
-            continue
-        matching = [ratio for p, ratio in ratios.items() if _matches(p, group)]
         if any(_matches(pattern, group) for pattern in skip):
-            matching = []
-        n = group.size
-        ratio = matching[-1] if matching else 0.0
-        counts[group.name] = min(math.ceil(ratio * n), math.floor(_LARGEST_SHARE * n))
-    return counts
+            asked.pop(group.name, None)
+    return asked
+
+
+def _by_parameter(tree: Any, groups: Groups) -> dict[str, Any]:
+    """Returns the leaves of a tree by the parameters that they are named like."""
+    # A Linen module's variables have the collection's name in front of each leaf's.
+    return {
+        longest_known_suffix(name, groups.shapes) or name: leaf
+        for name, leaf in named_leaves(tree).items()
+    }
 
 
 def _matches(pattern: str, group: Group) -> bool:
@@ -236,16 +321,3 @@ def _check_leaves(groups: Groups, leaves: Mapping[str, Any]) -> None:
                 f"the groups are of another model: they were made with {name} of shape "
                 f"{shape}, here it is {found or 'missing'}"
             )
-
-
-def _global_counts(
-    scores: dict[str, np.ndarray], counts: dict[str, int]
-) -> dict[str, int]:
-    """Spends the total on the lowest scores of all groups; no group is emptied."""
-    names = list(scores)
-    pool = []
-    for i, name in enumerate(names):
-        ranked = np.sort(scores[name])[: math.floor(_LARGEST_SHARE * len(scores[name]))]
-        pool += [(score, i) for score in ranked]
-    chosen = [i for _, i in sorted(pool)[: sum(counts[name] for name in names)]]
-    return {name: chosen.count(i) for i, name in enumerate(names)}

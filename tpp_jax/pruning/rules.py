@@ -17,11 +17,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tpp_jax.pruning.labels import Labels, NotUnderstood
+from tpp_jax.pruning import moving
+from tpp_jax.pruning.labels import Axes, Labels, NotUnderstood
 from tpp_jax.pruning.tracing import Equation
-
-Axes = list[np.ndarray]  # the labels of one array: an int64 vector for each axis
-
 
 Rule = Callable[[Labels, Equation, list[Axes], list[tuple[int, ...]]], list[Axes]]
 """``rule(labels, equation, operands' axes, results' shapes) -> results' axes``."""
@@ -112,90 +110,6 @@ def _dot_general(
     return [out]
 
 
-def _broadcast_in_dim(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    # Copies along a new axis are alike: the axis takes on whatever width it meets.
-    [shape] = shapes
-    placed = dict(zip(eqn.params["broadcast_dimensions"], operands[0], strict=True))
-    out = []
-    for i, n in enumerate(shape):
-        if i in placed and len(placed[i]) == n:
-            out.append(placed[i])
-        else:
-            out.append(labels.fresh(n))
-            if n > 1:
-                labels.suppose(out[-1])
-    return [out]
-
-
-def _transpose(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    return [[operands[0][i] for i in eqn.params["permutation"]]]
-
-
-def _reshape(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    old, new = operands[0], shapes[0]
-    out: Axes = []
-    for old_axes, new_axes in _matching_axes([len(a) for a in old], new):
-        block = [old[i] for i in old_axes]
-        sizes = tuple(new[j] for j in new_axes)
-        if not block:
-            out.append(labels.fresh(1))  # a new axis of size one
-        elif len(sizes) == 1:
-            out.append(labels.product(block))
-            if len(block) > 1:
-                labels.suppose(out[-1])
-        else:
-            whole = labels.product(block) if len(block) > 1 else block[0]
-            parts = labels.split(whole, sizes)
-            for i, part in enumerate(parts):
-                labels.suppose(part, i)
-            out += parts
-    return [out]
-
-
-def _matching_axes(
-    old: list[int], new: tuple[int, ...]
-) -> list[tuple[list[int], list[int]]]:
-    """Splits a reshape into the smallest runs of axes of equal size.
-
-    Every new axis is in one run, in order; size-one axes stand alone or join a run.
-    """
-    runs: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while j < len(new):
-        olds: list[int] = []
-        news = [j]
-        size, target = 1, new[j]
-        j += 1
-        if target == 1:
-            runs.append((olds, news))  # a new axis of size one comes from nowhere
-            continue
-        while size != target:
-            if size < target:
-                if old[i] != 1:
-                    olds.append(i)
-                size *= old[i]
-                i += 1
-            else:
-                news.append(j)
-                target *= new[j]
-                j += 1
-        runs.append((olds, news))
-    return runs
-
-
-def _squeeze(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    gone = eqn.params["dimensions"]
-    return [[a for i, a in enumerate(operands[0]) if i not in gone]]
-
-
 def _reduce(
     labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
 ) -> list[Axes]:
@@ -223,184 +137,12 @@ def _reduce_window(
     return [out]
 
 
-def _pad(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    out = []
-    for axis, (low, high, interior) in zip(
-        operands[0], eqn.params["padding_config"], strict=True
-    ):
-        reason = f"padding of a fixed width ({low} before, {high} after)"
-        if min(low, high) < 0 or interior:
-            labels.fix(axis, reason)
-            size = max(len(axis) + (len(axis) - 1) * interior, 0) + low + high
-            out.append(labels.stuck(size, reason))
-        else:
-            sides = labels.stuck(low, reason), labels.stuck(high, reason)
-            out.append(np.concatenate([sides[0], axis, sides[1]]))
-    return [out]
-
-
-def _concatenate(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    along = eqn.params["dimension"]
-    out = list(operands[0])
-    for axes in operands[1:]:
-        for i, axis in enumerate(axes):
-            if i != along:
-                out[i] = labels.tie(out[i], axis)
-    out[along] = np.concatenate([axes[along] for axes in operands])
-    return [out]
-
-
-def _slice(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
-    strides = eqn.params["strides"] or (1,) * len(starts)
-    out = []
-    for axis, start, limit, stride in zip(
-        operands[0], starts, limits, strides, strict=True
-    ):
-        n, part = len(axis), axis[start:limit:stride]
-        size = limit - start
-        if 1 < size < n and n % size == 0 and start % size == 0 and stride == 1:
-            # Half of an axis (a third…) stays half if all parts lose the same.
-            labels.suppose(axis)
-            functools.reduce(labels.tie, np.split(axis, n // size))
-        elif len(part) != n:
-            reason = f"a slice with fixed bounds [{start}:{limit}:{stride}]"
-            labels.fix(axis, NotUnderstood(reason))
-        out.append(part)
-    return [out]
-
-
-def _dynamic_slice(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    reason = "an axis that is indexed"
-    return [_windows(labels, operands[0], shapes[0], reason)]
-
-
-def _dynamic_update_slice(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    array, update, *_ = operands
-    out = []
-    for axis, new in zip(array, update, strict=True):
-        if len(axis) == len(new):
-            out.append(labels.tie(axis, new))
-        else:
-            labels.fix_all([[axis, new]], "an axis that is indexed")
-            out.append(axis)
-    return [out]
-
-
-def _windows(
-    labels: Labels, axes: Axes, sizes: tuple[int, ...], reason: str
-) -> list[np.ndarray]:
-    """Passes on the axes that are taken whole, and fixes the others."""
-    out = []
-    for axis, size in zip(axes, sizes, strict=True):
-        if len(axis) != size:
-            labels.fix(axis, reason)
-        out.append(axis if len(axis) == size else labels.stuck(size, reason))
-    return out
-
-
-def _split(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    along, sizes = eqn.params["axis"], eqn.params["sizes"]
-    axis = operands[0][along]
-    if len(set(sizes)) > 1:
-        reason = f"a split into the fixed sizes {tuple(sizes)}"
-        labels.fix(axis, NotUnderstood(reason))
-    else:
-        # Equal parts stay equal only if they lose the same positions.
-        labels.suppose(axis)
-        functools.reduce(labels.tie, np.split(axis, len(sizes)))
-    results = []
-    for part in np.split(axis, np.cumsum(sizes)[:-1]):
-        axes = list(operands[0])
-        axes[along] = part
-        results.append(axes)
-    return results
-
-
 def _cumulative(
     labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
 ) -> list[Axes]:
     along = eqn.params["axis"]
     labels.fix(operands[0][along], f"the axis that '{eqn.primitive}' runs along")
     return [list(operands[0])]
-
-
-def _reverse(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    turned = eqn.params["dimensions"]
-    return [[a[::-1] if i in turned else a for i, a in enumerate(operands[0])]]
-
-
-def _gather(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    """Looking rows up (an embedding): axes that are taken whole pass through."""
-    table, indices = operands
-    dims = eqn.params["dimension_numbers"]
-    sizes = eqn.params["slice_sizes"]
-    reason = "an axis that is indexed"
-    along = dict(
-        zip(dims.operand_batching_dims, dims.start_indices_batching_dims, strict=True)
-    )
-    whole = []
-    for i, axis in enumerate(table):
-        if i in along:
-            labels.tie(axis, indices[along[i]])
-        elif i in dims.collapsed_slice_dims:
-            labels.fix(axis, reason)
-        elif sizes[i] == len(axis) and i not in dims.start_index_map:
-            whole.append(axis)
-        else:
-            labels.fix(axis, reason)
-            whole.append(labels.stuck(sizes[i], reason))
-    offsets = dict(zip(dims.offset_dims, whole, strict=True))
-    looked_up = iter(indices[:-1])
-    rank = range(len(shapes[0]))
-    return [[offsets[i] if i in offsets else next(looked_up) for i in rank]]
-
-
-def _scatter(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    """Putting rows back (a sum over a graph's neighbours): the reverse of a gather."""
-    array, indices, updates = operands
-    dims = eqn.params["dimension_numbers"]
-    reason = "an axis that is indexed"
-    along = dict(
-        zip(dims.operand_batching_dims, dims.scatter_indices_batching_dims, strict=True)
-    )
-    windows = iter(dims.update_window_dims)
-    out = []
-    for i, axis in enumerate(array):
-        if i in along:
-            axis = labels.tie(axis, indices[along[i]])
-        elif i in dims.inserted_window_dims:
-            labels.fix(axis, reason)
-        else:
-            window = updates[next(windows)]
-            moved = i in dims.scatter_dims_to_operand_dims
-            if len(window) == len(axis) and not moved:
-                axis = labels.tie(axis, window)
-            else:
-                labels.fix_all([[axis, window]], reason)
-        out.append(axis)
-    rows = [a for j, a in enumerate(updates) if j not in dims.update_window_dims]
-    for row, index in zip(rows, indices[:-1], strict=True):
-        labels.tie(row, index)
-    return [out]
 
 
 def _top_k(
@@ -412,30 +154,6 @@ def _top_k(
     out = list(operands[0])
     out[axis] = labels.stuck(shapes[0][axis], reason)
     return [out for _ in shapes]
-
-
-def _tile(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    # Copies that follow one another are the same channels again; those of an axis of
-    # size one are a broadcast.
-    out = []
-    for axis, times in zip(operands[0], eqn.params["reps"], strict=True):
-        if times == 1:
-            out.append(axis)
-        else:
-            out.append(np.tile(axis, times) if len(axis) > 1 else labels.fresh(times))
-            labels.suppose(out[-1])
-    return [out]
-
-
-def _unstack(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    along = eqn.params["axis"]
-    labels.fix(operands[0][along], "an axis that is unstacked")
-    rest = [a for i, a in enumerate(operands[0]) if i != along]
-    return [rest for _ in shapes]
 
 
 def _same(
@@ -463,21 +181,6 @@ def _sort(
     joint = [functools.reduce(labels.tie, axes) for axes in zip(*operands, strict=True)]
     labels.fix(joint[along], "an axis that is sorted")
     return [joint for _ in shapes]
-
-
-def _loop_slice(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    labels.fix(operands[0][0], "the axis that a loop runs along")
-    return [operands[0][1:]]
-
-
-def _loop_stack(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    steps = labels.stuck(shapes[0][0], "the axis that a loop runs along")
-    rest = operands[0] if operands else [labels.fresh(n) for n in shapes[0][1:]]
-    return [[steps, *rest]]
 
 
 def _arg_reduce(
@@ -513,8 +216,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     "argmax": _arg_reduce,
     "argmin": _arg_reduce,
-    "broadcast_in_dim": _broadcast_in_dim,
-    "concatenate": _concatenate,
+    "broadcast_in_dim": moving.broadcast_in_dim,
+    "concatenate": moving.concatenate,
     "conv_general_dilated": _convolution,
     **dict.fromkeys(
         ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"), _cumulative
@@ -522,14 +225,14 @@ RULES: dict[str, Rule] = {
     "debug_callback": _no_results,
     "debug_print": _no_results,
     "dot_general": _dot_general,
-    "dynamic_slice": _dynamic_slice,
-    "dynamic_update_slice": _dynamic_update_slice,
-    "gather": _gather,
+    "dynamic_slice": moving.dynamic_slice,
+    "dynamic_update_slice": moving.dynamic_update_slice,
+    "gather": moving.gather,
     "iota": _iota,
     "join": _elementwise,
-    "loop_slice": _loop_slice,
-    "loop_stack": _loop_stack,
-    "pad": _pad,
+    "loop_slice": moving.loop_slice,
+    "loop_stack": moving.loop_stack,
+    "pad": moving.pad,
     "random_bits": _random,
     "reduce_and": _reduce,
     "reduce_max": _reduce,
@@ -539,24 +242,25 @@ RULES: dict[str, Rule] = {
     "reduce_sum": _reduce,
     "reduce_window_max": _reduce_window,
     "reduce_window_sum": _reduce_window,
-    "reshape": _reshape,
-    "rev": _reverse,
+    "reshape": moving.reshape,
+    "rev": moving.reverse_rule,
     **dict.fromkeys(_SAME, _same),
-    "scatter": _scatter,
-    "scatter-add": _scatter,
-    "scatter-max": _scatter,
-    "scatter-min": _scatter,
-    "scatter-mul": _scatter,
-    "scatter_add": _scatter,
-    "scatter_max": _scatter,
-    "scatter_min": _scatter,
-    "scatter_mul": _scatter,
-    "slice": _slice,
+    "scatter": moving.scatter,
+    "scatter-add": moving.scatter,
+    "scatter-max": moving.scatter,
+    "scatter-min": moving.scatter,
+    "scatter-mul": moving.scatter,
+    "scatter_add": moving.scatter,
+    "scatter_max": moving.scatter,
+    "scatter_min": moving.scatter,
+    "scatter_mul": moving.scatter,
+    "slice": moving.slice_rule,
     "sort": _sort,
-    "split": _split,
-    "squeeze": _squeeze,
-    "tile": _tile,
+    "split": moving.split,
+    "squeeze": moving.squeeze,
+    "stack": moving.stack,
+    "tile": moving.tile,
     "top_k": _top_k,
-    "transpose": _transpose,
-    "unstack": _unstack,
+    "transpose": moving.transpose,
+    "unstack": moving.unstack,
 }

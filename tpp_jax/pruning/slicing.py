@@ -106,7 +106,8 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
                 leaf = np.take(np.asarray(leaf), np.flatnonzero(mask), axis=axis)
             else:
                 leaf = jnp.take(leaf, jnp.nonzero(mask, size=count)[0], axis=axis)
-        return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+        # Not jnp.asarray, which compiles a copy for every new shape.
+        return jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf
 
     return map_named(cut, tree)
 
@@ -126,11 +127,12 @@ def mask_tree(plan: Plan, tree: Any) -> Any:
 
     def mark(name: str, leaf: Any) -> Any:
         number = jnp.issubdtype(leaf.dtype, jnp.number)
-        mask = jnp.ones(leaf.shape, leaf.dtype if number else jnp.float32)
+        # On the host: on a device every new shape would be compiled for.
+        mask: Any = np.ones(leaf.shape, leaf.dtype if number else np.float32)
         for axis, (keep, _) in keep_masks(plan, _parameter(plan, name, leaf)).items():
             shape = [-1 if i == axis else 1 for i in range(mask.ndim)]
-            mask = mask * jnp.reshape(keep, shape).astype(mask.dtype)
-        return mask
+            mask = mask * keep.reshape(shape).astype(mask.dtype)
+        return jax.device_put(mask) if isinstance(mask, np.ndarray) else mask
 
     return map_named(mark, tree)
 

@@ -5,8 +5,9 @@ alone, and its nested calls (``jit``, ``custom_jvp``, ``remat``…), loops and b
 are unfolded, so that what reads it is one loop over plain primitives.
 """
 
+import collections
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax
@@ -241,17 +242,40 @@ def layers(traced: Trace, repeated: bool = False) -> list[Layer]:
       traced: the computation.
       repeated: whether a layer that runs twice is listed twice, or at its first use.
     """
+    name_of = layer_names(traced)
     found: dict[Any, Layer] = {}
+    for kernel, eqn, operand in _kernels(traced):
+        layer = Layer(name_of(kernel), kernel, eqn, operand)
+        found.setdefault(eqn.outputs if repeated else kernel, layer)
+    return list(found.values())
+
+
+def _kernels(traced: Trace) -> Iterator[tuple[str, Equation, int]]:
+    """Yields every use of a kernel: its leaf, the equation, which operand it is."""
     for eqn in traced.equations:
         if eqn.primitive not in ("conv_general_dilated", "dot_general"):
             continue
         for operand in (1, 0):
             kernel = traced.origin.get(eqn.inputs[operand])
             if kernel is not None and len(traced.shapes[traced.leaves[kernel]]) > 1:
-                layer = Layer(layer_name(kernel), kernel, eqn, operand)
-                found.setdefault(eqn.outputs if repeated else kernel, layer)
+                yield kernel, eqn, operand
                 break
-    return list(found.values())
+
+
+def layer_names(traced: Trace) -> Callable[[str], str]:
+    """Returns a function from a leaf's name to that of its layer.
+
+    It is the leaf's without the last part, unless that would be the name of several
+    kernels, as in the tree ``{"layers": {"up": ..., "down": ...}}``.
+    """
+    kernels = {kernel for kernel, _, _ in _kernels(traced)}
+    owners = collections.Counter(layer_name(kernel) for kernel in kernels)
+
+    def name_of(leaf: str) -> str:
+        alone = leaf not in kernels or owners[layer_name(leaf)] == 1
+        return layer_name(leaf) if alone else leaf
+
+    return name_of
 
 
 def lookups(traced: Trace) -> list[tuple[str, int]]:
