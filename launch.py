@@ -1,11 +1,11 @@
-"""Prune a network by TPP, or evaluate a finished run.
+"""Prune a network by TPP, show what would be pruned, or evaluate a finished run.
 
     python launch.py --config=configs/digits_resnet8_tpp.py --workdir=runs/digits
+    python launch.py --mode=inspect --config=configs/cifar10_resnet56_tpp.py
     python launch.py --mode=evaluate --workdir=runs/digits
 
 Any field of the config can be set: --config.prune.ratios='*layer*.conv1:0.9'. The same
-command continues a run that was interrupted. This file only reads flags; the work is in
-tpp_jax/training/run.py.
+command continues an interrupted run. This file only reads flags.
 """
 
 import contextlib
@@ -16,8 +16,6 @@ from collections.abc import Iterator
 
 from absl import app, flags, logging
 from ml_collections import config_flags
-
-_DEFAULT = pathlib.Path(__file__).parent / "configs" / "digits_resnet8_tpp.py"
 
 
 @contextlib.contextmanager
@@ -36,10 +34,11 @@ def plain_errors() -> Iterator[None]:
 
 
 with plain_errors():  # reads --config.… already here, to make its default
+    _DEFAULT = pathlib.Path(__file__).parent / "configs" / "digits_resnet8_tpp.py"
     _CONFIG = config_flags.DEFINE_config_file("config", str(_DEFAULT), "What to run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run and its results.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate"], "Run all phases, or measure the result."
+    "mode", "train", ["train", "inspect", "evaluate"], "Run, look ahead, or measure."
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks and library logs.")
 
@@ -49,16 +48,18 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: not understood: {' '.join(argv[1:])}")
     if not _DEBUG.value:
         logging.set_verbosity(logging.FATAL)  # what matters is raised as well
+    config, workdir, mode = _CONFIG.value, _WORKDIR.value, _MODE.value
+    if not workdir and mode != "inspect":
+        sys.exit("error: --workdir is missing: give a folder for the run")
     # Imported late, so that --help and a wrong flag answer at once.
     from tpp_jax.errors import TPPError
-    from tpp_jax.training import evaluation, run
+    from tpp_jax.training import evaluation, inspection, run
 
     try:
-        if _MODE.value == "train":
-            run.train(_CONFIG.value, _WORKDIR.value)
+        if mode == "evaluate":  # data.dir, if given: where it has moved to
+            print(json.dumps(evaluation.evaluate(workdir, config.data.dir)))
         else:
-            data_dir = _CONFIG.value.data.dir  # only if given: where it has moved to
-            print(json.dumps(evaluation.evaluate(_WORKDIR.value, data_dir)))
+            (run.train if mode == "train" else inspection.inspect)(config, workdir)
     except TPPError as error:
         if _DEBUG.value:
             raise
@@ -71,9 +72,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     with plain_errors():
         rest = app.parse_flags_with_usage(argv)
         _CONFIG.value.items()  # a file that cannot be read raises only here
-    return rest
+        return rest
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
     app.run(main, flags_parser=parse_flags)

@@ -4,9 +4,12 @@ import importlib
 from typing import Any
 
 from tpp_jax import data, models
+from tpp_jax.analysis.groups_svg import draw_groups
+from tpp_jax.analysis.groups_text import describe_groups
 from tpp_jax.method.gram import gram_penalty, gram_penalty_grad
 from tpp_jax.method.schedule import growing_schedule
 from tpp_jax.method.transforms import add_tpp_penalties, zero_pruned
+from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.checking import check_groups
 from tpp_jax.pruning.flops import count
@@ -14,20 +17,26 @@ from tpp_jax.pruning.linen import linen_apply
 from tpp_jax.pruning.modules import prune
 from tpp_jax.pruning.plan import Plan, make_plan
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
+from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
 
 __all__ = [
     "Plan",
+    "activation_means",
     "add_tpp_penalties",
     "channel_groups",
     "check_groups",
     "count",
     "data",
+    "describe_groups",
+    "draw_groups",
     "gram_penalty",
     "gram_penalty_grad",
     "growing_schedule",
+    "hessian_diagonal",
     "linen_apply",
     "load_model",
     "load_model_info",
+    "loss_gradient",
     "make_plan",
     "mask_tree",
     "models",

@@ -290,6 +290,33 @@ def test_costs_of_networks_are_those_of_their_sliced_forms(name):
     assert_costs_of_pruned_forms(fn, weights, image)
 
 
+class Attention(nnx.Module):
+    """Flax's attention has one size for the dimensions of queries and of values."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Linear(3, 8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            4, 8, qkv_features=24, decode=False, rngs=rngs
+        )
+        self.head = nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.attention(self.embed(x)))
+
+
+def test_costs_follow_channels_that_only_go_together():
+    model, x = filled(lambda: Attention(nnx.Rngs(0))), shape(2, 5, 3)
+    groups = tpp.channel_groups(model, x)
+    inner = groups["attention.query#2"]
+    assert ("attention.value.kernel", 2) in {(m.leaf, m.axis) for m in inner.members}
+    plan = tpp.make_plan(groups, model, {"*": 0.5})
+    small = tpp.count(tpp.prune(model, plan), x)
+    kept = {g.name: plan.kept_count(g) for g in plan.pruned_groups}
+    assert kept["attention.query"] == 2
+    assert kept["attention.query#2"] == 3
+    assert Costs(groups)(kept) == (small.params, small.flops)
+
+
 def test_costs_leave_statistics_out():
     model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     groups = tpp.channel_groups(model, shape(1, 3))

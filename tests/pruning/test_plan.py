@@ -332,6 +332,15 @@ def test_groups_of_another_model_are_refused():
         tpp.make_plan(groups, wider, "*conv1:0.5")
 
 
+def test_abstract_weights_are_refused():
+    model, groups = resnet()
+    shapes = jax.eval_shape(lambda: nnx.state(model))
+    with pytest.raises(
+        ValueError, match="is abstract: to choose channels, the weights"
+    ):
+        tpp.make_plan(groups, shapes, 0.5)
+
+
 def test_a_plan_survives_json():
     model, groups = resnet()
     plan = tpp.make_plan(groups, model, "*:0.5")

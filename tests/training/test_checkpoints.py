@@ -45,6 +45,24 @@ def test_saving_again_replaces_the_model(tmp_path, pruned):
     assert tpp.load_model_info(tmp_path / "m")["metrics"] == {"accuracy": 2}
 
 
+def test_metrics_may_be_numpy_s_and_jax_s_numbers(tmp_path, pruned):
+    metrics = {
+        "accuracy": np.float32(90.5),
+        "steps": np.int64(3),
+        "loss": jnp.float32(0.25),
+        "pruned": {"flops": 7, "widths": np.array([1, 2]), "note": "as text"},
+        "done": np.bool_(True),
+    }
+    tpp.save_model(tmp_path / "m", *pruned, metrics=metrics)
+    assert tpp.load_model_info(tmp_path / "m")["metrics"] == {
+        "accuracy": 90.5,
+        "steps": 3,
+        "loss": 0.25,
+        "pruned": {"flops": 7, "widths": [1, 2], "note": "as text"},
+        "done": True,
+    }
+
+
 def test_a_model_of_ones_own_needs_a_module_of_its_class(tmp_path):
     def own(hidden):
         return MLP(

@@ -15,20 +15,28 @@ import re
 
 from flax import nnx
 
-from tpp_jax.models import cifar_resnet, cifar_vgg, mlp
+from tpp_jax.models import cifar_resnet, cifar_vgg, mlp, resnet, vgg, vit
 from tpp_jax.models.cifar_resnet import CifarResNet
 from tpp_jax.models.cifar_vgg import CifarVGG
 from tpp_jax.models.layers import BatchNorm
 from tpp_jax.models.lenet import LeNet5
 from tpp_jax.models.mlp import MLP
+from tpp_jax.models.mobilenet import MobileNetV2
+from tpp_jax.models.resnet import ResNet
+from tpp_jax.models.vgg import VGG
+from tpp_jax.models.vit import VisionTransformer
 
 __all__ = [
     "MLP",
+    "VGG",
     "BatchNorm",
     "CifarResNet",
     "CifarVGG",
     "LeNet5",
+    "MobileNetV2",
     "ModelSpec",
+    "ResNet",
+    "VisionTransformer",
     "create",
     "names",
 ]
@@ -58,7 +66,9 @@ def names() -> tuple[str, ...]:
     resnets = [f"cifar_resnet{d}{o}" for d in cifar_resnet.DEPTHS for o in ("", "_b")]
     vggs = [f"cifar_vgg{depth}" for depth in cifar_vgg.WIDTHS]
     mlps = [f"mlp{d}_{kind}" for d in mlp.DEPTHS for kind in ("linear", "relu")]
-    return (*resnets, *vggs, *mlps, "lenet5", "lenet5_linear")
+    small = (*resnets, *vggs, *mlps, "lenet5", "lenet5_linear")
+    imagenet = (*resnet.ARCHITECTURES, *vgg.STAGES, "mobilenet_v2", *vit.ARCHITECTURES)
+    return (*small, *imagenet)
 
 
 def create(
@@ -73,8 +83,9 @@ def create(
     Args:
       name: one of `names()`; CIFAR ResNets may end in a width factor, `_x4`.
       num_classes: number of logits.
-      image_shape: (height, width, channels) of one image; by default (32, 32, 3), and
-        (32, 32, 1) for the MLPs and LeNet-5.
+      image_shape: (height, width, channels) of one image; by default (32, 32, 3) for
+        CIFAR's networks, (32, 32, 1) for the MLPs and LeNet-5, (224, 224, 3) for
+        ImageNet's.
       rngs: source of the random start.
 
     Returns:
@@ -92,9 +103,9 @@ def create(
     """
     # The width factor is open-ended; everything before it is in the list.
     base, suffix, factor = name.partition("_x")
-    resnet = base.startswith("cifar_resnet")
+    is_cifar_resnet = base.startswith("cifar_resnet")
     if base not in names() or (
-        suffix and not (resnet and re.fullmatch("[1-9][0-9]*", factor))
+        suffix and not (is_cifar_resnet and re.fullmatch("[1-9][0-9]*", factor))
     ):
         near = ", ".join(difflib.get_close_matches(name, names())) or "none"
         raise ValueError(
@@ -102,13 +113,17 @@ def create(
             " tpp_jax.models.names() lists them all."
         )
     if image_shape is None:
-        image_shape = (32, 32, 1 if base.startswith(("mlp", "lenet")) else 3)
+        if base.startswith(("mlp", "lenet")):
+            image_shape = (32, 32, 1)
+        else:
+            side = 32 if base.startswith("cifar") else 224
+            image_shape = (side, side, 3)
     height, width, channels = image_shape
     depth = int("".join(filter(str.isdigit, base)))
     linear = base.endswith("_linear")
 
     model: nnx.Module
-    if resnet:
+    if is_cifar_resnet:
         model = CifarResNet(
             cifar_resnet.blocks_of_depth(depth),
             num_classes=num_classes,
@@ -132,9 +147,29 @@ def create(
             linear=linear,
             rngs=rngs,
         )
-    else:
+    elif base.startswith("lenet"):
         model = LeNet5(
             num_classes=num_classes, in_channels=channels, linear=linear, rngs=rngs
         )
+    elif base in resnet.ARCHITECTURES:
+        model = ResNet(
+            resnet.ARCHITECTURES[base],
+            num_classes=num_classes,
+            in_channels=channels,
+            rngs=rngs,
+        )
+    elif base in vgg.STAGES:
+        model = VGG(
+            vgg.STAGES[base], num_classes=num_classes, in_channels=channels, rngs=rngs
+        )
+    elif base in vit.ARCHITECTURES:
+        model = VisionTransformer(
+            vit.ARCHITECTURES[base],
+            num_classes=num_classes,
+            image_shape=(height, width, channels),
+            rngs=rngs,
+        )
+    else:
+        model = MobileNetV2(num_classes=num_classes, in_channels=channels, rngs=rngs)
     model.spec = ModelSpec(name, num_classes, (height, width, channels))
     return model

@@ -15,7 +15,7 @@ from jax.extend import core as jex_core
 from jaxtyping import Array, Float
 
 from tpp_jax.pruning.statistics import mean_of
-from tpp_jax.pruning.tracing import _CALLS, as_function
+from tpp_jax.pruning.tracing import CALLS, as_function
 
 Means = dict[str, Float[Array, "..."]]
 
@@ -110,8 +110,8 @@ class _Meter:
 
         for eqn in jaxpr.eqns:
             values = [read(var) for var in eqn.invars]
-            if eqn.primitive.name in _CALLS:
-                inner = eqn.params[_CALLS[eqn.primitive.name]]
+            if eqn.primitive.name in CALLS:
+                inner = eqn.params[CALLS[eqn.primitive.name]]
                 inside = getattr(inner, "jaxpr", inner)
                 outputs = self.run(inside, getattr(inner, "consts", ()), values)
             else:

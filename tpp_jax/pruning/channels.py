@@ -5,8 +5,9 @@ make it (2, 8) or (4, 4) if 16 were left. So what was read off the computation i
 on the model itself, abstractly: it is traced once more with half of the channels.
 """
 
+import collections
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from flax import linen, nnx
 
 from tpp_jax.pruning.groups import Group, Groups, Slot, Supposition, read_groups
-from tpp_jax.pruning.modules import arrangement, sliced_module
+from tpp_jax.pruning.modules import arrangement, sliced_call
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import slice_tree
 from tpp_jax.pruning.tracing import is_array, source_line, trace
@@ -64,7 +65,7 @@ def channel_groups(
     reasons, joined = _tried(model, params, groups, suppositions)
     if joined:
         groups, suppositions = read_groups(traced, inputs, strict, joined)
-        reasons, _ = _tried(model, params, groups, suppositions, alone=False)
+        reasons, _ = _tried(model, params, groups, suppositions)
     if strict and reasons:
         i, reason = min(reasons.items())
         raise ValueError(
@@ -85,17 +86,21 @@ def channel_groups(
 
 
 class _Trial:
-    """Traces a model with half of the channels of some groups."""
+    """Traces a model with fewer channels of some groups.
+
+    Attributes:
+      fewer: index of a group → how many channels it has then.
+    """
 
     def __init__(self, model: Any, params: Any, groups: Groups) -> None:
         self.model, self.params, self.groups = model, params, groups
+        self.fewer = {i: (g.size + 1) // 2 for i, g in enumerate(groups)}
 
-    def __call__(self, chosen: set[int]) -> str:
-        """Returns what goes wrong with half of the chosen groups, ``""`` if nothing."""
+    def __call__(self, chosen: Iterable[int]) -> str:
+        """Returns what goes wrong with fewer of the chosen ones, ``""`` if nothing."""
+        sizes = {i: self.fewer[i] for i in chosen}
         kept = {
-            group.name: np.arange(
-                (group.size + 1) // 2 if i in chosen else group.size, dtype=np.int32
-            )
+            group.name: np.arange(sizes.get(i, group.size), dtype=np.int32)
             for i, group in enumerate(self.groups)
             if group.reason is None
         }
@@ -116,33 +121,22 @@ def retraced(model: Any, plan: Plan, params: Any = None) -> Groups:
         shaped = is_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if shaped else leaf
 
-    inputs = plan.groups.inputs
     if isinstance(model, nnx.Module):
-        graphdef, state = nnx.split(model)
-        model = sliced_module(graphdef, jax.tree.map(abstract, state), plan)
-        traced = trace(model, *inputs)
-    else:
-        small = slice_tree(plan, jax.tree.map(abstract, params))
-        traced = trace(model, *inputs, params=small, plan=plan)
+        graphdef, params = nnx.split(model)
+        model = sliced_call(graphdef, plan)
+    small = slice_tree(plan, jax.tree.map(abstract, params))
+    inputs = plan.groups.inputs
+    traced = trace(model, *inputs, params=small, plan=plan)
     return read_groups(traced, inputs, joined=plan.groups.joined)[0]
 
 
 def _tried(
-    model: Any,
-    params: Any,
-    groups: Groups,
-    suppositions: list[Supposition],
-    alone: bool = True,
+    model: Any, params: Any, groups: Groups, suppositions: list[Supposition]
 ) -> tuple[dict[int, str], tuple[tuple[Slot, Slot], ...]]:
     """Finds the groups whose suppositions do not hold.
 
-    Groups that rest on the same lines of code are tried together, and singly only where
-    they differ.
-
-    Args:
-      alone: whether to try groups of each kind without the others. All of them together
-        are not enough: two that are wrong may make up for each other, as the number of
-        dimensions of queries and that of values.
+    Groups that rest on the same lines of code are of one *kind*. Each kind loses
+    another number of channels, lest two that are wrong make up for each other.
 
     Returns:
       Index of a group → why it cannot be pruned; or pairs of axes that can be pruned,
@@ -152,24 +146,38 @@ def _tried(
     lines: dict[int, dict[tuple[str, int], None]] = {}
     for group, part, source in suppositions:
         lines.setdefault(group, {})[source_line(source), part] = None
-    kinds: dict[frozenset[tuple[str, int]], list[int]] = {}
+    by_lines: dict[frozenset[tuple[str, int]], list[int]] = {}
     for group, line in lines.items():
-        kinds.setdefault(frozenset(line), []).append(group)
+        by_lines.setdefault(frozenset(line), []).append(group)
+    # What is written into a model most often is the size of a head.
+    kinds = sorted(by_lines.values(), key=lambda kind: not groups[kind[0]].inner)
+    met: collections.Counter[int] = collections.Counter()
+    for kind in kinds:
+        sizes = {groups[i].size for i in kind}
+        for i in kind:
+            size = groups[i].size
+            trial.fewer[i] = size - max(size // 2 - met[size], 1)
+        met.update(sizes)
+    suspects = set(lines)
+    error = trial(suspects)
+    if not error:
+        return {}, ()
     wrong: dict[int, str] = {}
-    if alone and len(kinds) > 1:
-        failed = [kind for kind in kinds.values() if trial(set(kind))]
-        joined = _only_together(trial, groups, failed)
+    one_kind = next((k for k in kinds if not trial(suspects.difference(k))), None)
+    if one_kind is not None:
+        wrong = _wrong_among(trial, one_kind, error)
+    else:
+        errors = [trial(kind) for kind in kinds]
+        failed = [(k, error) for k, error in zip(kinds, errors, strict=True) if error]
+        joined = _only_together(trial, [kind for kind, _ in failed])
         if joined:
             return {}, joined
-        for kind in failed:
-            wrong |= _wrong_among(trial, kind)
-    suspects = set(lines)
-    while error := trial(suspects - wrong.keys()):
-        # What is right for each kind alone may still not be right for all together.
-        more: dict[int, str] = {}
-        for kind in kinds.values():
-            more |= _wrong_among(trial, [i for i in kind if i not in wrong])
-        wrong |= more or dict.fromkeys(suspects - wrong.keys(), error)
+        for kind, error in failed:
+            wrong |= _wrong_among(trial, kind, error)
+    rest = suspects - wrong.keys()
+    if one_kind is None and (error := trial(rest)):
+        # What is right for each kind alone is not right for all together.
+        wrong |= dict.fromkeys(rest, error)
     return {
         group: f"a size written into the model ({', '.join(_places(lines[group]))}): "
         + error
@@ -178,18 +186,27 @@ def _tried(
 
 
 def _only_together(
-    trial: _Trial, groups: Groups, failed: list[list[int]]
+    trial: _Trial, failed: list[list[int]]
 ) -> tuple[tuple[Slot, Slot], ...]:
-    """Pairs groups of two kinds that are wrong alone and right together."""
+    """Pairs groups of two kinds that are wrong alone and right together.
+
+    The dimensions of queries and of values are such, for a function of attention that
+    refuses to run unless there are as many of both.
+    """
     for kind, other in itertools.combinations(failed, 2):
-        sizes = [[groups[i].size for i in members] for members in (kind, other)]
-        if sizes[0] == sizes[1] and not trial({*kind, *other}):
-            slots = [
-                (_own_slot(groups[i]), _own_slot(groups[j]))
-                for i, j in zip(kind, other, strict=True)
-            ]
-            if all(None not in pair for pair in slots):
-                return tuple(slots)
+        sizes = [[trial.groups[i].size for i in members] for members in (kind, other)]
+        if sizes[0] != sizes[1]:
+            continue
+        before = dict(trial.fewer)
+        trial.fewer |= {j: before[i] for i, j in zip(kind, other, strict=True)}
+        error = trial([*kind, *other])
+        trial.fewer = before
+        slots = [
+            (_own_slot(trial.groups[i]), _own_slot(trial.groups[j]))
+            for i, j in zip(kind, other, strict=True)
+        ]
+        if not error and all(None not in pair for pair in slots):
+            return tuple(slots)
     return ()
 
 
@@ -201,15 +218,12 @@ def _own_slot(group: Group) -> Slot | None:
     return None
 
 
-def _wrong_among(trial: _Trial, kind: list[int]) -> dict[int, str]:
-    """Returns those of a kind that do not hold, and why."""
-    error = trial(set(kind)) if kind else ""
-    if not error or len(kind) == 1:
-        return dict.fromkeys(kind, error) if error else {}
-    if trial({kind[0]}) and trial({kind[-1]}):
-        # Most likely all, as a number of heads in every block of a transformer.
-        return dict.fromkeys(kind, error)
-    return {i: text for i in kind if (text := trial({i}))}
+def _wrong_among(trial: _Trial, kind: list[int], error: str) -> dict[int, str]:
+    """Returns those of a kind that do not hold, and why; together they do not."""
+    if len(kind) > 1 and not (trial(kind[:1]) and trial(kind[-1:])):
+        return {i: text for i in kind if (text := trial([i]))}
+    # Most likely all are wrong: a size of heads in every block.
+    return dict.fromkeys(kind, error)
 
 
 def _places(lines: dict[tuple[str, int], None]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from tpp_jax.pruning.groups import Groups, _label
+from tpp_jax.pruning.groups import Groups, label_axes
 from tpp_jax.pruning.labels import Channels, solve
 from tpp_jax.pruning.tracing import Layer, Trace, layer_names, layers, trace
 
@@ -125,7 +125,7 @@ class Costs:
 
     def __init__(self, groups: Groups) -> None:
         traced = groups.traced
-        labels, axes = _label(traced)
+        labels, axes = label_axes(traced, groups.joined)
         self._channels = solve(labels)
         self._groups = groups
         self._group_of = _groups_of_channels(groups, axes, self._channels)
@@ -208,20 +208,23 @@ def _groups_of_channels(
     groups: Groups, axes: Mapping[int | None, list[np.ndarray]], solution: Channels
 ) -> np.ndarray:
     """Returns the index of the prunable group that each channel is of, or -1."""
+    index = {group.name: i for i, group in enumerate(groups)}
     group_of = np.full(len(solution.stuck), -1)
     draws = np.random.default_rng(0)
-    for i, group in enumerate(groups):
-        if group.reason is not None:
-            continue
-        member = min(group.members, key=lambda m: m.positions.size)
-        labels = axes[groups.traced.leaves[member.leaf]][member.axis]
-        positions, channels = solution.of(labels)
-        # A channel is known by its positions, which are known by the sum of a random
-        # 64-bit number for each.
-        marks = draws.integers(2**63, size=len(labels), dtype=np.uint64)
-        channels, column = np.unique(channels, return_inverse=True)
-        sums = np.zeros(len(channels), np.uint64)
-        np.add.at(sums, column, marks[positions])
-        here = np.isin(sums, marks[member.positions].sum(axis=1))
-        group_of[channels[here]] = i
+    # Several channels of the trace may be one of a group: all members are looked at.
+    for leaf, runs_through in groups.members.items():
+        for axis, labels in enumerate(axes[groups.traced.leaves[leaf]]):
+            here = [pair for pair in runs_through if pair[1].axis == axis]
+            if not here:
+                continue
+            positions, channels = solution.of(labels)
+            # A channel is known by its positions, which are known by the sum of a
+            # random 64-bit number for each.
+            marks = draws.integers(2**63, size=len(labels), dtype=np.uint64)
+            channels, column = np.unique(channels, return_inverse=True)
+            sums = np.zeros(len(channels), np.uint64)
+            np.add.at(sums, column, marks[positions])
+            for group, member in here:
+                own = np.isin(sums, marks[member.positions].sum(axis=1))
+                group_of[channels[own]] = index[group.name]
     return group_of

@@ -169,11 +169,7 @@ def read_groups(
       broadcasts are told would be others if there were fewer channels.
     """
     layer_list = layers(traced)
-    labels, axes = _label(traced)
-    for (leaf, axis), (other, its_axis) in joined:
-        labels.tie(
-            axes[traced.leaves[leaf]][axis], axes[traced.leaves[other]][its_axis]
-        )
+    labels, axes = label_axes(traced, joined)
     solution = solve(labels)
     roles = _roles(layer_list, axes, traced)
     orders, first_use = _orders(traced, layer_list)
@@ -250,7 +246,9 @@ def _explain(reason: str, source: Any) -> str:
     return f"{reason} ({line})" if line else str(reason)
 
 
-def _label(traced: Trace) -> tuple[Labels, dict[int | None, list[np.ndarray]]]:
+def label_axes(
+    traced: Trace, joined: tuple[tuple[Slot, Slot], ...] = ()
+) -> tuple[Labels, dict[int | None, list[np.ndarray]]]:
     """Runs the rules over the whole computation; returns each value's labels."""
     labels = Labels()
     axes: dict[int | None, list[np.ndarray]] = {None: []}
@@ -279,6 +277,8 @@ def _label(traced: Trace) -> tuple[Labels, dict[int | None, list[np.ndarray]]]:
                 labels.suppose(axis, i)
         axes.update(zip(eqn.outputs, results, strict=True))
     labels.source = None
+    for pair in joined:
+        labels.tie(*(axes[traced.leaves[leaf]][axis] for leaf, axis in pair))
     labels.fix_all([axes[n] for n in traced.outputs], "an output of the model")
     return labels, axes
 
@@ -306,7 +306,7 @@ def _roles(
         # labels tell which of its axes ended up where.
         for axis, own in enumerate(axes[traced.leaves[layer.kernel]]):
             for i, role in by_axis.items():
-                if np.isin(operand[i], own).any():
+                if operand[i] is own or np.isin(operand[i], own).any():
                     roles.setdefault((layer.kernel, axis), role)
     # A table that the model's inputs are looked up in makes channels too, and before
     # anything contracts them: an embedding whose transpose is the output layer.

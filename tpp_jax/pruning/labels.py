@@ -86,6 +86,8 @@ class Labels:
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Ties two axes position by position; returns the joint labels."""
+        if a is b:
+            return a
         both = (a >= 0) & (b >= 0) & (a != b)
         if both.any():
             self.ties.append((a[both], b[both]))

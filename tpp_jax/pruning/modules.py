@@ -4,6 +4,9 @@ Most layers of NNX take their sizes from their arrays, so that the sliced state 
 with the old structure is the smaller model. The others are in the table here, by type.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from flax import nnx
 
@@ -12,7 +15,8 @@ from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import keep_masks, slice_tree
 from tpp_jax.pruning.tracing import trace
 
-Place = tuple[str, int, bytes]  # a leaf, an axis of it, positions along the axis
+# A leaf, an axis of it, positions along the axis: how many for a channel, and which.
+Place = tuple[str, int, int, bytes]
 
 
 def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
@@ -34,7 +38,8 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
         way than the plan has it, since a layer has a size of its own written into it.
     """
     graphdef, state = nnx.split(model)
-    small = sliced_module(graphdef, state, plan)
+    small = nnx.merge(graphdef, slice_tree(plan, state))
+    _follow_all(small, plan)
     name = type(model).__name__
     inputs = plan.groups.inputs
     try:
@@ -58,12 +63,21 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
     return small
 
 
-def sliced_module(graphdef: nnx.GraphDef, state: nnx.State, plan: Plan) -> nnx.Module:
-    """Returns the smaller module, not checked; arrays may be abstract."""
-    small = nnx.merge(graphdef, slice_tree(plan, state))
+def sliced_call(graphdef: nnx.GraphDef, plan: Plan) -> Callable[..., Any]:
+    """Returns ``call(state, *inputs)``: the smaller module run in evaluation mode."""
+
+    def call(state: Any, *inputs: Any) -> Any:
+        merged = nnx.merge(graphdef, state)
+        _follow_all(merged, plan)
+        merged.eval()
+        return merged(*inputs)
+
+    return call
+
+
+def _follow_all(small: nnx.Module, plan: Plan) -> None:
     for path, module in nnx.iter_modules(small):
         _follow_arrays(module, ".".join(map(str, path)), plan)
-    return small
 
 
 def arrangement(groups: Groups, plan: Plan | None = None) -> set[frozenset[Place]]:
@@ -129,5 +143,6 @@ def _layout(group: Group, plan: Plan | None = None) -> frozenset[Place]:
                 moved = np.cumsum(stays) - 1
                 positions = moved[positions[stays[positions]]].reshape(size, -1)
         positions = np.sort(positions, axis=1)
-        layout.add((leaf, axis, positions[np.argsort(positions[:, 0])].tobytes()))
+        positions = positions[np.argsort(positions[:, 0])]
+        layout.add((leaf, axis, positions.shape[1], positions.tobytes()))
     return frozenset(layout)

@@ -1,7 +1,7 @@
 """How the primitives that move data about tie positions together; see rules.py.
 
 Reshapes, slices, concatenations, look-ups: nothing is computed here, positions get new
-places. Where an operation is told a size, that the size follows the channels is noted as
+places. Where an operation is told a size, that it follows the channels is noted as
 a supposition (``labels.suppose``), to be tried on the model.
 """
 
@@ -193,7 +193,7 @@ def split(
     along, sizes = eqn.params["axis"], eqn.params["sizes"]
     axis = operands[0][along]
     if len(set(sizes)) > 1:
-        reason = f"a split into the fixed sizes {tuple(sizes)}"
+        reason = f"a split into the fixed sizes {tuple(map(int, sizes))}"
         labels.fix(axis, NotUnderstood(reason))
     else:
         # Equal parts stay equal only if they lose the same positions.

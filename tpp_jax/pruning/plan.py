@@ -321,3 +321,7 @@ def _check_leaves(groups: Groups, leaves: Mapping[str, Any]) -> None:
                 f"the groups are of another model: they were made with {name} of shape "
                 f"{shape}, here it is {found or 'missing'}"
             )
+        if name in groups.members and isinstance(leaves[name], jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{name} is abstract: to choose channels, the weights are needed"
+            )

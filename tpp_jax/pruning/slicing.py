@@ -65,15 +65,17 @@ def _kept_positions(plan: Plan, n: int, here: list[tuple[Group, Member]]) -> int
     through an attention's projection), it stays if it stays for each of them: such
     positions are all combinations of the groups' channels, so the shares multiply.
     """
-    through = np.zeros(n, np.int64)
+    through = np.zeros((n, len(here)), bool)
     for i, (_, member) in enumerate(here):
-        through[member.positions.reshape(-1)] |= 1 << i
+        through[member.positions.reshape(-1), i] = True
     total = 0
-    for code, positions in zip(*np.unique(through, return_counts=True), strict=True):
+    for row, positions in zip(
+        *np.unique(through, axis=0, return_counts=True), strict=True
+    ):
         share = int(positions)
-        for i, (group, _) in enumerate(here):
-            if code >> i & 1:
-                share = share * plan.kept_count(group) // group.size
+        for i in np.flatnonzero(row):
+            group, _ = here[i]
+            share = share * plan.kept_count(group) // group.size
         total += share
     return total
 

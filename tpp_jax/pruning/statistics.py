@@ -81,21 +81,23 @@ def hessian_diagonal(
     call, params = _as_loss(loss, model)
 
     @jax.jit
-    def estimate(params: Any, batch: Any, i: Array, probe: Array) -> Any:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), probe)
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(key, len(leaves))
-        signs = [
-            jax.random.rademacher(k, jnp.shape(leaf), jnp.result_type(leaf))
-            for k, leaf in zip(keys, leaves, strict=True)
-        ]
-        z = jax.tree.unflatten(tree, signs)
+    def estimate(params: Any, batch: Any, z: Any) -> Any:
         gradient = jax.grad(lambda p: call(p, batch))
         _, hz = jax.jvp(gradient, (params,), (z,))
         return jax.tree.map(jnp.multiply, z, hz)
 
+    def signs(*place: int) -> Any:
+        # On the host: on a device the draws of every shape would be compiled for.
+        bits = np.random.default_rng((seed, *place))
+        return jax.tree.map(
+            lambda leaf: np.asarray(
+                2 * bits.integers(2, size=jnp.shape(leaf)) - 1, jnp.result_type(leaf)
+            ),
+            params,
+        )
+
     draws = (
-        (params, batch, i, probe)
+        (params, batch, signs(i, probe))
         for i, batch in enumerate(batches)
         for probe in range(probes)
     )

@@ -20,7 +20,7 @@ from tpp_jax.pruning.linen import linen_apply
 from tpp_jax.pruning.naming import layer_name, leaf_name
 
 # Calls that only wrap another jaxpr: the parameter that holds it.
-_CALLS = {
+CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
@@ -226,10 +226,25 @@ def trace(
         inputs=tuple(numbers[len(leaves) :]),
         constants=tuple(constants) + tuple(builder.constants),
         outputs=tuple(outputs),
-        equations=tuple(builder.equations),
+        equations=_needed(builder.equations, outputs),
         shapes=tuple(builder.shapes),
         origin={n: name for n, name in builder.origin.items() if name},
     )
+
+
+def _needed(
+    equations: list[Equation], outputs: list[int | None]
+) -> tuple[Equation, ...]:
+    """Leaves out what is computed for nothing, as a slice of which only the shape is
+    asked for. What a loop carries from step to step is kept.
+    """
+    needed = {n for n in outputs if n is not None}
+    kept = []
+    for eqn in reversed(equations):
+        if eqn.primitive == "join" or not needed.isdisjoint(eqn.outputs):
+            needed.update(n for n in eqn.inputs if n is not None)
+            kept.append(eqn)
+    return tuple(reversed(kept))
 
 
 def layers(traced: Trace, repeated: bool = False) -> list[Layer]:
@@ -324,12 +339,12 @@ class _Builder:
             inputs = [self._read(var, env) for var in eqn.invars]
             self.source = self.caller or eqn.source_info
             match eqn.primitive.name:
-                case name if name in _CALLS:
+                case name if name in CALLS:
                     before = self.caller
                     # JAX keeps what a jitted function does, with the lines of its
                     # first call: all of it is put down to the line of this call.
                     self.caller = self.source if name in ("jit", "pjit") else before
-                    outputs = self._call(eqn.params[_CALLS[name]], inputs, times)
+                    outputs = self._call(eqn.params[CALLS[name]], inputs, times)
                     self.caller = before
                 case "scan":
                     outputs = self._scan(eqn, inputs, times)

@@ -86,14 +86,14 @@ def save_model(
         :func:`load_model` then has to be given in its unpruned form.
       plan: how it was pruned.
       config: JSON-ready, kept with it.
-      metrics: JSON-ready, kept with it.
+      metrics: numbers, text or arrays, kept with it as JSON.
     """
     spec = getattr(model, "spec", None)
     meta = {
         "model": None if spec is None else dataclasses.asdict(spec),
         "plan": None if plan is None else plan.to_dict(),
         "config": dict(config or {}),
-        "metrics": dict(metrics or {}),
+        "metrics": jax.tree.map(_json_ready, dict(metrics or {})),
     }
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
         items = _items(named_leaves(nnx.state(model)), meta)
@@ -185,6 +185,10 @@ def with_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:
         )
     state = map_named(lambda name, _: jnp.asarray(arrays[name]), state)
     return nnx.merge(graphdef, state)
+
+
+def _json_ready(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _wanted() -> ocp.args.Composite:

@@ -24,6 +24,9 @@ _LEAST = {
     "pretrain.epochs": 0,
     "pretrain.momentum": 0,
     "pretrain.weight_decay": 0,
+    "prune.flops": 0,
+    "prune.params": 0,
+    "prune.batches": 1,
     "prune.learning_rate": 0,
     "prune.momentum": 0,
     "prune.weight_decay": 0,
@@ -65,11 +68,17 @@ def default_config() -> ml_collections.ConfigDict:
     config.pretrain = _training(epochs=200, learning_rate="0:0.1,100:0.01,150:0.001")
 
     config.prune = ml_collections.ConfigDict()
-    config.prune.ratios = "*layer*.conv1:0.5"  # pattern:share pruned, comma-separated
+    # pattern:share pruned, comma-separated; with a target "" means all groups alike
+    config.prune.ratios = "*layer*.conv1:0.5"
+    config.prune.flops = 0.0  # target: share of the FLOPs that remains; 0 for none
+    config.prune.params = 0.0  # likewise, of the parameters
     config.prune.skip = ""  # patterns left whole
-    config.prune.criterion = "l1"
-    config.prune.scope = "local"
+    config.prune.criterion = "l1"  # a name in tpp_jax/pruning/criteria.py, or random
+    config.prune.batches = 4  # of training images, for taylor, hessian, activation
+    config.prune.scope = "local"  # or global, isomorphic
+    config.prune.reduce = "mean"  # of a group's layers; or sum, max, first
     config.prune.round_to = 1
+    config.prune.min_channels = 1
     config.prune.learning_rate = 1e-3
     config.prune.momentum = 0.9
     config.prune.weight_decay = 5e-4

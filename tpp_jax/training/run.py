@@ -207,7 +207,8 @@ class Run:
             accuracy=accuracy,
             best_accuracy=self.meta["best"],
         )
-        self._save(state)
+        if phase.steps:  # otherwise the checkpoint of the phase before is as good
+            self._save(state)
         self.arrays = _part_of_state(state)
         self.model = self._with_state(state)
 
@@ -235,7 +236,9 @@ class Run:
             return
         if not (self.workdir / "dense").exists():
             save_model(self.workdir / "dense", self.model, config=self.meta["config"])
-        self.plan = plan_for(self.setup.config, self.setup.groups, self.model)
+        self.plan = plan_for(
+            self.setup.config, self.setup.groups, self.model, self.setup.dataset
+        )
         self.meta["plan"] = self.plan.to_dict()
         dense = self._accuracy(self.model)
         one_shot = self._accuracy(prune(self.model, self.plan))

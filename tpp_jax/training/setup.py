@@ -1,18 +1,24 @@
 """What a config asks for, checked and loaded: mistakes are found before training."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
+import optax
 from flax import nnx
 
 from tpp_jax import data, models
 from tpp_jax.errors import TPPError
 from tpp_jax.method.schedule import GrowingSchedule
+from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.channels import channel_groups
+from tpp_jax.pruning.criteria import STATISTICS
 from tpp_jax.pruning.groups import Groups
 from tpp_jax.pruning.plan import Plan, make_plan
+from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
 from tpp_jax.training import parallel, phases
 from tpp_jax.training.checkpoints import load_model
 from tpp_jax.training.config import check_fields, check_values
@@ -91,7 +97,8 @@ def _check(config: ml_collections.ConfigDict) -> Setup:
     plan = plan_for(config, groups, model)
     if not plan.pruned_groups:
         raise TPPError(
-            f"config.prune.ratios={config.prune.ratios!r} prunes nothing: raise a ratio"
+            f"config.prune.ratios={config.prune.ratios!r} prunes nothing: raise a "
+            "ratio, or lower config.prune.min_channels, round_to, flops or params"
         )
     phases.tpp_phases(config.prune, plan, schedule)
     return Setup(
@@ -109,17 +116,68 @@ def _check(config: ml_collections.ConfigDict) -> Setup:
 
 
 def plan_for(
-    config: ml_collections.ConfigDict, groups: Groups, model: nnx.Module
+    config: ml_collections.ConfigDict,
+    groups: Groups,
+    model: nnx.Module,
+    dataset: data.Dataset | None = None,
 ) -> Plan:
-    """Makes the plan that ``config.prune`` asks for, from a model's weights."""
+    """Makes the plan that ``config.prune`` asks for, from a model's weights.
+
+    Args:
+      config: of the run.
+      groups: of the model.
+      model: with its weights.
+      dataset: for the criteria that measure something on the first training images of a
+        random order. Without it ``l1`` stands in for them, to try the rest.
+    """
     fields = config.prune
+    target = fields.flops or fields.params
+    statistics, criterion = None, fields.criterion
+    if criterion in STATISTICS:
+        if dataset is None:
+            criterion = "l1"
+        else:
+            statistics = _statistics(config, model, dataset)
     return make_plan(
         groups,
         model,
-        fields.ratios,
+        None if target and not fields.ratios else fields.ratios,
+        flops=fields.flops or None,
+        params=fields.params or None,
         skip=fields.skip,
-        criterion=fields.criterion,
+        criterion=criterion,
+        statistics=statistics,
         scope=fields.scope,
+        reduce=fields.reduce,
         seed=config.seed,
         round_to=fields.round_to,
+        min_channels=fields.min_channels,
     )
+
+
+def _statistics(
+    config: ml_collections.ConfigDict, model: nnx.Module, dataset: data.Dataset
+) -> Any:
+    """Measures what the criterion needs, on the first training batches."""
+    size, n = config.data.batch_size, len(dataset.train_images)
+    order = np.random.default_rng(config.seed).permutation(n)
+    starts = range(0, min(config.prune.batches * size, n - size + 1), size)
+    batches = [order[start : start + size] for start in starts]
+    images = [
+        data.normalize(dataset.train_images[chosen], dataset.mean, dataset.std)
+        for chosen in batches
+    ]
+    labels = [jnp.asarray(dataset.train_labels[chosen]) for chosen in batches]
+
+    def loss(model: nnx.Module, batch: tuple[Any, Any]) -> Any:
+        logits = model(batch[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    match STATISTICS[config.prune.criterion]:
+        case "loss_gradient":
+            return loss_gradient(loss, model, zip(images, labels, strict=True))
+        case "hessian_diagonal":
+            pairs = zip(images, labels, strict=True)
+            return hessian_diagonal(loss, model, pairs, seed=config.seed)
+        case "activation_means":
+            return activation_means(model, images)

@@ -1,0 +1,52 @@
+"""--mode=inspect through launch.py, as a user runs it before any training."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def launch(*arguments):
+    """Runs launch.py; returns what it printed."""
+    command = [sys.executable, "launch.py", *arguments]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+
+
+def test_the_groups_of_the_demo_are_shown_and_drawn(tmp_path):
+    workdir = tmp_path / "new" / "folder"
+    config = "--config=configs/digits_resnet8_tpp.py"
+    done = launch("--mode=inspect", config, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [
+        "cifar_resnet8, images 8×8×1, 10 classes",
+        "7 groups of channels that live and die together, 4 can be pruned",
+    ]
+    [block] = [line for line in lines if line.startswith("layer2.0.conv1")]
+    assert block.split()[1:5] == ["32", "→", "16", "yes"]
+    # What the demo's own summary says after training.
+    assert "params 75,002 → 38,026" in lines[-2]
+    assert lines[-1] == f"drawn in {workdir / 'groups.svg'}"
+    assert "\x1b" not in done.stdout
+    drawn = ElementTree.parse(workdir / "groups.svg").getroot()
+    assert "layer2.0.conv1  32 → 16" in {text.text for text in drawn.iter()}
+    assert [file.name for file in workdir.iterdir()] == ["groups.svg"]
+
+
+def test_a_folder_is_not_needed_and_a_mistake_is_told_in_one_line():
+    done = launch("--mode=inspect", "--config.prune.ratios=*xyz*:0.5")
+    assert done.returncode == 1
+    assert "'*xyz*' matches no layer" in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_training_does_need_a_folder():
+    done = launch()
+    assert done.returncode == 1
+    assert done.stderr == "error: --workdir is missing: give a folder for the run\n"

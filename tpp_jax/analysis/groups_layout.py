@@ -1,0 +1,119 @@
+"""Where a picture of the groups puts things: layers in rows, groups in columns."""
+
+from typing import NamedTuple
+
+from tpp_jax.pruning.groups import Group, Groups
+from tpp_jax.pruning.naming import layer_name
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.slicing import keep_masks
+
+
+class Row(NamedTuple):
+    """A layer, or a norm or another array that channels pass.
+
+    Attributes:
+      name: of the layer.
+      shape: of its kernel, ``3×3×16×16 → 3×3×16×8``; "" for what has none.
+      is_layer: whether it is a convolution or dense layer.
+    """
+
+    name: str
+    shape: str
+    is_layer: bool
+
+
+class Lane(NamedTuple):
+    """The place of a group.
+
+    Attributes:
+      group: which one.
+      column: counted from the left.
+      roles: row → the roles in which the group runs through that row's arrays.
+    """
+
+    group: Group
+    column: int
+    roles: dict[int, frozenset[str]]
+
+    @property
+    def first(self) -> int:
+        """The row where the group begins."""
+        return min(self.roles)
+
+    @property
+    def last(self) -> int:
+        """The row where it ends."""
+        return max(self.roles)
+
+
+def place_groups(groups: Groups, plan: Plan | None) -> tuple[list[Row], list[Lane]]:
+    """Puts layers in rows, in order of execution, and groups in lanes beside them.
+
+    A bias stands in the row of its kernel, a norm in its own below the layer that ran
+    last before it. A group gets the leftmost column that is free from its first row to
+    its last.
+
+    Args:
+      groups: of the model.
+      plan: if given, the rows tell the shapes that it leaves.
+
+    Returns:
+      The rows from top to bottom, and the lanes by their first rows.
+    """
+    members = [member for group in groups for member in group.members]
+    members.sort(key=lambda m: m.order)
+    kernels: dict[str, list[str]] = {}  # layer → its kernels
+    place: dict[str, tuple[int, bool]] = {}  # kernel, or layer without → sort key
+    for member in members:
+        if member.role != "along" and member.leaf not in place:
+            kernels.setdefault(layer_name(member.leaf), []).append(member.leaf)
+            place[member.leaf] = (member.order, False)
+    for member in members:
+        layer = layer_name(member.leaf)
+        if layer not in kernels:
+            place.setdefault(layer, (member.order, True))
+    homes = sorted(place, key=place.__getitem__)
+    row_of = {home: i for i, home in enumerate(homes)}
+
+    rows = []
+    for home in homes:
+        _, is_norm = place[home]
+        layer = layer_name(home)
+        # Of a layer that has several kernels each is named.
+        name = home if is_norm or len(kernels[layer]) > 1 else layer
+        shape = "" if is_norm else _shape_change(home, groups, plan)
+        rows.append(Row(name, shape, not is_norm))
+
+    found = []
+    for group in groups:
+        roles: dict[int, frozenset[str]] = {}
+        for member in group.members:
+            layer = layer_name(member.leaf)
+            home = (
+                member.leaf if member.leaf in place else kernels.get(layer, [layer])[0]
+            )
+            row = row_of[home]
+            roles[row] = roles.get(row, frozenset()) | {member.role}
+        found.append(Lane(group, 0, roles))
+    return rows, _in_columns(found)
+
+
+def _in_columns(lanes: list[Lane]) -> list[Lane]:
+    """Gives every lane the leftmost column that is free where it runs."""
+    ends: list[int] = []  # column → the last row that is taken
+    placed = []
+    for lane in sorted(lanes, key=lambda lane: (lane.first, -lane.last)):
+        free = (c for c, end in enumerate(ends) if end < lane.first)
+        column = next(free, len(ends))
+        ends[column : column + 1] = [lane.last]
+        placed.append(lane._replace(column=column))
+    return placed
+
+
+def _shape_change(leaf: str, groups: Groups, plan: Plan | None) -> str:
+    """Writes the shape of a kernel, and what a plan makes of it."""
+    before = groups.shapes[leaf]
+    kept = keep_masks(plan, leaf) if plan is not None else {}
+    after = [kept[i][1] if i in kept else n for i, n in enumerate(before)]
+    texts = ["×".join(map(str, shape)) for shape in (before, after)]
+    return " → ".join(dict.fromkeys(texts))

@@ -1,0 +1,277 @@
+"""A picture of a model's groups: which layers each runs through, drawn as SVG.
+
+Layers stand below each other in order of execution; a group is a coloured lane beside
+them, from the first layer that produces its channels to the last that reads them. A
+layer is a line from the lanes that it reads to the lanes that it writes.
+"""
+
+import pathlib
+import textwrap
+from collections.abc import Iterable, Sequence
+from xml.sax.saxutils import escape, quoteattr
+
+from tpp_jax.analysis.groups_layout import Lane, Row, place_groups
+from tpp_jax.analysis.groups_text import headline, member_lines, size_change
+from tpp_jax.pruning.groups import Group, Groups
+from tpp_jax.pruning.plan import Plan
+
+_COLORS = "#4c72b0 #dd8452 #55a868 #8172b3 #c44e52 #64b5cd #937860 #da8bc3".split()
+_FIXED = "#9aa0a6"  # the lanes that stay
+_INK, _FAINT, _RULE = "#24292f", "#6e7781", "#eaeef2"
+_PAPER, _BORDER = "#ffffff", "#d0d7de"
+_FONT = "ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono, monospace"
+
+# Pixels.
+_SIZE = 11  # of the letters
+_LETTER = 0.63 * _SIZE  # width of one, with some to spare
+_LINE = 16  # height of a line of text
+_MARGIN = 20
+_GAP = 18  # between the columns of the picture
+_LANE = 24  # from lane to lane
+_BAR = 12  # width of a lane's bar
+_NOTE = 76  # letters in a line of what is said of a group
+
+
+def draw_groups(
+    groups: Groups, path: str | pathlib.Path, plan: Plan | None = None
+) -> None:
+    """Draws the groups of a model into an SVG file.
+
+    Args:
+      groups: from :func:`tpp_jax.channel_groups`.
+      path: of the file; its folder must exist.
+      plan: if given, lanes are pale for the share of the channels that goes.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> from tpp_jax import channel_groups
+      >>> def mlp(p, x):
+      ...     return jnp.tanh(x @ p["w1"]) @ p["w2"]
+      >>> p = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+      >>> file = pathlib.Path(tempfile.mkdtemp()) / "groups.svg"
+      >>> draw_groups(channel_groups(mlp, jnp.ones((1, 4)), params=p), file)
+      >>> file.read_text()[:4]
+      '<svg'
+    """
+    pathlib.Path(path).write_text(_picture(groups, plan), encoding="utf-8")
+
+
+def _picture(groups: Groups, plan: Plan | None) -> str:
+    """The whole file."""
+    rows, lanes = place_groups(groups, plan)
+    notes = [_note(lane.group, plan) for lane in lanes]
+
+    # From left to right: layers, shapes of their kernels, lanes, notes on the groups.
+    shapes_x = _MARGIN + _width(row.name for row in rows) + _GAP
+    lanes_x = shapes_x + _width(row.shape for row in rows) + 2 * _GAP
+    columns = 1 + max((lane.column for lane in lanes), default=0)
+    notes_x = lanes_x + _LANE * columns + _GAP
+    title = headline(groups)
+    width = _MARGIN + max(
+        notes_x + _GAP + _width(line for note in notes for line in note),
+        _MARGIN + 1.4 * _width([title]),
+    )
+    legend, top = _legend(lanes, plan, width)
+    row_y, note_y, bottom = _heights(rows, lanes, notes, top)
+    lane_x = [lanes_x + _LANE * (lane.column + 0.5) for lane in lanes]
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" '
+        f'height="{bottom:.0f}" viewBox="0 0 {width:.0f} {bottom:.0f}" '
+        f'font-family="{_FONT}" font-size="{_SIZE}">',
+        # The picture brings its own paper, to be readable on a dark page too.
+        f'<rect x="0.5" y="0.5" width="{width - 1:.0f}" height="{bottom - 1:.0f}" '
+        f'rx="8" fill="{_PAPER}" stroke="{_BORDER}"/>',
+        f'<text x="{_MARGIN}" y="{_MARGIN + 12}" font-size="14" font-weight="bold" '
+        f'fill="{_INK}">{escape(title)}</text>',
+        *legend,
+    ]
+    for i, (row, y) in enumerate(zip(rows, row_y, strict=True)):
+        if row.is_layer and i:
+            rule = y - _LINE / 2 - 3
+            parts.append(_line(_MARGIN, rule, notes_x - _GAP, rule, _RULE))
+        parts.append(_text(_MARGIN, y, row.name, _INK if row.is_layer else _FAINT))
+        if row.shape:
+            parts.append(_text(shapes_x, y, row.shape, _FAINT))
+        here = [
+            (x, lane.roles[i])
+            for x, lane in zip(lane_x, lanes, strict=True)
+            if i in lane.roles
+        ]
+        reads = [x for x, roles in here if "contracted" in roles]
+        writes = [x for x, roles in here if "produced" in roles]
+        if writes and not reads:  # it reads the input of the model
+            reads = [lanes_x - _GAP / 2]
+        ends = reads + writes
+        if len(ends) > 1:
+            parts.append(_line(min(ends), y, max(ends), y, _INK))
+    colors = _colors(lanes)
+    for lane, color, x, note, y in zip(
+        lanes, colors, lane_x, notes, note_y, strict=True
+    ):
+        parts.append(f"<g data-group={quoteattr(lane.group.name)}>")
+        parts.append(f"<title>{escape(_tooltip(lane.group, groups, plan))}</title>")
+        parts += _bar(lane, x, row_y, color, plan)
+        for row, roles in lane.roles.items():
+            parts += _marks(roles, x, row_y[row])
+        parts.append(_rect(notes_x, y - 5, 10, 10, color))
+        ink = _INK if lane.group.reason is None else _FAINT
+        for i, line in enumerate(note):
+            parts.append(_text(notes_x + _GAP, y + i * _LINE, line, ink))
+        parts.append("</g>")
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _heights(
+    rows: Sequence[Row], lanes: Sequence[Lane], notes: Sequence[list[str]], top: float
+) -> tuple[list[float], list[float], float]:
+    """Returns the middle of every row, that of every note's first line, the bottom.
+
+    A note begins beside the row where its group begins, and may reach down to rows that
+    have no note of their own; those that have make way.
+    """
+    row_y: list[float] = []
+    note_y: list[float] = []
+    y = free = top
+    for i, row in enumerate(rows):
+        y += 6 if row.is_layer and i else 0
+        mine = [
+            note for lane, note in zip(lanes, notes, strict=True) if lane.first == i
+        ]
+        y = max(y, free) if mine else y
+        row_y.append(y + _LINE / 2)
+        at = y
+        for note in mine:
+            note_y.append(at + _LINE / 2)
+            at += _LINE * len(note)
+        free = max(free, at)
+        y += _LINE
+    return row_y, note_y, max(y, free) + _MARGIN
+
+
+def _colors(lanes: Sequence[Lane]) -> list[str]:
+    """Colours in turn, none that a lane beside has; grey for what stays."""
+    colors: list[str] = []
+    turn = 0
+    for i, lane in enumerate(lanes):
+        if lane.group.reason is not None:
+            colors.append(_FIXED)
+            continue
+        beside = {colors[j] for j in range(i) if lanes[j].last >= lane.first}
+        order = [*_COLORS[turn:], *_COLORS[:turn]]
+        colors.append(next((c for c in order if c not in beside), order[0]))
+        turn = (_COLORS.index(colors[-1]) + 1) % len(_COLORS)
+    return colors
+
+
+def _note(group: Group, plan: Plan | None) -> list[str]:
+    """What is said beside the place where a group begins, in lines."""
+    size = f"{group.name}  {size_change(group, plan)}"
+    if group.reason is None:
+        return [size]
+    reason = f"stays: {group.reason}"
+    if len(size) + 2 + len(reason) <= _NOTE:
+        return [f"{size}  {reason}"]
+    return [size, *textwrap.wrap(reason, _NOTE)]
+
+
+def _tooltip(group: Group, groups: Groups, plan: Plan | None) -> str:
+    """Everything about a group, shown where the pointer rests on it."""
+    lines = [f"{group.name}: {size_change(group, plan)} channels"]
+    lines += [f"{word} {names}" for word, names in member_lines(group, groups)]
+    if group.reduced:
+        lines.append("a sum or maximum runs over them")
+    if group.reason is not None:
+        lines.append(f"stays: {group.reason}")
+    return "\n".join(lines)
+
+
+def _legend(
+    lanes: Sequence[Lane], plan: Plan | None, width: float
+) -> tuple[list[str], float]:
+    """What the signs in this picture mean, and the height at which it ends."""
+    roles = {role for lane in lanes for some in lane.roles.values() for role in some}
+    entries = [
+        (_marks({role}, 8, 0), text)
+        for role, text in (
+            ("produced", "the layer makes these channels"),
+            ("contracted", "it reads them"),
+            ("along", "a norm, a bias… acts on each"),
+            ("depthwise", "so does a depthwise kernel"),
+        )
+        if role in roles
+    ]
+    if plan is not None and plan.pruned_groups:
+        pale = [
+            _rect(2, -5, _BAR, 10, _COLORS[0], 0.3),
+            _rect(5, -5, 6, 10, _COLORS[0]),
+        ]
+        entries.append((pale, "pale: the share that is pruned"))
+    if any(lane.group.reason is not None for lane in lanes):
+        entries.append(([_rect(2, -5, _BAR, 10, _FIXED, 0.5)], "cannot be pruned"))
+    parts = []
+    x, y = _MARGIN, _MARGIN + 36
+    for drawing, text in entries:
+        needed = 20 + _width([text]) + _GAP
+        if x + needed > width and x > _MARGIN:
+            x, y = _MARGIN, y + _LINE + 2
+        parts.append(f'<g transform="translate({x:.0f} {y:.0f})">')
+        parts += [*drawing, _text(20, 0, text, _FAINT), "</g>"]
+        x += needed
+    return parts, y + _LINE + 8
+
+
+def _bar(
+    lane: Lane, x: float, row_y: Sequence[float], color: str, plan: Plan | None
+) -> list[str]:
+    """The lane, pale, and on it the share that stays."""
+    top, height = row_y[lane.first] - 8, row_y[lane.last] - row_y[lane.first] + 16
+    group = lane.group
+    if group.reason is not None:
+        return [_rect(x - _BAR / 2, top, _BAR, height, color, 0.5)]
+    kept = group.size if plan is None else plan.kept_count(group)
+    inner = max(2, _BAR * kept / group.size)
+    pale = [_rect(x - _BAR / 2, top, _BAR, height, color, 0.3)]
+    return [
+        *(pale if inner < _BAR else []),
+        _rect(x - inner / 2, top, inner, height, color),
+    ]
+
+
+def _marks(roles: Iterable[str], x: float, y: float) -> list[str]:
+    """What a layer does to a group: a dot makes it, a ring reads it."""
+    marks = []
+    if "contracted" in roles:
+        marks.append(_circle(x, y, 5.5, _PAPER))
+    if "produced" in roles:
+        marks.append(_circle(x, y, 3 if marks else 5.5, _INK))
+    if "depthwise" in roles:
+        marks.append(_rect(x - 5, y - 5, 10, 10, _INK))
+    return marks or [_rect(x - 7, y - 1.5, 14, 3, _INK)]
+
+
+def _width(texts: Iterable[str]) -> float:
+    return _LETTER * max(map(len, texts), default=0)
+
+
+def _text(x: float, y: float, text: str, color: str) -> str:
+    place = f'x="{x:.1f}" y="{y + 0.35 * _SIZE:.1f}"'
+    return f'<text {place} fill="{color}" xml:space="preserve">{escape(text)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, color: str) -> str:
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {ends} stroke="{color}" stroke-width="1.3"/>'
+
+
+def _circle(x: float, y: float, r: float, fill: str) -> str:
+    place = f'cx="{x:.1f}" cy="{y:.1f}" r="{r}"'
+    return f'<circle {place} fill="{fill}" stroke="{_INK}" stroke-width="1.3"/>'
+
+
+def _rect(
+    x: float, y: float, width: float, height: float, color: str, opacity: float = 1
+) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    pale = f' fill-opacity="{opacity}"' if opacity < 1 else ""
+    return f'<rect {place} rx="1.5" fill="{color}"{pale}/>'

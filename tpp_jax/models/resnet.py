@@ -1,0 +1,231 @@
+"""Residual networks for ImageNet (He et al. 2016), as torchvision has them.
+
+Four stages after a 7×7 convolution and a pooling.  ResNet-18 and -34 have basic blocks
+of two 3×3 convolutions, the deeper ones bottlenecks 1×1, 3×3, 1×1.  A bottleneck halves
+the image in its 3×3 convolution ("version 1.5"), and every shortcut that changes the
+shape is a 1×1 convolution with a batch norm.
+
+Attributes carry torchvision's names, so the path of an array, say
+``layer2.0.downsample.0.kernel``, is that of its weights.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from tpp_jax.models.layers import (
+    BatchNorm,
+    Images,
+    Logits,
+    conv,
+    dense,
+    global_average_pool,
+)
+
+# kaiming_normal_(mode="fan_out")
+_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Architecture(NamedTuple):
+    """What tells the networks of this family apart.
+
+    Attributes:
+      blocks: number of blocks in each of the four stages.
+      bottleneck: whether blocks are bottlenecks, whose outputs are four times as wide.
+      width: factor on the width inside the bottlenecks.
+    """
+
+    blocks: tuple[int, int, int, int]
+    bottleneck: bool
+    width: int = 1
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture((2, 2, 2, 2), bottleneck=False),
+    "resnet34": Architecture((3, 4, 6, 3), bottleneck=False),
+    "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
+    "resnet101": Architecture((3, 4, 23, 3), bottleneck=True),
+    "resnet152": Architecture((3, 8, 36, 3), bottleneck=True),
+    "wide_resnet50_2": Architecture((3, 4, 6, 3), bottleneck=True, width=2),
+}
+
+
+class BasicBlock(nnx.Module):
+    """Two 3×3 convolutions and a shortcut around them.
+
+    [b, h, w, in_planes] to [b, h/stride, w/stride, planes].
+
+    Args:
+      in_planes: channels of the input.
+      planes: channels of both convolutions' outputs.
+      stride: 1, or 2 to halve the image in the first convolution.
+      rngs: source of the random start.
+    """
+
+    def __init__(
+        self, in_planes: int, planes: int, *, stride: int, rngs: nnx.Rngs
+    ) -> None:
+        self.conv1 = _conv(in_planes, planes, 3, stride=stride, rngs=rngs)
+        self.bn1 = BatchNorm(planes, rngs=rngs)
+        self.conv2 = _conv(planes, planes, 3, rngs=rngs)
+        self.bn2 = BatchNorm(planes, rngs=rngs)
+        self.projects = stride != 1 or in_planes != planes
+        if self.projects:
+            self.downsample = _projection(in_planes, planes, stride, rngs)
+
+    def __call__(self, x: Images) -> Images:
+        y = jax.nn.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.projects:
+            for layer in self.downsample:
+                x = layer(x)
+        return jax.nn.relu(y + x)
+
+
+class Bottleneck(nnx.Module):
+    """1×1, 3×3 and 1×1 convolutions and a shortcut around them.
+
+    [b, h, w, in_planes] to [b, h/stride, w/stride, planes].
+
+    Args:
+      in_planes: channels of the input.
+      inner: channels between the convolutions.
+      planes: channels of the output.
+      stride: 1, or 2 to halve the image in the 3×3 convolution.
+      rngs: source of the random start.
+    """
+
+    def __init__(
+        self, in_planes: int, inner: int, planes: int, *, stride: int, rngs: nnx.Rngs
+    ) -> None:
+        self.conv1 = _conv(in_planes, inner, 1, rngs=rngs)
+        self.bn1 = BatchNorm(inner, rngs=rngs)
+        self.conv2 = _conv(inner, inner, 3, stride=stride, rngs=rngs)
+        self.bn2 = BatchNorm(inner, rngs=rngs)
+        self.conv3 = _conv(inner, planes, 1, rngs=rngs)
+        self.bn3 = BatchNorm(planes, rngs=rngs)
+        self.projects = stride != 1 or in_planes != planes
+        if self.projects:
+            self.downsample = _projection(in_planes, planes, stride, rngs)
+
+    def __call__(self, x: Images) -> Images:
+        y = jax.nn.relu(self.bn1(self.conv1(x)))
+        y = jax.nn.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        if self.projects:
+            for layer in self.downsample:
+                x = layer(x)
+        return jax.nn.relu(y + x)
+
+
+class ResNet(nnx.Module):
+    """A ResNet for ImageNet, [b, h, w, in_channels] to logits [b, num_classes].
+
+    Convolutions start from N(0, 2/fan_out), the dense layer from PyTorch's default.
+
+    Args:
+      architecture: blocks of each stage and their kind, see `ARCHITECTURES`.
+      num_classes: number of logits.
+      in_channels: channels of the images.
+      rngs: source of the random start.
+
+    Example:
+      >>> tiny = Architecture((1, 1, 1, 1), bottleneck=False)
+      >>> model = nnx.eval_shape(lambda: ResNet(tiny, rngs=nnx.Rngs(0)))
+      >>> model.layer4[0].conv1.kernel.shape
+      (3, 3, 256, 512)
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        rngs: nnx.Rngs,
+    ) -> None:
+        blocks, bottleneck, width = architecture
+        self.conv1 = _conv(in_channels, 64, 7, stride=2, rngs=rngs)
+        self.bn1 = BatchNorm(64, rngs=rngs)
+        channels = 64
+
+        def stage(inner: int, count: int, stride: int) -> nnx.List:
+            nonlocal channels
+            made: list[nnx.Module] = []
+            for step in (stride, *[1] * (count - 1)):
+                if bottleneck:
+                    planes = 4 * inner
+                    made.append(
+                        Bottleneck(
+                            channels, width * inner, planes, stride=step, rngs=rngs
+                        )
+                    )
+                else:
+                    planes = inner
+                    made.append(BasicBlock(channels, planes, stride=step, rngs=rngs))
+                channels = planes
+            return nnx.List(made)
+
+        self.layer1 = stage(64, blocks[0], 1)
+        self.layer2 = stage(128, blocks[1], 2)
+        self.layer3 = stage(256, blocks[2], 2)
+        self.layer4 = stage(512, blocks[3], 2)
+        self.fc = dense(channels, num_classes, rngs=rngs)
+
+    def __call__(self, x: Images) -> Logits:
+        x = jax.nn.relu(self.bn1(self.conv1(x)))
+        x = overlapping_max_pool(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = block(x)
+        return self.fc(global_average_pool(x))
+
+
+def overlapping_max_pool(x: Images) -> Images:
+    """Maximum over 3×3 windows, two pixels apart, of the image in a border of −∞.
+
+    [b, h, w, c] to [b, ⌈h/2⌉, ⌈w/2⌉, c].  First along columns, then along rows, as the
+    maximum of three slices each: the gradient of XLA's reduce_window is slow on the
+    CPU, see `tpp_jax.models.layers.max_pool`.
+
+    >>> overlapping_max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
+    [[5.0, 7.0], [13.0, 15.0]]
+    """
+    for axis in (1, 2):
+        size = (x.shape[axis] + 1) // 2
+        border = [(1, 1, 0) if i == axis else (0, 0, 0) for i in range(4)]
+        x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), border)
+        first, second, third = (
+            lax.slice_in_dim(x, start, start + 2 * size - 1, 2, axis)
+            for start in range(3)
+        )
+        x = jnp.maximum(jnp.maximum(first, second), third)
+    return x
+
+
+def _conv(
+    in_features: int, out_features: int, size: int, *, stride: int = 1, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """A convolution without bias that keeps the image's size, or halves it."""
+    return conv(
+        in_features,
+        out_features,
+        size,
+        stride=stride,
+        padding=size // 2,
+        kernel_init=_init,
+        rngs=rngs,
+    )
+
+
+def _projection(in_planes: int, planes: int, stride: int, rngs: nnx.Rngs) -> nnx.List:
+    """A shortcut that changes the shape: a 1×1 convolution and a batch norm."""
+    return nnx.List(
+        [
+            _conv(in_planes, planes, 1, stride=stride, rngs=rngs),
+            BatchNorm(planes, rngs=rngs),
+        ]
+    )

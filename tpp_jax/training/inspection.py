@@ -1,0 +1,138 @@
+"""What a config would prune, shown without training: --mode=inspect."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import rich.console
+from flax import nnx
+
+from tpp_jax import data, models
+from tpp_jax.analysis.groups_svg import draw_groups
+from tpp_jax.analysis.groups_text import describe_groups, group_report
+from tpp_jax.data import sources
+from tpp_jax.errors import TPPError
+from tpp_jax.pruning.channels import channel_groups
+from tpp_jax.pruning.flops import count
+from tpp_jax.pruning.groups import Groups
+from tpp_jax.pruning.modules import prune
+from tpp_jax.training.checkpoints import load_model
+from tpp_jax.training.config import check_fields, check_values
+from tpp_jax.training.setup import plan_for
+
+_WIDTHS = 80, 120  # of the table on a terminal: the least and the most
+
+
+def inspect(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path | None = None
+) -> None:
+    """Prints the groups of a config's model and what its ratios would leave.
+
+    Nothing is trained, and the data set need not be prepared.
+
+    Args:
+      config: as for training.
+      workdir: folder that ``groups.svg`` is drawn into, made if missing.
+
+    Raises:
+      TPPError: whatever is wrong with the config.
+    """
+    try:
+        _inspect(config, workdir)
+    except ValueError as error:  # the core's own messages: a pattern, a ratio, a name
+        raise TPPError(str(error)) from error
+
+
+def _inspect(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path | None
+) -> None:
+    check_fields(config)
+    check_values(config)
+    model = _model(config)
+    example = jax.ShapeDtypeStruct((1, *model.spec.image_shape), jnp.float32)
+    groups = channel_groups(model, example)
+    plan = plan_for(config, groups, _weights(config, model, groups))
+    before, after = count(model, example), count(prune(model, plan), example)
+
+    name, classes = model.spec.name, model.spec.num_classes
+    print(f"{name}, images {'×'.join(map(str, example.shape[1:]))}, {classes} classes")
+    console = rich.console.Console(highlight=False)
+    if console.is_terminal:
+        console.width = min(max(console.width, _WIDTHS[0]), _WIDTHS[1])
+        console.print(group_report(groups, plan, console.width))
+    else:
+        print(describe_groups(groups, plan))
+    prune_fields = {key: config.prune[key] for key in ("ratios", "flops", "params")}
+    asked = [f"config.prune.{key}={v!r}" for key, v in prune_fields.items() if v]
+    print(
+        f"\nwith {', '.join(asked) or 'no ratio and no target'}:\n"
+        f"params {before.params:,} → {after.params:,} "
+        f"({1 - after.params / before.params:.1%} gone), "
+        f"FLOPs {before.flops:,} → {after.flops:,} "
+        f"({before.flops / after.flops:.2f}× fewer)"
+    )
+    if config.prune.scope != "local" and not config.init.model:
+        print("(ranked by untrained weights: trained ones share the cuts otherwise)")
+    if workdir is not None:
+        picture = pathlib.Path(workdir) / "groups.svg"
+        try:
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            draw_groups(groups, picture, plan)
+        except OSError as error:
+            raise TPPError(f"the picture cannot be written: {error}") from error
+        print(f"drawn in {picture}")
+
+
+def _model(config: ml_collections.ConfigDict) -> nnx.Module:
+    """The model of a config; abstract if it need not be read from a folder."""
+    if config.init.model:
+        return load_model(config.init.model)
+    num_classes, image_shape = _shapes(config.data)
+    return nnx.eval_shape(lambda: _create(config, num_classes, image_shape))
+
+
+def _create(
+    config: ml_collections.ConfigDict,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+) -> nnx.Module:
+    return models.create(
+        config.model.name,
+        num_classes=num_classes,
+        image_shape=image_shape,
+        rngs=nnx.Rngs(config.seed),
+    )
+
+
+def _weights(
+    config: ml_collections.ConfigDict, model: nnx.Module, groups: Groups
+) -> Any:
+    """Weights to plan with: how many channels of a group go is all that is shown."""
+    if config.init.model:
+        return model
+    if config.prune.scope == "local":  # then the shares tell; drawing weights is slow
+        return {leaf: np.ones(shape) for leaf, shape in groups.shapes.items()}
+    return _create(config, model.spec.num_classes, model.spec.image_shape)
+
+
+def _shapes(settings: ml_collections.ConfigDict) -> tuple[int, tuple[int, int, int]]:
+    """Number of classes and shape of an image, without reading the data set."""
+    if settings.name == "digits" or settings.name not in sources.NAMES:
+        dataset = data.load(settings.name, None, settings.pad_to)  # or the error
+        return dataset.num_classes, dataset.train_images.shape[1:]
+    import tensorflow_datasets as tfds  # late: digits does not need it
+
+    features = tfds.builder(settings.name, data_dir=settings.dir or None).info.features
+    height, width, channels = features["image"].shape
+    if 0 < settings.pad_to < max(height, width):
+        raise TPPError(
+            f"config.data.pad_to is {settings.pad_to}, but the images of "
+            f"{settings.name} are {height}x{width}: give {max(height, width)} or more, "
+            "or 0 for no padding"
+        )
+    if settings.pad_to:
+        height = width = settings.pad_to
+    return features["label"].num_classes, (height, width, channels)
