@@ -165,7 +165,8 @@ def _tried(
     wrong: dict[int, str] = {}
     one_kind = next((k for k in kinds if not trial(suspects.difference(k))), None)
     if one_kind is not None:
-        wrong = _wrong_among(trial, one_kind, error)
+        # The others hold, so this kind does not: all of it, if the first does not.
+        wrong = _wrong_among(trial, one_kind, error, one_kind[:1])
     else:
         errors = [trial(kind) for kind in kinds]
         failed = [(k, error) for k, error in zip(kinds, errors, strict=True) if error]
@@ -173,7 +174,7 @@ def _tried(
         if joined:
             return {}, joined
         for kind, error in failed:
-            wrong |= _wrong_among(trial, kind, error)
+            wrong |= _wrong_among(trial, kind, error, [kind[0], kind[-1]])
     rest = suspects - wrong.keys()
     if one_kind is None and (error := trial(rest)):
         # What is right for each kind alone is not right for all together.
@@ -218,11 +219,16 @@ def _own_slot(group: Group) -> Slot | None:
     return None
 
 
-def _wrong_among(trial: _Trial, kind: list[int], error: str) -> dict[int, str]:
-    """Returns those of a kind that do not hold, and why; together they do not."""
-    if len(kind) > 1 and not (trial(kind[:1]) and trial(kind[-1:])):
+def _wrong_among(
+    trial: _Trial, kind: list[int], error: str, samples: list[int]
+) -> dict[int, str]:
+    """Returns those of a kind that do not hold, and why; together they do not.
+
+    If none of the samples holds, most likely none of them does: a size of heads that is
+    written into every block of a transformer.
+    """
+    if len(kind) > 1 and not all(trial([i]) for i in samples):
         return {i: text for i in kind if (text := trial([i]))}
-    # Most likely all are wrong: a size of heads in every block.
     return dict.fromkeys(kind, error)
 
 

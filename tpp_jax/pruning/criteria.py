@@ -25,7 +25,7 @@ _SCALES = ("scale", "gamma", "weight")
 
 def l1(filters: Filters) -> Scores:
     """Mean absolute weight (TPP section 3.2; Li et al. 2017)."""
-    return np.mean(np.abs(filters), axis=1)
+    return np.mean(np.abs(filters), axis=1, dtype=np.float64)
 
 
 def l2(filters: Filters) -> Scores:
@@ -174,8 +174,15 @@ def filters_of(member: Member, array: Any) -> Filters:
     """Returns a group's filters in one kernel: row c is all that makes channel c."""
     positions = member.positions
     # On the host: on a device every new shape would be compiled for.
-    rows = np.moveaxis(np.asarray(array), member.axis, 0)[positions.reshape(-1)]
-    rows = rows.reshape(len(positions), -1)
+    array = np.asarray(array)
+    n = array.shape[member.axis]
+    if member.axis == array.ndim - 1 and np.array_equal(positions[:, 0], np.arange(n)):
+        rows = array.reshape(
+            -1, n
+        ).T  # a view: transposing it would take longest of all
+    else:
+        rows = np.moveaxis(array, member.axis, 0)[positions.reshape(-1)]
+        rows = rows.reshape(len(positions), -1)
     # Sums in half precision would be mostly rounding.
     return rows.astype(np.float32) if rows.dtype.itemsize < 4 else rows
 

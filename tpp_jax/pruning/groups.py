@@ -301,7 +301,12 @@ def _roles(
             rank = len(traced.shapes[eqn.inputs[layer.operand]])
             by_axis = dict.fromkeys(set(range(rank)) - set(batch), "produced")
             by_axis |= dict.fromkeys(contracted, "contracted")
-        operand = axes[eqn.inputs[layer.operand]]
+        value = eqn.inputs[layer.operand]
+        if value == traced.leaves[layer.kernel]:
+            for i, role in by_axis.items():
+                roles.setdefault((layer.kernel, i), role)
+            continue
+        operand = axes[value]
         # The kernel may have been transposed or reshaped on its way here: its own
         # labels tell which of its axes ended up where.
         for axis, own in enumerate(axes[traced.leaves[layer.kernel]]):
@@ -361,26 +366,29 @@ def _alike_channels(
     """
     if not rows:
         return
-    channel = np.concatenate([row[1] for row in rows])
-    slot = np.repeat(np.arange(len(rows)), [len(row[1]) for row in rows])
     # A channel's signature is the sum of a random 64-bit number for each of its slots:
     # equal sums mean equal slots, but for a chance of 2^-64 a pair.
     weights = np.random.default_rng(0).integers(
         2**63, size=len(rows) + stuck.max(initial=-1) + 2, dtype=np.uint64
     )
     signature = weights[len(rows) + stuck + 1]
-    np.add.at(signature, channel, weights[slot])
-    present = np.unique(channel)
-    by_channel = np.argsort(channel, kind="stable")
-    starts = np.searchsorted(channel[by_channel], present)
-    ends = np.searchsorted(channel[by_channel], present, side="right")
-    _, bundle = np.unique(signature[present], return_inverse=True)
-    by_bundle = np.argsort(bundle, kind="stable")
-    for chosen in np.split(by_bundle, np.flatnonzero(np.diff(bundle[by_bundle])) + 1):
-        sample = chosen[0]
-        slots = np.unique(slot[by_channel[starts[sample] : ends[sample]]])
-        for channels in _apart(present[chosen], *rows[slots[0]]):
-            yield channels, slots.tolist()
+    seen = np.zeros(len(stuck), bool)
+    for (_, channels), weight in zip(rows, weights, strict=False):
+        np.add.at(signature, channels, weight)
+        seen[channels] = True
+    present = np.flatnonzero(seen)
+    bundle = np.zeros(len(stuck), np.int64)
+    _, bundle[present] = np.unique(signature[present], return_inverse=True)
+    slots_of: dict[int, list[int]] = {}
+    for slot, (_, channels) in enumerate(rows):
+        for number in set(bundle[channels].tolist()):
+            slots_of.setdefault(number, []).append(slot)
+    by_bundle = present[np.argsort(bundle[present], kind="stable")]
+    ends = np.flatnonzero(np.diff(bundle[by_bundle])) + 1
+    for chosen in np.split(by_bundle, ends):
+        slots = slots_of.get(int(bundle[chosen[0]]), [])
+        for channels in _apart(chosen, *rows[slots[0]]):
+            yield channels, slots
 
 
 def _apart(
@@ -396,6 +404,8 @@ def _apart(
       positions: positions of an axis that all of them run through.
       row: the channel at each of these.
     """
+    if len(row) == len(channels) and (np.diff(positions) > 0).all():
+        return [channels]
     here = np.isin(row, channels)
     positions, row = positions[here], np.searchsorted(channels, row[here])
     if len(np.unique(positions)) == len(positions):
@@ -412,6 +422,8 @@ def _positions_of(
     channels: np.ndarray, positions: np.ndarray, row: np.ndarray
 ) -> np.ndarray:
     """Returns int64 ``[len(channels), m]``: where each channel stands along an axis."""
+    if len(row) == len(channels):  # as most often: each stands at one position
+        return positions[np.argsort(row)][:, None]
     order = np.lexsort((positions, row))
     start = np.searchsorted(row[order], channels)
     m = np.searchsorted(row[order], channels[0], side="right") - start[0]

@@ -88,6 +88,9 @@ class Labels:
         """Ties two axes position by position; returns the joint labels."""
         if a is b:
             return a
+        if a.min(initial=0) >= 0 and b.min(initial=0) >= 0:  # as most often
+            self.ties.append((a, b))
+            return a
         both = (a >= 0) & (b >= 0) & (a != b)
         if both.any():
             self.ties.append((a[both], b[both]))
@@ -160,12 +163,14 @@ class Channels(NamedTuple):
       reduced: bool ``[components]``: whether a reduction runs over it.
       parts: int64 ``[components, k]``: the components that define it, -1 where there
         are none.
+      defined: bool ``[components]``: whether there are parts.
     """
 
     component: np.ndarray
     stuck: np.ndarray
     reduced: np.ndarray
     parts: np.ndarray
+    defined: np.ndarray
 
     def of(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the channels that run through an axis.
@@ -180,10 +185,10 @@ class Channels(NamedTuple):
         positions = np.flatnonzero(labels >= 0)
         channels = self.component[labels[positions]]
         for _ in range(_DEPTH):
-            parts = self.parts[channels]
-            defined = (parts >= 0).any(axis=1)
+            defined = self.defined[channels]
             if not defined.any():
                 break
+            parts = self.parts[channels]
             more_positions, which = np.nonzero((parts >= 0) & defined[:, None])
             positions = np.concatenate([positions[~defined], positions[more_positions]])
             channels = np.concatenate(
@@ -211,7 +216,7 @@ def solve(labels: Labels) -> Channels:
     reduced = np.zeros(len(stuck), bool)
     for summed in labels.reduced:
         reduced[component[summed[summed >= 0]]] = True
-    return Channels(component, stuck, reduced, parts)
+    return Channels(component, stuck, reduced, parts, (parts >= 0).any(axis=1))
 
 
 def _undo_fixed(parts: np.ndarray, stuck: np.ndarray) -> None:

@@ -4,6 +4,7 @@ Most layers of NNX take their sizes from their arrays, so that the sliced state 
 with the old structure is the smaller model. The others are in the table here, by type.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,8 +53,9 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
             f"the plan. The layer says: {error}"
         ) from error
     there = arrangement(found)
+    masks = functools.cache(functools.partial(keep_masks, plan))
     for group in plan.groups:
-        layout = _layout(group, plan)
+        layout = _layout(group, plan, masks)
         if layout and layout not in there:
             raise ValueError(
                 f"the sliced {name} runs, but arranges the channels of {group.name} in "
@@ -87,7 +89,8 @@ def arrangement(groups: Groups, plan: Plan | None = None) -> set[frozenset[Place
       groups: the groups.
       plan: if given, what is told is how slicing by it is to leave them.
     """
-    return {_layout(group, plan) for group in groups} - {frozenset()}
+    masks = functools.cache(functools.partial(keep_masks, plan))
+    return {_layout(group, plan, masks) for group in groups} - {frozenset()}
 
 
 def _follow_arrays(module: nnx.Module, path: str, plan: Plan) -> None:
@@ -118,12 +121,15 @@ def _follow_arrays(module: nnx.Module, path: str, plan: Plan) -> None:
             module.qkv_features = heads * size
 
 
-def _layout(group: Group, plan: Plan | None = None) -> frozenset[Place]:
+def _layout(
+    group: Group, plan: Plan | None, masks: Callable[[str], dict[int, Any]]
+) -> frozenset[Place]:
     """Tells where a group's channels stand in each array, as comparable values.
 
     Args:
       group: the group.
       plan: if given, the layout is the one that slicing by it is to give.
+      masks: the plan's :func:`keep_masks` of a leaf, which most groups share.
 
     Returns:
       ``(leaf, axis, positions)`` of every member; nothing for a group that cannot be
@@ -137,12 +143,14 @@ def _layout(group: Group, plan: Plan | None = None) -> frozenset[Place]:
     for leaf, axis, positions, _, _ in group.members:
         if plan is not None:
             positions = positions[np.asarray(plan.kept[group.name])]
-            masks = keep_masks(plan, leaf)
-            if axis in masks:
-                stays = np.asarray(masks[axis][0])
+            if axis in masks(leaf):
+                stays = np.asarray(masks(leaf)[axis][0])
                 moved = np.cumsum(stays) - 1
                 positions = moved[positions[stays[positions]]].reshape(size, -1)
-        positions = np.sort(positions, axis=1)
-        positions = positions[np.argsort(positions[:, 0])]
+        if positions.shape[1] == 1:
+            positions = np.sort(positions, axis=0)
+        else:
+            positions = np.sort(positions, axis=1)
+            positions = positions[np.argsort(positions[:, 0])]
         layout.add((leaf, axis, positions.shape[1], positions.tobytes()))
     return frozenset(layout)

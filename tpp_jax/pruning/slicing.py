@@ -45,7 +45,10 @@ def keep_masks(plan: Plan, leaf: str) -> dict[int, tuple[Bool[Array, " n"], int]
             else:
                 rows = jnp.ones(n, bool).at[member.positions].set(stays)
                 mask = jnp.asarray(mask) & rows
-        masks[axis] = mask, _kept_positions(plan, n, here)
+        if isinstance(mask, np.ndarray):
+            masks[axis] = mask, int(mask.sum())
+        else:
+            masks[axis] = mask, _kept_positions(plan, n, here)
     return masks
 
 
@@ -108,10 +111,14 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
                 leaf = np.take(np.asarray(leaf), np.flatnonzero(mask), axis=axis)
             else:
                 leaf = jnp.take(leaf, jnp.nonzero(mask, size=count)[0], axis=axis)
-        # Not jnp.asarray, which compiles a copy for every new shape.
-        return jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf
+        return leaf
 
-    return map_named(cut, tree)
+    # All at once, and not by jnp.asarray, which compiles a copy for every new shape.
+    leaves, structure = jax.tree.flatten(map_named(cut, tree))
+    host = [i for i, leaf in enumerate(leaves) if isinstance(leaf, np.ndarray)]
+    for i, leaf in zip(host, jax.device_put([leaves[i] for i in host]), strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
 
 
 def mask_tree(plan: Plan, tree: Any) -> Any:
