@@ -74,6 +74,25 @@ def test_operations_that_follow_their_channels(name):
     assert pairs(group, "after") == expected
 
 
+def test_wrapping_and_sharding_an_array_does_not_touch_its_channels():
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+    @jax.custom_vjp
+    def own(x):
+        return jnp.sin(x)
+
+    own.defvjp(lambda x: (own(x), x), lambda x, g: (g * jnp.cos(x),))
+
+    def wrapped(x):
+        x = jax.lax.with_sharding_constraint(x, spec)
+        x = jax.lax.optimization_barrier(jax.checkpoint(jnp.tanh)(x))
+        x = jax.lax.cond(x.sum() > 0, lambda y: y + 1, own, x)
+        return jax.lax.while_loop(lambda y: y.sum() < 0, lambda y: y * 2, x)
+
+    assert between(wrapped).reason is None
+
+
 WRITTEN = {
     "half": lambda x: x[:, :4],
     "every second": lambda x: x[:, jnp.arange(0, 8, 2)],

@@ -166,6 +166,25 @@ def test_the_module_itself_still_checks_its_widths():
     assert tpp.linen_apply(module, plan)(small, x, False).shape == (2, 5)
 
 
+class Sharded(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+        x = nn.Dense(8, kernel_init=init, name="wide")(x)
+        return nn.Dense(2, name="last")(nn.relu(x))
+
+
+def test_boxed_parameters_keep_their_boxes():
+    module, x = Sharded(), jnp.ones((3, 4))
+    variables = drawn(module, x)
+    groups = tpp.channel_groups(module, x, params=variables)
+    plan = tpp.make_plan(groups, variables, {"wide": 0.5})
+    small = tpp.slice_tree(plan, variables)
+    kernel = small["params"]["wide"]["kernel"]
+    assert isinstance(kernel, nn.Partitioned) and kernel.value.shape == (4, 4)
+    assert tpp.linen_apply(module)(small, x).shape == (3, 2)
+
+
 def test_a_linen_module_without_variables_is_refused():
     with pytest.raises(TypeError, match="Linen module needs its variables"):
         tpp.channel_groups(Text(), *tokens())
