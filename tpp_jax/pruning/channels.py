@@ -90,11 +90,13 @@ class _Trial:
 
     Attributes:
       fewer: index of a group → how many channels it has then.
+      shapes: of all values in the last trial; () if the model did not run.
     """
 
     def __init__(self, model: Any, params: Any, groups: Groups) -> None:
         self.model, self.params, self.groups = model, params, groups
         self.fewer = {i: (g.size + 1) // 2 for i, g in enumerate(groups)}
+        self.shapes: tuple[tuple[int, ...], ...] = ()
 
     def __call__(self, chosen: Iterable[int]) -> str:
         """Returns what goes wrong with fewer of the chosen ones, ``""`` if nothing."""
@@ -105,13 +107,31 @@ class _Trial:
             if group.reason is None
         }
         plan = Plan(kept, self.groups)
+        self.shapes = ()
         try:
             found = retraced(self.model, plan, self.params)
         except Exception as error:  # whatever the user's code raises of odd shapes
             return str(error).partition("\n")[0] or type(error).__name__
+        self.shapes = found.traced.shapes
         if not arrangement(found).issuperset(arrangement(self.groups, plan)):
             return "with fewer channels they would be arranged in another way"
         return ""
+
+    def refuted(self, suppositions: list[Supposition]) -> set[int]:
+        """Returns groups that were told their old size in the last trial.
+
+        All of them had fewer channels then, and an operation that is supposed to be
+        told their number was told what it was before.
+        """
+        old, new = self.groups.traced.shapes, self.shapes
+        if len(new) != len(old):
+            return set()
+        return {
+            one.group
+            for one in suppositions
+            if one.told is not None
+            and new[one.told[0]][one.told[1]] == old[one.told[0]][one.told[1]]
+        }
 
 
 def retraced(model: Any, plan: Plan, params: Any = None) -> Groups:
@@ -144,7 +164,7 @@ def _tried(
     """
     trial = _Trial(model, params, groups)
     lines: dict[int, dict[tuple[str, int], None]] = {}
-    for group, part, source in suppositions:
+    for group, part, source, _ in suppositions:
         lines.setdefault(group, {})[source_line(source), part] = None
     by_lines: dict[frozenset[tuple[str, int]], list[int]] = {}
     for group, line in lines.items():
@@ -162,6 +182,10 @@ def _tried(
     error = trial(suspects)
     if not error:
         return {}, ()
+    # Most often the sizes themselves tell what is wrong: that of heads is the old one.
+    refuted = trial.refuted(suppositions)
+    if refuted and not trial(suspects - refuted):
+        return _explained(dict.fromkeys(refuted, error), lines), ()
     wrong: dict[int, str] = {}
     one_kind = next((k for k in kinds if not trial(suspects.difference(k))), None)
     if one_kind is not None:
@@ -179,11 +203,17 @@ def _tried(
     if one_kind is None and (error := trial(rest)):
         # What is right for each kind alone is not right for all together.
         wrong |= dict.fromkeys(rest, error)
+    return _explained(wrong, lines), ()
+
+
+def _explained(
+    wrong: dict[int, str], lines: dict[int, dict[tuple[str, int], None]]
+) -> dict[int, str]:
     return {
         group: f"a size written into the model ({', '.join(_places(lines[group]))}): "
         + error
         for group, error in wrong.items()
-    }, ()
+    }
 
 
 def _only_together(

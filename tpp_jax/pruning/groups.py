@@ -143,11 +143,13 @@ class Supposition(NamedTuple):
       group: index of a group that rests on it.
       part: which of the sizes that one operation is told.
       source: the operation's source, see :func:`tracing.source_line`.
+      told: the value, and the axis of it, whose size the operation was told, if known.
     """
 
     group: int
     part: int
     source: Any
+    told: tuple[int, int] | None
 
 
 def read_groups(
@@ -233,8 +235,8 @@ def read_groups(
     for i, channels in enumerate(channels_of):
         group_of[channels] = i
     suppositions = [
-        Supposition(int(i), part, source)
-        for axis, part, source in labels.supposed
+        Supposition(int(i), part, source, told)
+        for axis, part, source, told in labels.supposed
         for i in np.unique(group_of[solution.of(axis)[1]])
         if i >= 0 and found[int(i)].reason is None
     ]

