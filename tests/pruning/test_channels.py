@@ -187,6 +187,42 @@ def test_blocks_of_one_kind_are_told_apart():
     assert "a size written into the model" in groups["by_size.qkv#2"].reason
 
 
+def test_a_group_of_one_channel_does_no_harm():
+    def fn(p, x):
+        heads = (x @ p["a"]).reshape(2, 1, -1)  # one head, as it happens
+        return jax.nn.relu(heads).reshape(2, -1) @ p["b"]
+
+    params = {"a": shape(3, 6), "b": shape(6, 2)}
+    groups = tpp.channel_groups(fn, shape(2, 3), params=params)
+    assert groups["a"].size == 6 and groups["a"].reason is None
+
+    def gate(p, x):
+        return (x @ p["one"]) @ jnp.tile(p["wide"], (1, 2)) @ p["b"]
+
+    params = {"one": shape(3, 1), "wide": shape(1, 3), "b": shape(6, 2)}
+    groups = tpp.channel_groups(gate, shape(2, 3), params=params)
+    assert groups["wide"].reason is None
+
+
+def test_a_module_may_have_an_evaluation_mode_of_its_own():
+    class Own(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(3, 6, rngs=rngs)
+            self.last = nnx.Linear(6, 2, rngs=rngs)
+            self.training = True
+
+        def eval(self, **attributes):
+            self.training = False
+
+        def __call__(self, x):
+            if self.training:
+                raise AssertionError("not in evaluation mode")
+            return self.last(jax.nn.relu(self.first(x)))
+
+    groups = tpp.channel_groups(Own(nnx.Rngs(0)), shape(1, 3))
+    assert groups["first"].reason is None
+
+
 def test_arguments_that_are_no_arrays_are_settings():
     def fn(p, x, double, names):
         hidden = jax.nn.relu(x @ p["a"])

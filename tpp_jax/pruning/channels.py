@@ -176,7 +176,7 @@ def _tried(
         sizes = {groups[i].size for i in kind}
         for i in kind:
             size = groups[i].size
-            trial.fewer[i] = size - max(size // 2 - met[size], 1)
+            trial.fewer[i] = max(size - max(size // 2 - met[size], 1), 1)
         met.update(sizes)
     suspects = set(lines)
     error = trial(suspects)

@@ -179,13 +179,12 @@ def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     stack: list[tuple[str, Any]] = [("", root)]
     while stack:
         path, node = stack.pop()
-        if isinstance(node, nnx.Pytree):
-            if id(node) in seen:
-                continue
-            seen.add(id(node))
-            if isinstance(node, nnx.Module):
-                yield path, node
-            node = vars(node)
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, nnx.Module):
+            yield path, node
+        node = vars(node) if isinstance(node, nnx.Pytree) else node
         items = enumerate(node) if isinstance(node, (list, tuple)) else node.items()
         stack += [
             (f"{path}.{key}" if path else str(key), value)
@@ -197,6 +196,8 @@ def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
 def set_evaluation(model: nnx.Module) -> None:
     """Does what ``model.eval()`` does, faster: see :func:`modules`."""
     for _, module in modules(model):
+        if type(module).eval is not nnx.Module.eval:
+            module.eval()
         for name in ("deterministic", "use_running_average"):
             if hasattr(module, name):
                 setattr(module, name, True)
