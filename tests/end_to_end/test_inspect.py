@@ -46,6 +46,16 @@ def test_a_folder_is_not_needed_and_a_mistake_is_told_in_one_line():
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+def test_a_reader_that_has_seen_enough_is_no_mistake():
+    inspect = f"{sys.executable} launch.py --mode=inspect"
+    command = f"{inspect} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, text=True, capture_output=True
+    )
+    assert done.stdout == "cifar_resnet8, images 8×8×1, 10 classes\n"
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_training_does_need_a_folder():
     done = launch()
     assert done.returncode == 1

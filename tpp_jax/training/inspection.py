@@ -1,6 +1,8 @@
 """What a config would prune, shown without training: --mode=inspect."""
 
+import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -42,6 +44,9 @@ def inspect(
     """
     try:
         _inspect(config, workdir)
+        sys.stdout.flush()
+    except BrokenPipeError:  # piped into a reader that has seen enough, as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:  # the core's own messages: a pattern, a ratio, a name
         raise TPPError(str(error)) from error
 
@@ -56,6 +61,13 @@ def _inspect(
     groups = channel_groups(model, example)
     plan = plan_for(config, groups, _weights(config, model, groups))
     before, after = count(model, example), count(prune(model, plan), example)
+    if workdir is not None:
+        picture = pathlib.Path(workdir) / "groups.svg"
+        try:
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            draw_groups(groups, picture, plan)
+        except OSError as error:
+            raise TPPError(f"the picture cannot be written: {error}") from error
 
     name, classes = model.spec.name, model.spec.num_classes
     print(f"{name}, images {'×'.join(map(str, example.shape[1:]))}, {classes} classes")
@@ -77,12 +89,6 @@ def _inspect(
     if config.prune.scope != "local" and not config.init.model:
         print("(ranked by untrained weights: trained ones share the cuts otherwise)")
     if workdir is not None:
-        picture = pathlib.Path(workdir) / "groups.svg"
-        try:
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            draw_groups(groups, picture, plan)
-        except OSError as error:
-            raise TPPError(f"the picture cannot be written: {error}") from error
         print(f"drawn in {picture}")
 
 
