@@ -14,8 +14,9 @@ from flax import linen, nnx
 from jax.extend import core as jex_core
 from jaxtyping import Array, Float
 
+from tpp_jax.pruning.functions import as_function
 from tpp_jax.pruning.statistics import mean_of
-from tpp_jax.pruning.tracing import CALLS, as_function
+from tpp_jax.pruning.tracing import CALLS
 
 Means = dict[str, Float[Array, "..."]]
 

@@ -14,11 +14,12 @@ import jax
 import numpy as np
 from flax import linen, nnx
 
+from tpp_jax.pruning.functions import is_array
 from tpp_jax.pruning.groups import Group, Groups, Slot, Supposition, read_groups
 from tpp_jax.pruning.modules import arrangement, sliced_call
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import slice_tree
-from tpp_jax.pruning.tracing import is_array, source_line, trace
+from tpp_jax.pruning.tracing import source_line, trace
 
 
 def channel_groups(

@@ -9,12 +9,12 @@ import numpy as np
 from flax import linen, nnx
 
 from tpp_jax.pruning.channels import channel_groups, retraced
+from tpp_jax.pruning.functions import as_function, is_array
 from tpp_jax.pruning.groups import Group, Groups
 from tpp_jax.pruning.linen import linen_apply
 from tpp_jax.pruning.modules import arrangement, prune
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
-from tpp_jax.pruning.tracing import as_function, is_array
 
 
 class GroupCheck(NamedTuple):

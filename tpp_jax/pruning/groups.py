@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tpp_jax.pruning.functions import is_array
 from tpp_jax.pruning.labels import Labels, NotUnderstood, solve
 from tpp_jax.pruning.rules import apply_rule
 from tpp_jax.pruning.tracing import (
     Layer,
     Trace,
-    is_array,
     layer_names,
     layers,
     lookups,

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from tpp_jax.pruning.functions import modules, set_evaluation
 from tpp_jax.pruning.groups import Group, Groups, read_groups
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import keep_masks, slice_tree
-from tpp_jax.pruning.tracing import modules, set_evaluation, trace
+from tpp_jax.pruning.tracing import trace
 
 # A leaf, an axis of it, positions along the axis: how many for a channel, and which.
 Place = tuple[str, int, int, bytes]

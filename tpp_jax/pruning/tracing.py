@@ -16,8 +16,8 @@ import numpy as np
 from flax import linen, nnx
 from jax.extend import core as jex_core
 
-from tpp_jax.pruning.linen import linen_apply
-from tpp_jax.pruning.naming import layer_name, leaf_name
+from tpp_jax.pruning.functions import as_function, is_array
+from tpp_jax.pruning.naming import layer_name
 
 # Calls that only wrap another jaxpr: the parameter that holds it.
 CALLS = {
@@ -103,118 +103,6 @@ class Layer(NamedTuple):
     kernel: str
     equation: Equation
     operand: int
-
-
-class Function(NamedTuple):
-    """A model as a pure function of its parameters.
-
-    Attributes:
-      call: ``call(params, *inputs)``.
-      params: the parameter tree.
-      names: the dotted name of every leaf of ``params``, in order.
-      trainable: names of the leaves that are trained.
-    """
-
-    call: Callable[..., Any]
-    params: Any
-    names: tuple[str, ...]
-    trainable: frozenset[str]
-
-
-def as_function(
-    model: nnx.Module | linen.Module | Callable[..., Any],
-    params: Any = None,
-    plan: Any = None,
-) -> Function:
-    """Splits a model into a pure function and its parameter tree.
-
-    Args:
-      model: an NNX module, which is left untouched and run in evaluation mode; a Linen
-        module; or a function ``fn(params, *inputs)``.
-      params: the function's parameter pytree (arrays or ``jax.ShapeDtypeStruct``), or
-        the Linen module's variables.
-      plan: the plan by which a Linen module's variables were sliced.
-
-    Raises:
-      TypeError: a function without ``params`` or with a bare array, which has no name,
-        or an object that is neither.
-    """
-    if isinstance(model, nnx.Module):
-        graphdef, state = nnx.split(model)
-
-        def call(state: Any, *inputs: Any) -> Any:
-            merged = nnx.merge(graphdef, state)
-            set_evaluation(merged)
-            return merged(*inputs)
-
-        trained = frozenset(_names(nnx.filter_state(state, nnx.Param)))
-        return Function(call, state, _names(state), trained)
-    if not callable(model):
-        raise TypeError(f"expected a Flax module or a function, got {type(model)}")
-    if params is None:
-        what = (
-            "a Linen module needs its variables"
-            if _is_linen(model)
-            else ("a plain function needs its parameters")
-        )
-        raise TypeError(f"{what}: pass params=tree")
-    names = _names(params)
-    if "" in names:
-        raise TypeError("the parameters are a bare array: put it in a dict, for a name")
-    if _is_linen(model):
-        # Without the name of the collection: an optimizer sees the parameters alone.
-        trained = frozenset(_names(params.get("params", {})))
-        names = tuple(name.partition(".")[2] for name in names)
-        return Function(linen_apply(model, plan), params, names, trained)
-    return Function(model, params, names, frozenset(names))
-
-
-def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """Yields a module and all inside it with their dotted paths, each once.
-
-    ``nnx.iter_modules`` looks at every variable too and takes fourteen times as long,
-    which would be a tenth of the time to find a network's groups.
-    """
-    seen: set[int] = set()
-    stack: list[tuple[str, Any]] = [("", root)]
-    while stack:
-        path, node = stack.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, nnx.Module):
-            yield path, node
-        node = vars(node) if isinstance(node, nnx.Pytree) else node
-        items = enumerate(node) if isinstance(node, (list, tuple)) else node.items()
-        stack += [
-            (f"{path}.{key}" if path else str(key), value)
-            for key, value in items
-            if isinstance(value, (nnx.Pytree, list, tuple, dict))
-        ]
-
-
-def set_evaluation(model: nnx.Module) -> None:
-    """Does what ``model.eval()`` does, faster: see :func:`modules`."""
-    for _, module in modules(model):
-        if type(module).eval is not nnx.Module.eval:
-            module.eval()
-        for name in ("deterministic", "use_running_average"):
-            if hasattr(module, name):
-                setattr(module, name, True)
-
-
-def _is_linen(model: Any) -> bool:
-    return isinstance(model, linen.Module)
-
-
-def _names(tree: Any) -> tuple[str, ...]:
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return tuple(leaf_name(path) for path, _ in paths)
-
-
-def is_array(leaf: Any) -> bool:
-    """Tells whether an argument is traced; others (``True``, ``None``) are settings."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def trace(
