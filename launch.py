@@ -55,8 +55,9 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --workdir is missing: give a folder for the run")
     # Imported late, so that --help and a wrong flag answer at once.
     from tpp_jax.errors import TPPError
-    from tpp_jax.training import evaluation, inspection, run
+    from tpp_jax.training import compilation, evaluation, inspection, run
 
+    compilation.keep_compiled_programs()
     try:
         if mode == "evaluate":  # data.dir, if given: where it has moved to
             print(json.dumps(evaluation.evaluate(workdir, config.data.dir)))

@@ -1,10 +1,16 @@
 """Set-up that every test needs: simulated devices, and reproducible properties."""
 
 import os
+import pathlib
+import tempfile
 
 # JAX reads this once, when it is first imported. Eight devices let the tests of the
 # parallel step run on any machine; a value that the user has set is left alone.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+# What launch.py keeps in the user's cache folder: not in that of who runs the tests.
+_CACHES = pathlib.Path(tempfile.gettempdir()) / f"tpp_jax-tests-{os.getuid()}"
+os.environ["XDG_CACHE_HOME"] = str(_CACHES)
 
 import hypothesis  # noqa: E402
 

@@ -1,0 +1,187 @@
+"""The training step: plain, with TPP's penalties, and beside PyTorch's.
+
+    python -m benchmarks.step --model=cifar_resnet56 --batch_size=128
+
+All sides crop, flip and normalise the images, which lie on the device, differentiate
+the loss and update by SGD. They take turns in one process, so that whatever else the
+machine does falls on all alike; a figure is the median over the rounds of the ratio of
+neighbouring steps, with the quartiles beside it.
+
+- ``plain`` and ``tpp`` are the library's own steps; the penalized one is in the middle
+  of the regularize phase, all terms at work.
+- ``lax`` (on a CPU) is the plain step with XLA's own convolutions in place of those of
+  tpp_jax/models/convolution.py.
+- ``torch`` and ``torch tpp`` are PyTorch's, with ``--compiled`` also through
+  ``torch.compile``. Without PyTorch our sides are timed alone.
+
+On a GPU several steps run per dispatch, as in a run; ``--half`` computes in bfloat16.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import time
+import unittest.mock
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import tpp_jax as tpp
+from benchmarks import machine
+from tpp_jax.training import step as steps
+from tpp_jax.training.feeds import open_feed
+from tpp_jax.training.optimizers import sgd
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_COMPARED = (
+    ("tpp", "plain"),
+    ("plain", "lax"),
+    ("plain", "torch"),
+    ("tpp", "torch tpp"),
+    ("plain", "torch compiled"),
+    ("torch tpp", "torch"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="cifar_resnet56")
+    parser.add_argument("--ratios", default="*layer*.conv1:0.9")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--half", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
+    options = parser.parse_args()
+
+    with contextlib.suppress(AttributeError):
+        load = os.getloadavg()[0]
+    sides = _sides(options)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(options.rounds):
+        # The order alternates: nobody always comes after the same one.
+        for name in list(sides)[:: 1 if turn % 2 else -1]:
+            seconds[name].append(sides[name]())
+    result = {
+        "model": options.model,
+        "batch_size": options.batch_size,
+        "precision": "bfloat16" if options.half else "float32",
+        "rounds": options.rounds,
+        "load": round(load, 2),
+        "seconds": {name: float(np.median(times)) for name, times in seconds.items()},
+        "ratios": {},
+    }
+    if importlib.util.find_spec("torch"):
+        from benchmarks.peers import torch_step
+
+        result["peer"] = torch_step.describe()
+    for name, times in seconds.items():
+        print(f"{name:<16} {np.median(times):9.4f} s")
+    for side, other in _COMPARED:
+        if {side, other} <= seconds.keys():
+            each = np.divide(seconds[side], seconds[other])
+            low, ratio, high = (float(x) for x in np.percentile(each, (25, 50, 75)))
+            result["ratios"][f"{side} / {other}"] = [ratio, low, high]
+            print(f"{side + ' / ' + other:<26} {ratio:7.3f}   ({low:.3f}–{high:.3f})")
+    half = "_bfloat16" if options.half else ""
+    print(machine.write(f"step_{options.model}{half}", result))
+
+
+def _sides(options: argparse.Namespace) -> dict[str, Callable[[], float]]:
+    """Returns name → a function that runs a step to its end and returns seconds."""
+    model = tpp.models.create(options.model, rngs=nnx.Rngs(0))
+    shape = model.spec.image_shape
+    groups = tpp.channel_groups(model, jax.ShapeDtypeStruct((1, *shape), np.float32))
+    plan = tpp.make_plan(groups, model, options.ratios)
+    schedule = tpp.growing_schedule()
+    plain = sgd(1e-3, momentum=0.9, weight_decay=5e-4)
+    penalized = optax.chain(
+        tpp.add_tpp_penalties(plan, schedule), plain, tpp.zero_pruned(plan, schedule)
+    )
+    draws = np.random.default_rng(0)
+    count = 2 * options.batch_size
+    pixels = draws.integers(256, size=(count, *shape), dtype=np.uint8)
+    labels = draws.integers(10, size=count, dtype=np.int32)
+    classes = model.spec.num_classes
+    images = tpp.data.Dataset(pixels, labels, pixels, labels, classes, _MEAN, _STD)
+    sides: dict[str, Callable[[], float]] = {
+        "plain": _Ours(model, plain, images, options).time,
+        "tpp": _Ours(model, penalized, images, options).time,
+    }
+    if jax.default_backend() == "cpu":
+        untouched = unittest.mock.patch.object(steps, "use_fast_convolutions")
+        with untouched:  # while the step is traced, which is at its first call
+            sides["lax"] = _Ours(model, plain, images, options).time
+    if importlib.util.find_spec("torch"):
+        from benchmarks.peers.torch_step import Peer
+
+        pruned = {g.name: plan.pruned(g.name) for g in plan.pruned_groups}
+        given = options.model, pixels, labels, options.batch_size
+        peers = {
+            "torch": Peer(*given, {}, half=options.half),
+            "torch tpp": Peer(*given, pruned, half=options.half),
+        }
+        if options.compiled:
+            peers["torch compiled"] = Peer(*given, {}, compiled=True, half=options.half)
+        at_once = _at_once()
+        for name, peer in peers.items():
+            sides[name] = lambda peer=peer: _timed(peer, at_once)
+            sides[name]()
+            sides[name]()
+    return sides
+
+
+def _at_once() -> int:
+    return 1 if jax.default_backend() == "cpu" else 20
+
+
+def _timed(peer: "object", at_once: int) -> float:
+    start = time.perf_counter()
+    for _ in range(at_once):
+        peer.step()
+    peer.wait()
+    return (time.perf_counter() - start) / at_once
+
+
+class _Ours:
+    """One compiled step, with its state."""
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        tx: optax.GradientTransformation,
+        images: tpp.data.Dataset,
+        options: argparse.Namespace,
+    ) -> None:
+        settings = {"batch_size": options.batch_size, "crop_padding": 4, "flip": True}
+        feed = open_feed(images, settings, jax.devices()[:1])
+        feed.begin(jax.random.key(1), 0)
+        dtype = "bfloat16" if options.half else "float32"
+        config = steps.StepConfig(images.mean, images.std, images.num_classes, dtype)
+        graphdef = steps.graphdef_of(model, training=True)
+        step = steps.make_train_step(graphdef, tx, config, feed.train_batch)
+        params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+        state = steps.TrainState(jax.numpy.int32(0), params, stats, tx.init(params))
+        self._arguments = feed.train_data(0)
+        self._state = jax.tree.map(jax.numpy.copy, state)
+        self._at_once = _at_once()
+        program = steps.make_train_steps(step, loop=self._at_once > 1)
+        self._program = jax.jit(program, donate_argnums=0)
+        for _ in range(2):
+            self.time()
+
+    def time(self) -> float:
+        """Runs one dispatch to its end; returns seconds per step."""
+        start = time.perf_counter()
+        n = np.int32(self._at_once)
+        key = jax.random.key(0)
+        self._state, metrics = self._program(self._state, key, n, *self._arguments)
+        jax.block_until_ready((self._state, metrics))
+        return (time.perf_counter() - start) / self._at_once
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The CPU's convolutions compute what XLA's own do, gradients included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import tpp_jax as tpp
+from tpp_jax.models.convolution import conv_on_cpu, use_fast_convolutions
+
+CHANNELS_LAST = lax.conv_dimension_numbers(
+    (1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC")
+)
+CASES = {
+    "3x3": ((8, 8, 3, 3), (1, 1), ((1, 1), (1, 1))),
+    "stride": ((9, 8, 3, 3), (2, 2), ((1, 1), (1, 1))),
+    "uneven": ((7, 9, 5, 2), (2, 1), ((0, 2), (1, 0))),
+    "valid": ((6, 6, 3, 3), (1, 1), "VALID"),
+    "same": ((7, 7, 3, 3), (2, 2), "SAME"),
+    "pixel": ((1, 1, 3, 3), (1, 1), ((1, 1), (1, 1))),
+    "four pixels": ((2, 2, 3, 3), (1, 1), ((1, 1), (1, 1))),
+    "to four pixels": ((4, 4, 3, 3), (2, 2), ((1, 1), (1, 1))),
+    "1x1": ((6, 5, 1, 1), (1, 1), ((0, 0), (0, 0))),
+    "1x1 stride": ((7, 6, 1, 1), (2, 2), ((0, 0), (0, 0))),
+    "1x1 padded": ((4, 4, 1, 1), (1, 1), ((1, 1), (0, 1))),
+}
+
+
+def _arrays(name: str) -> tuple[np.ndarray, np.ndarray]:
+    h, w, kh, kw = CASES[name][0]
+    draws = np.random.default_rng(0)
+    return draws.normal(size=(4, h, w, 5)), draws.normal(size=(kh, kw, 5, 6))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_lax(name: str) -> None:
+    images, kernel = _arrays(name)
+    _, strides, padding = CASES[name]
+
+    def results(conv):
+        def loss(images, kernel):
+            y = conv(images, kernel, strides, padding, dimension_numbers=CHANNELS_LAST)
+            return jnp.sin(y).sum(), y
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(images, kernel)
+
+    with jax.enable_x64(True):
+        images, kernel = jnp.asarray(images), jnp.asarray(kernel)
+        ours, theirs = results(conv_on_cpu), results(lax.conv_general_dilated)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-11), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"feature_group_count": 5},
+        {"rhs_dilation": (2, 2)},
+        {"preferred_element_type": jnp.float64},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_is_not_plain_is_left_to_lax(options: dict) -> None:
+    images, kernel = map(jnp.float32, _arrays("3x3"))
+    if "feature_group_count" in options:
+        kernel = kernel[:, :, :1, :5]
+    arguments = images, kernel, (1, 1), ((1, 1), (1, 1))
+    options |= {"dimension_numbers": CHANNELS_LAST}
+    with jax.enable_x64(True):
+        ours = conv_on_cpu(*arguments, **options)
+        theirs = lax.conv_general_dilated(*arguments, **options)
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_second_derivative_backwards() -> None:
+    images, kernel = map(jnp.float32, _arrays("3x3"))
+
+    def curvature(conv):
+        def loss(k):
+            y = conv(
+                images, k, (1, 1), ((1, 1), (1, 1)), dimension_numbers=CHANNELS_LAST
+            )
+            return (y**3).sum()
+
+        return jax.grad(lambda k: (jax.grad(loss)(k) ** 2).sum())(kernel)
+
+    np.testing.assert_allclose(
+        curvature(conv_on_cpu), curvature(lax.conv_general_dilated), rtol=1e-4
+    )
+
+
+def test_in_a_network() -> None:
+    """A layer that has a way of its own keeps it."""
+    model = tpp.models.create("cifar_resnet8", num_classes=10, rngs=nnx.Rngs(0))
+    own = model.layer1[0].conv1
+    own.conv_general_dilated = lambda *args, **kw: lax.conv_general_dilated(*args, **kw)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+
+    def gradient(model):
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        return jax.grad(
+            lambda p: (nnx.merge(graphdef, p, rest, copy=True)(images) ** 2).mean()
+        )(params)
+
+    before, mine = gradient(model), own.conv_general_dilated
+    use_fast_convolutions(model)
+    assert model.conv1.conv_general_dilated is conv_on_cpu
+    assert own.conv_general_dilated is mine
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        gradient(model),
+        before,
+    )
