@@ -1,7 +1,8 @@
-"""Prune a network by TPP, show what would be pruned, or evaluate a finished run.
+"""Prune a network by TPP; show what a cut would do; time or evaluate a run.
 
     python launch.py --config=configs/digits_resnet8_tpp.py --workdir=runs/digits
     python launch.py --mode=inspect --config=configs/cifar10_resnet56_tpp.py
+    python launch.py --mode=profile --workdir=runs/digits
     python launch.py --mode=evaluate --workdir=runs/digits
 
 Any config field can be set: --config.prune.ratios='*layer*.conv1:0.9'. The same command
@@ -27,10 +28,15 @@ def plain_errors() -> Iterator[None]:
         text = " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
         if "has no attribute" in text:  # of the file's own code, or no get_config
             sys.exit(f"error: the config cannot be read: {text}")
-        name, _, hint = text.strip("\"'").partition("'")
-        sys.exit(f"error: the config has no field '{name}'.{hint}")
+        from tpp_jax.training.config import near_fields
+
+        name = text.strip("\"'").partition("'")[0]
+        sys.exit(f"error: the config has no field '{name}'{near_fields(name)}")
     except (OSError, SyntaxError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        text = " ".join(str(error).split())
+        sys.exit(
+            f"error: the config cannot be read: {text[max(text.find('[Errno'), 0) :]}"
+        )
     except flags.Error as error:  # a config's own is the last line of its trace
         sys.exit(f"error: {str(error).strip().rpartition('TPPError: ')[2]}")
 
@@ -40,7 +46,10 @@ with plain_errors():  # reads --config.… already here, to make its default
     _CONFIG = config_flags.DEFINE_config_file("config", str(_DEFAULT), "What to run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run and its results.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "inspect", "evaluate"], "Run, look ahead, or measure."
+    "mode",
+    "train",
+    ["train", "inspect", "profile", "evaluate"],
+    "Run, look ahead, time, or measure.",
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks and library logs.")
 
@@ -51,18 +60,19 @@ def main(argv: list[str]) -> None:
     if not _DEBUG.value:
         logging.set_verbosity(logging.FATAL)  # what matters is raised as well
     config, workdir, mode = _CONFIG.value, _WORKDIR.value, _MODE.value
-    if not workdir and mode != "inspect":
+    if not workdir and mode not in ("inspect", "profile"):
         sys.exit("error: --workdir is missing: give a folder for the run")
     # Imported late, so that --help and a wrong flag answer at once.
     from tpp_jax.errors import TPPError
-    from tpp_jax.training import compilation, evaluation, inspection, run
+    from tpp_jax.training import compilation, evaluation, inspection, profiling, run
 
     compilation.keep_compiled_programs()
     try:
         if mode == "evaluate":  # data.dir, if given: where it has moved to
             print(json.dumps(evaluation.evaluate(workdir, config.data.dir)))
         else:
-            (run.train if mode == "train" else inspection.inspect)(config, workdir)
+            jobs = {"inspect": inspection.inspect, "profile": profiling.profile}
+            jobs.get(mode, run.train)(config, workdir)
     except TPPError as error:
         if _DEBUG.value:
             raise

@@ -59,7 +59,7 @@ def main() -> None:
 
     with contextlib.suppress(AttributeError):
         load = os.getloadavg()[0]
-    sides = _sides(options)
+    sides, mebibytes = _sides(options)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(options.rounds):
         # The order alternates: nobody always comes after the same one.
@@ -72,6 +72,7 @@ def main() -> None:
         "rounds": options.rounds,
         "load": round(load, 2),
         "seconds": {name: float(np.median(times)) for name, times in seconds.items()},
+        "mebibytes": mebibytes,
         "ratios": {},
     }
     if importlib.util.find_spec("torch"):
@@ -79,7 +80,8 @@ def main() -> None:
 
         result["peer"] = torch_step.describe()
     for name, times in seconds.items():
-        print(f"{name:<16} {np.median(times):9.4f} s")
+        memory = f"{mebibytes[name]:9.1f} MiB" if name in mebibytes else ""
+        print(f"{name:<16} {np.median(times):9.4f} s {memory}")
     for side, other in _COMPARED:
         if {side, other} <= seconds.keys():
             each = np.divide(seconds[side], seconds[other])
@@ -90,8 +92,11 @@ def main() -> None:
     print(machine.write(f"step_{options.model}{half}", result))
 
 
-def _sides(options: argparse.Namespace) -> dict[str, Callable[[], float]]:
-    """Returns name → a function that runs a step to its end and returns seconds."""
+def _sides(
+    options: argparse.Namespace,
+) -> tuple[dict[str, Callable[[], float]], dict[str, float]]:
+    """Returns, by name, functions that run a step to its end and return its seconds;
+    and the memory of our programs, state and images included, in MiB."""
     model = tpp.models.create(options.model, rngs=nnx.Rngs(0))
     shape = model.spec.image_shape
     groups = tpp.channel_groups(model, jax.ShapeDtypeStruct((1, *shape), np.float32))
@@ -107,14 +112,15 @@ def _sides(options: argparse.Namespace) -> dict[str, Callable[[], float]]:
     labels = draws.integers(10, size=count, dtype=np.int32)
     classes = model.spec.num_classes
     images = tpp.data.Dataset(pixels, labels, pixels, labels, classes, _MEAN, _STD)
-    sides: dict[str, Callable[[], float]] = {
-        "plain": _Ours(model, plain, images, options).time,
-        "tpp": _Ours(model, penalized, images, options).time,
+    ours = {
+        "plain": _Ours(model, plain, images, options),
+        "tpp": _Ours(model, penalized, images, options),
     }
     if jax.default_backend() == "cpu":
         untouched = unittest.mock.patch.object(steps, "use_fast_convolutions")
         with untouched:  # while the step is traced, which is at its first call
-            sides["lax"] = _Ours(model, plain, images, options).time
+            ours["lax"] = _Ours(model, plain, images, options)
+    sides: dict[str, Callable[[], float]] = {name: x.time for name, x in ours.items()}
     if importlib.util.find_spec("torch"):
         from benchmarks.peers.torch_step import Peer
 
@@ -131,7 +137,7 @@ def _sides(options: argparse.Namespace) -> dict[str, Callable[[], float]]:
             sides[name] = lambda peer=peer: _timed(peer, at_once)
             sides[name]()
             sides[name]()
-    return sides
+    return sides, {name: x.mebibytes for name, x in ours.items()}
 
 
 def _at_once() -> int:
@@ -169,7 +175,13 @@ class _Ours:
         self._state = jax.tree.map(jax.numpy.copy, state)
         self._at_once = _at_once()
         program = steps.make_train_steps(step, loop=self._at_once > 1)
-        self._program = jax.jit(program, donate_argnums=0)
+        arguments = self._state, jax.random.key(0), np.int32(0), *self._arguments
+        jitted = jax.jit(program, donate_argnums=0)
+        self._program = jitted.lower(*arguments).compile()
+        found = self._program.memory_analysis()
+        self.mebibytes = (
+            found.argument_size_in_bytes + found.temp_size_in_bytes
+        ) / 2**20
         for _ in range(2):
             self.time()
 

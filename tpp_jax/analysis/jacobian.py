@@ -191,7 +191,13 @@ class _Logits:
 
 
 def _count_outputs(call: Callable[..., Any], params: Any, images: Array) -> int:
-    out = jax.eval_shape(call, params, images[:1])
+    try:
+        out = jax.eval_shape(call, params, images[:1])
+    except Exception as error:  # whatever a model says of images that it is not for
+        raise TPPError(
+            f"the model cannot be run on images of shape {list(images[:1].shape)} "
+            f"({str(error).partition(chr(10))[0]}): pass a batch [b, …] of its images"
+        ) from error
     whole = isinstance(out, jax.ShapeDtypeStruct)
     if not whole or not _is_float(out) or out.ndim < 2 or out.shape[0] != 1:
         raise TPPError(

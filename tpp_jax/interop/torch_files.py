@@ -93,8 +93,10 @@ def read_torch(path: str | pathlib.Path) -> Tensors:
     except TPPError as error:
         raise TPPError(f"{path}: {error}") from error
     except _DAMAGE as error:
+        # The text of a KeyError is a key, which says nothing to a person.
+        reason = "no pickle" if isinstance(error, KeyError) else str(error)
         raise TPPError(
-            f"{path} is damaged, or no file of weights ({error}): fetch it again"
+            f"{path} is damaged, or no file of weights ({reason}): fetch it again"
         ) from error
 
 

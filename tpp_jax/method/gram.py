@@ -61,7 +61,16 @@ def gram_penalty_and_grad(
     pruned: Bool[Array, " n"],
     target: Target = "decorrelate",
 ) -> tuple[Float[Array, ""], Float[Array, "*d n"]]:
-    """Returns the penalty and its gradient, sharing the one Gram matrix."""
+    """Returns the penalty and its gradient, sharing the one Gram matrix.
+
+    Raises:
+      ValueError: an unknown target, or a mask that is not of the kernel's filters.
+    """
+    if pruned.shape != kernel.shape[-1:]:
+        raise ValueError(
+            f"pruned has the shape {list(pruned.shape)}, but the kernel has "
+            f"{kernel.shape[-1]} filters, on its last axis: give a bool for each"
+        )
     columns = kernel.reshape(-1, kernel.shape[-1])
     gram = columns.T @ columns
     if target == "decorrelate":
@@ -70,6 +79,36 @@ def gram_penalty_and_grad(
         residual = gram - jnp.diag(1 - pruned.astype(gram.dtype))
     else:
         raise ValueError(f"unknown Gram target {target!r}: decorrelate or orthogonal")
+    return _penalty_and_grad(kernel, columns, residual)
+
+
+def kept_penalty_and_grad(
+    kernel: Float[Array, "*d n"], pruned: Bool[Array, " n"]
+) -> tuple[Float[Array, ""], Float[Array, "*d n"]]:
+    """Returns the penalty ‖G − I‖²_F / N² among the kept filters, and its gradient.
+
+    With it TPP also asks of the kept filters to be orthonormal: an ablation, in which
+    the two parts of the Gram matrix have weights of their own.
+
+    Args:
+      kernel: float, filters on the last axis.
+      pruned: which filters are to be pruned.
+
+    Example:
+      >>> kept_penalty_and_grad(2 * jnp.eye(3), jnp.array([True, False, False]))[0]
+      Array(2., dtype=float32)
+    """
+    columns = kernel.reshape(-1, kernel.shape[-1])
+    residual = columns.T @ columns - jnp.eye(len(pruned), dtype=columns.dtype)
+    residual = jnp.where(pruned[:, None] | pruned[None, :], 0, residual)
+    return _penalty_and_grad(kernel, columns, residual)
+
+
+def _penalty_and_grad(
+    kernel: Float[Array, "*d n"],
+    columns: Float[Array, "d n"],
+    residual: Float[Array, "n n"],
+) -> tuple[Float[Array, ""], Float[Array, "*d n"]]:
     scale = 1 / kernel.shape[-1] ** 2
     penalty = scale * jnp.sum(jnp.square(residual))
     return penalty, (4 * scale * (columns @ residual)).reshape(kernel.shape)

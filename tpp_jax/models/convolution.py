@@ -1,6 +1,6 @@
 """Convolutions as XLA's CPU backend runs them best; elsewhere they are XLA's own.
 
-Three things make the convolutions of a training step slow on a CPU, none of which is
+Four things make the convolutions of a training step slow on a CPU, none of which is
 arithmetic:
 
 - *Kernel gradients.* Their convolution wants the images as [channels, h, w, batch]. XLA
@@ -10,6 +10,9 @@ arithmetic:
 - *Images of a pixel or four*, as at the end of a CIFAR VGG: some sixty times slower
   than the same arithmetic as a matrix product.
 - *1×1 convolutions*: about twice as slow as the matrix product that they are.
+- *Thin layers*, as pruning leaves them, from or to few channels: two to six times
+  slower than one product with the pixels of all patches, or of all pixels with all taps
+  of the kernel.
 
 Results are the same up to float rounding, those of the kernel gradients to the bit.
 docs/performance.md has the measurements.
@@ -32,6 +35,8 @@ Kernel = Float[Array, "kh kw c n"]
 _CHANNELS_LAST = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 # Output pixels of an image up to which one matrix product is faster.
 _FEW_PIXELS = 4
+# How much larger than images and outputs the product's operands may be.
+_THIN = 1.25
 # Options of ``lax`` that only some convolutions set.
 _SCALARS = "feature_group_count", "batch_group_count"
 _SCALARS += "out_sharding", "preferred_element_type"
@@ -85,9 +90,14 @@ def conv_on_cpu(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(sides, window, strides, padding)
     case = _Case(strides, tuple(map(tuple, padding)), options.get("precision"))
-    if window == (1, 1) or math.prod(case.output_sides(sides, window)) <= _FEW_PIXELS:
-        return _as_product(images, kernel, case)
-    return _as_convolution(images, kernel, case)
+    taps = math.prod(window)
+    pixels = math.prod(case.output_sides(sides, window))
+    inputs, outputs = kernel.shape[2:]
+    if taps == 1 or pixels <= _FEW_PIXELS or taps * inputs <= _THIN * outputs:
+        return _gathered(images, kernel, case)
+    if taps * outputs <= _THIN * inputs:
+        return _scattered(images, kernel, case)
+    return _convolved(images, kernel, case)
 
 
 class _Case(NamedTuple):
@@ -114,26 +124,44 @@ class _Case(NamedTuple):
         )
 
 
-def _as_product(images: Images, kernel: Kernel, case: _Case) -> Images:
+def _gathered(images: Images, kernel: Kernel, case: _Case) -> Images:
     """One product of all patches of the images with the kernel as a matrix."""
-    kh, kw, c, n = kernel.shape
+    kh, kw, _, n = kernel.shape
     h, w = case.output_sides(images.shape[1:3], (kh, kw))
-    padded = jnp.pad(images, ((0, 0), *case.padding, (0, 0)))
-    down, right = case.strides
-    shifted = [
-        padded[
-            :, i : i + down * (h - 1) + 1 : down, j : j + right * (w - 1) + 1 : right
-        ]
-        for i in range(kh)
-        for j in range(kw)
-    ]
-    patches = jnp.concatenate(shifted, axis=-1).reshape(-1, kh * kw * c)
-    product = jnp.dot(patches, kernel.reshape(-1, n), precision=case.precision)
+    patches = [_shifted(images, i, j, h, w, case) for i in range(kh) for j in range(kw)]
+    flat = jnp.concatenate(patches, axis=-1).reshape(-1, math.prod(kernel.shape[:3]))
+    product = jnp.dot(flat, kernel.reshape(-1, n), precision=case.precision)
     return product.reshape(-1, h, w, n)
 
 
+def _scattered(images: Images, kernel: Kernel, case: _Case) -> Images:
+    """One product of all pixels with all taps of the kernel, shifted and added up."""
+    kh, kw, c, n = kernel.shape
+    h, w = case.output_sides(images.shape[1:3], (kh, kw))
+    flat = kernel.transpose(2, 0, 1, 3).reshape(c, -1)
+    product = jnp.dot(images.reshape(-1, c), flat, precision=case.precision)
+    taps = product.reshape(*images.shape[:3], kh, kw, n)
+    return sum(
+        _shifted(taps[:, :, :, i, j], i, j, h, w, case)
+        for i in range(kh)
+        for j in range(kw)
+    )
+
+
+def _shifted(images: Images, i: int, j: int, h: int, w: int, case: _Case) -> Images:
+    """Returns what one tap of the kernel sees, ``[b, h, w, c]``."""
+    config = [(0, 0, 0)]
+    for side, tap, size, stride, (low, _) in zip(
+        images.shape[1:3], (i, j), (h, w), case.strides, case.padding, strict=True
+    ):
+        last = (size - 1) * stride + 1
+        config.append((low - tap, last - side - low + tap, 0))  # below zero: cut off
+    padded = lax.pad(images, jnp.zeros((), images.dtype), [*config, (0, 0, 0)])
+    return padded[:, :: case.strides[0], :: case.strides[1]]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _as_convolution(images: Images, kernel: Kernel, case: _Case) -> Images:
+def _convolved(images: Images, kernel: Kernel, case: _Case) -> Images:
     return case.convolve(images, kernel)
 
 
@@ -153,7 +181,7 @@ def _backward(
     return *by_images(gradient), *by_kernel(gradient)
 
 
-_as_convolution.defvjp(_forward, _backward)
+_convolved.defvjp(_forward, _backward)
 
 
 def _channels_first(images: Images) -> Float[Array, "c h w b"]:

@@ -163,9 +163,9 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
     """Raises a TPPError unless a config has exactly the fields of the default one."""
     ours, theirs = _fields(default_config()), _fields(config)
     if odd := sorted(theirs - ours):
-        near = difflib.get_close_matches(odd[0], ours, n=2)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise TPPError(f"the config has a field {odd[0]} that nothing reads{hint}")
+        raise TPPError(
+            f"the config has a field {odd[0]} that nothing reads{near_fields(odd[0])}"
+        )
     if missing := sorted(ours - theirs):
         raise TPPError(
             f"the config has no field {missing[0]}: start it from "
@@ -173,12 +173,23 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def near_fields(name: str) -> str:
+    """Returns ``"; did you mean …?"`` for a field's name or the last part of one."""
+    ours = _fields(default_config())
+    full = {field.rpartition(".")[2]: field for field in sorted(ours)}
+    near = difflib.get_close_matches(name, [*ours, *full], n=2)
+    if not near:
+        return ""
+    return f"; did you mean {' or '.join(full.get(one, one) for one in near)}?"
+
+
 def check_values(config: ml_collections.ConfigDict) -> None:
     """Raises a TPPError if a field holds what no run can use, whatever its data."""
     for name, least in _LEAST.items():
         value = operator.attrgetter(name)(config)
         if not least <= value < math.inf:
-            raise TPPError(f"config.{name} is {value}, must be at least {least}")
+            what = "at least" if math.isfinite(value) else "finite and at least"
+            raise TPPError(f"config.{name} is {value}, must be {what} {least}")
     for name in _BELOW_ONE:
         value = operator.attrgetter(name)(config)
         if value >= 1:

@@ -57,7 +57,7 @@ def _inspect(
 ) -> None:
     check_fields(config)
     check_values(config)
-    model = _model(config)
+    model = abstract_model(config)
     example = jax.ShapeDtypeStruct((1, *model.spec.image_shape), jnp.float32)
     groups = channel_groups(model, example)
     plan = plan_for(config, groups, _weights(config, model, groups))
@@ -93,8 +93,8 @@ def _inspect(
         print(f"drawn in {picture}")
 
 
-def _model(config: ml_collections.ConfigDict) -> nnx.Module:
-    """The model of a config; abstract if its weights decide nothing."""
+def abstract_model(config: ml_collections.ConfigDict) -> nnx.Module:
+    """Returns the model of a config; without arrays if its weights decide nothing."""
     if config.init.model:  # as it is, whatever the rest of the config says
         return load_model(config.init.model)
     shapes = _shapes(config.data)

@@ -1,0 +1,519 @@
+"""Everything a user may get wrong, done: what each mistake says.
+
+    python -m tests.bad_inputs     # writes docs/errors.md
+
+Each case is a function of an empty folder that makes a mistake. It must end in a
+``TPPError`` or ``ValueError`` of one or two sentences or, through launch.py, in exit
+code 1 and one line.
+"""
+
+import contextlib
+import functools
+import io
+import pathlib
+import pickle
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tests.conftest  # noqa: F401  # isort: skip  simulates devices: before jax
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+import tpp_jax as tpp
+from tests.end_to_end.runs import ROOT, launch
+from tests.interop.tensors import FILES
+from tests.training.test_checkpoints import cut_short
+from tests.training.test_errors import small_config
+from tpp_jax.errors import TPPError
+from tpp_jax.method.gram import gram_penalty
+from tpp_jax.training import evaluation, inspection, run
+from tpp_jax.training.stopping import locked
+
+PAGE = ROOT / "docs" / "errors.md"
+
+
+Make = Callable[[pathlib.Path], Any]
+Cases = Iterator[tuple[str, Make]]  # what is wrong, and a function that does it
+
+
+def message_of(title: str, make: Make, folder: pathlib.Path) -> str:
+    """Makes the mistake in an empty folder; returns what it says, paths shortened.
+
+    Raises:
+      AssertionError: nothing was said, or not to a person.
+    """
+    said = ""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            done = make(folder)
+    except (TPPError, ValueError) as error:
+        said = str(error)
+    else:
+        assert getattr(done, "returncode", 0) == 1, f"{title}: no error"
+        assert "Traceback" not in done.stderr, done.stderr
+        lines = done.stderr.strip().splitlines()
+        said = next(line for line in lines if line.startswith("error: "))
+        said = said.removeprefix("error: ")
+    said = said.replace(str(folder), "…").replace(str(ROOT) + "/", "")
+    said = re.sub(r"process \d+ on \S+\)", "process … on …)", said)
+    assert 10 < len(said) and said.count("\n") <= 12, said
+    return said
+
+
+INTRODUCTION = """# What mistakes say
+
+Every wrong input stops a run before it trains, or where it is met, with one message and
+exit code 1; `--debug` shows the traceback as well. This page is made by making the
+mistakes: `python -m tests.bad_inputs`.
+"""
+
+
+def page() -> str:
+    """Returns the text of docs/errors.md, made by making every mistake."""
+    return "\n".join([INTRODUCTION, *(f"{table(name)}\n" for name in SECTIONS)])
+
+
+def table(section: str) -> str:
+    """Returns one section of the page."""
+    lines = [f"## {section}", "", "| mistake | message |", "|---|---|"]
+    for title, make in SECTIONS[section]():
+        with tempfile.TemporaryDirectory() as folder:
+            said = message_of(title, make, pathlib.Path(folder).resolve())
+        said = " ".join(said.split()).replace("|", "\\|").replace("<", "\\<")
+        lines.append(f"| {title} | {said} |")
+    return "\n".join(lines)
+
+
+def _train(folder: pathlib.Path, **fields: Any) -> Any:
+    return run.train(small_config(**fields), folder / "run")
+
+
+def _fields() -> Cases:
+    wrong = [
+        ("seed", -1),
+        ("log_every", 0),
+        ("checkpoint_every", 0),
+        ("num_devices", 99),
+        ("accumulate", 0),
+        ("accumulate", 3),
+        ("parallel", "pjit"),
+        ("model.name", "cifar_resnet57"),
+        ("model.name", "mlp7"),
+        ("model.dtype", "float16"),
+        ("data.name", "cifar11"),
+        ("data.batch_size", 0),
+        ("data.batch_size", 60),
+        ("data.batch_size", 2000),
+        ("data.crop_padding", -1),
+        ("data.pad_to", 4),
+        ("pretrain.epochs", -1),
+        ("pretrain.learning_rate", "fast"),
+        ("pretrain.learning_rate", "0:0.1,0.01"),
+        ("pretrain.learning_rate", "0:0.1,50:0.01,20:0.001"),
+        ("pretrain.learning_rate", "-0.1"),
+        ("pretrain.schedule", "sine"),
+        ("pretrain.warmup_epochs", 3.0),
+        ("pretrain.optimizer", "adam"),
+        ("pretrain.momentum", 1.0),
+        ("pretrain.weight_decay", float("inf")),
+        ("finetune.label_smoothing", 1.0),
+        ("finetune.mixup", -0.2),
+        ("finetune.ema", 1.0),
+        ("prune.flops", 1.5),
+        ("prune.params", -0.5),
+        ("prune.criterion", "l3"),
+        ("prune.scope", "everywhere"),
+        ("prune.reduce", "median"),
+        ("prune.round_to", 0),
+        ("prune.min_channels", 0),
+        ("prune.gram_weight", float("nan")),
+        ("prune.target", "zero"),
+        ("prune.schedule.kind", "sine"),
+        ("prune.schedule.kind", "poly2"),
+        ("prune.schedule.granularity", 0.0),
+        ("prune.schedule.every", 0),
+        ("prune.schedule.ceiling", -1.0),
+        ("prune.schedule.stabilize", 3),
+        ("prune.schedule.zero_out_every", 0),
+        ("init.model", "/nowhere/dense"),
+        ("init.torch", "/nowhere/weights.pth"),
+    ]
+    for name, value in wrong:
+        make = functools.partial(_train, **{name: value})
+        yield (f"`config.{name}` = `{value!r}`", make)
+    yield (
+        "`config.init.model` and `config.init.torch` both set",
+        lambda f: _train(f, **{"init.model": "a", "init.torch": "b"}),
+    )
+    yield ("a field that nothing reads", _odd_field)
+    yield ("a field is missing", _missing_field)
+
+
+def _odd_field(folder: pathlib.Path) -> Any:
+    config = small_config()
+    with config.unlocked():
+        config.prune.ratio = "x"
+    return run.train(config, folder / "run")
+
+
+def _missing_field(folder: pathlib.Path) -> Any:
+    config = small_config()
+    with config.unlocked():
+        del config.prune.scope
+    return run.train(config, folder / "run")
+
+
+def _patterns() -> Cases:
+    for ratios in (
+        "*conv*:0.5",
+        "net.1:0.5",
+        "net.0:1.0",
+        "net.0:-0.1",
+        "net.0:half",
+        "net.0:nan",
+        "net.0",
+        ":0.5",
+        "net.12:0.5",
+        "*net*:0.0",
+        "",
+    ):
+        make = functools.partial(_train, **{"prune.ratios": ratios})
+        yield (f"`config.prune.ratios` = `{ratios!r}`", make)
+    yield (
+        "`config.prune.skip` = `'conv1'`",
+        lambda f: _train(f, **{"prune.skip": "conv1"}),
+    )
+    yield (
+        "a target that cannot be reached: `config.prune.flops` = `0.0001`",
+        lambda f: _train(f, **{"prune.flops": 0.0001, "prune.ratios": ""}),
+    )
+    yield (
+        "`--mode=inspect` with a pattern that matches nothing",
+        lambda f: inspection.inspect(small_config(**{"prune.ratios": "head:0.5"})),
+    )
+
+
+def _command_lines() -> Cases:
+    wrong = {
+        "no `--workdir`": [],
+        "a config file that does not exist": ["--config=configs/nothing.py"],
+        "an unknown flag": ["--workdir=w", "--confg=configs/digits_resnet8_tpp.py"],
+        "an unknown mode": ["--workdir=w", "--mode=trian"],
+        "an unknown field": ["--workdir=w", "--config.prune.ratoi=0.5"],
+        "a field of the wrong type": ["--workdir=w", "--config.seed=one"],
+        "a word too many": ["--workdir=w", "now"],
+    }
+    for title, arguments in wrong.items():
+        yield (title, lambda f, a=arguments: launch(*a))
+    for title, text in {
+        "a config file with a syntax error": "def get_config(:\n",
+        "a config file without `get_config`": "x = 1\n",
+        "a config file that fails": "def get_config():\n    return None.x\n",
+    }.items():
+        yield (title, functools.partial(_config_file, text=text))
+    yield (
+        "`--mode=evaluate` of a folder without a run",
+        lambda f: launch("--mode=evaluate", f"--workdir={f / 'none'}"),
+    )
+
+
+def _config_file(folder: pathlib.Path, text: str) -> Any:
+    file = folder / "config.py"
+    file.write_text(text)
+    return launch(f"--config={file}", f"--workdir={folder / 'run'}")
+
+
+def _data() -> Cases:
+    streamed = {"model.name": "resnet18", "data.name": "folder", "data.image_size": 32}
+    streamed |= {"data.resize": 32, "data.batch_size": 8, "prune.skip": ""}
+    streamed |= {"prune.ratios": "*layer*.conv1:0.5", "prune.schedule.stabilize": 60}
+
+    def train(folder: pathlib.Path, **fields: Any) -> Any:
+        return _train(folder, **(streamed | {"data.dir": str(folder)} | fields))
+
+    def classes(
+        folder: pathlib.Path, splits: tuple[str, ...] = ("train", "val")
+    ) -> None:
+        draws = np.random.default_rng(0)
+        for split in splits:
+            for name in ("cat", "dog"):
+                place = folder / split / name
+                place.mkdir(parents=True)
+                for i in range(8):
+                    pixels = draws.integers(256, size=(40, 48, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(place / f"{i}.jpg")
+
+    def broken(folder: pathlib.Path, content: bytes | int) -> Any:
+        classes(folder)
+        for image in (folder / "train").rglob("*.jpg"):
+            whole = image.read_bytes()
+            image.write_bytes(whole[:content] if isinstance(content, int) else content)
+        return train(folder)
+
+    yield (
+        "a prepared data set in a folder that does not exist",
+        lambda f: _train(f, **{"data.name": "mnist", "data.dir": str(f / "none")}),
+    )
+    yield (
+        "a folder without the prepared data set",
+        lambda f: _train(f, **{"data.name": "mnist", "data.dir": str(f)}),
+    )
+    yield ("class folders: an empty folder", train)
+
+    def no_test(folder: pathlib.Path) -> Any:
+        classes(folder, ("train",))
+        return train(folder)
+
+    yield ("class folders: no test images", no_test)
+
+    def empty_class(folder: pathlib.Path) -> Any:
+        classes(folder)
+        (folder / "train" / "emu").mkdir()
+        return train(folder)
+
+    yield ("class folders: a class without images", empty_class)
+
+    def other_classes(folder: pathlib.Path) -> Any:
+        classes(folder)
+        (folder / "val" / "dog").rename(folder / "val" / "fox")
+        return train(folder)
+
+    yield ("class folders: other classes to test than to train", other_classes)
+    yield ("an image that is cut short", functools.partial(broken, content=200))
+    yield ("an image that is text", functools.partial(broken, content=b"hello"))
+    yield ("an image file without content", functools.partial(broken, content=b""))
+
+    def few(folder: pathlib.Path) -> Any:
+        classes(folder)
+        return train(folder, **{"data.batch_size": 64})
+
+    yield ("a batch that is larger than the data", few)
+    yield (
+        "crops larger than the images: `config.data.resize` < `image_size`",
+        lambda f: _train(f, **{"data.image_size": 224, "data.resize": 200}),
+    )
+
+
+@functools.cache
+def _example() -> tempfile.TemporaryDirectory:
+    """A finished run, to be copied and damaged."""
+    folder = tempfile.TemporaryDirectory()
+    run.train(small_config(**{"pretrain.epochs": 1}), folder.name)
+    return folder
+
+
+def _trained(folder: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(_example().name, folder / "run"))
+
+
+def _unfinished(folder: pathlib.Path) -> pathlib.Path:
+    workdir = _trained(folder)
+    (workdir / "summary.json").unlink()
+    return workdir
+
+
+def _again(folder: pathlib.Path, **fields: Any) -> Any:
+    return _train(folder, **{"pretrain.epochs": 1, **fields})
+
+
+def _folders() -> Cases:
+
+    def a_file(folder: pathlib.Path) -> Any:
+        (folder / "run").write_text("")
+        return _train(folder)
+
+    def other_config(folder: pathlib.Path) -> Any:
+        _trained(folder)
+        return _again(folder, **{"prune.ratios": "*net*:0.25"})
+
+    def other_unfinished(folder: pathlib.Path) -> Any:
+        _unfinished(folder)
+        return _again(folder, seed=1)
+
+    def broken_summary(folder: pathlib.Path) -> Any:
+        (_trained(folder) / "summary.json").write_text('{"phases": [')
+        return _again(folder)
+
+    def all_damaged(folder: pathlib.Path) -> Any:
+        for step in (_unfinished(folder) / "checkpoints").iterdir():
+            cut_short(step)
+        return _again(folder)
+
+    def in_use(folder: pathlib.Path) -> Any:
+        (folder / "run").mkdir()
+        with locked(folder / "run"):
+            return _train(folder)
+
+    def unfinished(folder: pathlib.Path) -> Any:
+        workdir = _unfinished(folder)
+        shutil.rmtree(workdir / "model")
+        return evaluation.evaluate(workdir)
+
+    def damaged_model(folder: pathlib.Path) -> Any:
+        workdir = _trained(folder)
+        cut_short(workdir / "model")
+        return evaluation.evaluate(workdir)
+
+    def not_a_model(folder: pathlib.Path) -> Any:
+        return tpp.load_model(folder)
+
+    def other_network(folder: pathlib.Path) -> Any:
+        model = tpp.models.create("mlp7_relu", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+        tpp.save_model(folder / "dense", model)
+        return _train(folder, **{"init.model": str(folder / "dense")})
+
+    def not_finite(folder: pathlib.Path) -> Any:
+        fields = {"finetune.learning_rate": "1e6", "finetune.epochs": 20}
+        return _train(folder, **fields)
+
+    yield from (
+        ("`--workdir` is a file", a_file),
+        ("a finished run of another config", other_config),
+        ("an unfinished run of another config", other_unfinished),
+        ("`summary.json` is damaged", broken_summary),
+        ("all checkpoints are damaged", all_damaged),
+        ("another process trains in the folder", in_use),
+        ("`--mode=evaluate` of an unfinished run", unfinished),
+        ("the saved model is damaged", damaged_model),
+        ("a folder that holds no saved model", not_a_model),
+        ("`config.init.model` of another network", other_network),
+        ("the loss is no longer finite", not_finite),
+    )
+
+
+class _Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("executed",)
+
+
+def _weights() -> Cases:
+
+    def resnet() -> nnx.Module:
+        return tpp.models.create("resnet18", rngs=nnx.Rngs(0))
+
+    def file(folder: pathlib.Path, content: bytes, name: str = "weights.pth") -> Any:
+        (folder / name).write_bytes(content)
+        return tpp.load_torch(folder / name, resnet())
+
+    def state(change: Callable[[dict[str, Any]], None]) -> Any:
+        model = tpp.models.create("mlp7_relu", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "weights.safetensors"
+            tpp.save_torch(model, path)
+            from safetensors.numpy import load_file
+
+            tensors = load_file(path)
+        change(tensors)
+        return tpp.load_torch(tensors, model)
+
+    whole = (FILES / "state_dict.pth").read_bytes()
+    tensors = (FILES / "state_dict.safetensors").read_bytes()
+    transposed = lambda d: d.update({"net.0.weight": d["net.0.weight"].T[:3]})  # noqa: E731
+    yield from (
+        ("a file that does not exist", lambda f: tpp.load_torch(f / "w.pth", resnet())),
+        ("a file cut short", lambda f: file(f, whole[:1000])),
+        ("a file that is text", lambda f: file(f, b"hello, world")),
+        ("a pickle that would run code", lambda f: file(f, pickle.dumps(_Malicious()))),
+        (
+            "safetensors cut short",
+            lambda f: file(f, tensors[:300], "weights.safetensors"),
+        ),
+        ("weights of another network", lambda f: file(f, whole)),
+        ("a tensor is missing", lambda f: state(lambda d: d.pop("net.0.weight"))),
+        ("a tensor too many", lambda f: state(lambda d: d.update(x=np.ones(3)))),
+        ("a tensor of another shape", lambda f: state(transposed)),
+    )
+
+
+def _library() -> Cases:
+    model = tpp.models.create("mlp7_relu", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    images = jnp.ones((2, 8, 8, 1))
+    groups = tpp.channel_groups(model, images)
+    plan = tpp.make_plan(groups, model, "*net*:0.5", skip="net.12")
+    other = tpp.models.create("mlp20_linear", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    kernel = jnp.ones((4, 8))
+    yield from (
+        (
+            "`tpp.models.create('resnet51', …)`",
+            lambda f: tpp.models.create("resnet51", rngs=nnx.Rngs(0)),
+        ),
+        (
+            "`tpp.make_plan(groups, model, 1.5)`",
+            lambda f: tpp.make_plan(groups, model, 1.5),
+        ),
+        (
+            "`tpp.make_plan(groups, model)` with neither ratios nor a target",
+            lambda f: tpp.make_plan(groups, model),
+        ),
+        (
+            "`tpp.make_plan(…, criterion='taylor')` without statistics",
+            lambda f: tpp.make_plan(groups, model, 0.5, criterion="taylor"),
+        ),
+        (
+            "`tpp.prune` with the plan of another model",
+            lambda f: tpp.prune(other, plan),
+        ),
+        (
+            "`Plan.from_dict` of another model",
+            lambda f: tpp.Plan.from_dict({"net.0": [0, 1]}, groups),
+        ),
+        (
+            "`Plan.from_dict` with indices out of range",
+            lambda f: tpp.Plan.from_dict(plan.to_dict() | {"net.0": [0, 999]}, groups),
+        ),
+        (
+            "`tpp.slice_tree` of a tree that is no parameters'",
+            lambda f: tpp.slice_tree(
+                plan, {"net": {"0": {"kernel": jnp.ones((3, 3))}}}
+            ),
+        ),
+        (
+            "`tpp.growing_schedule(granularity=0)`",
+            lambda f: tpp.growing_schedule(granularity=0),
+        ),
+        (
+            "`gram_penalty` with a mask of the wrong length",
+            lambda f: gram_penalty(kernel, jnp.zeros(5, bool)),
+        ),
+        (
+            "`tpp.reinitialize` by an unknown recipe",
+            lambda f: tpp.reinitialize(model, "orthop"),
+        ),
+        (
+            "`tpp.jacobian_singular_values` without a batch axis",
+            lambda f: tpp.jacobian_singular_values(model, jnp.ones((8, 8, 1))),
+        ),
+        (
+            "`tpp.add_tpp_penalties` updated without parameters",
+            lambda f: tpp.add_tpp_penalties(plan, tpp.growing_schedule()).update(
+                {}, tpp.add_tpp_penalties(plan, tpp.growing_schedule()).init({})
+            ),
+        ),
+        (
+            "`tpp.zero_pruned` with a stabilize phase that is too short",
+            lambda f: tpp.zero_pruned(plan, tpp.growing_schedule(stabilize=10)),
+        ),
+    )
+
+
+SECTIONS: dict[str, Callable[[], Cases]] = {
+    "Fields of the config": _fields,
+    "Patterns of layers": _patterns,
+    "Command lines": _command_lines,
+    "Data": _data,
+    "Folders of runs, checkpoints, saved models": _folders,
+    "PyTorch's weights": _weights,
+    "Calls of the library": _library,
+}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    sys.exit(0)

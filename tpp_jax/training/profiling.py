@@ -1,0 +1,115 @@
+"""What pruning gains on this machine: --mode=profile."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import rich.console
+import rich.table
+from flax import nnx
+
+from tpp_jax.analysis.latency import Pair, as_json, compare, compare_layers
+from tpp_jax.errors import TPPError
+from tpp_jax.pruning.channels import channel_groups
+from tpp_jax.pruning.modules import prune
+from tpp_jax.training.checkpoints import load_model, load_model_info
+from tpp_jax.training.config import check_fields, check_values
+from tpp_jax.training.inspection import abstract_model
+from tpp_jax.training.setup import plan_for
+
+BATCH_SIZES = 1, 256
+
+
+def profile(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path | None = None
+) -> dict[str, Any]:
+    """Times the dense and the pruned network, and each of their layers.
+
+    Args:
+      config: as for training, if there is no finished run: the network and the cut that
+        it asks for. Weights are random then, which changes no time.
+      workdir: of a finished run, whose networks are taken; otherwise a folder for
+        ``profile.json``, made if missing.
+
+    Returns:
+      What ``profile.json`` holds: ``networks``, by batch size, and ``layers`` at the
+      largest, as :class:`Pair`, and the ``device``.
+
+    Raises:
+      TPPError: whatever is wrong with the config, or the run's networks.
+    """
+    folder = None if workdir is None else pathlib.Path(workdir)
+    if folder is not None and (folder / "model").is_dir():
+        dense, pruned = load_model(folder / "dense"), load_model(folder / "model")
+        dtype = load_model_info(folder / "model")["config"]["model"]["dtype"]
+    else:
+        try:
+            dense, pruned = _untrained(config)
+        except ValueError as error:  # the core's own: a pattern, a ratio, a name
+            raise TPPError(str(error)) from error
+        dtype = config.model.dtype
+    shape = tuple(dense.spec.image_shape)
+    console = rich.console.Console(highlight=False)
+    device = jax.devices()[0].device_kind
+    console.print(
+        f"{dense.spec.name}, images {'×'.join(map(str, shape))}, {dtype}, on {device}"
+    )
+    networks = {
+        f"batch {n}": compare(dense, pruned, shape, n, dtype) for n in BATCH_SIZES
+    }
+    console.print(table(networks, "network"))
+    largest = BATCH_SIZES[-1]
+    by_layer = compare_layers(dense, pruned, shape, largest, dtype)
+    console.print(table(by_layer, f"layer alone, batch {largest}"))
+    result = {
+        "model": dense.spec.name,
+        "dtype": dtype,
+        "device": device,
+        "networks": as_json(networks),
+        "layers": as_json(by_layer),
+    }
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "profile.json").write_text(json.dumps(result, indent=2))
+        except OSError as error:
+            raise TPPError(f"the profile cannot be written: {error}") from error
+    return result
+
+
+def _untrained(config: ml_collections.ConfigDict) -> tuple[nnx.Module, nnx.Module]:
+    check_fields(config)
+    check_values(config)
+    graphdef, state = nnx.split(abstract_model(config))
+    draws = np.random.default_rng(config.seed)
+    filled = jax.tree.map(
+        lambda x: jnp.asarray(draws.uniform(0.1, 1, x.shape), x.dtype), state
+    )
+    dense = nnx.merge(graphdef, filled)
+    example = jax.ShapeDtypeStruct((1, *dense.spec.image_shape), jnp.float32)
+    return dense, prune(dense, plan_for(config, channel_groups(dense, example), dense))
+
+
+def table(pairs: dict[str, Pair], title: str) -> rich.table.Table:
+    """Returns a table of times and speedups; pairs that are equal share a row."""
+    shown = rich.table.Table()
+    shown.add_column(title)
+    for column in ("dense, ms", "pruned, ms", "faster", "fewer FLOPs", "realised"):
+        shown.add_column(column, justify="right")
+    alike: dict[Pair, list[str]] = {}
+    for name, pair in pairs.items():
+        alike.setdefault(pair, []).append(name)
+    for pair, (name, *others) in alike.items():
+        shown.add_row(
+            f"{name} and {len(others)} alike" if others else name,
+            f"{1e3 * pair.dense_seconds:.2f}",
+            f"{1e3 * pair.pruned_seconds:.2f}",
+            f"{pair.speedup:.2f}×",
+            f"{pair.flops_speedup:.2f}×",
+            f"{pair.realised:.0%}",
+        )
+    return shown
