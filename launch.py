@@ -51,6 +51,12 @@ _MODE = flags.DEFINE_enum(
     ["train", "inspect", "profile", "evaluate"],
     "Run, look ahead, time, or measure.",
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Of several processes: host:port of the first; or 'auto'."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+_TIMEOUT = flags.DEFINE_integer("timeout", 100, "Seconds until one is taken for lost.")
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks and library logs.")
 
 
@@ -64,10 +70,20 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --workdir is missing: give a folder for the run")
     # Imported late, so that --help and a wrong flag answer at once.
     from tpp_jax.errors import TPPError
-    from tpp_jax.training import compilation, evaluation, inspection, profiling, run
+    from tpp_jax.training import (
+        compilation,
+        evaluation,
+        hosts,
+        inspection,
+        profiling,
+        run,
+    )
 
     compilation.keep_compiled_programs()
     try:
+        if _COORDINATOR.value:
+            numbers = _PROCESSES.value, _PROCESS.value, _TIMEOUT.value
+            hosts.connect(_COORDINATOR.value, *numbers)
         if mode == "evaluate":  # data.dir, if given: where it has moved to
             print(json.dumps(evaluation.evaluate(workdir, config.data.dir)))
         else:
@@ -76,7 +92,7 @@ def main(argv: list[str]) -> None:
     except TPPError as error:
         if _DEBUG.value:
             raise
-        sys.exit(f"error: {error}")
+        hosts.leave(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command continues from the last checkpoint")
 

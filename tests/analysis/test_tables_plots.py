@@ -5,6 +5,7 @@ import io
 import jax
 import jax.numpy as jnp
 import matplotlib.image
+import pytest
 import rich.console
 from flax import nnx
 
@@ -15,7 +16,15 @@ SUMMARY = {
     "status": "done",
     "phases": [
         {"name": "pretrain", "steps": 10, "accuracy": 90.0},
-        {"name": "slice", "steps": 0, "accuracy_before": 88.0, "accuracy_after": 87.5},
+        {"name": "regularize", "steps": 5, "accuracy": 88.5},
+        {"name": "stabilize", "steps": 5, "accuracy": 88.0},
+        {
+            "name": "slice",
+            "steps": 0,
+            "accuracy": 87.5,
+            "accuracy_before": 88.0,
+            "accuracy_after": 87.5,
+        },
         {"name": "finetune", "steps": 10, "accuracy": 89.0},
     ],
     "dense": {"params": 1000, "flops": 4000, "accuracy": 90.0},
@@ -50,6 +59,76 @@ def test_the_result_table_sets_tpp_beside_cutting_at_once():
     shown = text(tables.result_table(SUMMARY))
     for number in ("4.00×", "60.0 %", "90.00", "30.00", "88.00", "87.50", "89.00"):
         assert number in shown
+
+
+def cut(name, before, after, accuracy=None):
+    accuracies = {"accuracy_before": before, "accuracy_after": after}
+    return {"name": name, "steps": 0, "accuracy": accuracy or after, **accuracies}
+
+
+def trained(name, accuracy):
+    return {"name": name, "steps": 10, "accuracy": accuracy}
+
+
+RIVALS = {
+    "oneshot": (
+        [
+            trained("pretrain", 90.0),
+            cut("slice", 90.0, 30.0),
+            trained("finetune", 80.0),
+        ],
+        ["dense 90", "cut at once (one-shot) 30", "fine-tuned 80"],
+    ),
+    "made anew": (
+        [cut("slice", 90.0, 30.0, accuracy=10.0), trained("extra", 70.0)],
+        [
+            "dense 90",
+            "cut at once (one-shot) 30",
+            "its kernels made anew 10",
+            "trained on 70",
+        ],
+    ),
+    "iterative": (
+        [
+            cut("slice", 90.0, 60.0),
+            trained("finetune", 85.0),
+            cut("slice_2", 85.0, 50.0),
+            trained("finetune_2", 80.0),
+        ],
+        [
+            "dense 90",
+            "cut at once (one-shot) 30",
+            "pruned, after the cut 60",
+            "fine-tuned 85",
+            "pruned, after cut 2 50",
+            "fine-tuned 80",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_the_result_table_tells_what_a_rival_of_tpp_did(name, tmp_path):
+    phases, expected = RIVALS[name]
+    summary = {**SUMMARY, "phases": phases}
+    lines = text(tables.result_table(summary)).splitlines()
+    rows = [line.strip("│ ").split("│") for line in lines if line.startswith("│")]
+    assert [f"{a.strip()} {b.strip()[:-5]}" for a, b in rows] == expected
+    plots.draw_run([], summary, tmp_path)
+
+
+def test_a_run_that_pruned_nothing_and_one_that_trained_nothing_are_told(tmp_path):
+    none = {**SUMMARY, "pruned": None, "one_shot": {"accuracy_after": None}}
+    none["phases"] = SUMMARY["phases"][:1]
+    dense = {**SUMMARY["dense"], "accuracy": None}
+    scratch = {**none, "dense": dense, "pruned": SUMMARY["pruned"]}
+    scratch["phases"] = [cut("slice", None, 10.0), SUMMARY["phases"][-1]]
+    for summary, count in ((none, 1), (scratch, 2)):
+        shown = text(tables.result_table(summary))
+        rows = [line for line in shown.splitlines() if line.startswith("│")]
+        assert len(rows) == count
+        assert "None" not in shown
+        plots.draw_run([], summary, tmp_path)
 
 
 def test_plots_are_drawn_also_from_a_run_without_all_phases(tmp_path):

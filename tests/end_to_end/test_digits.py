@@ -107,7 +107,7 @@ def test_evaluation_needs_nothing_but_the_folder(run, summary, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.prune.ratois=x"], "no field 'ratois'. Did you mean \"ratios\""),
+        (["--config.prune.ratois=x"], "no field 'ratois'; did you mean prune.ratios?"),
         (["--config=configs/none.py"], "configs/none.py"),
         (["--config.prune.ratios=*xyz*:0.5"], "'*xyz*' matches no layer"),
         (["--mode=evaluate"], "no finished run"),

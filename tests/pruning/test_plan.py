@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import tpp_jax as tpp
 from tests.reference import filled
 from tpp_jax.models import CifarResNet, CifarVGG
+from tpp_jax.pruning.naming import named_leaves
 from tpp_jax.pruning.plan import parse_patterns, parse_ratios
 
 
@@ -429,3 +430,39 @@ def test_patterns_are_separated_by_commas():
     assert parse_patterns(" a*, ,b ") == ["a*", "b"]
     assert parse_patterns(["a*", " b "]) == ["a*", "b"]
     assert parse_patterns("") == []
+
+
+def test_counts_say_exactly_how_many_channels_stay():
+    params, groups = dense(20)
+    plan = tpp.make_plan(groups, params, counts={"net.0": 7})
+    assert plan.kept["net.0"].tolist() == sorted(
+        np.argsort(params["net"][0]["kernel"][0])[-7:]
+    )
+    assert tpp.make_plan(groups, params, counts={}).pruned_groups == ()
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"net.0": 0}, "0 channels of net.0 are to stay, but it has 20"),
+        ({"net.0": 21}, "21 channels of net.0 are to stay, but it has 20"),
+        ({"net.9": 3}, "no group 'net.9' can be pruned"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(counts, message):
+    params, groups = dense(20)
+    with pytest.raises(ValueError, match=message):
+        tpp.make_plan(groups, params, counts=counts)
+
+
+def test_a_plan_of_a_plan_s_result_is_one_plan():
+    model, groups = resnet()
+    first = tpp.make_plan(groups, model, "layer[13]*.conv1:0.25")
+    small = tpp.prune(model, first)
+    groups_of_small = tpp.channel_groups(small, jnp.ones((1, 8, 8, 3)))
+    second = tpp.make_plan(groups_of_small, small, "layer[23]*.conv1:0.5")
+    twice = named_leaves(nnx.state(tpp.prune(small, second)))
+    once = named_leaves(nnx.state(tpp.prune(model, first.then(second))))
+    for name, leaf in twice.items():
+        np.testing.assert_array_equal(once[name], leaf, err_msg=name)
+    assert once["layer3.0.conv1.kernel"].shape[-1] == 6

@@ -11,6 +11,8 @@ _COLORS = {
     "pretrain": "#4c72b0",
     "regularize": "#dd8452",
     "stabilize": "#c44e52",
+    "grow": "#8172b3",
+    "extra": "#937860",
     "finetune": "#55a868",
 }
 
@@ -37,10 +39,10 @@ def _curves(
     """Accuracy, loss, strength λ and Gram penalty over the steps of the run."""
     figure = matplotlib.figure.Figure(figsize=(9, 8), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
-    seen = [name for name in _COLORS if any(row["phase"] == name for row in history)]
+    seen = list(dict.fromkeys(row["phase"] for row in history))
     for name in seen:
         rows = [row for row in history if row["phase"] == name]
-        color = _COLORS[name]
+        color = _COLORS.get(name.partition("_")[0], "#4c72b0")
         steps, accuracy = _series(rows, "accuracy")
         axes[0].plot(steps, accuracy, color=color, alpha=0.35, linewidth=1)
         steps, accuracy = _series(rows, "test_accuracy")
@@ -48,48 +50,55 @@ def _curves(
         axes[1].semilogy(*_series(rows, "loss"), color=color, linewidth=1)
         steps, strength = _series(rows, "strength")
         axes[2].plot(steps, strength, color=color, linewidth=1.5)
-    cut = _step_of_the_cut(summary)
-    for one in axes:
-        one.axvline(cut, color="0.3", linestyle="--", linewidth=1)
-    axes[0].text(
-        cut,
-        1,
-        "cut",
-        transform=axes[0].get_xaxis_transform(),
-        ha="center",
-        va="bottom",
-        fontsize="small",
-    )
-    gram = axes[2].twinx()
+    for cut in _steps_of_the_cuts(summary):
+        for one in axes:
+            one.axvline(cut, color="0.3", linestyle="--", linewidth=1)
+        axes[0].text(
+            cut,
+            1,
+            "cut",
+            transform=axes[0].get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize="small",
+        )
     steps, values = _series(history, "gram")
-    gram.semilogy(steps, np.maximum(values, 1e-12), color="0.5", linewidth=1)
-    gram.set_ylabel("Gram penalty (grey)")
+    if values:
+        gram = axes[2].twinx()
+        gram.semilogy(steps, np.maximum(values, 1e-12), color="0.5", linewidth=1)
+        gram.set_ylabel("Gram penalty (grey)")
     axes[0].set_ylabel("accuracy, %\n(faint: training batches)")
-    axes[0].axhline(
-        summary["dense"]["accuracy"], color="0.6", linestyle=":", label="dense"
-    )
+    dense = summary["dense"]["accuracy"]
+    if dense is not None:
+        axes[0].axhline(dense, color="0.6", linestyle=":", label="dense")
     shown = [row["test_accuracy"] for row in history if "test_accuracy" in row]
     low = min([*shown, 100.0])
     axes[0].set_ylim(max(low - 5, 0), 100.5)
-    axes[0].legend(loc="lower right", ncols=len(seen) + 1, fontsize="small")
+    if seen or dense is not None:
+        columns = min(len(seen) + 1, 5)
+        axes[0].legend(loc="lower right", ncols=columns, fontsize="small")
     axes[1].set_ylabel("training loss")
     axes[2].set_ylabel("strength λ")
     axes[2].set_xlabel("step")
     model = summary["config"]["model"]["name"]
     data = summary["config"]["data"]["name"]
+    pruned = summary["pruned"] and summary["pruned"]["accuracy"]
+    accuracies = " → ".join(f"{x:.2f} %" for x in (dense, pruned) if x is not None)
     figure.suptitle(
-        f"{model} on {data}: {summary['speedup']:.2f}× fewer FLOPs, "
-        f"{summary['dense']['accuracy']:.2f} % → {summary['pruned']['accuracy']:.2f} %"
+        f"{model} on {data}: {summary['speedup']:.2f}× fewer FLOPs, {accuracies}"
     )
     for one in axes:
         one.grid(alpha=0.25)
     return figure
 
 
-def _step_of_the_cut(summary: Mapping[str, Any]) -> int:
-    names = [phase["name"] for phase in summary["phases"]]
-    before = summary["phases"][: names.index("slice")]
-    return sum(phase["steps"] for phase in before)
+def _steps_of_the_cuts(summary: Mapping[str, Any]) -> list[int]:
+    steps, cuts = 0, []
+    for phase in summary["phases"]:
+        if phase["name"].startswith("slice"):
+            cuts.append(steps)
+        steps += phase["steps"]
+    return cuts
 
 
 def _channels(layers: Mapping[str, Mapping[str, int]]) -> matplotlib.figure.Figure:

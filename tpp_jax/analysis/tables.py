@@ -1,11 +1,13 @@
 """Tables of a pruned network, for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import rich.table
 
 from tpp_jax.pruning.flops import Count
+
+_DONE = {"stabilize": "regularized", "grow": "shrunk"}
 
 
 def layer_table(dense: Count, pruned: Count) -> rich.table.Table:
@@ -41,23 +43,40 @@ def layer_table(dense: Count, pruned: Count) -> rich.table.Table:
 
 def result_table(summary: Mapping[str, Any]) -> rich.table.Table:
     """Returns a table of what a run achieved, from its summary."""
-    dense, pruned = summary["dense"], summary["pruned"]
-    cut = next(phase for phase in summary["phases"] if phase["name"] == "slice")
     table = rich.table.Table(
         title=f"{summary['speedup']:.2f}× fewer FLOPs, "
         f"{100 * summary['sparsity']:.1f} % of the parameters gone"
     )
     table.add_column("network")
     table.add_column("test accuracy", justify="right")
-    for label, accuracy in (
-        ("dense", dense["accuracy"]),
-        ("cut at once (one-shot)", summary["one_shot"]["accuracy_after"]),
-        ("regularized by TPP, before the cut", cut["accuracy_before"]),
-        ("regularized by TPP, after the cut", cut["accuracy_after"]),
-        ("fine-tuned", pruned["accuracy"]),
-    ):
-        table.add_row(label, f"{accuracy:.2f} %")
+    for label, accuracy in _accuracies(summary):
+        if accuracy is not None:
+            table.add_row(label, f"{accuracy:.2f} %")
     return table
+
+
+def _accuracies(summary: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    """Yields what was measured of the network, in order; None for what was not."""
+    yield "dense", summary["dense"]["accuracy"]
+    yield "cut at once (one-shot)", summary["one_shot"]["accuracy_after"]
+    done = ""  # to the network since it was last cut
+    for phase in summary["phases"]:
+        name = phase["name"]
+        kind, _, count = name.partition("_")
+        cut = "the cut" if not count else f"cut {count}"
+        if kind == "slice":
+            after = phase["accuracy_after"]
+            if done:
+                yield f"{done}, before {cut}", phase["accuracy_before"]
+            if done or count or after != summary["one_shot"]["accuracy_after"]:
+                yield f"{done or 'pruned'}, after {cut}", after
+            if phase["accuracy"] != after:
+                yield "its kernels made anew", phase["accuracy"]
+        elif kind == "extra":
+            yield "trained on", phase["accuracy"]
+        elif kind == "finetune":
+            yield "fine-tuned", phase["accuracy"]
+        done = _DONE.get(kind, "")
 
 
 def _change(before: int, after: int) -> str:

@@ -90,7 +90,9 @@ class Stream:
         """(height, width, channels) of one image."""
         return self.image_size, self.image_size, 3
 
-    def train_batches(self, batch_size: int, seed: int, start: int = 0) -> Batches:
+    def train_batches(
+        self, batch_size: int, seed: int, start: int = 0, parts: int = 1
+    ) -> Batches:
         """Yields training batches without end, each epoch in an order of its own.
 
         The images that fill no whole batch at the end of an epoch's order are left out.
@@ -100,6 +102,7 @@ class Stream:
           batch_size: images of all processes together.
           seed: of the orders, crops and flips; below 2³².
           start: number of the first batch; those before it are not read.
+          parts: of a batch, of each of which every process reads its share.
 
         Raises:
           TPPError: the data set is smaller than a batch, or the batch does not split
@@ -118,7 +121,7 @@ class Stream:
             seed,
             self.num_train // batch_size * batch_size,
         )
-        return self._batches(load, batch_size, start, None)
+        return self._batches(load, batch_size, start, None, parts)
 
     def test_batches(self, batch_size: int) -> Batches:
         """Yields every test image once, in order.
@@ -136,13 +139,18 @@ class Stream:
         return self._batches(load, batch_size, 0, -(-self.num_test // batch_size))
 
     def _batches(
-        self, load: _Load, batch_size: int, start: int, count: int | None
+        self,
+        load: _Load,
+        batch_size: int,
+        start: int,
+        count: int | None,
+        parts: int = 1,
     ) -> Batches:
         import grain  # late: data sets in memory do not need it
 
         index, processes = self.shard
-        first = index * (batch_size // processes)
-        batch = _Batch(load, batch_size, first, processes)
+        places = np.arange(batch_size).reshape(parts, processes, -1)[:, index]
+        batch = _Batch(load, batch_size, tuple(places.reshape(-1).tolist()))
         # A batch is an element, so that processes take whole batches in turn, and one
         # more than is being made is all that waits in memory; beside a process, two.
         threads = 0 if self.workers else self.threads
@@ -173,12 +181,10 @@ class _Batch:
 
     load: _Load
     size: int
-    first: int
-    processes: int
+    places: tuple[int, ...]
 
     def __call__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        first = number * self.size + self.first
-        places = range(first, first + self.size // self.processes)
+        places = [number * self.size + place for place in self.places]
         image, label = self.load(places[0])
         images = np.empty((len(places), *image.shape), np.uint8)
         labels = np.empty(len(places), np.int32)

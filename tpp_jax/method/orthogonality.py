@@ -145,6 +145,7 @@ def add_orthogonality(
     layers: Layers = "*",
     skip: Sequence[str] | str = (),
     norm: Norm = "frobenius",
+    side: Side = "smaller",
     stride: int = 1,
     padding: int | None = None,
 ) -> optax.GradientTransformation:
@@ -162,6 +163,7 @@ def add_orthogonality(
       skip: patterns of layers that are left out. For OrthConv the original leaves out
         the first convolution.
       norm: see :data:`Norm`.
+      side: for KernOrth, see :data:`Side`.
       stride: for OrthConv. Where layers differ, chain one transform for each stride.
       padding: for OrthConv, see :func:`convolution_orthogonality`; the released
         original's is ``stride=2, padding=1``.
@@ -190,7 +192,7 @@ def add_orthogonality(
     def penalty_of(kernel: Array) -> Float[Array, ""]:
         if kind == "orthconv" and max(kernel.shape[:-2], default=1) > 1:
             return convolution_orthogonality(kernel, stride, padding, norm)
-        return kernel_orthogonality(kernel, norm)
+        return kernel_orthogonality(kernel, norm, side)
 
     def init(params: Any) -> OrthogonalityState:
         kernels_of(params, layers, skip)  # to tell of a wrong pattern at once

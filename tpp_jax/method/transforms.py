@@ -16,7 +16,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from tpp_jax.method.gram import Target, gram_penalty_and_grad
+from tpp_jax.method.gram import (
+    Target,
+    gram_penalty_and_grad,
+    kept_penalty_and_grad,
+)
 from tpp_jax.method.schedule import GrowingSchedule
 from tpp_jax.pruning.groups import Member
 from tpp_jax.pruning.naming import layer_name, map_named
@@ -53,6 +57,7 @@ def add_tpp_penalties(
     bn: bool = True,
     l2: bool = True,
     target: Target = "decorrelate",
+    kept_weight: float = 0.0,
 ) -> optax.GradientTransformation:
     """Adds the gradients of the TPP penalties (method steps 2–4).
 
@@ -68,6 +73,8 @@ def add_tpp_penalties(
       bn: whether norms' scales and biases are shrunk.
       l2: whether pruned filters and their biases are.
       target: of the Gram matrix, see :data:`tpp_jax.method.gram.Target`.
+      kept_weight: weight of ‖W Wᵀ − I‖² / N² among the kept filters, which does not
+        grow with λ (ablation; 0.1 in the original).
 
     Returns:
       A transform of gradients that needs ``params``; to stand before weight decay and
@@ -99,6 +106,11 @@ def add_tpp_penalties(
                     penalties.append(penalty.astype(strength.dtype))
                     grad = jnp.moveaxis(grad, -1, member.axis)
                     gradient = gradient + gram_weight * factor * grad
+                if member.role == "produced" and kept_weight:
+                    filters_last = jnp.moveaxis(parameter, member.axis, -1)
+                    _, grad = kept_penalty_and_grad(filters_last, pruned)
+                    grad = jnp.moveaxis(grad, -1, member.axis)
+                    gradient = gradient + kept_weight * grad
                 if l2 if _belongs_to_producer(plan, member) else bn:
                     coefficient = factor * _along(pruned, member.axis, parameter)
                     gradient = gradient + coefficient * parameter

@@ -82,7 +82,7 @@ def conv(
       (1, 16, 16, 8)
     """
     fan_in = kernel_size * kernel_size * in_features // groups
-    return nnx.Conv(
+    layer = nnx.Conv(
         in_features,
         out_features,
         (kernel_size, kernel_size),
@@ -94,6 +94,8 @@ def conv(
         bias_init=uniform_bias_init(fan_in),
         rngs=rngs,
     )
+    layer.kernel_start = kernel_init  # to start anew at another width
+    return layer
 
 
 def dense(
@@ -109,13 +111,15 @@ def dense(
       >>> dense(4, 2, rngs=nnx.Rngs(0))(jnp.ones((5, 4))).shape
       (5, 2)
     """
-    return nnx.Linear(
+    layer = nnx.Linear(
         in_features,
         out_features,
         kernel_init=kernel_init,
         bias_init=uniform_bias_init(in_features),
         rngs=rngs,
     )
+    layer.kernel_start = kernel_init  # to start anew at another width
+    return layer
 
 
 class BatchNorm(nnx.BatchNorm):

@@ -68,6 +68,19 @@ class Plan:
         """Returns the channels of a group that go, ascending (concrete plans only)."""
         return np.setdiff1d(np.arange(self.groups[name].size), self.kept[name])
 
+    def then(self, later: "Plan") -> "Plan":
+        """Returns the plan that does at once what this and a plan of its result do.
+
+        Args:
+          later: made for the model that this plan leaves.
+        """
+        whole = {name: np.arange(len(kept)) for name, kept in self.kept.items()}
+        kept = {
+            name: np.asarray(ours)[np.asarray(later.kept.get(name, whole[name]))]
+            for name, ours in self.kept.items()
+        }
+        return Plan(kept, self.groups)
+
     def to_dict(self) -> dict[str, list[int]]:
         """Returns the kept indices as plain data, ready for JSON."""
         return {name: np.asarray(kept).tolist() for name, kept in self.kept.items()}
@@ -99,6 +112,7 @@ def make_plan(
     model: nnx.Module | Any,
     ratios: Ratios | None = None,
     *,
+    counts: Mapping[str, int] | None = None,
     flops: float | None = None,
     params: float | None = None,
     skip: Sequence[str] | str = (),
@@ -123,6 +137,7 @@ def make_plan(
         ``fnmatch`` globs over layer names; the last match wins, no match means 0. A
         group is matched by any layer that produces it; an inner group (``layer#2``,
         the dimensions within heads) by its own name only.
+      counts: group name → how many of its channels stay, in place of ratios.
       flops: target: share of the model's FLOPs that is to *remain*, in (0, 1]. Ratios
         are then relative: all are scaled by one number, as large as it takes. Without
         ratios, all groups that a single number would prune get equal ones.
@@ -168,15 +183,20 @@ def make_plan(
         raise ValueError(
             f"unknown reduce {reduce!r}: choose one of {', '.join(REDUCTIONS)}"
         )
-    if ratios is None and flops is None and params is None:
+    if ratios is None and flops is None and params is None and counts is None:
         raise ValueError(
             "nothing says how much to prune: give ratios, or the share of the FLOPs or "
             "parameters to remain, as in flops=0.5"
         )
     limits = Limits(min_channels, round_to)
-    asked = _ratios_of(groups, 0.5 if ratios is None else ratios, parse_patterns(skip))
-    matched = [g for g in groups if asked.get(g.name) and limits.most(g.size)]
-    pools = pools_of(groups, matched, scope)
+    if counts is not None:
+        _check_counts(groups, counts)
+        matched = [groups[name] for name in counts]
+    else:
+        whole = 0.5 if ratios is None else ratios
+        asked = _ratios_of(groups, whole, parse_patterns(skip))
+        matched = [g for g in groups if asked.get(g.name) and limits.most(g.size)]
+        pools = pools_of(groups, matched, scope)
     leaves = _by_parameter(
         nnx.state(model) if isinstance(model, nnx.Module) else model, groups
     )
@@ -184,7 +204,9 @@ def make_plan(
     score = find_criterion(criterion, seed, statistics is not None)
     extra = None if statistics is None else _by_parameter(statistics, groups)
     scores = {g.name: group_scores(g, leaves, score, reduce, extra) for g in matched}
-    if flops is None and params is None:
+    if counts is not None:
+        pass
+    elif flops is None and params is None:
         counts = kept_by_ratios(pools, asked, scores, limits)
     else:
         counts = kept_for_target(
@@ -311,6 +333,19 @@ def _check_pattern(groups: Groups, pattern: str, must_prune: bool) -> None:
             f"the pattern {pattern!r} asks to prune {group.name}, which cannot be "
             f"pruned: its channels are tied to {group.reason}"
         )
+
+
+def _check_counts(groups: Groups, counts: Mapping[str, int]) -> None:
+    sizes = {g.name: g.size for g in groups if g.reason is None}
+    for name, count in counts.items():
+        if name not in sizes:
+            raise ValueError(
+                f"no group {name!r} can be pruned: there are {list(sizes)}"
+            )
+        if not 1 <= count <= sizes[name]:
+            raise ValueError(
+                f"{count} channels of {name} are to stay, but it has {sizes[name]}"
+            )
 
 
 def _check_leaves(groups: Groups, leaves: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from tpp_jax.pruning.functions import modules
 from tpp_jax.pruning.modules import follow_arrays
 from tpp_jax.pruning.naming import layer_name, map_named, named_leaves
 from tpp_jax.pruning.plan import Plan
+from tpp_jax.training import hosts
 
 Arrays = dict[str, Any]
 
@@ -90,8 +91,11 @@ class Checkpoints:
     def _put_aside(self, step: int, error: Exception) -> str:
         folder = pathlib.Path(self._manager.directory)
         aside = folder / f"damaged-{step}"
-        shutil.rmtree(aside, ignore_errors=True)  # of the same step, an earlier time
-        (folder / str(step)).rename(aside)
+        hosts.wait_for_all(f"damaged {step}")  # all have read it
+        if hosts.is_first():
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            (folder / str(step)).rename(aside)
+        hosts.wait_for_all(f"aside {step}")
         self._manager.reload()
         return (
             f"The checkpoint of step {step} is damaged ({_kind(error)}); it is now "

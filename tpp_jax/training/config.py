@@ -10,8 +10,10 @@ import ml_collections
 
 from tpp_jax.errors import TPPError
 from tpp_jax.method.gram import Target
+from tpp_jax.method.isometry import RECIPES
 from tpp_jax.training import parallel
-from tpp_jax.training.optimizers import OPTIMIZERS, SCHEDULES
+from tpp_jax.training.optimizers import OPTIMIZERS, ORTHOGONALITY, SCHEDULES
+from tpp_jax.training.stages import METHODS
 
 _PHASES = ("pretrain", "finetune")
 
@@ -36,6 +38,12 @@ _LEAST = {
     "prune.momentum": 0,
     "prune.weight_decay": 0,
     "prune.gram_weight": 0,
+    "prune.kept_weight": 0,
+    "prune.rounds": 1,
+    "prune.grow.weight": 0,
+    "prune.grow.steps": 0,
+    "jacobian_every": 0,
+    "jacobian_images": 1,
 }
 _LEAST_OF_A_PHASE = {
     "epochs": 0,
@@ -46,6 +54,7 @@ _LEAST_OF_A_PHASE = {
     "mixup": 0,
     "cutmix": 0,
     "ema": 0,
+    "orthogonality_weight": 0,
 }
 _LEAST |= {f"{p}.{name}": n for p in _PHASES for name, n in _LEAST_OF_A_PHASE.items()}
 
@@ -57,9 +66,12 @@ _BELOW_ONE = tuple(
 _CHOICES = {
     "parallel": typing.get_args(parallel.Kind),
     "model.dtype": ("float32", "bfloat16"),
+    "prune.method": tuple(METHODS),
     "prune.target": typing.get_args(Target),
+    "prune.reinitialize": ("", *RECIPES),
     **{f"{p}.schedule": SCHEDULES for p in _PHASES},
     **{f"{p}.optimizer": OPTIMIZERS for p in _PHASES},
+    **{f"{p}.orthogonality": ORTHOGONALITY for p in _PHASES},
 }
 
 
@@ -80,6 +92,11 @@ def default_config() -> ml_collections.ConfigDict:
     config.log_every = 50  # steps between lines of metrics
     config.eval_every = 1000  # steps between test accuracies; each phase ends with one
     config.checkpoint_every = 1000  # steps; each phase ends with a checkpoint
+    # Steps between measurements of the Jacobian's singular values, and on how many
+    # test images; 0 for none.
+    config.jacobian_every = 0
+    config.jacobian_images = 16
+    config.report_layer = ""  # whose Gram matrix is kept; "" for the first pruned one
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "cifar_resnet56"  # see tpp_jax.models.names()
@@ -109,6 +126,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.pretrain = _training(epochs=200, learning_rate="0:0.1,100:0.01,150:0.001")
 
     config.prune = ml_collections.ConfigDict()
+    # Or a rival of TPP: oneshot, extra, scratch, greg2, group_lasso, iterative; none
+    # trains the dense network only. See tpp_jax/training/stages.py.
+    config.prune.method = "tpp"
     # pattern:share pruned, comma-separated; with a target "" means all groups alike
     config.prune.ratios = "*layer*.conv1:0.5"
     config.prune.flops = 0.0  # target: share of the FLOPs that remains; 0 for none
@@ -127,6 +147,18 @@ def default_config() -> ml_collections.ConfigDict:
     config.prune.bn = True  # shrink batch norms' scales and biases
     config.prune.l2 = True  # shrink pruned filters
     config.prune.target = "decorrelate"  # or "orthogonal", an ablation
+    config.prune.kept_weight = 0.0  # an ablation: kept filters orthonormal, 0.1
+    # After the cut, kernels made anew: a recipe of tpp_jax/method/isometry.py, or "".
+    config.prune.reinitialize = ""
+    config.prune.rounds = 5  # of the method iterative
+    # The phase before the channels are chosen: of greg2, L2 of growing strength (the
+    # first three fields), of group_lasso one of constant weight.
+    config.prune.grow = ml_collections.ConfigDict()
+    config.prune.grow.granularity = 1e-5
+    config.prune.grow.every = 10
+    config.prune.grow.ceiling = 1e-2
+    config.prune.grow.weight = 1e-3
+    config.prune.grow.steps = 0  # 0: as many as TPP regularizes and stabilizes
     config.prune.schedule = ml_collections.ConfigDict()
     config.prune.schedule.kind = "linear"  # or poly2, poly3…
     config.prune.schedule.granularity = 1e-4
@@ -154,6 +186,8 @@ def _training(**fields: Any) -> ml_collections.ConfigDict:
             "mixup": 0.0,  # alpha of Beta(alpha, alpha); 0 for none
             "cutmix": 0.0,  # likewise; with both, either one at random per batch
             "ema": 0.0,  # decay per step of the weights' average; 0 for none
+            "orthogonality": "",  # or kernel, convolution: a penalty added to the loss
+            "orthogonality_weight": 0.1,
             **fields,
         }
     )

@@ -36,7 +36,8 @@ def open_data(settings: ml_collections.ConfigDict | dict[str, Any]) -> Any:
     if name not in data.STREAMED:
         return data.load(name, folder, settings["pad_to"])
     fields = {key: settings[key] for key in ("image_size", "resize", "flip", "workers")}
-    return data.open_stream(name, folder, **fields)
+    shard = jax.process_index(), jax.process_count()
+    return data.open_stream(name, folder, **fields, shard=shard)
 
 
 def open_feed(
@@ -54,7 +55,7 @@ def open_feed(
       parts: that each device computes its share of a training batch in.
     """
     if isinstance(dataset, data.Stream):
-        return Streamed(dataset, settings["batch_size"], devices)
+        return Streamed(dataset, settings["batch_size"], devices, parts)
     return Resident(dataset, settings, devices, parts)
 
 
@@ -165,9 +166,13 @@ class Streamed:
     at_once = 1
 
     def __init__(
-        self, stream: data.Stream, batch_size: int, devices: Sequence[jax.Device]
+        self,
+        stream: data.Stream,
+        batch_size: int,
+        devices: Sequence[jax.Device],
+        parts: int = 1,
     ) -> None:
-        self._stream, self._batch_size = stream, batch_size
+        self._stream, self._batch_size, self._parts = stream, batch_size, parts
         size = min(_TEST_BATCH, batch_size, stream.num_test)
         self._test_size = math.ceil(size / len(devices)) * len(devices)
         self._batches: Iterator[tuple[np.ndarray, np.ndarray]] | None = None
@@ -176,7 +181,9 @@ class Streamed:
         """Starts a phase, from a step of it on; ``key`` is the phase's."""
         self.close()
         seed = int(jax.random.bits(key, dtype=jnp.uint32))
-        self._batches = self._stream.train_batches(self._batch_size, seed, step)
+        self._batches = self._stream.train_batches(
+            self._batch_size, seed, step, self._parts
+        )
 
     def steps_left(self, step: int) -> int:
         """Returns how many steps one dispatch may run from a step on."""

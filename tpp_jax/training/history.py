@@ -9,14 +9,21 @@ from typing import Any
 class History:
     """A growing file of metrics that forgets what a resumed run will do again."""
 
-    def __init__(self, file: pathlib.Path, step: int) -> None:
-        """Opens ``file``, dropping what was recorded after ``step``."""
-        self._file = file
+    def __init__(self, file: pathlib.Path, step: int, *, quiet: bool = False) -> None:
+        """Opens ``file``, dropping what was recorded after ``step``.
+
+        With ``quiet`` nothing is ever written.
+        """
+        self._file, self._quiet = file, quiet
+        if quiet:
+            return
         kept = [row for row in self.read() if row["step"] <= step]
         file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row; ``step`` counts over the whole run."""
+        if self._quiet:
+            return
         with self._file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
 

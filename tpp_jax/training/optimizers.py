@@ -11,6 +11,7 @@ from tpp_jax.errors import TPPError
 
 SCHEDULES = ("step", "cosine")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
+ORTHOGONALITY = ("", "kernel", "convolution")
 
 
 def learning_rate(

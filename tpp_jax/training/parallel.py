@@ -2,7 +2,8 @@
 
 A step is written once, as a function of ``(state, ...)`` for one device, with
 collectives over the axis named :data:`AXIS`. State and data are replicated; each device
-works on its own share of the batch, which it picks by its place on the axis.
+works on its own share of the batch, which it picks by its place on the axis. The axis
+runs over the devices of all processes; a process gives and gets its own copies.
 """
 
 import functools
@@ -28,15 +29,15 @@ def on_devices(
     parts: int = 1,
     kind: Kind = "pmap",
 ) -> Callable[..., Any]:
-    """Compiles a per-device function for some devices of this process.
+    """Compiles a per-device function for some devices.
 
     Args:
       fn: takes pytrees and returns a replicated pytree. With several devices it runs
         under an axis named ``AXIS``; with one it is jitted without the axis.
-      devices: what to run on.
+      devices: what to run on; with several processes, those of all of them.
       donate: index of the argument whose buffers may be reused.
       split: index of the argument that is split over the devices, by the first axis of
-        its arrays; all others are replicated.
+        its arrays, of which a process holds its own part; all others are replicated.
       parts: of the first axis, each of which is split over the devices.
       kind: which of JAX's ways to program several devices to use; the numbers are the
         same.
@@ -49,7 +50,7 @@ def on_devices(
     if len(devices) == 1:
         return jax.jit(fn, donate_argnums=donated)
 
-    n = len(devices)
+    n = len(_own(devices))
     compile_for = _pmapped if kind == "pmap" else _shard_mapped
     compiled = functools.cache(
         lambda arity: compile_for(fn, devices, donated, split, arity)
@@ -80,7 +81,7 @@ def _pmapped(
         del place  # pmap wants one mapped argument; fn asks axis_index instead
         return fn(*args)
 
-    n = len(devices)
+    n = len(_own(devices))
     mapped = jax.pmap(
         per_device,
         axis_name=AXIS,
@@ -108,14 +109,46 @@ def _shard_mapped(
     split: int | None,
     arity: int,
 ) -> Callable[..., Any]:
+    mesh = Mesh(np.asarray(devices), (AXIS,))
     mapped = jax.shard_map(
         fn,
-        mesh=Mesh(np.asarray(devices), (AXIS,)),
+        mesh=mesh,
         in_specs=tuple(PartitionSpec(*[AXIS] * (i == split)) for i in range(arity)),
         out_specs=PartitionSpec(),
         check_vma=False,  # that results are equal everywhere is fn's promise
     )
-    return jax.jit(mapped, donate_argnums=donated)
+    compiled = jax.jit(mapped, donate_argnums=donated)
+    if jax.process_count() == 1:
+        return compiled
+
+    def call(*args: Any) -> Any:
+        whole = [
+            jax.tree.map(lambda x, i=i: _global(x, mesh, i == split), arg)
+            for i, arg in enumerate(args)
+        ]
+        return compiled(*whole)
+
+    return call
+
+
+def _own(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Returns the devices of this process."""
+    return [d for d in devices if d.process_index == jax.process_index()]
+
+
+def _global(x: Any, mesh: Mesh, split: bool) -> Any:
+    """Makes one array of what each process has: its part, or a copy of the whole."""
+    if split:
+        sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+        return jax.make_array_from_process_local_data(sharding, x)
+    if not isinstance(x, jax.Array) or not x.is_fully_addressable:
+        return x
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _global(jax.random.key_data(x), mesh, split)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    copies = [shard.data for shard in x.addressable_shards]
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, copies)
 
 
 def places_of(device: Any, n_devices: int, batch_size: int, parts: int) -> Any:
@@ -134,11 +167,24 @@ def places_of(device: Any, n_devices: int, batch_size: int, parts: int) -> Any:
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Puts a copy of every array on every device."""
+    """Puts a copy of every array on every device of this process."""
+    tree, own = local(tree), _own(devices)
     if len(devices) == 1:
         return jax.device_put(tree, devices[0])
-    mesh = Mesh(np.asarray(devices), (AXIS,))
+    mesh = Mesh(np.asarray(own), (AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def local(tree: Any) -> Any:
+    """Returns this process's copies of arrays that are replicated over all of them."""
+    return jax.tree.map(
+        lambda x: (
+            x.addressable_data(0)
+            if isinstance(x, jax.Array) and not x.is_fully_addressable
+            else x
+        ),
+        tree,
+    )
 
 
 def axis_name(devices: Sequence[jax.Device]) -> str | None:

@@ -18,11 +18,15 @@ class Progress:
     TensorBoard event files go to the given folder, over the steps of the whole run.
     """
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, *, quiet: bool = False) -> None:
+        """Args:
+        folder: of TensorBoard's files.
+        quiet: whether to print and write nothing.
+        """
         self._console = rich.console.Console(
-            highlight=False, soft_wrap=True, stderr=False
+            highlight=False, soft_wrap=True, stderr=False, quiet=quiet
         )
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), write_to_disk=not quiet)
         self._live = rich.progress.Progress(
             rich.progress.TextColumn("[bold]{task.description:<10}"),
             rich.progress.BarColumn(bar_width=20),
@@ -32,7 +36,7 @@ class Progress:
             rich.progress.TextColumn("{task.fields[note]}"),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
 
     def __enter__(self) -> "Progress":

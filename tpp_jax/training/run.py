@@ -1,4 +1,4 @@
-"""A whole run: dense training, regularizing, slicing, fine-tuning, from one config.
+"""A whole run, from one config: dense training, pruning by some method, fine-tuning.
 
 The checkpoint is the run: it holds the position (phase and step), the plan, the config
 and all state, so that the same command continues where a killed one was.
@@ -14,35 +14,32 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
 
-from tpp_jax.analysis import plots, tables
 from tpp_jax.errors import TPPError
-from tpp_jax.method.transforms import TPPState
-from tpp_jax.pruning.flops import count
-from tpp_jax.pruning.modules import follow_arrays, prune
-from tpp_jax.pruning.naming import map_named, named_leaves
+from tpp_jax.pruning.modules import prune
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.training import parallel, phases
-from tpp_jax.training.checkpoints import Checkpoints, save_model, with_arrays
+from tpp_jax.training import cutting, hosts, measures, parallel
+from tpp_jax.training.checkpoints import Checkpoints, with_arrays
 from tpp_jax.training.config import differences
 from tpp_jax.training.evaluation import Evaluator
 from tpp_jax.training.feeds import open_feed
 from tpp_jax.training.history import History, means
-from tpp_jax.training.phases import Phase
+from tpp_jax.training.phases import Phase, penalties_of
 from tpp_jax.training.progress import Progress
-from tpp_jax.training.setup import Setup, check, plan_for
+from tpp_jax.training.setup import Setup, check
+from tpp_jax.training.stages import Stage
+from tpp_jax.training.states import arrays_of, initial_state, part, with_state
 from tpp_jax.training.step import (
-    StepConfig,
     TrainState,
     graphdef_of,
     make_train_step,
     make_train_steps,
 )
 from tpp_jax.training.stopping import Signals, Stopped, locked
+from tpp_jax.training.summary import finish
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
@@ -74,21 +71,22 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
         raise TPPError(f"the folder of the run cannot be made: {error}") from error
     with (
         _disk_errors_told(workdir),
-        locked(workdir),
+        locked(workdir) if hosts.is_first() else contextlib.nullcontext(),
         Signals() as signals,
-        Progress(workdir / "tensorboard") as progress,
+        Progress(workdir / "tensorboard", quiet=not hosts.is_first()) as progress,
     ):
         run = Run(setup, workdir, progress, signals)
+        together = True
         try:
-            run.do(setup.pretrain)
-            run.choose_channels()
-            for phase in phases.tpp_phases(config.prune, run.plan, setup.schedule):
-                run.do(phase)
-            run.slice()
-            run.do(setup.finetune)
-            return run.finish()
+            with hosts.losses_told():
+                for stage in setup.stages:
+                    run.do(stage)
+                return finish(run)
+        except hosts.LostProcess:
+            together = False
+            raise
         finally:
-            run.close()
+            run.close(wait=together)
 
 
 @contextlib.contextmanager
@@ -120,10 +118,14 @@ class Run:
     """A run in progress: the network as it is now, and the position.
 
     Attributes:
+      model: the network.
+      plans: of each round what is, or was, pruned; later ones are plans of the network
+        that the earlier ones left.
       meta: what the checkpoint says in JSON: ``config``, ``phase`` and ``step`` of the
         position, ``seconds`` and ``best`` accuracy of the phase so far, ``results`` of
-        the finished phases, ``plan``, ``one_shot`` accuracy, ``recent`` metrics that
-        were not logged yet: pairs of a number of steps and their means.
+        the finished phases, ``plans``, ``goal`` (the plan that several rounds lead to),
+        ``dense_accuracy``, ``one_shot`` accuracy, ``recent`` metrics that were not
+        logged yet: pairs of a number of steps and their means.
     """
 
     def __init__(
@@ -136,7 +138,8 @@ class Run:
         self.setup, self.workdir, self.progress = setup, workdir, progress
         self.signals = signals
         self.checkpoints = Checkpoints(workdir / "checkpoints")
-        self.plan: Plan | None = None
+        self.plans: list[Plan] = []
+        self.phases = setup.phases(setup.plan)
         self.arrays: dict[str, Any] = {}
         self.meta: dict[str, Any] = {
             "config": setup.config.to_dict(),
@@ -145,7 +148,9 @@ class Run:
             "seconds": 0.0,
             "best": 0.0,
             "results": [],
-            "plan": None,
+            "plans": [],
+            "goal": None,
+            "dense_accuracy": None,
             "one_shot": None,
             "recent": [],
         }
@@ -158,9 +163,14 @@ class Run:
             setup.dataset, config.data, setup.devices, config.accumulate
         )
         self.evaluate = Evaluator(
-            self.feed, self._compute(), setup.devices, config.parallel
+            self.feed, self.setup.step_config(), setup.devices, config.parallel
         )
-        self.history = History(workdir / "metrics.jsonl", self._global_step())
+        self.history = History(
+            workdir / "metrics.jsonl", self._global_step(), quiet=not hosts.is_first()
+        )
+        if config.jacobian_every:
+            images = config.jacobian_images
+            self.jacobian = measures.JacobianMeter(setup.dataset, images)
 
     def _restore(
         self, arrays: dict[str, Any], meta: dict[str, Any], damaged: list[str]
@@ -170,52 +180,73 @@ class Run:
         _same_config(meta["config"], self.meta["config"], self.workdir)
         self.meta = meta
         self.arrays = arrays
-        self.model = with_arrays(self.model, _part(arrays, "model."))
-        if meta["plan"] is not None:
-            self.plan = Plan.from_dict(meta["plan"], self.setup.groups)
-        if self.finished("slice"):
-            follow_arrays(self.model, self.plan.kept_blocks)
+        for i, kept in enumerate(meta["plans"], start=1):
+            self.plans.append(Plan.from_dict(kept, cutting.groups_now(self)))
+            if self.finished(Stage("slice", i).name):
+                self.model = prune(self.model, self.plans[-1])
+        if self.plans:
+            self.phases = self.setup.phases(self.plans[-1])
+        self.model = with_arrays(self.model, part(arrays, "model."))
         self.progress.say(
             f"Continuing the run in {self.workdir} from {meta['phase']}, step "
             f"{meta['step']}."
         )
 
-    def close(self) -> None:
-        """Stops what runs in the background; the last checkpoint is written first."""
+    def close(self, *, wait: bool = True) -> None:
+        """Stops what runs in the background; the last checkpoint is written first.
+
+        Without ``wait`` it is left as it is: a process that is lost cannot finish it.
+        """
         self.feed.close()
-        self.checkpoints.close()
+        if wait:
+            self.checkpoints.close()
 
     def finished(self, name: str) -> bool:
         """Tells whether a phase is done."""
         return any(result["name"] == name for result in self.meta["results"])
 
-    def do(self, phase: Phase) -> None:
+    def do(self, stage: Stage) -> None:
+        """Goes through a stage, or what is left of it."""
+        match stage.kind:
+            case "dense":
+                cutting.keep_dense(self)
+            case "choose":
+                cutting.choose(self, stage)
+            case "slice":
+                cutting.cut(self, stage)
+            case _:
+                self.train(stage, self.phases[stage.kind])
+
+    def train(self, stage: Stage, phase: Phase) -> None:
         """Trains for one phase, from wherever the checkpoint left it."""
         config, devices, feed = self.setup.config, self.setup.devices, self.feed
-        given = config.init.model or config.init.torch
-        if self.finished(phase.name) or (phase.name == "pretrain" and given):
+        if self.finished(stage.name):
             return
-        if self.meta["phase"] != phase.name:
-            self.meta |= {"phase": phase.name, "step": 0, "seconds": 0.0, "best": 0.0}
+        if self.meta["phase"] != stage.name:
+            self.meta |= {"phase": stage.name, "step": 0, "seconds": 0.0, "best": 0.0}
             self.meta["recent"] = []
-        state = parallel.replicate(self._initial_state(phase), devices)
+        ema = self.setup.step_config(phase.kind).ema > 0
+        begun = self.meta["step"] > 0 or not phase.fresh
+        state = initial_state(
+            self.model, phase.tx, ema, self.meta["step"], self.arrays if begun else None
+        )
+        state = parallel.replicate(state, devices)
         on_cpu = jax.default_backend() == "cpu"
         at_once = config.steps_per_dispatch or (1 if on_cpu else feed.at_once)
         at_once = min(at_once, feed.at_once)
         if self._program[0] is not phase.tx:  # phases of one optimizer share a program
             self._program = phase.tx, self._compile(phase, loop=at_once > 1)
         steps = self._program[1]
-        key = jax.random.fold_in(
-            jax.random.key(config.seed), phases.NAMES.index(phase.name)
-        )
+        key = stage.key(config.seed)
         key_on_devices = parallel.replicate(key, devices)
         done = self.meta["step"]
         recent = list(self.meta["recent"])
-        self.progress.phase(phase.name, phase.steps, done)
+        self.progress.phase(stage.name, phase.steps, done)
         started = time.monotonic() - self.meta["seconds"]
         feed.begin(key, done)
         while done < phase.steps:
-            every = (config.log_every, config.eval_every, config.checkpoint_every)
+            every = config.log_every, config.eval_every, config.checkpoint_every
+            every += (config.jacobian_every,) if config.jacobian_every else ()
             stop = min(
                 phase.steps,
                 done + min(at_once, feed.steps_left(done)),
@@ -233,21 +264,30 @@ class Run:
             if done == phase.steps:
                 break
             if done % config.eval_every == 0:
-                self._measure(phase, done, state)
-            asked = self.signals.asked
+                self._measure(done, state)
+            if config.jacobian_every and done % config.jacobian_every == 0:
+                self._measure_jacobian(done, state)
+            asked = self._asked(done)
             if done % config.checkpoint_every == 0 or asked:
-                self._check_finite(phase, done, recent)
+                self._check_finite(done, recent)
                 self.meta["recent"] = jax.tree.map(float, recent)
                 self._save(state)
             if asked:
                 self._stop(asked)
-        accuracy = self._measure(phase, done, state)
-        self._result(
-            name=phase.name,
+        state = parallel.local(state)
+        accuracy = self._measure(done, state)
+        more = {}
+        if config.jacobian_every:
+            more["jacobian"] = self._measure_jacobian(done, state)
+        if stage.kind == "stabilize":
+            cutting.save_gram(self, "regularized", with_state(self.model, state))
+        self.record_result(
+            name=stage.name,
             steps=phase.steps,
             seconds=time.monotonic() - started,
             accuracy=accuracy,
             best_accuracy=self.meta["best"],
+            **more,
         )
         feed.close()
         # What is handed on are the averages, where they were kept.
@@ -256,10 +296,17 @@ class Run:
         self.meta["recent"] = []
         if phase.steps:  # otherwise the checkpoint of the phase before is as good
             self._save(state)
-        self.arrays = _part_of_state(state)
-        self.model = self._with_state(state)
-        if phase.steps and self.signals.asked:
-            self._stop(self.signals.asked)
+        self.arrays = arrays_of(state)
+        self.model = with_state(self.model, state)
+        if phase.steps and (asked := hosts.largest(self.signals.asked)):
+            self._stop(asked)
+
+    def _asked(self, done: int) -> int:
+        """Returns the signal that asks to stop here; processes agree now and then."""
+        alone = jax.process_count() == 1
+        if alone or done % self.setup.config.log_every == 0:
+            return hosts.largest(self.signals.asked)
+        return 0
 
     def _stop(self, signum: int) -> None:
         self.progress.say("Stopped and saved: the same command continues here.")
@@ -270,7 +317,7 @@ class Run:
         step = make_train_step(
             graphdef_of(self.model, training=True),
             phase.tx,
-            self._compute(phase),
+            self.setup.step_config(phase.kind),
             self.feed.train_batch,
             parallel.axis_name(devices),
         )
@@ -286,123 +333,8 @@ class Run:
             kind=config.parallel,
         )
 
-    def _compute(self, phase: Phase | None = None) -> StepConfig:
-        """Returns how to compute: in a phase, or without one to evaluate."""
-        config, dataset = self.setup.config, self.setup.dataset
-        recipe = config.get(phase.name, {}) if phase is not None else {}
-        names = "label_smoothing", "mixup", "cutmix", "ema"
-        return StepConfig(
-            dataset.mean,
-            dataset.std,
-            dataset.num_classes,
-            config.model.dtype,
-            config.model.remat,
-            config.accumulate,
-            config.skip_nonfinite,
-            **{name: recipe[name] for name in names if name in recipe},
-        )
-
-    def choose_channels(self) -> None:
-        """Makes the plan from the trained weights, and shows what one-shot costs."""
-        if self.plan is not None:
-            return
-        if not (self.workdir / "dense").exists():
-            save_model(self.workdir / "dense", self.model, config=self.meta["config"])
-        self.plan = plan_for(
-            self.setup.config, self.setup.groups, self.model, self.setup.dataset
-        )
-        self.meta["plan"] = self.plan.to_dict()
-        dense = self._accuracy(self.model)
-        one_shot = self._accuracy(prune(self.model, self.plan))
-        self.meta["dense_accuracy"], self.meta["one_shot"] = dense, one_shot
-        self.progress.say(
-            "Chose the channels to prune. Cutting them out now, without TPP, would "
-            f"take the accuracy from {dense:.2f} % to {one_shot:.2f} %."
-        )
-
-    def slice(self) -> None:
-        """Cuts the pruned channels out and compares the accuracy before and after."""
-        if self.finished("slice"):
-            return
-        start = time.monotonic()
-        before = self._accuracy(self.model)
-        self.model = prune(self.model, self.plan)
-        after = self._accuracy(self.model)
-        self.meta["phase"], self.meta["step"] = "slice", 0
-        self._result(
-            name="slice",
-            steps=0,
-            seconds=time.monotonic() - start,
-            accuracy=after,
-            best_accuracy=after,
-            accuracy_before=before,
-            accuracy_after=after,
-        )
-        self.progress.say(
-            f"Sliced: accuracy {before:.2f} % before, {after:.2f} % after the cut."
-        )
-
-    def finish(self) -> dict[str, Any]:
-        """Saves the pruned network, writes summary and plots, prints the table."""
-        config, plan = self.meta["config"], self.plan
-        shape = self.setup.dataset.image_shape
-        example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-        dense, small = count(self.setup.model, example), count(self.model, example)
-        summary = {
-            "status": "done",
-            "phases": self.meta["results"],
-            "dense": {
-                "params": dense.params,
-                "flops": dense.flops,
-                "accuracy": self.meta["dense_accuracy"],
-            },
-            "pruned": {
-                "params": small.params,
-                "flops": small.flops,
-                "accuracy": self.meta["results"][-1]["accuracy"],
-            },
-            "one_shot": {"accuracy_after": self.meta["one_shot"]},
-            "speedup": dense.flops / small.flops,
-            "sparsity": 1 - small.params / dense.params,
-            "layers": {
-                name: {"kept": small.layers[name].channels, "total": layer.channels}
-                for name, layer in dense.layers.items()
-            },
-            "config": config,
-        }
-        metrics = {key: summary[key] for key in ("pruned", "speedup", "sparsity")}
-        save_model(
-            self.workdir / "model", self.model, plan, config=config, metrics=metrics
-        )
-        plots.draw_run(self.history.read(), summary, self.workdir)
-        temporary = self.workdir / "summary.json.partial"
-        temporary.write_text(json.dumps(summary, indent=2))
-        temporary.replace(self.workdir / "summary.json")
-        self.progress.say(tables.layer_table(dense, small))
-        self.progress.say(tables.result_table(summary))
-        return summary
-
-    def _initial_state(self, phase: Phase) -> TrainState:
-        params = nnx.state(self.model, nnx.Param)
-        stats = nnx.state(self.model, nnx.BatchStat)
-        average = None
-        if self._compute(phase).ema:
-            average = params, stats
-        if self.meta["step"] == 0 and phase.fresh:
-            opt_state = phase.tx.init(params)
-        else:
-            opt_state = jax.eval_shape(phase.tx.init, params)
-            opt_state = _filled(opt_state, _part(self.arrays, "opt."))
-            average = _filled(average, _part(self.arrays, "average."))
-        step = jnp.int32(self.meta["step"])
-        state = TrainState(step, params, stats, opt_state, average)
-        # Own buffers: the step donates them, and the model's must live on.
-        return jax.tree.map(jnp.copy, state)
-
-    def _with_state(self, state: TrainState) -> nnx.Module:
-        return with_arrays(self.model, _part(_part_of_state(state), "model."))
-
-    def _accuracy(self, model: nnx.Module) -> float:
+    def accuracy(self, model: nnx.Module) -> float:
+        """Measures a network on the test set, in percent."""
         params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
         return self.evaluate(model, params, stats)["accuracy"]
 
@@ -414,71 +346,57 @@ class Run:
     def _log(
         self, phase: Phase, done: int, state: TrainState, recent: list[Any]
     ) -> None:
-        self._check_finite(phase, done, recent)
+        self._check_finite(done, recent)
         metrics = means(recent)
-        penalties = state.opt_state[0]
-        if isinstance(penalties, TPPState):
-            metrics["strength"] = float(penalties.strength)
-            metrics["gram"] = float(penalties.gram)
+        metrics |= penalties_of(state.opt_state)
+        if "gram" in metrics:
+            norm = measures.pruned_norm(self.plans[-1], parallel.local(state.params))
+            metrics["pruned_norm"] = float(norm)
         self.progress.step(done, metrics)
         images = self.progress.rate(done) * self.setup.config.data.batch_size
         metrics["learning_rate"] = float(phase.learning_rate(done - 1))
-        self._record(phase, done, {**metrics, "images_per_second": images})
+        self._record(done, {**metrics, "images_per_second": images})
 
-    def _check_finite(self, phase: Phase, done: int, recent: list[Any]) -> None:
+    def _check_finite(self, done: int, recent: list[Any]) -> None:
         wrong = any(not math.isfinite(m["loss"]) for _, m in recent)
         skipped = bool(recent) and all(m.get("skipped", 0) == 1 for _, m in recent)
         if not wrong and not skipped:
             return
         saved = self.checkpoints.latest()
         kept = "" if saved is None else f" The checkpoint of step {saved} is kept."
+        phase = self.meta["phase"]
         raise TPPError(
-            f"the loss is no longer finite at step {done} of {phase.name}.{kept} Lower "
-            "the learning rate or the penalties, and use a new --workdir"
+            f"the loss is no longer finite at step {done} of {phase}.{kept} Lower the "
+            "learning rate or the penalties, and use a new --workdir"
         )
 
-    def _measure(self, phase: Phase, done: int, state: TrainState) -> float:
+    def _measure(self, done: int, state: TrainState) -> float:
         result = self.evaluate(self.model, *state.network)
-        self._check_finite(phase, done, [(1, result)])
+        self._check_finite(done, [(1, result)])
         self.meta["best"] = max(self.meta["best"], result["accuracy"])
         metrics = {f"test_{name}": value for name, value in result.items()}
-        self._record(phase, done, metrics)
+        self._record(done, metrics)
         self.progress.line(done, metrics)
         return result["accuracy"]
 
-    def _record(self, phase: Phase, done: int, metrics: dict[str, float]) -> None:
+    def _measure_jacobian(self, done: int, state: TrainState) -> dict[str, Any]:
+        params, stats = parallel.local(state.network)
+        state = state._replace(params=params, stats=stats)
+        measured = self.jacobian(with_state(self.model, state))
+        self._record(done, measures.jacobian_scalars(measured))
+        return measured
+
+    def _record(self, done: int, metrics: dict[str, float]) -> None:
         step = sum(result["steps"] for result in self.meta["results"]) + done
         self.progress.scalars(step, metrics)
-        self.history.append({"step": step, "phase": phase.name, **metrics})
+        self.history.append({"step": step, "phase": self.meta["phase"], **metrics})
 
-    def _result(self, **result: Any) -> None:
+    def record_result(self, **result: Any) -> None:
+        """Adds what came out of a stage that is finished."""
         self.meta["results"] = [*self.meta["results"], result]
 
     def _save(self, state: TrainState) -> None:
-        self.checkpoints.save(self._global_step(), _part_of_state(state), self.meta)
-
-
-def _part_of_state(state: TrainState) -> dict[str, Any]:
-    """Returns the arrays of a checkpoint: ``model.<name>``, ``opt.<name>`` and
-    ``average.<name>``."""
-    parts = {
-        "model": named_leaves(state.params) | named_leaves(state.stats),
-        "opt": named_leaves(state.opt_state),
-        "average": named_leaves(state.average),
-    }
-    return {f"{p}.{name}": x for p, named in parts.items() for name, x in named.items()}
-
-
-def _filled(tree: Any, arrays: dict[str, Any]) -> Any:
-    return map_named(lambda name, _: jnp.asarray(arrays[name]), tree)
-
-
-def _part(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {
-        name.removeprefix(prefix): array
-        for name, array in arrays.items()
-        if name.startswith(prefix)
-    }
+        self.checkpoints.save(self._global_step(), arrays_of(state), self.meta)
 
 
 def _same_config(old: dict, new: dict, workdir: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,7 +26,10 @@ from tpp_jax.training import parallel, phases
 from tpp_jax.training.checkpoints import load_model
 from tpp_jax.training.config import check_fields, check_values
 from tpp_jax.training.feeds import open_data
+from tpp_jax.training.measures import report_layer
 from tpp_jax.training.phases import Phase
+from tpp_jax.training.stages import Stage, stages_of
+from tpp_jax.training.step import StepConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +41,38 @@ class Setup:
     devices: list[jax.Device]
     model: nnx.Module
     groups: Groups
-    plan: Plan  # of the untrained weights: its counts are final, its indices are not
+    plan: Plan  # of the untrained weights: it prunes the groups that will be pruned
     schedule: GrowingSchedule
-    pretrain: Phase
-    finetune: Phase
+    stages: tuple[Stage, ...]
     steps_per_epoch: int
+
+    def phases(self, plan: Plan) -> dict[str, Phase]:
+        """Returns the phases of training, by kind, that prune by a plan."""
+        return phases.make_phases(
+            self.config,
+            [stage.kind for stage in self.stages],
+            plan=plan,
+            schedule=self.schedule,
+            steps_per_epoch=self.steps_per_epoch,
+            model=self.model,
+            rounds=max(stage.round for stage in self.stages),
+        )
+
+    def step_config(self, kind: str = "") -> StepConfig:
+        """Returns how to compute: in a phase of some kind, or else to evaluate."""
+        config, dataset = self.config, self.dataset
+        recipe = config.get(kind, {}) if kind in ("pretrain", "finetune") else {}
+        names = "label_smoothing", "mixup", "cutmix", "ema"
+        return StepConfig(
+            dataset.mean,
+            dataset.std,
+            dataset.num_classes,
+            config.model.dtype,
+            config.model.remat,
+            config.accumulate,
+            config.skip_nonfinite,
+            **{name: recipe[name] for name in names if name in recipe},
+        )
 
 
 def check(config: ml_collections.ConfigDict) -> Setup:
@@ -61,11 +92,16 @@ def check(config: ml_collections.ConfigDict) -> Setup:
 def _check(config: ml_collections.ConfigDict) -> Setup:
     check_fields(config)
     check_values(config)
-    devices = jax.local_devices()
+    devices = jax.devices()
     if config.num_devices > len(devices):
         raise TPPError(
             f"config.num_devices is {config.num_devices}, but there are only "
-            f"{len(devices)} local devices; set it to 0 for all of them"
+            f"{len(devices)} devices; set it to 0 for all of them"
+        )
+    if jax.process_count() > 1 and config.num_devices not in (0, len(devices)):
+        raise TPPError(
+            f"config.num_devices is {config.num_devices}, but a run of several "
+            f"processes uses all their {len(devices)} devices; set it to 0"
         )
     devices = devices[: config.num_devices or None]
     recipes = config.pretrain, config.finetune
@@ -92,8 +128,15 @@ def _check(config: ml_collections.ConfigDict) -> Setup:
             f"config.prune.ratios={config.prune.ratios!r} prunes nothing: raise a "
             "ratio, or lower config.prune.min_channels, round_to, flops or params"
         )
-    phases.tpp_phases(config.prune, plan, schedule)
-    return Setup(
+    stages = stages_of(
+        config.prune.method,
+        config.prune.rounds,
+        given=bool(config.init.model or config.init.torch),
+    )
+    if config.prune.scope != "local" and Stage("grow") in stages:
+        # Any of the groups may lose channels once there are weights to compare.
+        plan = plan_for(config, groups, model, scope="local")
+    setup = Setup(
         config=config,
         dataset=dataset,
         devices=devices,
@@ -101,10 +144,12 @@ def _check(config: ml_collections.ConfigDict) -> Setup:
         groups=groups,
         plan=plan,
         schedule=schedule,
-        pretrain=phases.training_phase("pretrain", config.pretrain, steps_per_epoch),
-        finetune=phases.training_phase("finetune", config.finetune, steps_per_epoch),
+        stages=stages,
         steps_per_epoch=steps_per_epoch,
     )
+    setup.phases(plan)
+    report_layer(config, plan)
+    return setup
 
 
 def initial_model(
@@ -153,6 +198,8 @@ def plan_for(
     groups: Groups,
     model: nnx.Module,
     dataset: data.Dataset | data.Stream | None = None,
+    scope: str = "",
+    counts: Mapping[str, int] | None = None,
 ) -> Plan:
     """Makes the plan that ``config.prune`` asks for, from a model's weights.
 
@@ -162,6 +209,8 @@ def plan_for(
       model: with its weights.
       dataset: for the criteria that measure something on the first training images of a
         random order. Without it ``l1`` stands in for them, to try the rest.
+      scope: in place of the config's.
+      counts: how many channels of each group stay, in place of ratios and targets.
     """
     fields = config.prune
     target = fields.flops or fields.params
@@ -175,12 +224,13 @@ def plan_for(
         groups,
         model,
         None if target and not fields.ratios else fields.ratios,
+        counts=counts,
         flops=fields.flops or None,
         params=fields.params or None,
         skip=fields.skip,
         criterion=criterion,
         statistics=statistics,
-        scope=fields.scope,
+        scope=scope or fields.scope,
         reduce=fields.reduce,
         seed=config.seed,
         round_to=fields.round_to,
@@ -194,6 +244,8 @@ def _statistics(
     dataset: data.Dataset | data.Stream,
 ) -> Any:
     """Measures what the criterion needs, on the first training batches."""
+    if isinstance(dataset, data.Stream):  # all of it, in every process
+        dataset = dataclasses.replace(dataset, shard=(0, 1))
     batches = dataset.train_batches(config.data.batch_size, config.seed)
     steps = min(config.prune.batches, dataset.num_train // config.data.batch_size)
     with contextlib.closing(batches):

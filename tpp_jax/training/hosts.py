@@ -1,0 +1,117 @@
+"""Several processes, on one host or many, that train as one.
+
+Every process runs the same program on the devices of all of them, and computes the same
+plan, the same numbers, the same end. Only the first one writes: metrics, pictures, the
+summary. Checkpoints are written by all together, as Orbax does, so the folder of the
+run must be one that all hosts share.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tpp_jax.errors import TPPError
+
+AUTOMATIC = "auto"
+
+
+class LostProcess(TPPError):
+    """Another process of the run is gone, and nothing can be done together any more."""
+
+
+def connect(
+    coordinator: str,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = 100,
+) -> None:
+    """Joins this process with the others; to be called before anything uses a device.
+
+    On CPUs they talk by Gloo, on GPUs by NCCL, on TPUs by their own network.
+
+    Args:
+      coordinator: ``host:port`` of the first process, the same for all; or ``"auto"``,
+        where JAX finds the others itself (Slurm, Open MPI, Cloud TPU, Kubernetes).
+      num_processes: how many there are; not for ``"auto"``, as the next.
+      process_id: which one this is, from 0.
+      timeout: seconds to wait for the others to start, and until one that no longer
+        answers is taken for lost.
+
+    Raises:
+      TPPError: the others are not there.
+    """
+    automatic = coordinator == AUTOMATIC
+    if not automatic and (num_processes is None or process_id is None):
+        raise TPPError(
+            f"--coordinator={coordinator} needs --num_processes and --process_id too: "
+            "how many processes there are, and which one this is, from 0"
+        )
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            None if automatic else coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise TPPError(
+            f"the processes of the run did not find each other by {coordinator!r} "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def is_first() -> bool:
+    """Tells whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def largest(number: int) -> int:
+    """Returns the largest of the numbers that the processes have; all must ask."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def losses_told() -> Iterator[None]:
+    """Tells of a process that died what the computation says of a broken connection.
+
+    Raises:
+      LostProcess: another process is lost.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise LostProcess(
+            "another process of the run is lost "
+            f"({' '.join(str(error).split())[:200]}). Start all of them again: they go "
+            "on from the last checkpoint"
+        ) from error
+
+
+def leave(message: str) -> NoReturn:
+    """Ends this process with a message and exit code 1, whatever the others do.
+
+    JAX's own way out waits for the others, of which one may be lost.
+    """
+    if jax.process_count() == 1:
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)

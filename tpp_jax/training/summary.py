@@ -1,0 +1,116 @@
+"""What came out of a run, as one JSON-ready dict, and what is left in its folder."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tpp_jax.analysis import plots, tables
+from tpp_jax.pruning.flops import Count, count
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.training import hosts
+from tpp_jax.training.checkpoints import save_model
+from tpp_jax.training.measures import trainability_accuracy
+from tpp_jax.training.setup import Setup
+
+if TYPE_CHECKING:
+    from tpp_jax.training.run import Run
+
+
+def finish(run: "Run") -> dict[str, Any]:
+    """Saves the pruned network, writes summary and plots, prints the tables."""
+    example = run.setup.groups.inputs
+    dense, small = count(run.setup.model, *example), count(run.model, *example)
+    rows = run.history.read()
+    summary = summarize_run(run.setup, run.meta, rows, dense, small)
+    if run.plans:
+        save_model(
+            run.workdir / "model",
+            run.model,
+            functools.reduce(Plan.then, run.plans),
+            config=run.meta["config"],
+            metrics={key: summary[key] for key in ("pruned", "speedup", "sparsity")},
+        )
+        run.progress.say(tables.layer_table(dense, small))
+    if hosts.is_first():
+        plots.draw_run(rows, summary, run.workdir)
+        temporary = run.workdir / "summary.json.partial"
+        temporary.write_text(json.dumps(summary, indent=2))
+        temporary.replace(run.workdir / "summary.json")
+    hosts.wait_for_all("summary")
+    run.progress.say(tables.result_table(summary))
+    return summary
+
+
+def summarize_run(
+    setup: Setup,
+    meta: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    dense: Count,
+    small: Count,
+) -> dict[str, Any]:
+    """Returns the summary of a run that is done.
+
+    Args:
+      setup: of the run.
+      meta: of its last checkpoint, see :class:`tpp_jax.training.run.Run`.
+      history: rows of metrics.
+      dense: parameters and FLOPs before.
+      small: parameters and FLOPs after.
+
+    Returns:
+      ``phases`` are the stages in which something was trained or cut. ``pruned`` is
+      None if nothing was; ``dense.accuracy`` and ``one_shot.accuracy_after`` are if
+      there was no trained network to prune. ``best_accuracy`` and ``last_accuracy`` are
+      those of the last fine-tuning, ``trainability_accuracy`` its mean at the first
+      learning rate. All accuracies are percent.
+    """
+    results = meta["results"]
+    return {
+        "status": "done",
+        "method": setup.config.prune.method,
+        "phases": results,
+        "dense": {
+            "params": dense.params,
+            "flops": dense.flops,
+            "accuracy": meta["dense_accuracy"],
+        },
+        "pruned": None
+        if not meta["plans"]
+        else {
+            "params": small.params,
+            "flops": small.flops,
+            "accuracy": results[-1]["accuracy"],
+        },
+        "one_shot": {"accuracy_after": meta["one_shot"]},
+        **_of_fine_tuning(setup, results, history),
+        "speedup": dense.flops / small.flops,
+        "sparsity": 1 - small.params / dense.params,
+        "layers": {
+            name: {"kept": small.layers[name].channels, "total": layer.channels}
+            for name, layer in dense.layers.items()
+        },
+        "config": meta["config"],
+    }
+
+
+def _of_fine_tuning(
+    setup: Setup,
+    results: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]],
+) -> dict[str, float | None]:
+    last = setup.stages[-1]
+    if last.kind != "finetune":
+        names = "best_accuracy", "last_accuracy", "trainability_accuracy"
+        return dict.fromkeys(names)
+    return {
+        "best_accuracy": results[-1]["best_accuracy"],
+        "last_accuracy": results[-1]["accuracy"],
+        "trainability_accuracy": trainability_accuracy(
+            history,
+            name=last.name,
+            start=sum(result["steps"] for result in results[:-1]),
+            phase=setup.phases(setup.plan)["finetune"],
+            kind=setup.config.finetune.schedule,
+        ),
+    }
