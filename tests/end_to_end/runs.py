@@ -39,12 +39,17 @@ def kill_after(workdir: pathlib.Path, step: int, *arguments: str) -> int:
     saved = 0
     while process.poll() is None and saved <= step:
         time.sleep(0.01)
-        names = [d.name for d in (workdir / "checkpoints").glob("*")]
-        saved = max((int(name) for name in names if name.isdigit()), default=0)
+        saved = last_saved(workdir)
     assert process.poll() is None, "the run ended before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
     return saved
+
+
+def last_saved(workdir: pathlib.Path) -> int:
+    """The step of a run's last checkpoint, 0 if there is none."""
+    names = [folder.name for folder in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def assert_same_end(workdir: pathlib.Path, other: pathlib.Path) -> None:

@@ -1,0 +1,148 @@
+"""Two processes, two simulated devices each, train as one process of four does."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.end_to_end.runs import (
+    ROOT,
+    assert_same_end,
+    history_of,
+    last_saved,
+    launch,
+    summary_of,
+)
+from tpp_jax.training.checkpoints import load_model_info
+
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
+DENSE = [
+    "--config.prune.method=none",
+    "--config.pretrain.epochs=3",
+]
+# At the paper's rate; at 0.1 four devices part from one after twenty steps, by rounding.
+PRUNE = [
+    "--config.prune.schedule.granularity=0.04",
+    "--config.prune.schedule.every=1",
+    "--config.prune.schedule.stabilize=25",
+    "--config.prune.schedule.zero_out_every=1",
+    "--config.finetune.epochs=1",
+    "--config.finetune.warmup_epochs=0.0",
+    "--config.finetune.learning_rate=0.001",
+    "--config.log_every=5",
+    "--config.checkpoint_every=10",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hosts")
+
+
+@pytest.fixture(scope="module")
+def job(folder):
+    """The flags of a run that prunes a network trained before."""
+    done = launch(f"--workdir={folder / 'dense'}", *DENSE)
+    assert done.returncode == 0, done.stderr
+    return [*PRUNE, f"--config.init.model={folder / 'dense' / 'dense'}"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, job):
+    """What two processes make of it together."""
+    workdir = folder / "two"
+    first, second = start_two(workdir, *job)
+    output, errors = first.communicate()
+    quiet, _ = second.communicate()
+    assert (first.returncode, second.returncode) == (0, 0), errors
+    assert "fine-tuned" in output and "fine-tuned" not in quiet
+    return workdir
+
+
+def test_two_processes_train_like_one(folder, job, undisturbed):
+    workdir = folder / "one"
+    done = launch(f"--workdir={workdir}", *job, xla_flags=TWO_DEVICES.replace("2", "4"))
+    assert done.returncode == 0, done.stderr
+    ours, alone = history_of(undisturbed), history_of(workdir)
+    assert len(ours) == len(alone)
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (ours, alone)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    plans = [load_model_info(run / "model")["plan"] for run in (undisturbed, workdir)]
+    assert plans[0] == plans[1]
+    # One set of results, written by the first process.
+    assert {f.name for f in undisturbed.iterdir()} == {
+        f.name for f in workdir.iterdir()
+    }
+    assert len(list((undisturbed / "tensorboard").iterdir())) == 1
+    assert summary_of(undisturbed)["status"] == "done"
+
+
+def test_when_one_is_killed_the_other_says_so_and_a_rerun_ends_as_undisturbed(
+    folder, job, undisturbed
+):
+    workdir = folder / "killed"
+    first, second = start_two(workdir, *job)
+    while first.poll() is None and not last_saved(workdir):
+        time.sleep(0.01)
+    second.kill()
+    _, errors = first.communicate(timeout=60)
+    second.communicate()
+    assert first.returncode == 1
+    assert "error: another process of the run is lost" in errors
+    assert "go on from the last checkpoint" in errors
+    assert "Traceback" not in errors
+    assert not (workdir / "summary.json").exists()
+    again, other = start_two(workdir, *job)
+    output, errors = again.communicate()
+    other.communicate()
+    assert (again.returncode, other.returncode) == (0, 0), errors
+    assert "Continuing the run" in output
+    assert_same_end(workdir, undisturbed)
+
+
+def test_processes_that_do_not_find_each_other_say_so(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    process = start(address, 1, f"--workdir={tmp_path}", "--timeout=2")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "DEADLINE_EXCEEDED" in errors or "did not find each other" in errors
+
+
+def test_an_address_without_numbers_is_a_mistake(tmp_path):
+    done = launch(f"--workdir={tmp_path}", "--coordinator=127.0.0.1:1")
+    assert done.returncode == 1
+    assert "needs --num_processes and --process_id too" in done.stderr
+
+
+def start_two(workdir, *arguments):
+    """Starts both processes of a run."""
+    address = f"127.0.0.1:{free_port()}"
+    return [start(address, i, f"--workdir={workdir}", *arguments) for i in (0, 1)]
+
+
+def start(address, process_id, *arguments):
+    return subprocess.Popen(
+        [
+            *(sys.executable, "launch.py"),
+            f"--coordinator={address}",
+            "--num_processes=2",
+            f"--process_id={process_id}",
+            "--timeout=20",
+            *arguments,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": TWO_DEVICES},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
