@@ -247,6 +247,17 @@ def test_the_shards_of_a_batch_are_the_batch_of_one_process(root, undisturbed):
         assert_same(joined, taken(getattr(whole, first)(size, **more), 2))
 
 
+def test_of_each_part_of_a_batch_every_process_reads_its_share(root):
+    streams = [
+        open_stream("folder", str(root), **SIZES, shard=(i, 3)) for i in range(3)
+    ]
+    [whole] = taken(open_stream("folder", str(root), **SIZES).train_batches(6, 1), 1)
+    for i, stream in enumerate(streams):
+        [share] = taken(stream.train_batches(6, 1, parts=2), 1)
+        for ours, of_all in zip(share, whole, strict=True):
+            np.testing.assert_array_equal(ours, of_all[[i, 3 + i]])
+
+
 def broken(root: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """Copies the class folders and cuts an image short; that image."""
     shutil.copytree(root, tmp_path / "folders")

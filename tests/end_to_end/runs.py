@@ -53,18 +53,19 @@ def last_saved(workdir: pathlib.Path) -> int:
 
 
 def assert_same_end(workdir: pathlib.Path, other: pathlib.Path) -> None:
-    """Two runs ended with the same bits: parameters, summary, all metrics."""
-    ours, theirs = arrays_of(workdir), arrays_of(other)
-    assert ours.keys() == theirs.keys()
-    for name, array in theirs.items():
-        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    """Two runs ended with the same bits: networks, summary, all metrics."""
+    for network in ("model", "best"):
+        ours, theirs = arrays_of(workdir, network), arrays_of(other, network)
+        assert ours.keys() == theirs.keys()
+        for name, array in theirs.items():
+            np.testing.assert_array_equal(ours[name], array, err_msg=name)
     assert summary_of(workdir) == summary_of(other)
     assert history_of(workdir) == history_of(other)
 
 
-def arrays_of(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """The pruned network's arrays by name."""
-    state = nnx.state(load_model(workdir / "model"))
+def arrays_of(workdir: pathlib.Path, network: str = "model") -> dict[str, np.ndarray]:
+    """The pruned network's arrays by name, at the end of the run or at its best."""
+    state = nnx.state(load_model(workdir / network))
     return {name: np.asarray(array) for name, array in named_leaves(state).items()}
 
 

@@ -3,9 +3,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
+import tpp_jax as tpp
 from tests.end_to_end.runs import launch
+from tpp_jax.training.checkpoints import load_model, load_model_info
 
 SHORTER = [
     "--config.pretrain.epochs=10",
@@ -62,6 +65,18 @@ def test_the_small_network_is_about_as_good_as_the_dense_one(summary):
     # The full config is within 1 point; 360 test images weigh 0.28 points each.
     assert summary["pruned"]["accuracy"] > summary["dense"]["accuracy"] - 2
     assert summary["dense"]["accuracy"] > 97
+
+
+def test_the_best_network_of_the_fine_tuning_is_kept(run, summary):
+    folder = run[0] / "best"
+    kept = load_model_info(folder)["metrics"]
+    assert kept["accuracy"] == summary["best_accuracy"]
+    digits = tpp.data.load("digits")
+    model = load_model(folder)
+    model.eval()
+    logits = model(tpp.data.normalize(digits.test_images, digits.mean, digits.std))
+    right = np.mean(np.argmax(logits, -1) == digits.test_labels)
+    assert 100 * right == pytest.approx(kept["accuracy"])
 
 
 def test_tables_pictures_and_logs_are_left(run):

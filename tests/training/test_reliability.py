@@ -1,5 +1,6 @@
 """A run that something happens to: it loses nothing, and says what is the matter."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.end_to_end.runs import ROOT, assert_same_end
+from tests.end_to_end.runs import ROOT, assert_same_end, history_of
 from tests.training.test_checkpoints import cut_short
 from tests.training.test_errors import small_config
 from tpp_jax.errors import TPPError
@@ -48,6 +49,24 @@ def test_a_run_that_is_asked_to_end_saves_where_it_is(
     assert max(map(int, saved)) == step  # not only at the last multiple of ten
     run.train(small_config(), tmp_path)
     assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_a_run_of_eight_devices_goes_on_with_fewer(
+    tmp_path, monkeypatch, undisturbed, num_devices
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 48)
+        with pytest.raises(SystemExit):
+            run.train(small_config(), tmp_path)
+    run.train(small_config(num_devices=num_devices), tmp_path)
+    ours, theirs = history_of(tmp_path), history_of(undisturbed)
+    for row, other in zip(ours, theirs, strict=True):
+        assert row.keys() == other.keys()
+        if "loss" in row:  # the same batches: only the rounding is another
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["config"]["num_devices"] == num_devices
 
 
 def test_a_second_signal_is_not_waited_for():

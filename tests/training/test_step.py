@@ -122,6 +122,23 @@ def test_pmap_and_shard_map_give_the_same_bits():
         np.testing.assert_array_equal(a, b)
 
 
+def test_batch_norm_may_leave_each_device_to_itself():
+    model = small_resnet()
+    tx = sgd(0.1, 0.0, 0.0)
+    apart = CONFIG._replace(sync_bn=False)
+    losses, state = trained(model, tx, jax.devices()[:4], 1, apart)
+    # As on one device that takes the same four shares one after the other.
+    expected, one = trained(model, tx, jax.devices()[:1], 1, CONFIG._replace(parts=4))
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    assert_alike(one.params, state.params, rtol=1e-4, atol=1e-6)
+    together, _ = trained(model, tx, jax.devices()[:4], 1)
+    assert abs(together[0] - losses[0]) > 1e-4
+    # What is kept for evaluation is the same on all devices: the mean of theirs.
+    whole = trained(model, tx, jax.devices()[:1], 1)[1].stats
+    means, of_all = state.stats["bn1"]["mean"], whole["bn1"]["mean"]
+    np.testing.assert_allclose(means, of_all, rtol=1e-4, atol=1e-6)
+
+
 def test_a_step_that_is_not_finite_can_be_left_out():
     model, tx, devices = small_mlp(), optax.sgd(0.1, momentum=0.9), jax.devices()[:4]
     graphdef, config = graphdef_of(model, training=True), CONFIG._replace(std=(0.0,))
@@ -297,6 +314,23 @@ def test_a_phase_compiles_once_and_moves_nothing_between_host_and_device():
         for _ in range(5):
             state, _ = step(state, *args)
     assert step._cache_size() == 1
+
+
+def test_a_thousand_steps_take_no_more_memory_than_ten():
+    model = small_mlp()
+    feed = open_feed(digits(), DATA, jax.devices()[:1])
+    feed.begin(jax.random.key(2), 0)
+    tx = sgd(1e-3, 0.9, 5e-4)
+    graphdef = graphdef_of(model, training=True)
+    step = make_train_step(graphdef, tx, CONFIG, feed.train_batch)
+    steps = parallel.on_devices(step, jax.devices()[:1], donate=0)
+    state = parallel.replicate(initial_state(model, tx), jax.devices()[:1])
+    key, held = jax.random.key(1), []
+    for i in range(1000):
+        state, _ = steps(state, key, *feed.train_data(i))
+        if i in (9, 999):
+            held.append(sum(x.nbytes for x in jax.live_arrays()))
+    assert held[0] == held[1]
 
 
 def test_an_epoch_visits_every_image_once_and_each_epoch_otherwise():

@@ -93,17 +93,21 @@ class Plan:
           ValueError: the data names other groups, or channels that they do not have.
         """
         sizes = {g.name: g.size for g in groups if g.reason is None}
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a plan is a dict of group → kept indices, not {data!r}")
         if sizes.keys() != data.keys():
             odd = sorted(sizes.keys() ^ data.keys())
             raise ValueError(f"the plan is of another model: groups {odd} do not match")
-        kept = {name: np.asarray(data[name], np.int32) for name in sizes}
-        for name, indices in kept.items():
-            in_range = indices.size and 0 <= indices[0] and indices[-1] < sizes[name]
-            if not in_range or (np.diff(indices) <= 0).any():
+        for name, indices in data.items():
+            numbers = isinstance(indices, Sequence) and all(
+                type(i) is int and 0 <= i < sizes[name] for i in indices
+            )
+            if not numbers or not indices or (np.diff(indices) <= 0).any():
                 raise ValueError(
                     f"the plan is of another model: {name} has {sizes[name]} channels, "
-                    f"and {data[name]} are not ascending indices of them"
+                    f"and {indices!r} are not ascending indices of them"
                 )
+        kept = {name: np.asarray(data[name], np.int32) for name in sizes}
         return cls(kept, groups)
 
 

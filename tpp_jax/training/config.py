@@ -26,6 +26,7 @@ _LEAST = {
     "log_every": 1,
     "eval_every": 1,
     "checkpoint_every": 1,
+    "keep_checkpoints": 1,
     "data.pad_to": 0,
     "data.crop_padding": 0,
     "data.image_size": 1,
@@ -82,16 +83,18 @@ def default_config() -> ml_collections.ConfigDict:
     """
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.num_devices = 0  # local devices to train on; 0 for all
+    config.num_devices = 0  # to train on; 0 for all
     # Parts a batch is computed in, one after the other, to save memory.
     config.accumulate = 1
     config.parallel = "pmap"  # or "shard_map": how several devices are programmed
     # Leave out steps whose loss or gradient is not finite, instead of stopping.
     config.skip_nonfinite = False
+    config.sync_bn = True  # batch norm over the batches of all devices, or of each
     config.steps_per_dispatch = 0  # 0: 1 on the CPU, 100 on accelerators
     config.log_every = 50  # steps between lines of metrics
     config.eval_every = 1000  # steps between test accuracies; each phase ends with one
     config.checkpoint_every = 1000  # steps; each phase ends with a checkpoint
+    config.keep_checkpoints = 2  # the last ones; the best network is in best/
     # Steps between measurements of the Jacobian's singular values, and on how many
     # test images; 0 for none.
     config.jacobian_every = 0

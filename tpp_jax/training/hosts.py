@@ -7,8 +7,11 @@ run must be one that all hosts share.
 """
 
 import contextlib
+import faulthandler
 import os
+import pathlib
 import sys
+import zlib
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -53,6 +56,9 @@ def connect(
             "how many processes there are, and which one this is, from 0"
         )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Where the first process dies, JAX aborts the others and says why; the stacks of
+    # all their threads would bury that.
+    faulthandler.disable()
     try:
         jax.distributed.initialize(
             None if automatic else coordinator,
@@ -78,6 +84,31 @@ def largest(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def check_alike(workdir: pathlib.Path, config: str) -> None:
+    """Sees to it that all processes have one config, and one folder.
+
+    Args:
+      workdir: in which the first one has made its lock.
+      config: as text.
+
+    Raises:
+      TPPError: they do not.
+    """
+    if jax.process_count() == 1:
+        return
+    number = zlib.crc32(config.encode()) >> 1  # an int32
+    if largest(number) != -largest(-number):
+        raise TPPError(
+            "the processes of the run were started with different configs: give all of "
+            "them the same flags, but for --process_id"
+        )
+    if largest(not (workdir / "lock").exists()):
+        raise TPPError(
+            f"{workdir} is not one folder that all processes of the run see: put it on "
+            "a disk that their hosts share"
+        )
 
 
 def wait_for_all(name: str) -> None:

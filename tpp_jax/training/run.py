@@ -6,6 +6,7 @@ and all state, so that the same command continues where a killed one was.
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import pathlib
@@ -22,7 +23,7 @@ from tpp_jax.errors import TPPError
 from tpp_jax.pruning.modules import prune
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training import cutting, hosts, measures, parallel
-from tpp_jax.training.checkpoints import Checkpoints, with_arrays
+from tpp_jax.training.checkpoints import Checkpoints, save_model, with_arrays
 from tpp_jax.training.config import differences
 from tpp_jax.training.evaluation import Evaluator
 from tpp_jax.training.feeds import open_feed
@@ -76,6 +77,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
         Progress(workdir / "tensorboard", quiet=not hosts.is_first()) as progress,
     ):
         run = Run(setup, workdir, progress, signals)
+        hosts.check_alike(workdir, config.to_json())
         together = True
         try:
             with hosts.losses_told():
@@ -137,7 +139,9 @@ class Run:
     ) -> None:
         self.setup, self.workdir, self.progress = setup, workdir, progress
         self.signals = signals
-        self.checkpoints = Checkpoints(workdir / "checkpoints")
+        self.checkpoints = Checkpoints(
+            workdir / "checkpoints", setup.config.keep_checkpoints
+        )
         self.plans: list[Plan] = []
         self.phases = setup.phases(setup.plan)
         self.arrays: dict[str, Any] = {}
@@ -178,7 +182,7 @@ class Run:
         for line in damaged:
             self.progress.say(line)
         _same_config(meta["config"], self.meta["config"], self.workdir)
-        self.meta = meta
+        self.meta = meta | {"config": self.meta["config"]}
         self.arrays = arrays
         for i, kept in enumerate(meta["plans"], start=1):
             self.plans.append(Plan.from_dict(kept, cutting.groups_now(self)))
@@ -373,16 +377,34 @@ class Run:
     def _measure(self, done: int, state: TrainState) -> float:
         result = self.evaluate(self.model, *state.network)
         self._check_finite(done, [(1, result)])
-        self.meta["best"] = max(self.meta["best"], result["accuracy"])
+        if result["accuracy"] > self.meta["best"]:
+            self.meta["best"] = result["accuracy"]
+            if self.meta["phase"] == self.setup.stages[-1].name:
+                self._keep_best(done, state)
         metrics = {f"test_{name}": value for name, value in result.items()}
         self._record(done, metrics)
         self.progress.line(done, metrics)
         return result["accuracy"]
 
-    def _measure_jacobian(self, done: int, state: TrainState) -> dict[str, Any]:
+    def _keep_best(self, done: int, state: TrainState) -> None:
+        """Saves the network of the last phase's best test accuracy as ``best/``.
+
+        What is killed in here goes on from an earlier checkpoint, and comes here again.
+        """
+        save_model(
+            self.workdir / "best",
+            self._network(state),
+            functools.reduce(Plan.then, self.plans) if self.plans else None,
+            config=self.meta["config"],
+            metrics={"accuracy": self.meta["best"], "step": done},
+        )
+
+    def _network(self, state: TrainState) -> nnx.Module:
         params, stats = parallel.local(state.network)
-        state = state._replace(params=params, stats=stats)
-        measured = self.jacobian(with_state(self.model, state))
+        return with_state(self.model, state._replace(params=params, stats=stats))
+
+    def _measure_jacobian(self, done: int, state: TrainState) -> dict[str, Any]:
+        measured = self.jacobian(self._network(state))
         self._record(done, measures.jacobian_scalars(measured))
         return measured
 
@@ -399,8 +421,13 @@ class Run:
         self.checkpoints.save(self._global_step(), arrays_of(state), self.meta)
 
 
+_MAY_CHANGE = ("num_devices", "parallel", "keep_checkpoints", "data.dir")
+"""Fields in which the config of a run that goes on may differ from what it was."""
+
+
 def _same_config(old: dict, new: dict, workdir: pathlib.Path) -> None:
-    if changed := differences(old, new):
+    found = differences(old, new)
+    if changed := [line for line in found if line.split()[0] not in _MAY_CHANGE]:
         raise TPPError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:5])}). Use "
             "another --workdir, or the same config to continue it"

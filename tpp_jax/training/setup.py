@@ -71,6 +71,7 @@ class Setup:
             config.model.remat,
             config.accumulate,
             config.skip_nonfinite,
+            config.sync_bn,
             **{name: recipe[name] for name in names if name in recipe},
         )
 

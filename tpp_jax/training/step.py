@@ -65,6 +65,8 @@ class StepConfig(NamedTuple):
         Each has its own batch statistics, as a smaller batch would.
       skip_nonfinite: whether a step whose loss or gradient is not finite changes
         nothing, and counts as ``skipped`` in the metrics.
+      sync_bn: whether batch norm normalises by the batch of all devices, or each by its
+        own share; what is kept for evaluation is the mean over devices either way.
       label_smoothing: share of the target that all classes get alike.
       mixup, cutmix: see :func:`tpp_jax.data.mix`.
       ema: decay of the averages d; at step t it is min(d, (1 + t)/(10 + t)), so that
@@ -78,6 +80,7 @@ class StepConfig(NamedTuple):
     remat: bool = False
     parts: int = 1
     skip_nonfinite: bool = False
+    sync_bn: bool = True
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -127,7 +130,7 @@ def make_train_step(
     ) -> tuple[Array, tuple[nnx.State, Array]]:
         model = nnx.merge(graphdef, _in(config.dtype, params, stats), stats, copy=True)
         use_fast_convolutions(model)
-        if axis is not None:
+        if axis is not None and config.sync_bn:
             for _, module in nnx.iter_modules(model):
                 if isinstance(module, BatchNorm):
                     module.axis_name = axis
@@ -184,6 +187,8 @@ def make_train_step(
         )
         if axis is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis)
+            if not config.sync_bn:
+                stats = jax.lax.pmean(stats, axis)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
