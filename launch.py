@@ -1,6 +1,7 @@
 """Prune a network by TPP; show what a cut would do; time or evaluate a run.
 
     python launch.py --config=configs/digits_resnet8_tpp.py --workdir=runs/digits
+    python launch.py --mode=sweep --config=configs/tables/digits.py --workdir=runs/table
     python launch.py --mode=inspect --config=configs/cifar10_resnet56_tpp.py
     python launch.py --mode=profile --workdir=runs/digits
     python launch.py --mode=evaluate --workdir=runs/digits
@@ -48,8 +49,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run and its resul
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "inspect", "profile", "evaluate"],
-    "Run, look ahead, time, or measure.",
+    ["train", "sweep", "inspect", "profile", "evaluate"],
+    "Run, run a table's grid, look ahead, time, or measure.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of several processes: host:port of the first; or 'auto'."
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> None:
         inspection,
         profiling,
         run,
+        sweep,
     )
 
     compilation.keep_compiled_programs()
@@ -87,8 +89,13 @@ def main(argv: list[str]) -> None:
         if mode == "evaluate":  # data.dir, if given: where it has moved to
             print(json.dumps(evaluation.evaluate(workdir, config.data.dir)))
         else:
-            jobs = {"inspect": inspection.inspect, "profile": profiling.profile}
-            jobs.get(mode, run.train)(config, workdir)
+            jobs = {
+                "train": run.train,
+                "sweep": sweep.sweep,
+                "inspect": inspection.inspect,
+                "profile": profiling.profile,
+            }
+            jobs[mode](config, workdir)
     except TPPError as error:
         if _DEBUG.value:
             raise

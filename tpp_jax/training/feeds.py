@@ -6,6 +6,7 @@ share of the batch of them, inside the compiled program. Batches depend on the s
 phase and the step alone, so that the position in the data is the number of the step.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -34,10 +35,14 @@ def open_data(settings: ml_collections.ConfigDict | dict[str, Any]) -> Any:
     """
     name, folder = settings["name"], settings["dir"] or None
     if name not in data.STREAMED:
-        return data.load(name, folder, settings["pad_to"])
+        return _load(name, folder, settings["pad_to"])
     fields = {key: settings[key] for key in ("image_size", "resize", "flip", "workers")}
     shard = jax.process_index(), jax.process_count()
     return data.open_stream(name, folder, **fields, shard=shard)
+
+
+# The runs of a sweep have one data set, which takes a while to decode.
+_load = functools.lru_cache(maxsize=1)(data.load)
 
 
 def open_feed(

@@ -1,0 +1,149 @@
+"""Tables of many runs: mean and spread over seeds, beside what is published."""
+
+import csv as csv_format
+import io
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+METRICS = {
+    "best_accuracy": "best test accuracy of the fine-tuning, %",
+    "last_accuracy": "test accuracy at the end, %",
+    "trainability_accuracy": "mean test accuracy at the first learning rate, %",
+    "cut_accuracy": "test accuracy right after the cut, %",
+    "dense_accuracy": "test accuracy of the dense network, %",
+    "jsv_mean": "mean Jacobian singular value right after the cut",
+    "speedup": "FLOPs, dense by pruned",
+    "sparsity": "parameters removed, %",
+}
+"""What can be told of a run, and what it is."""
+
+
+class Grid(NamedTuple):
+    """The results of a sweep.
+
+    Attributes:
+      title: of the table.
+      rows, columns: their names.
+      metrics: which of :data:`METRICS` are shown.
+      results: (row, column, seed) → metrics, of the runs that are done.
+      planned: how many runs there are in all.
+      paper: (row, column, metric) → published mean, and standard deviation or None.
+    """
+
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    metrics: tuple[str, ...]
+    results: Mapping[tuple[str, str, int], Mapping[str, float]]
+    planned: int
+    paper: Mapping[tuple[str, str, str], tuple[float, float | None]]
+
+
+class Entry(NamedTuple):
+    """One entry of a table.
+
+    Attributes:
+      mean, std: over seeds; the standard deviation is the population's, as the paper's.
+      n: how many runs; 0 if none is done.
+      paper, paper_std: what is published, None if nothing is.
+    """
+
+    mean: float
+    std: float
+    n: int
+    paper: float | None
+    paper_std: float | None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the published, where there are both."""
+        return self.mean - self.paper if self.n and self.paper is not None else None
+
+
+def metrics_of(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Returns what a run's summary tells of :data:`METRICS`."""
+    cuts = [p for p in summary["phases"] if p["name"].startswith("slice")]
+    cut = cuts[-1] if cuts else {}
+    found = {
+        **{name: summary[name] for name in list(METRICS)[:3]},
+        "cut_accuracy": cut.get("accuracy"),
+        "dense_accuracy": summary["dense"]["accuracy"],
+        "jsv_mean": cut.get("jacobian", {}).get("mean"),
+        "speedup": summary["speedup"],
+        "sparsity": 100 * summary["sparsity"],
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def entry(grid: Grid, row: str, column: str, metric: str) -> Entry:
+    """Returns mean and spread of a metric over the seeds that are done."""
+    values = [
+        metrics[metric]
+        for (r, c, _), metrics in grid.results.items()
+        if (r, c) == (row, column) and metric in metrics
+    ]
+    paper, paper_std = grid.paper.get((row, column, metric), (None, None))
+    if not values:
+        return Entry(math.nan, math.nan, 0, paper, paper_std)
+    mean, std = statistics.fmean(values), statistics.pstdev(values)
+    return Entry(mean, std, len(values), paper, paper_std)
+
+
+def markdown(grid: Grid) -> str:
+    """Returns the tables, one for each metric."""
+    lines = [f"# {grid.title}", ""]
+    done = len(grid.results)
+    seeds = len({seed for _, _, seed in grid.results})
+    lines.append(
+        f"{done} of {grid.planned} runs are done. Mean ± population standard deviation "
+        f"over up to {seeds} seeds; in brackets the published value, and ours minus it."
+    )
+    for metric in grid.metrics:
+        heading = METRICS[metric]
+        lines += ["", f"## {heading[0].upper()}{heading[1:]}", ""]
+        lines.append(f"| | {' | '.join(grid.columns)} |")
+        lines.append(f"|---|{'---|' * len(grid.columns)}")
+        for row in grid.rows:
+            entries = [entry(grid, row, column, metric) for column in grid.columns]
+            lines.append(f"| {row} | {' | '.join(map(_text, entries))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _text(entry: Entry) -> str:
+    digits = 4 if (entry.mean if entry.n else entry.paper or 0) < 10 else 2
+    ours = "–" if not entry.n else f"{entry.mean:.{digits}f}"
+    if entry.n > 1:
+        ours += f" ± {entry.std:.{digits}f}"
+    if entry.paper is None:
+        return ours
+    published = f"{entry.paper:.{digits}f}"
+    if entry.paper_std is not None:
+        published += f" ± {entry.paper_std:.{digits}f}"
+    if entry.difference is not None:
+        published += f", {entry.difference:+.{digits}f}"
+    return f"{ours} [{published}]"
+
+
+def csv(grid: Grid) -> str:
+    """Returns all entries, one to a line."""
+    text = io.StringIO()
+    writer = csv_format.writer(text, lineterminator="\n")
+    writer.writerow(
+        "row column metric mean std runs paper paper_std difference".split()
+    )
+    for row, column, metric in _places(grid):
+        e = entry(grid, row, column, metric)
+        numbers = (e.mean, e.std) if e.n else (None, None)
+        writer.writerow(
+            [row, column, metric, *numbers, e.n, e.paper, e.paper_std, e.difference]
+        )
+    return text.getvalue()
+
+
+def _places(grid: Grid) -> Iterator[tuple[str, str, str]]:
+    for metric in grid.metrics:
+        for row in grid.rows:
+            for column in grid.columns:
+                yield row, column, metric

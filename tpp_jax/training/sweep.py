@@ -1,0 +1,243 @@
+"""A table from one command: a grid of runs that share their dense training.
+
+A table's config has a base config and, by name, what each row and column changes of it.
+A cell is a row, a column and a seed, and a run in a folder of its own: it resumes, and
+one that fails does not stop the others.
+"""
+
+import itertools
+import json
+import pathlib
+import re
+import traceback
+import zlib
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from tpp_jax.analysis import grids
+from tpp_jax.errors import TPPError
+from tpp_jax.training import run
+from tpp_jax.training.config import default_config
+from tpp_jax.training.stages import METHODS
+
+
+class Cell(NamedTuple):
+    """A run of the grid.
+
+    Attributes:
+      row, column: names.
+      seed: of the run.
+      config: of the run, which trains its own dense network.
+    """
+
+    row: str
+    column: str
+    seed: int
+    config: ml_collections.ConfigDict
+
+    @property
+    def name(self) -> str:
+        """The cell's folder: ``<row>_<column>_<seed>``, of letters, digits and dots."""
+        texts = self.row.lower(), self.column.lower(), str(self.seed)
+        return "_".join(re.sub(r"[^a-z0-9.]+", "-", text).strip("-") for text in texts)
+
+
+def default_table() -> ml_collections.ConfigDict:
+    """Returns all fields of a table."""
+    table = ml_collections.ConfigDict()
+    table.title = ""
+    table.base = default_config()
+    # Pairs of a name and a nested dict of what it changes of the base.
+    table.rows = ()
+    table.columns = ()
+    table.seeds = (0, 1, 2)
+    table.metrics = ("best_accuracy", "last_accuracy")  # see tpp_jax.analysis.grids
+    # What is published: (row, column, metric, mean, standard deviation or None).
+    table.paper = ()
+    table.only = ""  # pattern of the names of the cells to run; "" for all
+    return table
+
+
+def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> str:
+    """Runs all cells of a table, or what is left of them.
+
+    Args:
+      table: from a file in configs/tables/.
+      workdir: folder of the sweep: ``cells/<name>`` are the runs, ``dense/<name>`` the
+        dense networks that they share, ``table.md`` and ``table.csv`` the results, anew
+        after every cell.
+
+    Returns:
+      The table in Markdown.
+
+    Raises:
+      TPPError: the table cannot be read, before any training; or cells have failed,
+        after all others are done. What they said is in ``cells/<name>/error.txt``.
+    """
+    workdir = pathlib.Path(workdir)
+    cells = cells_of(table)
+    chosen = [c for c in cells if fnmatchcase(c.name, table.only or "*")]
+    if not chosen:
+        names = ", ".join(cell.name for cell in cells[:3])
+        raise TPPError(
+            f"config.only={table.only!r} matches no cell of the table; they are named "
+            f"{names}…"
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "table.json").write_text(json.dumps(_description(table), indent=2))
+    failed = []
+    for number, cell in enumerate(chosen, start=1):
+        folder = workdir / "cells" / cell.name
+        print(f"\n[{number}/{len(chosen)}] {cell.row}, {cell.column}, seed {cell.seed}")
+        try:
+            run.train(_with_dense(cell.config, workdir), folder)
+            (folder / "error.txt").unlink(missing_ok=True)
+        except Exception as error:  # whatever it is, the other cells can still run
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "error.txt").write_text(traceback.format_exc())
+            print(f"This cell failed: {error}")
+            failed.append(cell.name)
+        jax.clear_caches()  # else the programs of all cells stay in memory
+        markdown = tabulate(workdir)
+    print(f"\n{markdown}")
+    if failed:
+        raise TPPError(
+            f"{len(failed)} of {len(chosen)} cells failed: {', '.join(failed)}. "
+            f"{workdir / 'cells' / failed[0] / 'error.txt'} says why; the same command "
+            "tries them again"
+        )
+    return markdown
+
+
+def cells_of(table: ml_collections.ConfigDict) -> list[Cell]:
+    """Returns the cells of a table, seed after seed, then by column and row.
+
+    Raises:
+      TPPError: a field of the table is missing or wrong, or a row or column changes a
+        field that there is not.
+    """
+    _check(table)
+    cells = []
+    for seed, column, row in itertools.product(table.seeds, table.columns, table.rows):
+        config = ml_collections.ConfigDict(table.base.to_dict())
+        for name, changes in (row, column):
+            try:
+                config.update(dict(changes))
+            except (KeyError, TypeError) as error:
+                text = " ".join(str(error).split())[:200]
+                raise TPPError(
+                    f"{name!r} of the table changes what no config has: {text}"
+                ) from error
+        config.seed = seed
+        cells.append(Cell(row[0], column[0], seed, config))
+    return cells
+
+
+def tabulate(workdir: pathlib.Path) -> str:
+    """Writes ``table.md`` and ``table.csv`` of the cells that are done so far.
+
+    Returns:
+      The Markdown.
+
+    Raises:
+      TPPError: the folder is not of a sweep.
+    """
+    grid = read_grid(workdir)
+    markdown = grids.markdown(grid)
+    (workdir / "table.md").write_text(markdown)
+    (workdir / "table.csv").write_text(grids.csv(grid))
+    return markdown
+
+
+def read_grid(workdir: pathlib.Path) -> grids.Grid:
+    """Reads what the cells of a sweep have come to.
+
+    Raises:
+      TPPError: the folder is not of a sweep.
+    """
+    try:
+        described = json.loads((workdir / "table.json").read_text())
+    except (OSError, ValueError) as error:
+        raise TPPError(f"{workdir} is not the folder of a sweep ({error})") from error
+    names = {
+        (cell["row"], cell["column"], cell["seed"]): cell["name"]
+        for cell in described["cells"]
+    }
+    results = {}
+    for key, name in names.items():
+        file = workdir / "cells" / name / "summary.json"
+        if file.exists():
+            results[key] = grids.metrics_of(json.loads(file.read_text()))
+    return grids.Grid(
+        title=described["title"],
+        rows=tuple(dict.fromkeys(row for row, _, _ in names)),
+        columns=tuple(dict.fromkeys(column for _, column, _ in names)),
+        metrics=tuple(described["metrics"]),
+        results=results,
+        planned=len(names),
+        paper={
+            (row, column, metric): (mean, std)
+            for row, column, metric, mean, std in described["paper"]
+        },
+    )
+
+
+def _check(table: ml_collections.ConfigDict) -> None:
+    if missing := set(default_table()) - set(table):
+        raise TPPError(
+            f"the table has no field {min(missing)}: start it from "
+            "tpp_jax.training.sweep.default_table()"
+        )
+    for what in ("rows", "columns", "seeds"):
+        names = [x if what == "seeds" else x[0] for x in table[what]]
+        if not names or len(set(names)) < len(names):
+            raise TPPError(f"the {what} of the table are {names}: name each, and once")
+    if odd := set(table.metrics) - set(grids.METRICS):
+        raise TPPError(
+            f"unknown metric {min(odd)!r} of the table: choose of "
+            f"{', '.join(grids.METRICS)}"
+        )
+    rows, columns = ({name for name, _ in x} for x in (table.rows, table.columns))
+    for row, column, *_ in table.paper:
+        if row not in rows or column not in columns:
+            raise TPPError(
+                f"the table has a published value of {row!r}, {column!r}, but no such "
+                "row and column"
+            )
+
+
+def _description(table: ml_collections.ConfigDict) -> dict[str, Any]:
+    return {
+        "title": table.title,
+        "metrics": table.metrics,
+        "paper": table.paper,
+        "base": table.base.to_dict(),
+        "cells": [
+            {"row": c.row, "column": c.column, "seed": c.seed, "name": c.name}
+            for c in cells_of(table)
+        ],
+    }
+
+
+def _with_dense(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> ml_collections.ConfigDict:
+    """Returns the config with its dense training done: once for all that share it."""
+    kinds = METHODS.get(config.prune.method, ())
+    if "pretrain" not in kinds or config.init.model or config.init.torch:
+        return config
+    dense = ml_collections.ConfigDict(default_config().to_dict())
+    shared = ("model", "data", "pretrain", "seed", "num_devices", "parallel")
+    shared += ("accumulate", "sync_bn", "skip_nonfinite", "steps_per_dispatch")
+    shared += ("log_every", "eval_every", "checkpoint_every")
+    dense.update({name: value for name, value in config.items() if name in shared})
+    dense.prune.update({"method": "none", "ratios": "*:0.5", "skip": ""})
+    number = zlib.crc32(dense.to_json(sort_keys=True).encode())
+    folder = workdir / "dense" / f"{dense.model.name}_{number:08x}_{dense.seed}"
+    run.train(dense, folder)
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.init.model = str(folder / "dense")
+    return config
