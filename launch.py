@@ -3,6 +3,7 @@
     python launch.py --config=configs/digits_resnet8_tpp.py --workdir=runs/digits
     python launch.py --mode=sweep --config=configs/tables/digits.py --workdir=runs/table
     python launch.py --mode=inspect --config=configs/cifar10_resnet56_tpp.py
+    python launch.py --mode=report --workdir=runs/table
     python launch.py --mode=profile --workdir=runs/digits
     python launch.py --mode=evaluate --workdir=runs/digits
 
@@ -49,8 +50,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run and its resul
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "sweep", "inspect", "profile", "evaluate"],
-    "Run, run a table's grid, look ahead, time, or measure.",
+    ["train", "sweep", "report", "inspect", "profile", "evaluate"],
+    "Run, run a table's grid, draw what came out, look ahead, time, or measure.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of several processes: host:port of the first; or 'auto'."
@@ -88,6 +89,8 @@ def main(argv: list[str]) -> None:
             hosts.connect(_COORDINATOR.value, *numbers)
         if mode == "evaluate":  # data.dir, if given: where it has moved to
             print(json.dumps(evaluation.evaluate(workdir, config.data.dir)))
+        elif mode == "report":
+            print(f"{sweep.write_report(workdir)} shows it.")
         else:
             jobs = {
                 "train": run.train,

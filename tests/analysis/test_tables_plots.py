@@ -114,7 +114,7 @@ def test_the_result_table_tells_what_a_rival_of_tpp_did(name, tmp_path):
     lines = text(tables.result_table(summary)).splitlines()
     rows = [line.strip("│ ").split("│") for line in lines if line.startswith("│")]
     assert [f"{a.strip()} {b.strip()[:-5]}" for a, b in rows] == expected
-    plots.draw_run([], summary, tmp_path)
+    plots.save(plots.of_run([], summary, {}), tmp_path)
 
 
 def test_a_run_that_pruned_nothing_and_one_that_trained_nothing_are_told(tmp_path):
@@ -128,7 +128,7 @@ def test_a_run_that_pruned_nothing_and_one_that_trained_nothing_are_told(tmp_pat
         rows = [line for line in shown.splitlines() if line.startswith("│")]
         assert len(rows) == count
         assert "None" not in shown
-        plots.draw_run([], summary, tmp_path)
+        plots.save(plots.of_run([], summary, {}), tmp_path)
 
 
 def test_plots_are_drawn_also_from_a_run_without_all_phases(tmp_path):
@@ -137,7 +137,7 @@ def test_plots_are_drawn_also_from_a_run_without_all_phases(tmp_path):
         {"step": 10, "phase": "pretrain", "test_accuracy": 90.0, "test_loss": 0.3},
         {"step": 20, "phase": "finetune", "test_accuracy": 89.0, "test_loss": 0.3},
     ]
-    plots.draw_run(history, SUMMARY, tmp_path)
+    plots.save(plots.of_run(history, SUMMARY, {}), tmp_path)
     for name in ("curves.png", "channels.png"):
         image = matplotlib.image.imread(tmp_path / name)
         assert image.shape[0] > 200 and image.std() > 0.05

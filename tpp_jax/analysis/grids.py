@@ -93,25 +93,35 @@ def entry(grid: Grid, row: str, column: str, metric: str) -> Entry:
 
 def markdown(grid: Grid) -> str:
     """Returns the tables, one for each metric."""
-    lines = [f"# {grid.title}", ""]
-    done = len(grid.results)
-    seeds = len({seed for _, _, seed in grid.results})
-    lines.append(
-        f"{done} of {grid.planned} runs are done. Mean ± population standard deviation "
-        f"over up to {seeds} seeds; in brackets the published value, and ours minus it."
-    )
+    lines = [f"# {grid.title}", "", explanation(grid)]
     for metric in grid.metrics:
-        heading = METRICS[metric]
-        lines += ["", f"## {heading[0].upper()}{heading[1:]}", ""]
+        lines += ["", f"## {heading(metric)}", ""]
         lines.append(f"| | {' | '.join(grid.columns)} |")
         lines.append(f"|---|{'---|' * len(grid.columns)}")
         for row in grid.rows:
             entries = [entry(grid, row, column, metric) for column in grid.columns]
-            lines.append(f"| {row} | {' | '.join(map(_text, entries))} |")
+            lines.append(f"| {row} | {' | '.join(map(text, entries))} |")
     return "\n".join(lines) + "\n"
 
 
-def _text(entry: Entry) -> str:
+def heading(metric: str) -> str:
+    """Returns what a metric is, as a sentence starts."""
+    words = METRICS[metric]
+    return words[0].upper() + words[1:]
+
+
+def explanation(grid: Grid) -> str:
+    """Returns how to read the table."""
+    seeds = len({seed for _, _, seed in grid.results})
+    published = "; in brackets the published value, and ours minus it"
+    return (
+        f"{len(grid.results)} of {grid.planned} runs are done. Mean ± population "
+        f"standard deviation over up to {seeds} seeds{published if grid.paper else ''}."
+    )
+
+
+def text(entry: Entry) -> str:
+    """Returns an entry as ``ours ± spread [published ± spread, difference]``."""
     digits = 4 if (entry.mean if entry.n else entry.paper or 0) < 10 else 2
     ours = "–" if not entry.n else f"{entry.mean:.{digits}f}"
     if entry.n > 1:
@@ -128,8 +138,8 @@ def _text(entry: Entry) -> str:
 
 def csv(grid: Grid) -> str:
     """Returns all entries, one to a line."""
-    text = io.StringIO()
-    writer = csv_format.writer(text, lineterminator="\n")
+    lines = io.StringIO()
+    writer = csv_format.writer(lines, lineterminator="\n")
     writer.writerow(
         "row column metric mean std runs paper paper_std difference".split()
     )
@@ -139,7 +149,7 @@ def csv(grid: Grid) -> str:
         writer.writerow(
             [row, column, metric, *numbers, e.n, e.paper, e.paper_std, e.difference]
         )
-    return text.getvalue()
+    return lines.getvalue()
 
 
 def _places(grid: Grid) -> Iterator[tuple[str, str, str]]:

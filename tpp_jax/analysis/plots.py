@@ -1,11 +1,16 @@
-"""Pictures of a run: its curves, and what is left of each layer."""
+"""Pictures of a run and of a sweep, in matplotlib."""
 
+import functools
+import io
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import matplotlib.figure
 import numpy as np
+
+from tpp_jax.analysis import grids
 
 _COLORS = {
     "pretrain": "#4c72b0",
@@ -17,28 +22,71 @@ _COLORS = {
 }
 
 
-def draw_run(
+_TRANSPARENT = {"savefig.facecolor": "none", "figure.facecolor": "none"}
+_INK = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+THEMES = {
+    "light": {**dict.fromkeys(_INK, "#222222"), "axes.facecolor": "none"},
+    "dark": {**dict.fromkeys(_INK, "#dddddd"), "axes.facecolor": "none"},
+}
+"""Matplotlib's settings for pages of light and of dark ground."""
+
+Drawing = Callable[[], matplotlib.figure.Figure]
+
+
+def of_run(
     history: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
-    folder: pathlib.Path,
-) -> None:
-    """Draws ``curves.png`` and ``channels.png`` into a run's folder.
+    grams: Mapping[str, np.ndarray],
+) -> dict[str, Drawing]:
+    """Returns how to draw the pictures of a run, by name.
 
     Args:
       history: rows of metrics with ``step`` and ``phase``.
       summary: of the run.
-      folder: where the pictures go.
+      grams: from ``gram.npz``, empty if there is none.
     """
-    _curves(history, summary).savefig(folder / "curves.png", dpi=120)
-    _channels(summary["layers"]).savefig(folder / "channels.png", dpi=120)
+    found: dict[str, Drawing] = {
+        "curves": lambda: _curves(history, summary),
+        "channels": lambda: _channels(summary["layers"]),
+    }
+    if any("jacobian" in phase for phase in summary["phases"]):
+        found["jacobian"] = lambda: _jacobians(summary["phases"])
+    if "chosen" in grams:
+        found["gram"] = lambda: _grams(grams)
+    return found
+
+
+def save(drawings: Mapping[str, Drawing], folder: pathlib.Path) -> None:
+    """Saves pictures as ``<name>.png`` and ``<name>.svg``, on white ground."""
+    for name, drawing in drawings.items():
+        with matplotlib.rc_context(_SVG):
+            figure = drawing()
+            figure.savefig(folder / f"{name}.png", dpi=120)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+def svg(drawing: Drawing, theme: str) -> str:
+    """Returns a picture for a page of some theme, as SVG without ground."""
+    text = io.StringIO()
+    with matplotlib.rc_context({**_SVG, **THEMES[theme], **_TRANSPARENT}):
+        drawing().savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+# Letters stay letters, and the same picture is the same file.
+_SVG = {"svg.fonttype": "none", "svg.hashsalt": "tpp_jax"}
 
 
 def _curves(
     history: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> matplotlib.figure.Figure:
-    """Accuracy, loss, strength λ and Gram penalty over the steps of the run."""
-    figure = matplotlib.figure.Figure(figsize=(9, 8), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
+    """Accuracy, loss, strength λ, Gram penalty and the norm of what is to be pruned."""
+    ink = matplotlib.rcParams["text.color"]
+    norms = _series(history, "pruned_norm")
+    ratios = (3, 2, 2, 1.4)[: 4 if norms[1] else 3]
+    size = 9, 1.15 * sum(ratios)
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
     seen = list(dict.fromkeys(row["phase"] for row in history))
     for name in seen:
         rows = [row for row in history if row["phase"] == name]
@@ -52,7 +100,7 @@ def _curves(
         axes[2].plot(steps, strength, color=color, linewidth=1.5)
     for cut in _steps_of_the_cuts(summary):
         for one in axes:
-            one.axvline(cut, color="0.3", linestyle="--", linewidth=1)
+            one.axvline(cut, color=ink, linestyle="--", linewidth=1)
         axes[0].text(
             cut,
             1,
@@ -79,7 +127,12 @@ def _curves(
         axes[0].legend(loc="lower right", ncols=columns, fontsize="small")
     axes[1].set_ylabel("training loss")
     axes[2].set_ylabel("strength λ")
-    axes[2].set_xlabel("step")
+    if norms[1]:
+        steps, values = norms
+        axes[3].plot(steps, values, color=_COLORS["regularize"], linewidth=1.5)
+        axes[3].set_ylabel("norm of the\nfilters to prune")
+        axes[3].set_ylim(bottom=0)
+    axes[-1].set_xlabel("step")
     model = summary["config"]["model"]["name"]
     data = summary["config"]["data"]["name"]
     pruned = summary["pruned"] and summary["pruned"]["accuracy"]
@@ -110,7 +163,7 @@ def _channels(layers: Mapping[str, Mapping[str, int]]) -> matplotlib.figure.Figu
     places = np.arange(len(names))
     total = [layers[name]["total"] for name in names]
     kept = [layers[name]["kept"] for name in names]
-    axes.barh(places, total, color="#d9d9d9", label="pruned")
+    axes.barh(places, total, color="#999999", alpha=0.4, label="pruned")
     axes.barh(places, kept, color="#4c72b0", label="kept")
     for place, k, t in zip(places, kept, total, strict=True):
         text = f" {k}/{t}" if k != t else f" {t}"
@@ -122,6 +175,115 @@ def _channels(layers: Mapping[str, Mapping[str, int]]) -> matplotlib.figure.Figu
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.5, 1.0), fontsize="small", ncols=2
     )
+    return figure
+
+
+def _jacobians(phases: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
+    """Histograms of the Jacobian's singular values at the end of each stage."""
+    stages = [phase for phase in phases if "jacobian" in phase]
+    figure = matplotlib.figure.Figure(
+        figsize=(9, 1.3 * len(stages) + 1), layout="constrained"
+    )
+    axes = np.atleast_1d(figure.subplots(len(stages), 1, sharex=True))
+    for one, stage in zip(axes, stages, strict=True):
+        jacobian = stage["jacobian"]
+        kind = stage["name"].partition("_")[0]
+        one.stairs(
+            jacobian["counts"],
+            jacobian["edges"],
+            fill=True,
+            color=_COLORS.get(kind, "#937860"),
+        )
+        condition = jacobian["condition"]
+        condition = "∞" if condition is None else f"{condition:.3g}"
+        one.set_title(
+            f"{stage['name']}: mean {jacobian['mean']:.4g}, std {jacobian['std']:.3g}, "
+            f"{jacobian['min']:.3g} to {jacobian['max']:.3g}, condition {condition}",
+            fontsize="small",
+            loc="left",
+        )
+        one.set_yticks([])
+        one.grid(alpha=0.25)
+    axes[-1].set_xlabel("singular values of ∂logits/∂image")
+    return figure
+
+
+_MOMENTS = {
+    "chosen": "channels chosen",
+    "regularized": "end of regularization",
+    "cut": "after the cut",
+}
+
+
+def _grams(grams: Mapping[str, np.ndarray]) -> matplotlib.figure.Figure:
+    """The Gram matrix of a layer's filters, those that stay first, as heat maps."""
+    moments = [name for name in _MOMENTS if name in grams]
+    figure = matplotlib.figure.Figure(
+        figsize=(3 * len(moments) + 0.8, 3.4), layout="constrained"
+    )
+    pruned = np.asarray(grams["pruned"])
+    order, kept = np.argsort(pruned, kind="stable"), int((~pruned).sum())
+    image = None
+    for one, moment in zip(
+        np.atleast_1d(figure.subplots(1, len(moments))), moments, strict=True
+    ):
+        gram = np.asarray(grams[moment])
+        if len(gram) == len(pruned):
+            gram = gram[np.ix_(order, order)]
+            one.axhline(kept - 0.5, color="#888888", linewidth=0.8)
+            one.axvline(kept - 0.5, color="#888888", linewidth=0.8)
+        image = one.imshow(
+            gram, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+        )
+        one.set_title(_MOMENTS[moment], fontsize="medium")
+        one.set_xticks([])
+        one.set_yticks([])
+    figure.colorbar(image, ax=figure.axes, shrink=0.8)
+    figure.suptitle(
+        f"W Wᵀ of {grams['layer']}: {kept} filters that stay, then "
+        f"{len(pruned) - kept} to prune"
+    )
+    return figure
+
+
+def of_grid(grid: grids.Grid) -> dict[str, Drawing]:
+    """Returns how to draw the pictures of a sweep, one for each metric."""
+    return {metric: functools.partial(_rows, grid, metric) for metric in grid.metrics}
+
+
+def _rows(grid: grids.Grid, metric: str) -> matplotlib.figure.Figure:
+    """Every row over the columns, with error bars; what is published as crosses."""
+    figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["tab20"].colors
+    colors = colors[::2] + colors[1::2]  # the strong ones first
+    width = 0.7 / len(grid.rows)
+    for i, row in enumerate(grid.rows):
+        entries = [grids.entry(grid, row, column, metric) for column in grid.columns]
+        places = np.arange(len(entries)) + (i - (len(grid.rows) - 1) / 2) * width
+        color = colors[i % len(colors)]
+        axes.errorbar(
+            places,
+            [e.mean for e in entries],
+            [e.std for e in entries],
+            fmt="o",
+            markersize=5,
+            capsize=3,
+            color=color,
+            label=row,
+        )
+        published = [np.nan if e.paper is None else e.paper for e in entries]
+        axes.plot(places, published, "x", color=color, markersize=6)
+    axes.set_xticks(range(len(grid.columns)), grid.columns)
+    axes.set_xlim(-0.5, len(grid.columns) - 0.5)
+    axes.set_title(grids.heading(metric), fontsize="medium")
+    low, high = axes.dataLim.intervaly
+    if 0 < low < high / 100:
+        axes.set_yscale("log")
+    if any(m == metric for _, _, m in grid.paper):
+        axes.plot([], [], "x", color="0.5", label="published")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    axes.grid(alpha=0.25)
     return figure
 
 

@@ -49,14 +49,14 @@ def result_table(summary: Mapping[str, Any]) -> rich.table.Table:
     )
     table.add_column("network")
     table.add_column("test accuracy", justify="right")
-    for label, accuracy in _accuracies(summary):
+    for label, accuracy in accuracies(summary):
         if accuracy is not None:
             table.add_row(label, f"{accuracy:.2f} %")
     return table
 
 
-def _accuracies(summary: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-    """Yields what was measured of the network, in order; None for what was not."""
+def accuracies(summary: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    """Yields what a run measured of its network, in order; None for what it did not."""
     yield "dense", summary["dense"]["accuracy"]
     yield "cut at once (one-shot)", summary["one_shot"]["accuracy_after"]
     done = ""  # to the network since it was last cut

@@ -28,16 +28,21 @@ class History:
             lines.write(json.dumps(row) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """Returns all rows; a last line that a kill cut short is left out."""
-        if not self._file.exists():
-            return []
-        rows = []
-        for line in self._file.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        """Returns all rows."""
+        return read_history(self._file)
+
+
+def read_history(file: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the rows of a run's metrics, but a last one that a kill cut short."""
+    if not file.exists():
+        return []
+    rows = []
+    for line in file.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 def means(recent: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:

@@ -2,14 +2,16 @@
 
 import functools
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tpp_jax.analysis import plots, tables
+from tpp_jax.analysis import plots, report, tables
 from tpp_jax.pruning.flops import Count, count
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training import hosts
 from tpp_jax.training.checkpoints import save_model
+from tpp_jax.training.history import read_history
 from tpp_jax.training.measures import trainability_accuracy
 from tpp_jax.training.setup import Setup
 
@@ -33,13 +35,24 @@ def finish(run: "Run") -> dict[str, Any]:
         )
         run.progress.say(tables.layer_table(dense, small))
     if hosts.is_first():
-        plots.draw_run(rows, summary, run.workdir)
         temporary = run.workdir / "summary.json.partial"
         temporary.write_text(json.dumps(summary, indent=2))
         temporary.replace(run.workdir / "summary.json")
+        draw(run.workdir)
     hosts.wait_for_all("summary")
     run.progress.say(tables.result_table(summary))
     return summary
+
+
+def draw(workdir: pathlib.Path) -> pathlib.Path:
+    """Draws the pictures and the page of a finished run; returns the page's path."""
+    summary = json.loads((workdir / "summary.json").read_text())
+    rows = read_history(workdir / "metrics.jsonl")
+    grams = report.read_grams(workdir)
+    plots.save(plots.of_run(rows, summary, grams), workdir)
+    page = workdir / "report.html"
+    page.write_text(report.of_run(summary, rows, grams))
+    return page
 
 
 def summarize_run(

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from tpp_jax.analysis import grids
+from tpp_jax.analysis import grids, plots, report
 from tpp_jax.errors import TPPError
 from tpp_jax.training import run
 from tpp_jax.training.config import default_config
 from tpp_jax.training.stages import METHODS
+from tpp_jax.training.summary import draw
 
 
 class Cell(NamedTuple):
@@ -102,7 +103,7 @@ def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> str:
             failed.append(cell.name)
         jax.clear_caches()  # else the programs of all cells stay in memory
         markdown = tabulate(workdir)
-    print(f"\n{markdown}")
+    print(f"\n{markdown}\n{write_report(workdir)} shows it.")
     if failed:
         raise TPPError(
             f"{len(failed)} of {len(chosen)} cells failed: {', '.join(failed)}. "
@@ -152,6 +153,30 @@ def tabulate(workdir: pathlib.Path) -> str:
     return markdown
 
 
+def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
+    """Writes ``report.html`` and the pictures of a sweep, as it is now, or of a run.
+
+    Returns:
+      The page's path.
+
+    Raises:
+      TPPError: the folder is neither that of a sweep nor that of a finished run.
+    """
+    workdir = pathlib.Path(workdir)
+    if (workdir / "summary.json").exists():
+        return draw(workdir)
+    grid = read_grid(workdir)
+    tabulate(workdir)
+    plots.save(plots.of_grid(grid), workdir)
+    failed = {
+        file.parent.name: file.read_text().strip().splitlines()[-1]
+        for file in sorted(workdir.glob("cells/*/error.txt"))
+    }
+    page = workdir / "report.html"
+    page.write_text(report.of_grid(grid, failed))
+    return page
+
+
 def read_grid(workdir: pathlib.Path) -> grids.Grid:
     """Reads what the cells of a sweep have come to.
 
@@ -161,7 +186,9 @@ def read_grid(workdir: pathlib.Path) -> grids.Grid:
     try:
         described = json.loads((workdir / "table.json").read_text())
     except (OSError, ValueError) as error:
-        raise TPPError(f"{workdir} is not the folder of a sweep ({error})") from error
+        raise TPPError(
+            f"{workdir} is not the folder of a sweep, nor of a run that is done"
+        ) from error
     names = {
         (cell["row"], cell["column"], cell["seed"]): cell["name"]
         for cell in described["cells"]

@@ -1,0 +1,55 @@
+"""Rows that several tables have: the method and its rivals. Not a config itself."""
+
+from typing import Any
+
+import ml_collections
+
+Row = tuple[str, dict[str, Any]]
+
+
+def rivals(base: ml_collections.ConfigDict) -> tuple[Row, ...]:
+    """Returns the methods of the paper's Table 1, and more, over a base config."""
+    dense = {name: base.pretrain[name] for name in base.pretrain}
+    oneshot = {"prune": {"method": "oneshot"}}
+    return (
+        # The small network from random weights, trained as the dense one is.
+        ("Scratch", {"prune": {"method": "scratch"}, "finetune": dense}),
+        ("L1", oneshot),
+        ("L1 + OrthP", {"prune": {"method": "oneshot", "reinitialize": "orthp"}}),
+        ("L1 + KernOrth", {**oneshot, "finetune": {"orthogonality": "kernel"}}),
+        ("L1 + OrthConv", {**oneshot, "finetune": {"orthogonality": "convolution"}}),
+        ("KernOrth + L1", {**oneshot, "pretrain": {"orthogonality": "kernel"}}),
+        ("OrthConv + L1", {**oneshot, "pretrain": {"orthogonality": "convolution"}}),
+        # As many steps more, at the same rate, as TPP regularizes for: nobody has
+        # published that row.
+        ("L1, equal epochs", {"prune": {"method": "extra"}}),
+        ("GReg-1", GREG_1),
+        ("GReg-2", {"prune": {"method": "greg2"}}),
+        ("Group lasso", {"prune": {"method": "group_lasso"}}),
+        ("Iterative L1", {"prune": {"method": "iterative"}}),
+        ("TPP", {}),
+    )
+
+
+GREG_1 = {"prune": {"gram_weight": 0.0, "bn": False}}
+"""The same growing strength as an L2 penalty alone."""
+
+
+def published(
+    row: str,
+    columns: tuple[str, ...],
+    means: tuple[float | None, ...],
+    spreads: tuple[float, ...] | None = None,
+) -> tuple[tuple[str, str, str, float, float | None], ...]:
+    """Returns published best accuracies of a row, as a table wants them."""
+    found = zip(columns, means, spreads or (None,) * len(means), strict=True)
+    return tuple(
+        (row, column, "best_accuracy", mean, spread)
+        for column, mean, spread in found
+        if mean is not None
+    )
+
+
+def ratios(pattern: str, *values: str) -> tuple[Row, ...]:
+    """Returns columns that prune by a pattern at several ratios."""
+    return tuple((v, {"prune": {"ratios": f"{pattern}:{v}"}}) for v in values)
