@@ -123,7 +123,7 @@ def cells_of(table: ml_collections.ConfigDict) -> list[Cell]:
     _check(table)
     cells = []
     for seed, column, row in itertools.product(table.seeds, table.columns, table.rows):
-        config = ml_collections.ConfigDict(table.base.to_dict())
+        config = ml_collections.ConfigDict(table.base.to_dict()).lock()
         for name, changes in (row, column):
             try:
                 config.update(dict(changes))
@@ -187,7 +187,7 @@ def read_grid(workdir: pathlib.Path) -> grids.Grid:
         described = json.loads((workdir / "table.json").read_text())
     except (OSError, ValueError) as error:
         raise TPPError(
-            f"{workdir} is not the folder of a sweep, nor of a run that is done"
+            f"{workdir} is neither the folder of a sweep nor that of a finished run"
         ) from error
     names = {
         (cell["row"], cell["column"], cell["seed"]): cell["name"]

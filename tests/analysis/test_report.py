@@ -1,0 +1,138 @@
+"""The page about a run: whole in one file, and whole in a real browser."""
+
+import base64
+import html.parser
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from tests.analysis.test_tables_plots import SUMMARY
+from tpp_jax.analysis import grids, report
+
+JACOBIAN = {
+    "mean": 0.5,
+    "std": 0.1,
+    "min": 0.0,
+    "max": 0.9,
+    "condition": None,
+    "edges": [0.0, 0.5, 1.0],
+    "counts": [3, 5],
+}
+GRAMS = {
+    "chosen": np.eye(4),
+    "regularized": np.eye(4),
+    "cut": np.eye(2),
+    "pruned": np.array([True, False, True, False]),
+    "layer": np.asarray("conv1"),
+}
+HISTORY = [
+    {"step": 5, "phase": "pretrain", "loss": 1.0, "accuracy": 50.0},
+    {"step": 10, "phase": "pretrain", "test_accuracy": 90.0},
+    {"step": 15, "phase": "regularize", "strength": 1.0, "gram": 0.1, "loss": 1.0}
+    | {"accuracy": 70.0, "pruned_norm": 3.0},
+    {"step": 20, "phase": "finetune", "test_accuracy": 89.0},
+]
+
+
+def whole_summary():
+    phases = [
+        {"seconds": 1.0, "best_accuracy": 91.0, **phase} for phase in SUMMARY["phases"]
+    ]
+    phases[0]["jacobian"] = JACOBIAN
+    config = {**SUMMARY["config"], "note": "</pre><script>alert(1)</script>"}
+    return {**SUMMARY, "method": "tpp", "phases": phases, "config": config}
+
+
+def grid():
+    results = {("TPP", "0.9", seed): {"best_accuracy": 80.0 + seed} for seed in (0, 1)}
+    paper = {("L1", "0.9", "best_accuracy"): (75.0, None)}
+    metrics = ("best_accuracy",)
+    return grids.Grid("a table", ("L1", "TPP"), ("0.9",), metrics, results, 4, paper)
+
+
+PAGES = {
+    "run": lambda: report.of_run(whole_summary(), HISTORY, GRAMS),
+    "sweep": lambda: report.of_grid(grid(), {"l1_0.9_0": "TPPError: <b>no</b>"}),
+}
+
+
+class Page(html.parser.HTMLParser):
+    """What is in a page: tags, pictures and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.pictures, self.tags, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "srcset"):
+                self.pictures.append(value)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_needs_nothing_beside_it(name):
+    text = PAGES[name]()
+    page = Page(text)
+    assert len(page.pictures) == {"run": 8, "sweep": 2}[name]  # each light and dark
+    for picture in page.pictures:
+        kind, _, content = picture.partition("base64,")
+        assert kind == "data:image/svg+xml;"
+        root = xml.etree.ElementTree.fromstring(base64.b64decode(content))
+        assert root.tag.endswith("svg")
+    assert "script" not in page.tags and "link" not in set(page.tags) - {"link"}
+    assert not re.search(r'(?:src|href)="(?!data:)', text)
+
+
+def test_the_page_of_a_run_tells_what_came_of_it():
+    text = Page(PAGES["run"]()).text
+    for told in ("net on data", "4.00× fewer FLOPs", "one-shot", "30.00 %", "89.00 %"):
+        assert told in text
+    for phase in ("pretrain", "regularize", "stabilize", "slice", "finetune"):
+        assert phase in text
+    assert "<script>alert(1)</script>" in text  # as text
+
+
+def test_the_page_of_a_sweep_tells_what_is_done_and_what_failed():
+    text = Page(PAGES["sweep"]()).text
+    assert "2 of 4 runs are done" in text
+    assert "80.50 ± 0.50" in text and "– [75.00]" in text
+    assert "TPPError: <b>no</b>" in text
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+MEASURE = """<script>addEventListener("load", () => {
+  const sizes = [...document.images].map((image) => image.naturalWidth);
+  document.body.dataset.sizes = sizes.join(" ");
+  const page = document.documentElement;
+  document.body.dataset.wide = page.scrollWidth - page.clientWidth;
+})</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_browser_shows_every_picture_and_complains_of_nothing(tmp_path, name, dark):
+    file = tmp_path / "page.html"
+    file.write_text(PAGES[name]().replace("</body>", f"{MEASURE}</body>"))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--virtual-time-budget=5000", "--window-size=500,900"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    done = subprocess.run(
+        [*command, f"file://{file}"], capture_output=True, text=True, timeout=120
+    )
+    [sizes] = re.findall(r'data-sizes="([^"]*)"', done.stdout)
+    assert len(sizes.split()) == {"run": 4, "sweep": 1}[name]
+    assert all(int(size) > 100 for size in sizes.split())
+    assert 'data-wide="0"' in done.stdout  # a phone need not scroll the page sideways
+    assert "CONSOLE" not in done.stderr
