@@ -16,7 +16,7 @@ from tpp_jax.analysis.latency import Pair, as_json, compare, compare_layers
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.modules import prune
-from tpp_jax.training.checkpoints import load_model, load_model_info
+from tpp_jax.training.checkpoints import create_abstract, load_model, load_model_info
 from tpp_jax.training.config import check_fields, check_values
 from tpp_jax.training.inspection import abstract_model
 from tpp_jax.training.setup import plan_for
@@ -44,8 +44,12 @@ def profile(
     """
     folder = None if workdir is None else pathlib.Path(workdir)
     if folder is not None and (folder / "model").is_dir():
-        dense, pruned = load_model(folder / "dense"), load_model(folder / "model")
-        dtype = load_model_info(folder / "model")["config"]["model"]["dtype"]
+        pruned, info = load_model(folder / "model"), load_model_info(folder / "model")
+        if (folder / "dense").is_dir():
+            dense = load_model(folder / "dense")
+        else:  # a network pruned before it was trained never had one
+            dense = _with_weights(create_abstract(**info["model"]))
+        dtype = info["config"]["model"]["dtype"]
     else:
         try:
             dense, pruned = _untrained(config)
@@ -84,14 +88,18 @@ def profile(
 def _untrained(config: ml_collections.ConfigDict) -> tuple[nnx.Module, nnx.Module]:
     check_fields(config)
     check_values(config)
-    graphdef, state = nnx.split(abstract_model(config))
-    draws = np.random.default_rng(config.seed)
+    dense = _with_weights(abstract_model(config), config.seed)
+    example = jax.ShapeDtypeStruct((1, *dense.spec.image_shape), jnp.float32)
+    return dense, prune(dense, plan_for(config, channel_groups(dense, example), dense))
+
+
+def _with_weights(model: nnx.Module, seed: int = 0) -> nnx.Module:
+    graphdef, state = nnx.split(model)
+    draws = np.random.default_rng(seed)
     filled = jax.tree.map(
         lambda x: jnp.asarray(draws.uniform(0.1, 1, x.shape), x.dtype), state
     )
-    dense = nnx.merge(graphdef, filled)
-    example = jax.ShapeDtypeStruct((1, *dense.spec.image_shape), jnp.float32)
-    return dense, prune(dense, plan_for(config, channel_groups(dense, example), dense))
+    return nnx.merge(graphdef, filled)
 
 
 def table(pairs: dict[str, Pair], title: str) -> rich.table.Table:

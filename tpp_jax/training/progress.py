@@ -18,13 +18,17 @@ class Progress:
     TensorBoard event files go to the given folder, over the steps of the whole run.
     """
 
-    def __init__(self, folder: pathlib.Path, *, quiet: bool = False) -> None:
+    def __init__(
+        self, folder: pathlib.Path, *, quiet: bool = False, hidden: bool = False
+    ) -> None:
         """Args:
         folder: of TensorBoard's files.
         quiet: whether to print and write nothing.
+        hidden: whether to print nothing.
         """
+        hidden |= quiet
         self._console = rich.console.Console(
-            highlight=False, soft_wrap=True, stderr=False, quiet=quiet
+            highlight=False, soft_wrap=True, stderr=False, quiet=hidden
         )
         self._writer = SummaryWriter(str(folder), write_to_disk=not quiet)
         self._live = rich.progress.Progress(
@@ -36,7 +40,7 @@ class Progress:
             rich.progress.TextColumn("{task.fields[note]}"),
             console=self._console,
             transient=True,
-            disable=quiet or not self._console.is_terminal,
+            disable=hidden or not self._console.is_terminal,
         )
 
     def __enter__(self) -> "Progress":

@@ -11,18 +11,20 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+import optax
 from flax import nnx
 
 from tpp_jax.errors import TPPError
+from tpp_jax.pruning.functions import modules
 from tpp_jax.pruning.modules import prune
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.training import cutting, hosts, measures, parallel
+from tpp_jax.training import cutting, hosts, measures, parallel, replicas
 from tpp_jax.training.checkpoints import Checkpoints, save_model, with_arrays
 from tpp_jax.training.config import differences
 from tpp_jax.training.evaluation import Evaluator
@@ -58,12 +60,60 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
         message, before any training. A loss that is not finite stops the run.
       Stopped: SIGTERM or SIGINT (Ctrl-C) came; everything is saved.
     """
-    workdir = pathlib.Path(workdir)
+    [end] = train_together([config], [workdir])
+    if isinstance(end, BaseException):
+        raise end
+    return end
+
+
+def train_together(
+    configs: Iterable[ml_collections.ConfigDict],
+    workdirs: Iterable[str | pathlib.Path],
+) -> list[dict | BaseException]:
+    """Carries several runs to their ends, equal steps of them as one program.
+
+    Runs whose configs differ in their seeds (and ``init``) alone share their steps;
+    each comes to what it would alone, up to rounding. A resumed run too, at whatever
+    step the others are.
+
+    Args:
+      configs: of the runs.
+      workdirs: their folders.
+
+    Returns:
+      The summary of each run, or what ended it, see :func:`train`. The first one is
+      shown.
+
+    Raises:
+      Stopped: SIGTERM or SIGINT (Ctrl-C) came; all runs are saved.
+    """
+    with Signals() as signals:
+        ends = replicas.drive(
+            [
+                _work(config, pathlib.Path(workdir), signals, hidden=i > 0)
+                for i, (config, workdir) in enumerate(
+                    zip(configs, workdirs, strict=True)
+                )
+            ]
+        )
+    for end in ends:
+        if isinstance(end, Stopped):
+            raise end
+    return ends
+
+
+def _work(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    signals: Signals,
+    hidden: bool,
+) -> replicas.Work:
     summary_file = workdir / "summary.json"
     if summary_file.exists():
         summary = _read_summary(summary_file)
         _same_config(summary["config"], config.to_dict(), workdir)
-        print(f"The run in {workdir} is finished; its results are in {summary_file}.")
+        if not hidden:
+            print(f"The run in {workdir} is finished; see {summary_file}.")
         return summary
     setup = check(config)
     try:
@@ -73,8 +123,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
     with (
         _disk_errors_told(workdir),
         locked(workdir) if hosts.is_first() else contextlib.nullcontext(),
-        Signals() as signals,
-        Progress(workdir / "tensorboard", quiet=not hosts.is_first()) as progress,
+        Progress(
+            workdir / "tensorboard", quiet=not hosts.is_first(), hidden=hidden
+        ) as progress,
     ):
         run = Run(setup, workdir, progress, signals)
         hosts.check_alike(workdir, config.to_json())
@@ -82,7 +133,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
         try:
             with hosts.losses_told():
                 for stage in setup.stages:
-                    run.do(stage)
+                    yield from run.do(stage)
                 return finish(run)
         except hosts.LostProcess:
             together = False
@@ -209,8 +260,8 @@ class Run:
         """Tells whether a phase is done."""
         return any(result["name"] == name for result in self.meta["results"])
 
-    def do(self, stage: Stage) -> None:
-        """Goes through a stage, or what is left of it."""
+    def do(self, stage: Stage) -> replicas.Work:
+        """Goes through a stage, or what is left of it; asks for its training steps."""
         match stage.kind:
             case "dense":
                 cutting.keep_dense(self)
@@ -219,9 +270,9 @@ class Run:
             case "slice":
                 cutting.cut(self, stage)
             case _:
-                self.train(stage, self.phases[stage.kind])
+                yield from self.train(stage, self.phases[stage.kind])
 
-    def train(self, stage: Stage, phase: Phase) -> None:
+    def train(self, stage: Stage, phase: Phase) -> replicas.Work:
         """Trains for one phase, from wherever the checkpoint left it."""
         config, devices, feed = self.setup.config, self.setup.devices, self.feed
         if self.finished(stage.name):
@@ -240,7 +291,7 @@ class Run:
         at_once = min(at_once, feed.at_once)
         if self._program[0] is not phase.tx:  # phases of one optimizer share a program
             self._program = phase.tx, self._compile(phase, loop=at_once > 1)
-        steps = self._program[1]
+        ask = self._program[1]
         key = stage.key(config.seed)
         key_on_devices = parallel.replicate(key, devices)
         done = self.meta["step"]
@@ -257,7 +308,12 @@ class Run:
                 *((done // k + 1) * k for k in every),
             )
             data = feed.train_data(done)
-            state, metrics = steps(state, key_on_devices, np.int32(stop - done), *data)
+            arguments = state, key_on_devices, np.int32(stop - done), *data
+            del state  # its buffers are given away
+            state, metrics = yield ask._replace(
+                arguments=arguments, position=self._global_step()
+            )
+            del arguments
             recent.append((stop - done, metrics))
             jax.block_until_ready(recent[-2:-1])  # lest streamed batches pile up
             done = stop
@@ -316,25 +372,38 @@ class Run:
         self.progress.say("Stopped and saved: the same command continues here.")
         raise Stopped(signum)
 
-    def _compile(self, phase: Phase, *, loop: bool) -> Callable[..., Any]:
-        devices = self.setup.devices
-        step = make_train_step(
-            graphdef_of(self.model, training=True),
-            phase.tx,
-            self.setup.step_config(phase.kind),
-            self.feed.train_batch,
-            parallel.axis_name(devices),
-        )
-        split = 3 if self.feed.split else None
-        steps = make_train_steps(step, loop=loop)
-        config = self.setup.config
-        return parallel.on_devices(
-            steps,
-            devices,
-            donate=0,
-            split=split,
+    def _compile(self, phase: Phase, *, loop: bool) -> replicas.Ask:
+        """Returns what will be asked for in a phase, without the arguments."""
+        config, devices, feed = self.setup.config, self.setup.devices, self.feed
+        plan = self.plans[-1] if self.plans else self.setup.plan
+        graphdef = graphdef_of(self.model, training=True)
+        step_config = self.setup.step_config(phase.kind)
+
+        def steps_of(tx: optax.GradientTransformation) -> Callable[..., Any]:
+            axis = parallel.axis_name(devices)
+            step = make_train_step(graphdef, tx, step_config, feed.train_batch, axis)
+            return make_train_steps(step, loop=loop)
+
+        on_devices = functools.partial(
+            parallel.on_devices,
+            devices=devices,
             parts=config.accumulate,
             kind=config.parallel,
+        )
+        alike = {k: v for k, v in config.to_dict().items() if k not in ("seed", "init")}
+        return replicas.Ask(
+            steps=on_devices(
+                steps_of(phase.tx), donate=0, split=3 if feed.split else None
+            ),
+            arguments=(),
+            likeness=None if feed.split else (phase.kind, alike),
+            steps_of=lambda kept: steps_of(
+                self.setup.phases(Plan(kept, plan.groups))[phase.kind].tx
+            ),
+            compile=on_devices,
+            unroll=jax.default_backend() == "cpu" and has_convolutions(self.model),
+            kept=plan.kept,
+            position=0,
         )
 
     def accuracy(self, model: nnx.Module) -> float:
@@ -419,6 +488,11 @@ class Run:
 
     def _save(self, state: TrainState) -> None:
         self.checkpoints.save(self._global_step(), arrays_of(state), self.meta)
+
+
+def has_convolutions(model: nnx.Module) -> bool:
+    """Tells whether a network has convolutions."""
+    return any(isinstance(module, nnx.Conv) for _, module in modules(model))
 
 
 _MAY_CHANGE = ("num_devices", "parallel", "keep_checkpoints", "data.dir")

@@ -11,6 +11,7 @@ import pathlib
 import re
 import traceback
 import zlib
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ import ml_collections
 from tpp_jax.analysis import grids, plots, report
 from tpp_jax.errors import TPPError
 from tpp_jax.training import run
+from tpp_jax.training.checkpoints import create_abstract
 from tpp_jax.training.config import default_config
+from tpp_jax.training.feeds import open_data
 from tpp_jax.training.stages import METHODS
 from tpp_jax.training.summary import draw
 
@@ -58,6 +61,8 @@ def default_table() -> ml_collections.ConfigDict:
     table.metrics = ("best_accuracy", "last_accuracy")  # see tpp_jax.analysis.grids
     # What is published: (row, column, metric, mean, standard deviation or None).
     table.paper = ()
+    # Seeds whose steps run as one program; 0: all of them where that is faster.
+    table.replicas = 0
     table.only = ""  # pattern of the names of the cells to run; "" for all
     return table
 
@@ -89,18 +94,21 @@ def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> str:
         )
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "table.json").write_text(json.dumps(_description(table), indent=2))
-    failed = []
-    for number, cell in enumerate(chosen, start=1):
-        folder = workdir / "cells" / cell.name
-        print(f"\n[{number}/{len(chosen)}] {cell.row}, {cell.column}, seed {cell.seed}")
-        try:
-            run.train(_with_dense(cell.config, workdir), folder)
-            (folder / "error.txt").unlink(missing_ok=True)
-        except Exception as error:  # whatever it is, the other cells can still run
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "error.txt").write_text(traceback.format_exc())
-            print(f"This cell failed: {error}")
-            failed.append(cell.name)
+    failed, number = [], 0
+    for cells in _groups(chosen, table.replicas or _replicas(table.base)):
+        numbers = "–".join(map(str, sorted({number + 1, number + len(cells)})))
+        seeds = ", ".join(str(cell.seed) for cell in cells)
+        what = f"{cells[0].row}, {cells[0].column}, seed {seeds}"
+        print(f"\n[{numbers}/{len(chosen)}] {what}")
+        number += len(cells)
+        for cell, end in zip(cells, _run(cells, workdir), strict=True):
+            file = workdir / "cells" / cell.name / "error.txt"
+            file.unlink(missing_ok=True)
+            if isinstance(end, BaseException):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text("".join(traceback.format_exception(end)))
+                print(f"{cell.name} failed: {end}")
+                failed.append(cell.name)
         jax.clear_caches()  # else the programs of all cells stay in memory
         markdown = tabulate(workdir)
     print(f"\n{markdown}\n{write_report(workdir)} shows it.")
@@ -114,7 +122,7 @@ def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> str:
 
 
 def cells_of(table: ml_collections.ConfigDict) -> list[Cell]:
-    """Returns the cells of a table, seed after seed, then by column and row.
+    """Returns the cells of a table, by column, row and seed.
 
     Raises:
       TPPError: a field of the table is missing or wrong, or a row or column changes a
@@ -122,7 +130,7 @@ def cells_of(table: ml_collections.ConfigDict) -> list[Cell]:
     """
     _check(table)
     cells = []
-    for seed, column, row in itertools.product(table.seeds, table.columns, table.rows):
+    for column, row, seed in itertools.product(table.columns, table.rows, table.seeds):
         config = ml_collections.ConfigDict(table.base.to_dict()).lock()
         for name, changes in (row, column):
             try:
@@ -249,22 +257,69 @@ def _description(table: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def _with_dense(
+def _groups(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
+    """Yields the cells that run together: seeds of one row and column."""
+    for _, seeds in itertools.groupby(cells, lambda cell: (cell.row, cell.column)):
+        alike = list(seeds)
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]
+
+
+def _replicas(base: ml_collections.ConfigDict) -> int:
+    """Returns how many runs to have in a program; benchmarks/replicas.py tells why."""
+    if jax.default_backend() != "cpu":
+        return 8
+    dataset = open_data(base.data)
+    shape = dataset.num_classes, dataset.image_shape
+    convolutions = run.has_convolutions(create_abstract(base.model.name, *shape))
+    return 1 if convolutions else 8
+
+
+def _run(cells: Sequence[Cell], workdir: pathlib.Path) -> list[Any]:
+    """Runs cells together, and before them the dense training that they need.
+
+    Returns:
+      The summary of each, or the exception that ended it.
+    """
+    configs = [cell.config for cell in cells]
+    folders = [_dense_folder(config, workdir) for config in configs]
+    needed = {f: _dense(c) for f, c in zip(folders, configs, strict=True) if f}
+    try:
+        dense = dict(
+            zip(needed, run.train_together(needed.values(), needed), strict=True)
+        )
+        for config, folder in zip(configs, folders, strict=True):
+            if folder:
+                config.init.model = str(folder / "dense")
+        ends = {i: dense.get(folder) for i, folder in enumerate(folders)}
+        ready = [i for i, end in ends.items() if not isinstance(end, BaseException)]
+        done = run.train_together(
+            [configs[i] for i in ready],
+            [workdir / "cells" / cells[i].name for i in ready],
+        )
+    except Exception as error:  # whatever it is, the other cells can still run
+        return [error] * len(cells)
+    return [dict(zip(ready, done, strict=True)).get(i, ends[i]) for i in ends]
+
+
+def _dense_folder(
     config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> ml_collections.ConfigDict:
-    """Returns the config with its dense training done: once for all that share it."""
+) -> pathlib.Path | None:
+    """Returns the folder of the dense training that a cell starts from, if of any."""
     kinds = METHODS.get(config.prune.method, ())
     if "pretrain" not in kinds or config.init.model or config.init.torch:
-        return config
+        return None
+    dense = _dense(config)
+    number = zlib.crc32(dense.to_json(sort_keys=True).encode())
+    return workdir / "dense" / f"{dense.model.name}_{number:08x}_{dense.seed}"
+
+
+def _dense(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns the config of the dense training alone, equal for all that share it."""
     dense = ml_collections.ConfigDict(default_config().to_dict())
     shared = ("model", "data", "pretrain", "seed", "num_devices", "parallel")
     shared += ("accumulate", "sync_bn", "skip_nonfinite", "steps_per_dispatch")
     shared += ("log_every", "eval_every", "checkpoint_every")
     dense.update({name: value for name, value in config.items() if name in shared})
     dense.prune.update({"method": "none", "ratios": "*:0.5", "skip": ""})
-    number = zlib.crc32(dense.to_json(sort_keys=True).encode())
-    folder = workdir / "dense" / f"{dense.model.name}_{number:08x}_{dense.seed}"
-    run.train(dense, folder)
-    config = ml_collections.ConfigDict(config.to_dict())
-    config.init.model = str(folder / "dense")
-    return config
+    return dense
