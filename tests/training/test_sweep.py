@@ -78,6 +78,12 @@ def test_dense_training_is_shared_and_changes_nothing(swept, tmp_path):
     assert ours == own[1:]
 
 
+def test_seeds_may_share_a_program(tmp_path):
+    table = small_table(only="tpp_half_*", replicas=2)
+    sweep(table, tmp_path)
+    assert len(read_grid(tmp_path).results) == 2
+
+
 def test_run_again_it_trains_only_what_is_missing(swept, capsys):
     workdir, _ = swept
     before = {f: f.stat().st_mtime_ns for f in workdir.glob("cells/*/summary.json")}

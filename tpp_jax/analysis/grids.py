@@ -99,8 +99,8 @@ def markdown(grid: Grid) -> str:
         lines.append(f"| | {' | '.join(grid.columns)} |")
         lines.append(f"|---|{'---|' * len(grid.columns)}")
         for row in grid.rows:
-            entries = [entry(grid, row, column, metric) for column in grid.columns]
-            lines.append(f"| {row} | {' | '.join(map(text, entries))} |")
+            texts = [text(grid, row, column, metric) for column in grid.columns]
+            lines.append(f"| {row} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -120,19 +120,20 @@ def explanation(grid: Grid) -> str:
     )
 
 
-def text(entry: Entry) -> str:
+def text(grid: Grid, row: str, column: str, metric: str) -> str:
     """Returns an entry as ``ours ± spread [published ± spread, difference]``."""
-    digits = 4 if (entry.mean if entry.n else entry.paper or 0) < 10 else 2
-    ours = "–" if not entry.n else f"{entry.mean:.{digits}f}"
-    if entry.n > 1:
-        ours += f" ± {entry.std:.{digits}f}"
-    if entry.paper is None:
+    found = entry(grid, row, column, metric)
+    digits = 4 if metric == "jsv_mean" else 2
+    ours = "–" if not found.n else f"{found.mean:.{digits}f}"
+    if found.n > 1:
+        ours += f" ± {found.std:.{digits}f}"
+    if found.paper is None:
         return ours
-    published = f"{entry.paper:.{digits}f}"
-    if entry.paper_std is not None:
-        published += f" ± {entry.paper_std:.{digits}f}"
-    if entry.difference is not None:
-        published += f", {entry.difference:+.{digits}f}"
+    published = f"{found.paper:.{digits}f}"
+    if found.paper_std is not None:
+        published += f" ± {found.paper_std:.{digits}f}"
+    if found.difference is not None:
+        published += f", {found.difference:+.{digits}f}"
     return f"{ours} [{published}]"
 
 

@@ -107,10 +107,7 @@ def of_grid(grid: grids.Grid, failed: Mapping[str, str]) -> str:
     for metric, drawing in plots.of_grid(grid).items():
         parts.append(f"<h2>{html.escape(grids.heading(metric))}</h2>")
         rows = [
-            (
-                row,
-                *(grids.text(grids.entry(grid, row, c, metric)) for c in grid.columns),
-            )
+            (row, *(grids.text(grid, row, column, metric) for column in grid.columns))
             for row in grid.rows
         ]
         parts += [_table(("", *grid.columns), rows), _picture(metric, drawing)]

@@ -32,8 +32,7 @@ class Ask(NamedTuple):
       compile: makes a program of a function for one device, given the index of the
         argument to donate.
       unroll: whether a program of several runs has their steps one after the other, and
-        not as one of batched operations. (XLA's CPU backend runs convolutions with a
-        batch of kernels many times slower.)
+        not as one of batched operations, which are slow on the CPU.
       kept: the indices that its plan keeps, by group.
       position: steps of the whole run that are done.
     """

@@ -21,7 +21,6 @@ import optax
 from flax import nnx
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.functions import modules
 from tpp_jax.pruning.modules import prune
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training import cutting, hosts, measures, parallel, replicas
@@ -401,7 +400,7 @@ class Run:
                 self.setup.phases(Plan(kept, plan.groups))[phase.kind].tx
             ),
             compile=on_devices,
-            unroll=jax.default_backend() == "cpu" and has_convolutions(self.model),
+            unroll=jax.default_backend() == "cpu",
             kept=plan.kept,
             position=0,
         )
@@ -488,11 +487,6 @@ class Run:
 
     def _save(self, state: TrainState) -> None:
         self.checkpoints.save(self._global_step(), arrays_of(state), self.meta)
-
-
-def has_convolutions(model: nnx.Module) -> bool:
-    """Tells whether a network has convolutions."""
-    return any(isinstance(module, nnx.Conv) for _, module in modules(model))
 
 
 _MAY_CHANGE = ("num_devices", "parallel", "keep_checkpoints", "data.dir")

@@ -21,9 +21,7 @@ import ml_collections
 from tpp_jax.analysis import grids, plots, report
 from tpp_jax.errors import TPPError
 from tpp_jax.training import run
-from tpp_jax.training.checkpoints import create_abstract
 from tpp_jax.training.config import default_config
-from tpp_jax.training.feeds import open_data
 from tpp_jax.training.stages import METHODS
 from tpp_jax.training.summary import draw
 
@@ -61,7 +59,7 @@ def default_table() -> ml_collections.ConfigDict:
     table.metrics = ("best_accuracy", "last_accuracy")  # see tpp_jax.analysis.grids
     # What is published: (row, column, metric, mean, standard deviation or None).
     table.paper = ()
-    # Seeds whose steps run as one program; 0: all of them where that is faster.
+    # Seeds whose steps run as one program; 0: one on the CPU, up to 8 elsewhere.
     table.replicas = 0
     table.only = ""  # pattern of the names of the cells to run; "" for all
     return table
@@ -95,7 +93,9 @@ def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> str:
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "table.json").write_text(json.dumps(_description(table), indent=2))
     failed, number = [], 0
-    for cells in _groups(chosen, table.replicas or _replicas(table.base)):
+    # On the CPU runs are as fast one by one: benchmarks/replicas.py
+    size = table.replicas or (1 if jax.default_backend() == "cpu" else 8)
+    for cells in _groups(chosen, size):
         numbers = "–".join(map(str, sorted({number + 1, number + len(cells)})))
         seeds = ", ".join(str(cell.seed) for cell in cells)
         what = f"{cells[0].row}, {cells[0].column}, seed {seeds}"
@@ -263,16 +263,6 @@ def _groups(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
         alike = list(seeds)
         for start in range(0, len(alike), size):
             yield alike[start : start + size]
-
-
-def _replicas(base: ml_collections.ConfigDict) -> int:
-    """Returns how many runs to have in a program; benchmarks/replicas.py tells why."""
-    if jax.default_backend() != "cpu":
-        return 8
-    dataset = open_data(base.data)
-    shape = dataset.num_classes, dataset.image_shape
-    convolutions = run.has_convolutions(create_abstract(base.model.name, *shape))
-    return 1 if convolutions else 8
 
 
 def _run(cells: Sequence[Cell], workdir: pathlib.Path) -> list[Any]:
