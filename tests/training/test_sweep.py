@@ -35,7 +35,7 @@ def small_table(**fields):
     """Two methods, one of them broken in one column, and two seeds."""
     table = default_table()
     table.title = "small"
-    table.base = small_config()
+    table.base = small_config(num_devices=1)
     table.rows = (("L1", {"prune": {"method": "oneshot"}}), ("TPP", {}))
     table.columns = (
         ("half", {"prune": {"ratios": "*net*:0.5"}}),

@@ -22,13 +22,16 @@ _COLORS = {
 }
 
 
-_TRANSPARENT = {"savefig.facecolor": "none", "figure.facecolor": "none"}
-_INK = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-THEMES = {
-    "light": {**dict.fromkeys(_INK, "#222222"), "axes.facecolor": "none"},
-    "dark": {**dict.fromkeys(_INK, "#dddddd"), "axes.facecolor": "none"},
+_INK = "#222222"
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color")
+_INKED += ("ytick.color",)
+_SETTINGS = {
+    **dict.fromkeys(_INKED, _INK),
+    "axes.facecolor": "none",
+    # Letters stay letters, and the same picture is the same file.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tpp_jax",
 }
-"""Matplotlib's settings for pages of light and of dark ground."""
 
 Drawing = Callable[[], matplotlib.figure.Figure]
 
@@ -56,25 +59,29 @@ def of_run(
     return found
 
 
-def save(drawings: Mapping[str, Drawing], folder: pathlib.Path) -> None:
-    """Saves pictures as ``<name>.png`` and ``<name>.svg``, on white ground."""
+def save(drawings: Mapping[str, Drawing], folder: pathlib.Path) -> dict[str, str]:
+    """Saves pictures as ``<name>.png`` and ``<name>.svg``; the latter have no ground.
+
+    Returns:
+      Name → SVG.
+    """
+    found = {}
     for name, drawing in drawings.items():
-        with matplotlib.rc_context(_SVG):
+        text = io.StringIO()
+        with matplotlib.rc_context(_SETTINGS):
             figure = drawing()
             figure.savefig(folder / f"{name}.png", dpi=120)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            figure.savefig(
+                text, format="svg", facecolor="none", metadata={"Date": None}
+            )
+        found[name] = text.getvalue()
+        (folder / f"{name}.svg").write_text(found[name])
+    return found
 
 
-def svg(drawing: Drawing, theme: str) -> str:
-    """Returns a picture for a page of some theme, as SVG without ground."""
-    text = io.StringIO()
-    with matplotlib.rc_context({**_SVG, **THEMES[theme], **_TRANSPARENT}):
-        drawing().savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
-
-
-# Letters stay letters, and the same picture is the same file.
-_SVG = {"svg.fonttype": "none", "svg.hashsalt": "tpp_jax"}
+def on_dark(svg: str) -> str:
+    """Returns one of :func:`save`'s pictures for a page of dark ground."""
+    return svg.replace(_INK, "#dddddd")
 
 
 def _curves(

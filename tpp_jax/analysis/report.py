@@ -3,11 +3,8 @@
 import base64
 import html
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from tpp_jax.analysis import grids, plots, tables
 
@@ -43,15 +40,13 @@ _CAPTIONS = {
 
 def of_run(
     summary: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
-    grams: Mapping[str, np.ndarray],
+    pictures: Mapping[str, str],
 ) -> str:
     """Returns the page of a run that is done.
 
     Args:
       summary: of the run.
-      history: rows of metrics.
-      grams: from ``gram.npz``, empty if there is none.
+      pictures: name → SVG, see :func:`tpp_jax.analysis.plots.save`.
     """
     config = summary["config"]
     title = f"{config['model']['name']} on {config['data']['name']}"
@@ -75,7 +70,6 @@ def of_run(
         )
         for phase in summary["phases"]
     ]
-    drawings = plots.of_run(history, summary, grams)
     parts = [
         f"<p>Method {html.escape(summary['method'])}: {summary['speedup']:.2f}× fewer "
         f"FLOPs, {100 * summary['sparsity']:.1f} % of the parameters gone.</p>",
@@ -89,28 +83,31 @@ def of_run(
         ),
         "<h2>Phases</h2>",
         _table(("phase", "steps", "time", "accuracy at its end", "best"), phases),
-        *(_picture(name, drawing) for name, drawing in drawings.items()),
+        *(_picture(name, svg) for name, svg in pictures.items()),
         "<h2>Configuration</h2><details><summary>all fields</summary><pre>"
         f"{html.escape(json.dumps(config, indent=2))}</pre></details>",
     ]
     return _page(title, parts)
 
 
-def of_grid(grid: grids.Grid, failed: Mapping[str, str]) -> str:
+def of_grid(
+    grid: grids.Grid, pictures: Mapping[str, str], failed: Mapping[str, str]
+) -> str:
     """Returns the page of a sweep, finished or not.
 
     Args:
       grid: its results so far.
+      pictures: metric → SVG.
       failed: name of a cell → what it said.
     """
     parts = [f"<p>{html.escape(grids.explanation(grid))}</p>"]
-    for metric, drawing in plots.of_grid(grid).items():
+    for metric in grid.metrics:
         parts.append(f"<h2>{html.escape(grids.heading(metric))}</h2>")
         rows = [
             (row, *(grids.text(grid, row, column, metric) for column in grid.columns))
             for row in grid.rows
         ]
-        parts += [_table(("", *grid.columns), rows), _picture(metric, drawing)]
+        parts += [_table(("", *grid.columns), rows), _picture(metric, pictures[metric])]
     if failed:
         parts.append("<h2>Failed</h2>")
         parts.append(_table(("cell", "error"), list(failed.items())))
@@ -148,9 +145,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _picture(name: str, drawing: plots.Drawing) -> str:
+def _picture(name: str, svg: str) -> str:
     """Both themes of a picture; the browser shows the one that fits."""
-    light, dark = (_data_uri(plots.svg(drawing, theme)) for theme in plots.THEMES)
+    light, dark = _data_uri(svg), _data_uri(plots.on_dark(svg))
     caption = _CAPTIONS.get(name, "")
     return (
         f'<figure id="{name}"><div class="wide"><picture>'
@@ -162,12 +159,3 @@ def _picture(name: str, drawing: plots.Drawing) -> str:
 
 def _data_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-
-
-def read_grams(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads a run's ``gram.npz``; empty if there is none."""
-    try:
-        with np.load(workdir / "gram.npz") as saved:
-            return dict(saved)
-    except OSError:
-        return {}

@@ -130,12 +130,7 @@ def save_gram(
       member: the filters.
       plan: which of them are pruned.
     """
-    content: dict[str, Any] = {}
-    try:
-        with np.load(file) as saved:
-            content = dict(saved)
-    except (OSError, ValueError, zipfile.BadZipFile):
-        pass  # none yet, or not a whole one
+    content = read_grams(file)
     kernel = np.asarray(named_leaves(nnx.state(model))[member.leaf], np.float64)
     filters = np.moveaxis(kernel, member.axis, 0).reshape(kernel.shape[member.axis], -1)
     gram = filters @ filters.T
@@ -150,6 +145,15 @@ def save_gram(
     partial = file.with_suffix(".partial.npz")
     np.savez(partial, **content)
     os.replace(partial, file)
+
+
+def read_grams(file: pathlib.Path) -> dict[str, Any]:
+    """Reads what :func:`save_gram` wrote; empty if there is none, or no whole one."""
+    try:
+        with np.load(file) as saved:
+            return dict(saved)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return {}
 
 
 def trainability_accuracy(

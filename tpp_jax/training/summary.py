@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tpp_jax.analysis import plots, report, tables
 from tpp_jax.pruning.flops import Count, count
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.training import hosts
+from tpp_jax.training import hosts, measures
 from tpp_jax.training.checkpoints import save_model
 from tpp_jax.training.history import read_history
 from tpp_jax.training.measures import trainability_accuracy
@@ -48,10 +48,9 @@ def draw(workdir: pathlib.Path) -> pathlib.Path:
     """Draws the pictures and the page of a finished run; returns the page's path."""
     summary = json.loads((workdir / "summary.json").read_text())
     rows = read_history(workdir / "metrics.jsonl")
-    grams = report.read_grams(workdir)
-    plots.save(plots.of_run(rows, summary, grams), workdir)
+    drawings = plots.of_run(rows, summary, measures.read_grams(workdir / "gram.npz"))
     page = workdir / "report.html"
-    page.write_text(report.of_run(summary, rows, grams))
+    page.write_text(report.of_run(summary, plots.save(drawings, workdir)))
     return page
 
 

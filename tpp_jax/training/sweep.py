@@ -175,13 +175,13 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         return draw(workdir)
     grid = read_grid(workdir)
     tabulate(workdir)
-    plots.save(plots.of_grid(grid), workdir)
+    pictures = plots.save(plots.of_grid(grid), workdir)
     failed = {
         file.parent.name: file.read_text().strip().splitlines()[-1]
         for file in sorted(workdir.glob("cells/*/error.txt"))
     }
     page = workdir / "report.html"
-    page.write_text(report.of_grid(grid, failed))
+    page.write_text(report.of_grid(grid, pictures, failed))
     return page
 
 
