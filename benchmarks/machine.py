@@ -29,6 +29,14 @@ def describe() -> dict[str, Any]:
     }
 
 
+def load() -> float:
+    """Returns how many processes wanted to run in the last minute, on average.
+
+    Above zero before a measurement, other work shared the machine.
+    """
+    return round(os.getloadavg()[0], 2)
+
+
 def write(name: str, result: dict[str, Any]) -> pathlib.Path:
     """Writes a result with the machine's description; returns the file."""
     RESULTS.mkdir(exist_ok=True)

@@ -67,6 +67,7 @@ def main() -> None:
             seconds[name].append(sides[name]())
     result = {
         "model": options.model,
+        "pruned": options.ratios,
         "batch_size": options.batch_size,
         "precision": "bfloat16" if options.half else "float32",
         "rounds": options.rounds,

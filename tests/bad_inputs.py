@@ -33,7 +33,7 @@ from tests.training.test_checkpoints import cut_short
 from tests.training.test_errors import small_config
 from tpp_jax.errors import TPPError
 from tpp_jax.method.gram import gram_penalty
-from tpp_jax.training import evaluation, inspection, run
+from tpp_jax.training import evaluation, inspection, run, sweep
 from tpp_jax.training.stopping import locked
 
 PAGE = ROOT / "docs" / "errors.md"
@@ -100,6 +100,9 @@ def _fields() -> Cases:
         ("seed", -1),
         ("log_every", 0),
         ("checkpoint_every", 0),
+        ("keep_checkpoints", 0),
+        ("jacobian_images", 0),
+        ("report_layer", "conv9"),
         ("num_devices", 99),
         ("accumulate", 0),
         ("accumulate", 3),
@@ -126,6 +129,11 @@ def _fields() -> Cases:
         ("finetune.label_smoothing", 1.0),
         ("finetune.mixup", -0.2),
         ("finetune.ema", 1.0),
+        ("finetune.orthogonality", "conv"),
+        ("prune.method", "magic"),
+        ("prune.reinitialize", "magic"),
+        ("prune.rounds", 0),
+        ("prune.grow.weight", -1.0),
         ("prune.flops", 1.5),
         ("prune.params", -0.5),
         ("prune.criterion", "l3"),
@@ -209,6 +217,7 @@ def _command_lines() -> Cases:
         "an unknown field": ["--workdir=w", "--config.prune.ratoi=0.5"],
         "a field of the wrong type": ["--workdir=w", "--config.seed=one"],
         "a word too many": ["--workdir=w", "now"],
+        "a coordinator without numbers": ["--workdir=w", "--coordinator=host0:12355"],
     }
     for title, arguments in wrong.items():
         yield (title, lambda f, a=arguments: launch(*a))
@@ -222,6 +231,45 @@ def _command_lines() -> Cases:
         "`--mode=evaluate` of a folder without a run",
         lambda f: launch("--mode=evaluate", f"--workdir={f / 'none'}"),
     )
+
+
+def _tables() -> Cases:
+    digits = "--config=configs/tables/digits.py"
+    yield (
+        "`--mode=sweep` of a run's config",
+        lambda f: launch("--mode=sweep", f"--workdir={f / 'sweep'}"),
+    )
+    yield (
+        "a run of a table's config",
+        lambda f: launch(digits, f"--workdir={f / 'run'}"),
+    )
+    yield (
+        "`--mode=report` of a folder of neither",
+        lambda f: launch("--mode=report", f"--workdir={f}"),
+    )
+    wrong = {
+        "`only` matches no cell": {"only": "tpp_2_*"},
+        "no rows": {"rows": ()},
+        "a seed twice": {"seeds": (0, 0)},
+        "an unknown metric": {"metrics": ("speed",)},
+        "a row that changes what there is not": {
+            "rows": (("L1", {"prune": {"ratois": "0.5"}}),)
+        },
+        "a published value of no row": {
+            "paper": (("L2", "0.5", "best_accuracy", 90.0, None),)
+        },
+    }
+    for title, fields in wrong.items():
+        yield (title, functools.partial(_sweep, fields=fields))
+
+
+def _sweep(folder: pathlib.Path, fields: dict[str, Any]) -> Any:
+    table = sweep.default_table()
+    table.base = small_config()
+    table.rows = (("L1", {"prune": {"method": "oneshot"}}),)
+    table.columns = (("0.5", {"prune": {"ratios": "*net*:0.5"}}),)
+    table.update(fields)
+    return sweep.sweep(table, folder / "sweep")
 
 
 def _config_file(folder: pathlib.Path, text: str) -> Any:
@@ -507,6 +555,7 @@ SECTIONS: dict[str, Callable[[], Cases]] = {
     "Fields of the config": _fields,
     "Patterns of layers": _patterns,
     "Command lines": _command_lines,
+    "Tables": _tables,
     "Data": _data,
     "Folders of runs, checkpoints, saved models": _folders,
     "PyTorch's weights": _weights,

@@ -198,6 +198,8 @@ def _training(**fields: Any) -> ml_collections.ConfigDict:
 
 def check_fields(config: ml_collections.ConfigDict) -> None:
     """Raises a TPPError unless a config has exactly the fields of the default one."""
+    if "rows" in config and "columns" in config:
+        raise TPPError("the config is that of a table: run it with --mode=sweep")
     ours, theirs = _fields(default_config()), _fields(config)
     if odd := sorted(theirs - ours):
         raise TPPError(
@@ -217,7 +219,8 @@ def near_fields(name: str) -> str:
     near = difflib.get_close_matches(name, [*ours, *full], n=2)
     if not near:
         return ""
-    return f"; did you mean {' or '.join(full.get(one, one) for one in near)}?"
+    meant = dict.fromkeys(full.get(one, one) for one in near)
+    return f"; did you mean {' or '.join(meant)}?"
 
 
 def check_values(config: ml_collections.ConfigDict) -> None:

@@ -21,7 +21,7 @@ import ml_collections
 from tpp_jax.analysis import grids, plots, report
 from tpp_jax.errors import TPPError
 from tpp_jax.training import run
-from tpp_jax.training.config import default_config
+from tpp_jax.training.config import default_config, near_fields
 from tpp_jax.training.stages import METHODS
 from tpp_jax.training.summary import draw
 
@@ -135,10 +135,16 @@ def cells_of(table: ml_collections.ConfigDict) -> list[Cell]:
         for name, changes in (row, column):
             try:
                 config.update(dict(changes))
-            except (KeyError, TypeError) as error:
-                text = " ".join(str(error).split())[:200]
+            except KeyError as error:
+                key = str(error).partition('Key "')[2].partition('"')[0]
                 raise TPPError(
-                    f"{name!r} of the table changes what no config has: {text}"
+                    f"{name!r} of the table changes a field {key!r} that no config "
+                    f"has{near_fields(key)}"
+                ) from error
+            except TypeError as error:
+                raise TPPError(
+                    f"{name!r} of the table changes a field to what it cannot be: "
+                    f"{' '.join(str(error).split())[:200]}"
                 ) from error
         config.seed = seed
         cells.append(Cell(row[0], column[0], seed, config))
@@ -223,7 +229,8 @@ def read_grid(workdir: pathlib.Path) -> grids.Grid:
 def _check(table: ml_collections.ConfigDict) -> None:
     if missing := set(default_table()) - set(table):
         raise TPPError(
-            f"the table has no field {min(missing)}: start it from "
+            f"the config has no field {min(missing)}, so it is not one of a table: take "
+            "one of configs/tables/, or start it from "
             "tpp_jax.training.sweep.default_table()"
         )
     for what in ("rows", "columns", "seeds"):
