@@ -229,8 +229,8 @@ def read_grid(workdir: pathlib.Path) -> grids.Grid:
 def _check(table: ml_collections.ConfigDict) -> None:
     if missing := set(default_table()) - set(table):
         raise TPPError(
-            f"the config has no field {min(missing)}, so it is not one of a table: take "
-            "one of configs/tables/, or start it from "
+            f"the config has no field {min(missing)}, so it is not one of a table: "
+            "take one of configs/tables/, or start it from "
             "tpp_jax.training.sweep.default_table()"
         )
     for what in ("rows", "columns", "seeds"):
