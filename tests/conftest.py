@@ -14,6 +14,11 @@ os.environ["XDG_CACHE_HOME"] = str(_CACHES)
 
 import hypothesis  # noqa: E402
 
+from tpp_jax.training.compilation import keep_compiled_programs  # noqa: E402
+
+# Many tests train the same small networks.
+keep_compiled_programs()
+
 # Compilation makes the first example of a property slow, so there is no deadline, and
 # the examples are the same in every run: a failure is never a matter of luck.
 hypothesis.settings.register_profile("tpp_jax", deadline=None, derandomize=True)
