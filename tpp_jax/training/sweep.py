@@ -20,7 +20,7 @@ import ml_collections
 
 from tpp_jax.analysis import grids, plots, report
 from tpp_jax.errors import TPPError
-from tpp_jax.training import run
+from tpp_jax.training import hosts, run
 from tpp_jax.training.config import default_config, near_fields
 from tpp_jax.training.stages import METHODS
 from tpp_jax.training.summary import draw
@@ -65,7 +65,7 @@ def default_table() -> ml_collections.ConfigDict:
     return table
 
 
-def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> str:
+def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None:
     """Runs all cells of a table, or what is left of them.
 
     Args:
@@ -73,9 +73,6 @@ def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> str:
       workdir: folder of the sweep: ``cells/<name>`` are the runs, ``dense/<name>`` the
         dense networks that they share, ``table.md`` and ``table.csv`` the results, anew
         after every cell.
-
-    Returns:
-      The table in Markdown.
 
     Raises:
       TPPError: the table cannot be read, before any training; or cells have failed,
@@ -91,34 +88,47 @@ def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> str:
             f"{names}…"
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "table.json").write_text(json.dumps(_description(table), indent=2))
+    first = hosts.is_first()  # of several processes, the one that writes
+    if first:
+        (workdir / "table.json").write_text(json.dumps(_description(table), indent=2))
     failed, number = [], 0
     # On the CPU runs are as fast one by one: benchmarks/replicas.py
     size = table.replicas or (1 if jax.default_backend() == "cpu" else 8)
     for cells in _groups(chosen, size):
         numbers = "–".join(map(str, sorted({number + 1, number + len(cells)})))
         seeds = ", ".join(str(cell.seed) for cell in cells)
-        what = f"{cells[0].row}, {cells[0].column}, seed {seeds}"
-        print(f"\n[{numbers}/{len(chosen)}] {what}")
+        if first:
+            what = f"{cells[0].row}, {cells[0].column}, seed {seeds}"
+            print(f"\n[{numbers}/{len(chosen)}] {what}")
         number += len(cells)
         for cell, end in zip(cells, _run(cells, workdir), strict=True):
-            file = workdir / "cells" / cell.name / "error.txt"
-            file.unlink(missing_ok=True)
+            if isinstance(end, hosts.LostProcess):
+                raise end
             if isinstance(end, BaseException):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text("".join(traceback.format_exception(end)))
-                print(f"{cell.name} failed: {end}")
                 failed.append(cell.name)
+            if first:
+                _tell(workdir / "cells" / cell.name, end)
         jax.clear_caches()  # else the programs of all cells stay in memory
-        markdown = tabulate(workdir)
-    print(f"\n{markdown}\n{write_report(workdir)} shows it.")
+        if first:
+            tabulate(workdir)
+    if first:
+        print(f"\n{tabulate(workdir)}\n{write_report(workdir)} shows it.")
     if failed:
         raise TPPError(
             f"{len(failed)} of {len(chosen)} cells failed: {', '.join(failed)}. "
             f"{workdir / 'cells' / failed[0] / 'error.txt'} says why; the same command "
             "tries them again"
         )
-    return markdown
+
+
+def _tell(folder: pathlib.Path, end: Any) -> None:
+    """Writes down why a cell failed, if it did."""
+    file = folder / "error.txt"
+    file.unlink(missing_ok=True)
+    if isinstance(end, BaseException):
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(traceback.format_exception(end)))
+        print(f"{folder.name} failed: {end}")
 
 
 def cells_of(table: ml_collections.ConfigDict) -> list[Cell]:
