@@ -62,7 +62,7 @@ def _lines(
     known = {int(at[1] or 1): rows[name] for name, at in found.items() if at}
     xs = np.array(list(known))
     for job in jobs:
-        seconds = [row[job] for row in known.values()]
+        seconds = [row.get(job, np.nan) for row in known.values()]
         axes.loglog(xs, seconds, "o-", color=_COLORS[job], markersize=4, label=job)
     first = known[xs[0]][jobs[0]]
     axes.loglog(xs, first * xs / xs[0], ":", color="0.6", label="in proportion")
