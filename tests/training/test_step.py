@@ -16,6 +16,7 @@ from tpp_jax.training.evaluation import Evaluator
 from tpp_jax.training.feeds import epoch_order, open_feed
 from tpp_jax.training.optimizers import sgd
 from tpp_jax.training.step import (
+    Batch,
     StepConfig,
     TrainState,
     graphdef_of,
@@ -331,6 +332,27 @@ def test_a_thousand_steps_take_no_more_memory_than_ten():
         if i in (9, 999):
             held.append(sum(x.nbytes for x in jax.live_arrays()))
     assert held[0] == held[1]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA:CPU's own count")
+def test_the_penalties_take_at_most_five_percent_more_memory():
+    """Of parameters alone, they could be computed early and held: they must not be."""
+    model = tpp.models.create("cifar_vgg11", rngs=nnx.Rngs(0))
+    images = jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.uint8)
+    plan = tpp.make_plan(tpp.channel_groups(model, images), model, 0.5)
+    plain, graphdef = sgd(1e-3, 0.9, 5e-4), graphdef_of(model, training=True)
+    penalties = tpp.add_tpp_penalties(plan, tpp.growing_schedule())
+    config = StepConfig(mean=(0.4,) * 3, std=(0.3,) * 3, num_classes=10)
+
+    def bytes_held(tx):
+        step = make_train_step(graphdef, tx, config, lambda step, key, batch: batch)
+        batch = Batch(images, jax.ShapeDtypeStruct((128,), jnp.int32))
+        arguments = initial_state(model, tx), jax.random.key(0), batch
+        compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+        held = compiled.memory_analysis()
+        return held.argument_size_in_bytes + held.temp_size_in_bytes
+
+    assert bytes_held(optax.chain(penalties, plain)) <= 1.05 * bytes_held(plain)
 
 
 def test_an_epoch_visits_every_image_once_and_each_epoch_otherwise():

@@ -102,7 +102,8 @@ def add_tpp_penalties(
                 factor = strength.astype(gradient.dtype)
                 if member.role == "produced" and gram_weight:
                     filters_last = jnp.moveaxis(parameter, member.axis, -1)
-                    penalty, grad = gram_penalty_and_grad(filters_last, pruned, target)
+                    mask = _once_known(gradient, pruned)
+                    penalty, grad = gram_penalty_and_grad(filters_last, mask, target)
                     penalties.append(penalty.astype(strength.dtype))
                     grad = jnp.moveaxis(grad, -1, member.axis)
                     gradient = gradient + gram_weight * factor * grad
@@ -203,6 +204,15 @@ def _belongs_to_producer(plan: Plan, member: Member) -> bool:
     """Tells a kernel (or embedding) and its own bias from a norm's parameters."""
     made = member.role in ("produced", "depthwise")
     return made or layer_name(member.leaf) in plan.groups.layers
+
+
+def _once_known(gradient: Array, pruned: Bool[Array, " n"]) -> Bool[Array, " n"]:
+    """Returns the same mask, as something that waits for a finite gradient.
+
+    A penalty is of parameters alone: XLA would compute its gradient before the loss's,
+    and hold that of all layers through the backward pass.
+    """
+    return pruned | jnp.isnan(gradient.reshape(-1)[0])
 
 
 def _along(mask: Bool[Array, " n"], axis: int, array: Array) -> Array:
