@@ -15,6 +15,8 @@ neighbouring steps, with the quartiles beside it.
   ``torch.compile``. Without PyTorch our sides are timed alone.
 
 On a GPU several steps run per dispatch, as in a run; ``--half`` computes in bfloat16.
+``--ours`` leaves out all but ``plain`` and ``tpp``: what the penalties cost, in many
+rounds and with nobody's threads between.
 """
 
 import argparse
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--half", action="store_true")
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--ours", action="store_true")
     options = parser.parse_args()
 
     with contextlib.suppress(AttributeError):
@@ -76,7 +79,7 @@ def main() -> None:
         "mebibytes": mebibytes,
         "ratios": {},
     }
-    if importlib.util.find_spec("torch"):
+    if "torch" in sides:
         from benchmarks.peers import torch_step
 
         result["peer"] = torch_step.describe()
@@ -89,8 +92,9 @@ def main() -> None:
             low, ratio, high = (float(x) for x in np.percentile(each, (25, 50, 75)))
             result["ratios"][f"{side} / {other}"] = [ratio, low, high]
             print(f"{side + ' / ' + other:<26} {ratio:7.3f}   ({low:.3f}–{high:.3f})")
+    name = "cost" if options.ours else "step"
     half = "_bfloat16" if options.half else ""
-    print(machine.write(f"step_{options.model}{half}", result))
+    print(machine.write(f"{name}_{options.model}{half}", result))
 
 
 def _sides(
@@ -117,12 +121,12 @@ def _sides(
         "plain": _Ours(model, plain, images, options),
         "tpp": _Ours(model, penalized, images, options),
     }
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and not options.ours:
         untouched = unittest.mock.patch.object(steps, "use_fast_convolutions")
         with untouched:  # while the step is traced, which is at its first call
             ours["lax"] = _Ours(model, plain, images, options)
     sides: dict[str, Callable[[], float]] = {name: x.time for name, x in ours.items()}
-    if importlib.util.find_spec("torch"):
+    if importlib.util.find_spec("torch") and not options.ours:
         from benchmarks.peers.torch_step import Peer
 
         pruned = {g.name: plan.pruned(g.name) for g in plan.pruned_groups}
