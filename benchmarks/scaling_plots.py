@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 _COLORS = {"groups": "#4c72b0", "plan": "#55a868", "prune": "#dd8452"}
-_COLORS |= {"trace": "#4c72b0", "compile": "#c44e52"}
+_COLORS |= {"trace": "#4c72b0", "compile": "#c44e52", "rolled": "#8172b3"}
 _COLORS |= {"pmap": "#4c72b0", "shard_map": "#dd8452"}
 
 
@@ -48,7 +48,7 @@ def _pruning(rows: Mapping[str, Any]) -> Figure:
 def _compiling(rows: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
-    _lines(axes, rows["compile"], r"resnet(\d+)", ("trace", "compile"))
+    _lines(axes, rows["compile"], r"resnet(\d+)", ("trace", "compile", "rolled"))
     axes.set(xlabel="layers of a CIFAR ResNet", ylabel="seconds, training step")
     return figure
 
@@ -58,7 +58,8 @@ def _lines(
 ) -> None:
     """Draws jobs over the size that a pattern finds in the networks' names, 1 if none;
     beside them what a cost in proportion to the size would be."""
-    found = {name: re.search(size, name) for name in rows if jobs[0] in rows[name]}
+    measured = [name for name, row in rows.items() if row.keys() & set(jobs)]
+    found = {name: re.search(size, name) for name in measured}
     known = {int(at[1] or 1): rows[name] for name, at in found.items() if at}
     xs = np.array(list(known))
     for job in jobs:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from tpp_jax.models.blocks import Blocks
 from tpp_jax.models.layers import (
     BatchNorm,
     Images,
@@ -139,7 +140,7 @@ class CifarResNet(nnx.Module):
                 "choose one that gives a whole, even number."
             )
 
-        def stage(in_planes: int, planes: int, count: int, stride: int) -> nnx.List:
+        def stage(in_planes: int, planes: int, count: int, stride: int) -> Blocks:
             first = BasicBlock(
                 in_planes, planes, stride=stride, option=option, rngs=rngs
             )
@@ -147,7 +148,7 @@ class CifarResNet(nnx.Module):
                 BasicBlock(planes, planes, stride=1, option=option, rngs=rngs)
                 for _ in range(count - 1)
             ]
-            return nnx.List([first, *rest])
+            return Blocks([first, *rest])
 
         self.conv1 = conv(in_channels, planes, 3, padding=1, rngs=rngs)
         self.bn1 = BatchNorm(planes, rngs=rngs)
@@ -159,8 +160,7 @@ class CifarResNet(nnx.Module):
     def __call__(self, x: Images) -> Logits:
         x = relu(self.bn1(self.conv1(x)))
         for stage in (self.layer1, self.layer2, self.layer3):
-            for block in stage:
-                x = block(x)
+            x = stage(x)
         return self.linear(global_average_pool(x))
 
 

@@ -15,6 +15,7 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 
+from tpp_jax.models.blocks import Blocks
 from tpp_jax.models.layers import (
     BatchNorm,
     Images,
@@ -87,12 +88,10 @@ class Stage(nnx.Module):
             PreActivationBlock(planes, planes, stride=1, rngs=rngs)
             for _ in range(count - 1)
         ]
-        self.layer = nnx.List([first, *rest])
+        self.layer = Blocks([first, *rest])
 
     def __call__(self, x: Images) -> Images:
-        for block in self.layer:
-            x = block(x)
-        return x
+        return self.layer(x)
 
 
 class CifarWRN(nnx.Module):

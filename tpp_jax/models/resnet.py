@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from tpp_jax.models.blocks import Blocks
 from tpp_jax.models.layers import (
     BatchNorm,
     Images,
@@ -150,7 +151,7 @@ class ResNet(nnx.Module):
         self.bn1 = BatchNorm(64, rngs=rngs)
         channels = 64
 
-        def stage(inner: int, count: int, stride: int) -> nnx.List:
+        def stage(inner: int, count: int, stride: int) -> Blocks:
             nonlocal channels
             made: list[nnx.Module] = []
             for step in (stride, *[1] * (count - 1)):
@@ -165,7 +166,7 @@ class ResNet(nnx.Module):
                     planes = inner
                     made.append(BasicBlock(channels, planes, stride=step, rngs=rngs))
                 channels = planes
-            return nnx.List(made)
+            return Blocks(made)
 
         self.layer1 = stage(64, blocks[0], 1)
         self.layer2 = stage(128, blocks[1], 2)
@@ -177,8 +178,7 @@ class ResNet(nnx.Module):
         x = relu(self.bn1(self.conv1(x)))
         x = overlapping_max_pool(x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                x = block(x)
+            x = stage(x)
         return self.fc(global_average_pool(x))
 
 
