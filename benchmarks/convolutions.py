@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import machine
-from tpp_jax.models.convolution import use_fast_convolutions
+from tpp_jax.models.convolution import compiler_options, use_fast_convolutions
 
 # Batch, side of the images, side of the kernel, channels in and out.
 LAYERS = {
@@ -61,9 +61,9 @@ def _measure(sizes: tuple[int, ...], job: str, rounds: int) -> dict[str, Any]:
     layer = nnx.Conv(
         inputs, outputs, (window, window), use_bias=False, rngs=nnx.Rngs(0)
     )
-    calls = {"lax": _call(layer, images, job)}
+    calls = {"lax": _call(layer, images, job, {})}
     use_fast_convolutions(layer)
-    calls["ours"] = _call(layer, images, job)
+    calls["ours"] = _call(layer, images, job, compiler_options())
     seconds: dict[str, list[float]] = {side: [] for side in calls}
     for turn in range(rounds + 2):
         for side in list(calls)[:: 1 if turn % 2 else -1]:
@@ -77,7 +77,9 @@ def _measure(sizes: tuple[int, ...], job: str, rounds: int) -> dict[str, Any]:
     return medians | {"ratio": ratio, "quartiles": [low, high]}
 
 
-def _call(layer: nnx.Conv, images: jax.Array, job: str) -> Callable[[], Any]:
+def _call(
+    layer: nnx.Conv, images: jax.Array, job: str, options: dict[str, str]
+) -> Callable[[], Any]:
     graphdef, state = nnx.split(layer)
 
     def forward(state: nnx.State, images: jax.Array) -> jax.Array:
@@ -86,7 +88,8 @@ def _call(layer: nnx.Conv, images: jax.Array, job: str) -> Callable[[], Any]:
     def loss(state: nnx.State, images: jax.Array) -> jax.Array:
         return jnp.sum(forward(state, images) ** 2)
 
-    compiled = jax.jit(forward if job == "call" else jax.grad(loss, argnums=(0, 1)))
+    called = forward if job == "call" else jax.grad(loss, argnums=(0, 1))
+    compiled = jax.jit(called, compiler_options=options)
     return lambda: compiled(state, images)
 
 

@@ -9,6 +9,7 @@ Sweeps choose by what this shows: on the CPU, one run after the other.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from flax import nnx
 import tpp_jax as tpp
 from benchmarks import machine
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.training import replicas
+from tpp_jax.training import parallel, replicas
 from tpp_jax.training.feeds import open_feed
 from tpp_jax.training.step import (
     StepConfig,
@@ -101,7 +102,8 @@ def _programs(
 
     states = [state_of(*pair) for pair in zip(models, plans, strict=True)]
     keys = [jax.random.key(seed) for seed in range(len(models))]
-    alone = jax.jit(steps_of(plans[0].kept))
+    compiled = functools.partial(parallel.on_devices, devices=jax.devices()[:1])
+    alone = compiled(steps_of(plans[0].kept))
     found = {("alone", 1): lambda: alone(states[0], keys[0], n, order, images)}
     for unroll, kind in ((False, "batched"), (True, "unrolled")):
         for number in NUMBERS[1:]:
@@ -113,7 +115,7 @@ def _programs(
                 (order,) * number,
                 images,
             )
-            program = jax.jit(replicas.together(steps_of, unroll))
+            program = compiled(replicas.together(steps_of, unroll))
             found[kind, number] = lambda p=program, a=arguments: p(*a)
     return found, int(n)
 

@@ -8,7 +8,12 @@ from flax import nnx
 from jax import lax
 
 import tpp_jax as tpp
-from tpp_jax.models.convolution import conv_on_cpu, use_fast_convolutions
+from tpp_jax.models import convolution
+from tpp_jax.models.convolution import (
+    compiler_options,
+    conv_on_cpu,
+    use_fast_convolutions,
+)
 
 CHANNELS_LAST = lax.conv_dimension_numbers(
     (1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC")
@@ -124,3 +129,35 @@ def test_in_a_network() -> None:
         gradient(model),
         before,
     )
+
+
+@pytest.fixture
+def asked_anew():
+    """What the backend accepts is asked once per process; here before and after."""
+    compiler_options.cache_clear()
+    yield
+    compiler_options.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_compiler_options_are_accepted_and_change_rounding_alone() -> None:
+    assert compiler_options() == convolution._CPU_OPTIONS
+    model = tpp.models.create("cifar_resnet8", num_classes=10, rngs=nnx.Rngs(0))
+    use_fast_convolutions(model)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    images = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
+
+    def square(params):
+        return (nnx.merge(graphdef, params, rest, copy=True)(images) ** 2).mean()
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        jax.jit(jax.grad(square), compiler_options=compiler_options())(params),
+        jax.jit(jax.grad(square))(params),
+    )
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_no_compiler_options_where_xla_knows_none(monkeypatch) -> None:
+    monkeypatch.setattr(convolution, "_CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
+    assert compiler_options() == {}

@@ -1,5 +1,6 @@
 """How long networks and their layers take, dense beside pruned, on this machine."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,11 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from tpp_jax.models.convolution import conv_on_cpu, use_fast_convolutions
+from tpp_jax.models.convolution import (
+    compiler_options,
+    conv_on_cpu,
+    use_fast_convolutions,
+)
 from tpp_jax.pruning.flops import count
 from tpp_jax.pruning.tracing import Layer, Trace, layers, trace
 
@@ -115,7 +120,7 @@ def _forward(model: nnx.Module, images: jax.Array) -> Callable[[], Any]:
         state,
     )
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def call(state: nnx.State, images: jax.Array) -> Any:
         merged = nnx.merge(graphdef, state)
         merged.eval()
@@ -130,17 +135,18 @@ def _shapes(traced: Trace, layer: Layer) -> tuple[tuple[int, ...], ...]:
 
 
 def _layer_call(traced: Trace, layer: Layer, dtype: str) -> Callable[[], Any]:
-    params = dict(layer.equation.params)
+    params = layer.equation.params
     operands = [jnp.zeros(shape, dtype) for shape in _shapes(traced, layer)]
     if layer.equation.primitive == "dot_general":
-        call = jax.jit(lambda a, b: lax.dot_general(a, b, params["dimension_numbers"]))
+        names = ["dimension_numbers"]
+        call = lax.dot_general
     else:
-        names = "lhs_dilation", "rhs_dilation", "dimension_numbers"
-        options = {name: params[name] for name in (*names, "feature_group_count")}
+        names = ["window_strides", "padding", "lhs_dilation", "rhs_dilation"]
+        names += ["dimension_numbers", "feature_group_count"]
         on_cpu = jax.default_backend() == "cpu"
-        conv = conv_on_cpu if on_cpu else lax.conv_general_dilated
-        window = params["window_strides"], params["padding"]
-        call = jax.jit(lambda x, kernel: conv(x, kernel, *window, **options))
+        call = conv_on_cpu if on_cpu else lax.conv_general_dilated
+    call = functools.partial(call, **{name: params[name] for name in names})
+    call = jax.jit(call, compiler_options=compiler_options())
     return lambda: call(*operands)
 
 

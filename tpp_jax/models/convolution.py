@@ -1,6 +1,6 @@
 """Convolutions as XLA's CPU backend runs them best; elsewhere they are XLA's own.
 
-Four things make the convolutions of a training step slow on a CPU, none of which is
+Five things make the convolutions of a training step slow on a CPU, none of which is
 arithmetic:
 
 - *Kernel gradients.* Their convolution wants the images as [channels, h, w, batch]. XLA
@@ -13,6 +13,8 @@ arithmetic:
 - *Thin layers*, as pruning leaves them, from or to few channels: two to six times
   slower than one product with the pixels of all patches, or of all pixels with all taps
   of the kernel.
+- *One thread*: XLA hands convolutions to a library, YNNPACK, that it runs on a single
+  core, where its own kernels use them all. See :func:`compiler_options`.
 
 Results are the same up to float rounding, those of the kernel gradients to the bit.
 docs/performance.md has the measurements.
@@ -37,6 +39,12 @@ _CHANNELS_LAST = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 
 _FEW_PIXELS = 4
 # How much larger than images and outputs the product's operands may be.
 _THIN = 1.25
+# What YNNPACK may compute: elementwise work and convolutions are slower with it.
+_CPU_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": (
+        "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    )
+}
 # Options of ``lax`` that only some convolutions set.
 _SCALARS = "feature_group_count", "batch_group_count"
 _SCALARS += "out_sharding", "preferred_element_type"
@@ -55,6 +63,24 @@ def use_fast_convolutions(model: nnx.Module) -> None:
         own = getattr(layer, "conv_general_dilated", None)
         if isinstance(layer, nnx.Conv) and own is lax.conv_general_dilated:
             layer.conv_general_dilated = conv_on_cpu
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """Returns what ``jax.jit`` should tell XLA of a program with convolutions.
+
+    On the CPU that is to give YNNPACK only what it computes faster than XLA, reductions
+    and single products; elsewhere, and for a jaxlib that knows no such option, nothing.
+    It goes to the outermost ``jax.jit``, as JAX asks of all such options; ``jax.pmap``
+    takes none.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=_CPU_OPTIONS).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return dict(_CPU_OPTIONS)
 
 
 def conv_on_cpu(

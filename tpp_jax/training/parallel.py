@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpp_jax.errors import TPPError
+from tpp_jax.models.convolution import compiler_options
 
 AXIS = "batch"
 
@@ -48,7 +49,7 @@ def on_devices(
     """
     donated = () if donate is None else (donate,)
     if len(devices) == 1:
-        return jax.jit(fn, donate_argnums=donated)
+        return _jitted(fn, donated)
 
     n = len(_own(devices))
     compile_for = _pmapped if kind == "pmap" else _shard_mapped
@@ -117,7 +118,7 @@ def _shard_mapped(
         out_specs=PartitionSpec(),
         check_vma=False,  # that results are equal everywhere is fn's promise
     )
-    compiled = jax.jit(mapped, donate_argnums=donated)
+    compiled = _jitted(mapped, donated)
     if jax.process_count() == 1:
         return compiled
 
@@ -129,6 +130,10 @@ def _shard_mapped(
         return compiled(*whole)
 
     return call
+
+
+def _jitted(fn: Callable[..., Any], donated: tuple[int, ...]) -> Callable[..., Any]:
+    return jax.jit(fn, donate_argnums=donated, compiler_options=compiler_options())
 
 
 def _own(devices: Sequence[jax.Device]) -> list[jax.Device]:
