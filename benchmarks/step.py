@@ -9,8 +9,9 @@ neighbouring steps, with the quartiles beside it.
 
 - ``plain`` and ``tpp`` are the library's own steps; the penalized one is in the middle
   of the regularize phase, all terms at work.
-- ``lax`` (on a CPU) is the plain step with XLA's own convolutions in place of those of
-  tpp_jax/models/convolution.py.
+- ``defaults`` (on a CPU) is the plain step compiled with XLA's default options, so that
+  YNNPACK takes the convolutions; ``lax`` moreover has XLA's own convolutions in place
+  of those of tpp_jax/models/convolution.py.
 - ``torch`` and ``torch tpp`` are PyTorch's, with ``--compiled`` also through
   ``torch.compile``. Without PyTorch our sides are timed alone.
 
@@ -42,6 +43,7 @@ from tpp_jax.training.optimizers import sgd
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _COMPARED = (
     ("tpp", "plain"),
+    ("plain", "defaults"),
     ("plain", "lax"),
     ("plain", "torch"),
     ("tpp", "torch tpp"),
@@ -125,8 +127,10 @@ def _sides(
     if jax.default_backend() == "cpu" and not options.ours:
         untouched = unittest.mock.patch.object(steps, "use_fast_convolutions")
         no_options = unittest.mock.patch.object(parallel, "compiler_options", dict)
-        with untouched, no_options:  # while the step is compiled
-            ours["lax"] = _Ours(model, plain, images, options)
+        with no_options:  # while the step is compiled
+            ours["defaults"] = _Ours(model, plain, images, options)
+            with untouched:
+                ours["lax"] = _Ours(model, plain, images, options)
     sides: dict[str, Callable[[], float]] = {name: x.time for name, x in ours.items()}
     if importlib.util.find_spec("torch") and not options.ours:
         from benchmarks.peers.torch_step import Peer
