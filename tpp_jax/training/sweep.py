@@ -92,7 +92,7 @@ def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None
     if first:
         (workdir / "table.json").write_text(json.dumps(_description(table), indent=2))
     failed, number = [], 0
-    # On the CPU runs are as fast one by one: benchmarks/replicas.py
+    # On the CPU too little is gained to compile so much: benchmarks/replicas.py
     size = table.replicas or (1 if jax.default_backend() == "cpu" else 8)
     for cells in _groups(chosen, size):
         numbers = "–".join(map(str, sorted({number + 1, number + len(cells)})))
