@@ -224,10 +224,7 @@ def read_groups(
         groups=_with_unique_names([groups[i][1] for i in order]),
         layers=tuple(dict.fromkeys(layer.name for layer in layer_list)),
         shapes={leaf: traced.shapes[n] for leaf, n in traced.leaves.items()},
-        inputs=jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x,
-            inputs,
-        ),
+        inputs=jax.tree.map(lambda x: _abstract(x) if is_array(x) else x, inputs),
         traced=traced,
         joined=joined,
     )
@@ -443,6 +440,11 @@ def _grain(group: Group, leaf: str) -> tuple[bool, int, int, int]:
     runs = np.diff([-1, *breaks, own.positions.shape[1] - 1])
     first = int(own.positions.min())
     return group.reason is not None, own.axis, -int(runs.max()), first
+
+
+def _abstract(array: Any) -> jax.ShapeDtypeStruct:
+    """Returns an array's shape and the dtype that JAX gives it: int32 for an int64."""
+    return jax.ShapeDtypeStruct(array.shape, jax.typeof(array).dtype)
 
 
 def _with_unique_names(groups: list[Group]) -> tuple[Group, ...]:
