@@ -107,7 +107,7 @@ GROUPS = {
         free("embed", "layers.out", "layers.down", size=16),
         free("layers.qkv", size=4),
         within("layers.qkv#2", size=4),
-        within("layers.qkv#3", size=3, why="a slice with fixed bounds [0:1:1]"),
+        within("layers.qkv#3", size=3, why="an axis that is indexed"),
         free("layers.up", size=24),
         whole("head", size=19),
     ],

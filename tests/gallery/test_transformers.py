@@ -43,7 +43,7 @@ def blocks(*layers):
 def vision_transformer():
     groups = [free("patch", *blocks("attention.proj", "mlp.down"), size=16)]
     for block in ("blocks.0", "blocks.1"):
-        groups += fused(f"{block}.attention.qkv", "a slice with fixed bounds [0:1:1]")
+        groups += fused(f"{block}.attention.qkv", "an axis that is indexed")
         groups += [free(f"{block}.mlp.up", size=32)]
     return [*groups, whole("head", size=10)]
 
@@ -63,7 +63,7 @@ def swin():
         return [
             free(qkv, size=4),
             within(f"{qkv}#2", size=size, why=WRITTEN),
-            within(f"{qkv}#3", size=3, why="an axis that is unstacked"),
+            within(f"{qkv}#3", size=3, why="an axis that is indexed"),
             free(f"{name}.mlp.up", size=8 * size),
         ]
 

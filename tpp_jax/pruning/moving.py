@@ -147,6 +147,8 @@ def slice_rule(
         elif stride > 1 and n % stride == 0 and start < stride and limit > n - stride:
             labels.suppose(axis)  # every second position, as in rotary embeddings
             functools.reduce(labels.tie, axis.reshape(-1, stride).T)
+        elif size == 1 and n > 1:
+            labels.fix(axis, "an axis that is indexed")
         elif len(part) != n:
             reason = f"a slice with fixed bounds [{start}:{limit}:{stride}]"
             labels.fix(axis, NotUnderstood(reason))
@@ -301,7 +303,7 @@ def unstack(
     labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
 ) -> list[Axes]:
     along = eqn.params["axis"]
-    labels.fix(operands[0][along], "an axis that is unstacked")
+    labels.fix(operands[0][along], "an axis that is indexed")
     rest = [a for i, a in enumerate(operands[0]) if i != along]
     return [rest for _ in shapes]
 
