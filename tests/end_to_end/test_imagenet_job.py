@@ -112,9 +112,9 @@ def test_four_devices_do_the_job_like_one(job, undisturbed, tmp_path):
     assert done.returncode == 0, done.stderr
     ours, theirs = history_of(tmp_path), history_of(undisturbed)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    # bfloat16 rounds sums of other orders differently, more so as training goes on.
-    first = [[r["loss"] for r in rows if r["step"] <= 6] for rows in (ours, theirs)]
-    np.testing.assert_allclose(*first, rtol=2e-2)
+    # bfloat16 rounds sums of other orders differently, which training soon magnifies.
+    first = [[r["loss"] for r in rows if r["step"] <= 3] for rows in (ours, theirs)]
+    np.testing.assert_allclose(*first, rtol=5e-3)
     ours, theirs = arrays_of(tmp_path), arrays_of(undisturbed)
     shapes = [{n: x.shape for n, x in tree.items()} for tree in (ours, theirs)]
     assert shapes[0] == shapes[1]
