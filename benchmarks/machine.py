@@ -26,6 +26,7 @@ def describe() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "jax": jax.__version__,
+        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
     }
 
 

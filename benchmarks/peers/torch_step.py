@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
 
@@ -86,6 +85,8 @@ def _create(name: str) -> nn.Module:
         return CifarResNet(int(name.removeprefix("cifar_resnet")))
     if name.startswith("cifar_vgg"):
         return CifarVGG(int(name.removeprefix("cifar_vgg")))
+    import torchvision  # for its networks alone
+
     return torchvision.models.get_model(name, weights=None)
 
 
