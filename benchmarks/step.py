@@ -18,6 +18,12 @@ neighbouring steps, with the quartiles beside it.
 On a GPU several steps run per dispatch, as in a run; ``--half`` computes in bfloat16.
 ``--ours`` leaves out all but ``plain`` and ``tpp``: what the penalties cost, in many
 rounds and with nobody's threads between.
+
+Beside each time stands the rate of the FLOPs of convolutions and dense layers, three
+times those of an evaluation, and what share it is of the machine's limit: the rate of a
+large matrix product in the same precision, which takes its turn with the others.
+
+Allocate as launch.py does: GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command.
 """
 
 import argparse
@@ -40,6 +46,9 @@ from tpp_jax.training import step as steps
 from tpp_jax.training.feeds import open_feed
 from tpp_jax.training.optimizers import sgd
 
+_PRODUCT = "matrix product"
+_PRODUCT_SIZE = 2048 if jax.default_backend() == "cpu" else 16384
+_PRODUCT_FLOPS = 2 * _PRODUCT_SIZE**3
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _COMPARED = (
     ("tpp", "plain"),
@@ -65,7 +74,7 @@ def main() -> None:
 
     with contextlib.suppress(AttributeError):
         load = os.getloadavg()[0]
-    sides, mebibytes = _sides(options)
+    sides, mebibytes, flops = _sides(options)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(options.rounds):
         # The order alternates: nobody always comes after the same one.
@@ -80,15 +89,24 @@ def main() -> None:
         "load": round(load, 2),
         "seconds": {name: float(np.median(times)) for name, times in seconds.items()},
         "mebibytes": mebibytes,
+        "gflops": flops / 1e9,
+        "utilisation": {},
         "ratios": {},
     }
     if "torch" in sides:
         from benchmarks.peers import torch_step
 
         result["peer"] = torch_step.describe()
-    for name, times in seconds.items():
+    limit = _PRODUCT_FLOPS / result["seconds"][_PRODUCT]
+    print(f"{_PRODUCT:<16} {limit / 1e9:9.1f} GFLOP/s: the limit")
+    for name in list(sides)[1:]:
+        rate = flops / result["seconds"][name]
+        result["utilisation"][name] = rate / limit
         memory = f"{mebibytes[name]:9.1f} MiB" if name in mebibytes else ""
-        print(f"{name:<16} {np.median(times):9.4f} s {memory}")
+        print(
+            f"{name:<16} {result['seconds'][name]:9.4f} s {rate / 1e9:9.1f} GFLOP/s "
+            f"{rate / limit:6.1%} {memory}"
+        )
     for side, other in _COMPARED:
         if {side, other} <= seconds.keys():
             each = np.divide(seconds[side], seconds[other])
@@ -102,12 +120,14 @@ def main() -> None:
 
 def _sides(
     options: argparse.Namespace,
-) -> tuple[dict[str, Callable[[], float]], dict[str, float]]:
-    """Returns, by name, functions that run a step to its end and return its seconds;
-    and the memory of our programs, state and images included, in MiB."""
+) -> tuple[dict[str, Callable[[], float]], dict[str, float], float]:
+    """Returns, by name, functions that run a step, or the matrix product, to its end
+    and return its seconds; the memory of our programs, state and images included, in
+    MiB; and the FLOPs of a step."""
     model = tpp.models.create(options.model, rngs=nnx.Rngs(0))
     shape = model.spec.image_shape
     groups = tpp.channel_groups(model, jax.ShapeDtypeStruct((1, *shape), np.float32))
+    flops = 3.0 * options.batch_size * tpp.count(model, groups.inputs[0]).flops
     plan = tpp.make_plan(groups, model, options.ratios)
     schedule = tpp.growing_schedule()
     plain = sgd(1e-3, momentum=0.9, weight_decay=5e-4)
@@ -131,7 +151,8 @@ def _sides(
             ours["defaults"] = _Ours(model, plain, images, options)
             with untouched:
                 ours["lax"] = _Ours(model, plain, images, options)
-    sides: dict[str, Callable[[], float]] = {name: x.time for name, x in ours.items()}
+    sides: dict[str, Callable[[], float]] = {_PRODUCT: _matrix_product(options.half)}
+    sides |= {name: x.time for name, x in ours.items()}
     if importlib.util.find_spec("torch") and not options.ours:
         from benchmarks.peers.torch_step import Peer
 
@@ -148,7 +169,22 @@ def _sides(
             sides[name] = lambda peer=peer: _timed(peer, at_once)
             sides[name]()
             sides[name]()
-    return sides, {name: x.mebibytes for name, x in ours.items()}
+    return sides, {name: x.mebibytes for name, x in ours.items()}, flops
+
+
+def _matrix_product(half: bool) -> Callable[[], float]:
+    """Returns a function that multiplies two large matrices; gives its seconds."""
+    dtype = jax.numpy.bfloat16 if half else jax.numpy.float32
+    matrix = jax.numpy.ones((_PRODUCT_SIZE, _PRODUCT_SIZE), dtype)
+    product = jax.jit(lambda a, b: a @ b)
+
+    def time_it() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(product(matrix, matrix))
+        return time.perf_counter() - start
+
+    time_it()
+    return time_it
 
 
 def _at_once() -> int:
