@@ -5,8 +5,6 @@ import functools
 import html.parser
 import pathlib
 import re
-import shutil
-import subprocess
 import tempfile
 import xml.etree.ElementTree
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.analysis.test_tables_plots import SUMMARY
+from tests.browser import look_at, needs_browser
 from tpp_jax.analysis import grids, plots, report
 
 JACOBIAN = {
@@ -119,31 +118,12 @@ def test_the_page_of_a_sweep_tells_what_is_done_and_what_failed():
     assert "TPPError: <b>no</b>" in text
 
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-
-MEASURE = """<script>addEventListener("load", () => {
-  const sizes = [...document.images].map((image) => image.naturalWidth);
-  document.body.dataset.sizes = sizes.join(" ");
-  const page = document.documentElement;
-  document.body.dataset.wide = page.scrollWidth - page.clientWidth;
-})</script>"""
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@needs_browser
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("name", PAGES)
-def test_a_browser_shows_every_picture_and_complains_of_nothing(tmp_path, name, dark):
-    file = tmp_path / "page.html"
-    file.write_text(page(name).replace("</body>", f"{MEASURE}</body>"))
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    command += ["--virtual-time-budget=5000", "--window-size=500,900"]
-    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    done = subprocess.run(
-        [*command, f"file://{file}"], capture_output=True, text=True, timeout=120
-    )
-    [sizes] = re.findall(r'data-sizes="([^"]*)"', done.stdout)
-    assert len(sizes.split()) == {"run": 4, "sweep": 1}[name]
-    assert all(int(size) > 100 for size in sizes.split())
-    assert 'data-wide="0"' in done.stdout  # a phone need not scroll the page sideways
-    assert "CONSOLE" not in done.stderr
+def test_a_browser_shows_every_picture_and_complains_of_nothing(name, dark):
+    seen = look_at(page(name), dark=dark)
+    assert len(seen.pictures) == {"run": 4, "sweep": 1}[name]
+    assert all(width > 100 for width in seen.pictures)
+    assert seen.wider == 0  # a phone need not scroll the page sideways
+    assert seen.complaints == []

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import tpp_jax as tpp
+from tests.browser import look_at, needs_browser
 from tests.end_to_end.runs import launch
 from tpp_jax.training.checkpoints import load_model, load_model_info
 
@@ -93,6 +94,15 @@ def test_tables_pictures_and_logs_are_left(run):
     ]
     strengths = [row["strength"] for row in rows if "strength" in row]
     assert strengths == sorted(strengths) and strengths[-1] == 1.0
+
+
+@needs_browser
+def test_a_browser_shows_the_whole_report(run):
+    page = (run[0] / "report.html").read_text()
+    for dark in (False, True):
+        seen = look_at(page, dark=dark)
+        assert len(seen.pictures) >= 3 and min(seen.pictures) > 100
+        assert (seen.wider, seen.complaints) == (0, [])
 
 
 def test_running_again_says_that_it_is_finished(run):

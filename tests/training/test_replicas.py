@@ -55,9 +55,9 @@ def counting(monkeypatch):
     """Counts of how many runs the programs were."""
     sizes, original = [], replicas._Programs.__call__
 
-    def call(self, asks):
+    def call(self, asks, of_all):
         sizes.append(len(asks))
-        return original(self, asks)
+        return original(self, asks, of_all)
 
     monkeypatch.setattr(replicas._Programs, "__call__", call)
     return sizes
@@ -89,6 +89,31 @@ def test_runs_stopped_at_different_steps_meet_again(tmp_path, alone, monkeypatch
     run.train_together([of_seed(seed) for seed in SEEDS[:2]], folders)
     assert sizes[-1] == 2
     for folder, other in zip(folders, alone[:2], strict=True):
+        assert_alike(folder, other)
+
+
+def test_methods_that_fine_tune_alike_share_those_steps(tmp_path, alone, monkeypatch):
+    changes = ("tpp", ""), ("oneshot", ""), ("oneshot", "orthp")
+    configs = [
+        of_seed(
+            seed,
+            **{"init.model": str(alone[seed] / "dense")},
+            **{"prune.method": method, "prune.reinitialize": recipe},
+        )
+        for seed, (method, recipe) in enumerate(changes)
+    ]
+    singly = [tmp_path / "singly" / str(i) for i in range(3)]
+    sizes = counting(monkeypatch)
+    for config, folder in zip(configs, singly, strict=True):
+        run.train(config, folder)
+    sizes.clear()
+    jointly = [tmp_path / "jointly" / str(i) for i in range(3)]
+    ends = run.train_together(configs, jointly)
+    assert [end["status"] for end in ends] == ["done"] * 3
+    # The others wait until TPP has regularized its network; then all go together.
+    first_joint = sizes.index(3)
+    assert set(sizes[:first_joint]) == {1} and set(sizes[first_joint:]) == {3}
+    for folder, other in zip(jointly, singly, strict=True):
         assert_alike(folder, other)
 
 

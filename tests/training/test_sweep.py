@@ -19,6 +19,7 @@ from tpp_jax.training.setup import check
 from tpp_jax.training.sweep import (
     cells_of,
     default_table,
+    groups_of,
     read_grid,
     sweep,
     write_report,
@@ -78,10 +79,37 @@ def test_dense_training_is_shared_and_changes_nothing(swept, tmp_path):
     assert ours == own[1:]
 
 
-def test_seeds_may_share_a_program(tmp_path):
-    table = small_table(only="tpp_half_*", replicas=2)
+def test_cells_that_fine_tune_alike_run_together_and_seeds_stay_together():
+    rows = (
+        ("Scratch", {"prune": {"method": "scratch"}, "finetune": {"epochs": 2}}),
+        ("L1", {"prune": {"method": "oneshot"}}),
+        ("Other", {"prune": {"method": "scratch"}, "finetune": {"epochs": 2}}),
+        ("TPP", {}),
+        ("Extra", {"prune": {"method": "extra"}}),
+    )
+    half = (("half", {"prune": {"ratios": "*net*:0.5"}}),)
+    cells = cells_of(small_table(rows=rows, columns=half, seeds=(0, 1)))
+
+    def grouped(size):
+        return [[(c.row, c.seed) for c in group] for group in groups_of(cells, size)]
+
+    both = {row: [(row, 0), (row, 1)] for row, _ in rows}
+    assert grouped(1) == [[one] for one in sum(grouped(100), [])]
+    assert grouped(100) == [
+        both["Scratch"] + both["Other"],
+        both["L1"] + both["TPP"] + both["Extra"],
+    ]
+    assert grouped(5) == [
+        both["Scratch"] + both["Other"],
+        both["L1"] + both["TPP"],
+        both["Extra"],
+    ]
+
+
+def test_cells_may_share_a_program(tmp_path):
+    table = small_table(only="*_half_*", replicas=4)
     sweep(table, tmp_path)
-    assert len(read_grid(tmp_path).results) == 2
+    assert len(read_grid(tmp_path).results) == 4
 
 
 def test_run_again_it_trains_only_what_is_missing(swept, capsys):

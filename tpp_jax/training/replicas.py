@@ -5,7 +5,7 @@ sent what they give. So a single run and several go the same way, and what is no
 (the plan, the cut, checkpoints, evaluations) each does by itself.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +34,7 @@ class Ask(NamedTuple):
       unroll: whether a program of several runs has their steps one after the other, and
         not as one of batched operations, which are slow on the CPU.
       kept: the indices that its plan keeps, by group.
-      position: steps of the whole run that are done.
+      left: steps of the whole run that are still to be done.
     """
 
     steps: Callable[..., Result]
@@ -44,7 +44,7 @@ class Ask(NamedTuple):
     compile: Callable[..., Callable[..., Any]]
     unroll: bool
     kept: Kept
-    position: int
+    left: int
 
 
 Work = Generator[Ask, Result, Any]
@@ -53,8 +53,8 @@ Work = Generator[Ask, Result, Any]
 def drive(works: Sequence[Work]) -> list[Any]:
     """Carries runs to their ends.
 
-    Those that are behind go first, so that runs that were resumed at different steps
-    meet.
+    Those with the most steps left go first, so that runs that were resumed at different
+    steps meet, and those of different methods in the phases that they end with.
 
     Args:
       works: the runs, not begun.
@@ -79,10 +79,10 @@ def drive(works: Sequence[Work]) -> list[Any]:
         for i, work in enumerate(works):
             go_on(i, lambda work=work: next(work))
         while asked:
-            first = min(asked.values(), key=lambda ask: ask.position)
+            first = max(asked.values(), key=lambda ask: ask.left)
             group = [i for i, ask in asked.items() if _go_together(ask, first)]
             try:
-                results = programs([asked[i] for i in group])
+                results = programs([asked[i] for i in group], asked.values())
             except Exception as error:  # each run knows what to make of it
                 for i in group:
                     go_on(i, lambda i=i, error=error: works[i].throw(error))
@@ -109,27 +109,29 @@ def _shapes(ask: Ask) -> Any:
 
 
 class _Programs:
-    """The program of the last group of runs."""
+    """Programs of groups of runs, each as long as the group may ask for it again."""
 
     def __init__(self) -> None:
-        self._key: Any = None
-        self._program: Any = None
+        self._programs: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, asks: Sequence[Ask]) -> list[Result]:
+    def __call__(self, asks: Sequence[Ask], of_all: Iterable[Ask]) -> list[Result]:
         if len(asks) == 1:
             return [asks[0].steps(*asks[0].arguments)]
-        key = [ask.steps for ask in asks]
-        if self._key != key:
-            self._program = asks[0].compile(
+        current = {ask.steps for ask in of_all}
+        for key in [key for key in self._programs if not current.issuperset(key)]:
+            del self._programs[key]
+        key = tuple(ask.steps for ask in asks)
+        if key not in self._programs:
+            self._programs[key] = asks[0].compile(
                 together(asks[0].steps_of, asks[0].unroll), donate=1
             )
-            self._key = key
         states, keys, counts, orders, images = zip(
             *(ask.arguments for ask in asks), strict=True
         )
         kept = tuple(ask.kept for ask in asks)
         # They count alike, and their images are the same.
-        return list(self._program(kept, states, keys, counts[0], orders, images[0]))
+        program = self._programs[key]
+        return list(program(kept, states, keys, counts[0], orders, images[0]))
 
 
 def together(

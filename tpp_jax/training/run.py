@@ -7,7 +7,6 @@ and all state, so that the same command continues where a killed one was.
 import contextlib
 import errno
 import functools
-import json
 import math
 import pathlib
 import time
@@ -41,7 +40,7 @@ from tpp_jax.training.step import (
     make_train_steps,
 )
 from tpp_jax.training.stopping import Signals, Stopped, locked
-from tpp_jax.training.summary import finish
+from tpp_jax.training.summary import finish, read_summary
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
@@ -71,9 +70,9 @@ def train_together(
 ) -> list[dict | BaseException]:
     """Carries several runs to their ends, equal steps of them as one program.
 
-    Runs whose configs differ in their seeds (and ``init``) alone share their steps;
-    each comes to what it would alone, up to rounding. A resumed run too, at whatever
-    step the others are.
+    Runs share the steps of a phase if these differ in seeds and plans of equal counts
+    alone, whatever else the runs do; each comes to what it would alone, up to rounding.
+    A resumed run too, at whatever step the others are.
 
     Args:
       configs: of the runs.
@@ -109,7 +108,7 @@ def _work(
 ) -> replicas.Work:
     summary_file = workdir / "summary.json"
     if summary_file.exists():
-        summary = _read_summary(summary_file)
+        summary = read_summary(summary_file)
         _same_config(summary["config"], config.to_dict(), workdir)
         if not hidden:
             print(f"The run in {workdir} is finished; see {summary_file}.")
@@ -152,18 +151,6 @@ def _disk_errors_told(workdir: pathlib.Path) -> Iterator[None]:
             f"{workdir} can no longer be written to ({error}). The checkpoints in it "
             "are whole: make room on the disk, and the same command goes on"
         ) from error
-
-
-def _read_summary(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(file.read_text())
-        summary["config"].keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TPPError(
-            f"{file} cannot be read ({error}). Remove it, and the same command makes "
-            "it again from the last checkpoint"
-        ) from error
-    return summary
 
 
 class Run:
@@ -310,7 +297,7 @@ class Run:
             arguments = state, key_on_devices, np.int32(stop - done), *data
             del state  # its buffers are given away
             state, metrics = yield ask._replace(
-                arguments=arguments, position=self._global_step()
+                arguments=arguments, left=self._steps_left()
             )
             del arguments
             recent.append((stop - done, metrics))
@@ -389,20 +376,19 @@ class Run:
             parts=config.accumulate,
             kind=config.parallel,
         )
-        alike = {k: v for k, v in config.to_dict().items() if k not in ("seed", "init")}
         return replicas.Ask(
             steps=on_devices(
                 steps_of(phase.tx), donate=0, split=3 if feed.split else None
             ),
             arguments=(),
-            likeness=None if feed.split else (phase.kind, alike),
+            likeness=None if feed.split else self.setup.likeness(phase.kind),
             steps_of=lambda kept: steps_of(
                 self.setup.phases(Plan(kept, plan.groups))[phase.kind].tx
             ),
             compile=on_devices,
             unroll=jax.default_backend() == "cpu",
             kept=plan.kept,
-            position=0,
+            left=0,
         )
 
     def accuracy(self, model: nnx.Module) -> float:
@@ -414,6 +400,11 @@ class Run:
         before = sum(result["steps"] for result in self.meta["results"])
         unfinished = not self.finished(self.meta["phase"])
         return before + (self.meta["step"] if unfinished else 0)
+
+    def _steps_left(self) -> int:
+        kinds = [stage.kind for stage in self.setup.stages]
+        steps = (self.phases[kind].steps for kind in kinds if kind in self.phases)
+        return sum(steps) - self._global_step()
 
     def _log(
         self, phase: Phase, done: int, state: TrainState, recent: list[Any]

@@ -46,6 +46,11 @@ class Setup:
     stages: tuple[Stage, ...]
     steps_per_epoch: int
 
+    @property
+    def rounds(self) -> int:
+        """How often channels are chosen, cut out and the rest fine-tuned."""
+        return max(stage.round for stage in self.stages)
+
     def phases(self, plan: Plan) -> dict[str, Phase]:
         """Returns the phases of training, by kind, that prune by a plan."""
         return phases.make_phases(
@@ -55,8 +60,21 @@ class Setup:
             schedule=self.schedule,
             steps_per_epoch=self.steps_per_epoch,
             model=self.model,
-            rounds=max(stage.round for stage in self.stages),
+            rounds=self.rounds,
         )
+
+    def likeness(self, kind: str) -> Any:
+        """Returns what is equal for runs that may take a phase's steps in one program.
+
+        Their states are to have equal shapes besides. A phase reads its own part of the
+        config, and those of the rest that have no phase of their own.
+        """
+        parts = {"pretrain", "finetune", "prune"}
+        own = kind if kind in parts else "prune"
+        left_out = parts - {own} | {"seed", "init"}
+        fields = self.config.to_dict()
+        read = {name: x for name, x in fields.items() if name not in left_out}
+        return kind, self.rounds, read
 
     def step_config(self, kind: str = "") -> StepConfig:
         """Returns how to compute: in a phase of some kind, or else to evaluate."""

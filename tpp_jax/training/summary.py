@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tpp_jax.analysis import plots, report, tables
+from tpp_jax.errors import TPPError
 from tpp_jax.pruning.flops import Count, count
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training import hosts, measures
@@ -41,6 +42,23 @@ def finish(run: "Run") -> dict[str, Any]:
         draw(run.workdir)
     hosts.wait_for_all("summary")
     run.progress.say(tables.result_table(summary))
+    return summary
+
+
+def read_summary(file: pathlib.Path) -> dict[str, Any]:
+    """Reads the summary of a finished run.
+
+    Raises:
+      TPPError: it is damaged.
+    """
+    try:
+        summary = json.loads(file.read_text())
+        summary["config"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TPPError(
+            f"{file} cannot be read ({error}). Remove it, and the same command makes "
+            "it again from the last checkpoint"
+        ) from error
     return summary
 
 

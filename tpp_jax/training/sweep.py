@@ -59,7 +59,7 @@ def default_table() -> ml_collections.ConfigDict:
     table.metrics = ("best_accuracy", "last_accuracy")  # see tpp_jax.analysis.grids
     # What is published: (row, column, metric, mean, standard deviation or None).
     table.paper = ()
-    # Seeds whose steps run as one program; 0: one on the CPU, up to 8 elsewhere.
+    # Cells whose steps run as one program; 0: one on the CPU, up to 8 elsewhere.
     table.replicas = 0
     table.only = ""  # pattern of the names of the cells to run; "" for all
     return table
@@ -94,11 +94,10 @@ def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None
     failed, number = [], 0
     # On the CPU too little is gained to compile so much: benchmarks/replicas.py
     size = table.replicas or (1 if jax.default_backend() == "cpu" else 8)
-    for cells in _groups(chosen, size):
+    for cells in groups_of(chosen, size):
         numbers = "–".join(map(str, sorted({number + 1, number + len(cells)})))
-        seeds = ", ".join(str(cell.seed) for cell in cells)
         if first:
-            what = f"{cells[0].row}, {cells[0].column}, seed {seeds}"
+            what = "; ".join(f"{c.row}, {c.column}, seed {c.seed}" for c in cells)
             print(f"\n[{numbers}/{len(chosen)}] {what}")
         number += len(cells)
         for cell, end in zip(cells, _run(cells, workdir), strict=True):
@@ -159,6 +158,35 @@ def cells_of(table: ml_collections.ConfigDict) -> list[Cell]:
         config.seed = seed
         cells.append(Cell(row[0], column[0], seed, config))
     return cells
+
+
+def groups_of(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
+    """Yields the cells that run together.
+
+    They are of one column and fine-tune alike, so that at least those steps may share
+    a program; the seeds of a row share all, and are kept together where they fit.
+
+    Args:
+      cells: from :func:`cells_of`.
+      size: how many at the most.
+    """
+    alike: dict[Any, list[list[Cell]]] = {}
+    for _, seeds in itertools.groupby(cells, lambda cell: (cell.row, cell.column)):
+        row = list(seeds)
+        key = row[0].column, row[0].config.finetune.to_json(sort_keys=True)
+        alike.setdefault(key, []).append(row)
+    for rows in alike.values():
+        group: list[Cell] = []
+        for row in rows:
+            if group and len(group) + len(row) > size:
+                yield group
+                group = []
+            group += row
+            while len(group) >= size:
+                yield group[:size]
+                group = group[size:]
+        if group:
+            yield group
 
 
 def tabulate(workdir: pathlib.Path) -> str:
@@ -272,14 +300,6 @@ def _description(table: ml_collections.ConfigDict) -> dict[str, Any]:
             for c in cells_of(table)
         ],
     }
-
-
-def _groups(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
-    """Yields the cells that run together: seeds of one row and column."""
-    for _, seeds in itertools.groupby(cells, lambda cell: (cell.row, cell.column)):
-        alike = list(seeds)
-        for start in range(0, len(alike), size):
-            yield alike[start : start + size]
 
 
 def _run(cells: Sequence[Cell], workdir: pathlib.Path) -> list[Any]:
