@@ -35,6 +35,10 @@ CASES = {
     "narrowing": ((8, 8, 3, 3, 9, 1), (1, 1), ((1, 1), (1, 1))),
     "narrowing stride": ((9, 6, 3, 2, 12, 2), (2, 1), ((1, 1), (0, 1))),
     "narrowing valid": ((8, 8, 3, 3, 9, 1), (2, 2), "VALID"),
+    "pairs": ((4, 32, 3, 3, 5, 6), (1, 1), ((1, 1), (1, 1))),
+    "pairs uneven": ((5, 34, 3, 2, 5, 6), (2, 1), ((0, 2), (0, 1))),
+    "pairs valid": ((6, 34, 3, 3, 5, 6), (1, 1), "VALID"),
+    "odd width": ((4, 33, 3, 3, 5, 6), (1, 1), ((1, 1), (1, 1))),
     "1x1 padded": ((4, 4, 1, 1, 5, 6), (1, 1), ((1, 1), (0, 1))),
 }
 
@@ -103,6 +107,21 @@ def test_a_second_derivative_backwards() -> None:
     np.testing.assert_allclose(
         curvature(conv_on_cpu), curvature(lax.conv_general_dilated), rtol=1e-4
     )
+
+
+def test_a_kernels_gradient_does_not_compute_its_images_again() -> None:
+    images, kernel = map(jnp.float32, _arrays("3x3"))
+
+    def loss(kernel, images):
+        made = jnp.tanh(images)  # must run once, and be kept for the gradient
+        padding = ((1, 1), (1, 1))
+        y = conv_on_cpu(made, kernel, (1, 1), padding, dimension_numbers=CHANNELS_LAST)
+        return (y**2).sum()
+
+    program = jax.jit(jax.grad(loss)).lower(kernel, images).compile().as_text()
+    held = [line for line in program.splitlines() if 'inlineable="false"' in line]
+    assert any(" call(" in line for line in held)
+    assert program.count(" tanh(") == 1
 
 
 def test_in_a_network() -> None:
