@@ -3,8 +3,8 @@
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.onednn
 
 PyTorch's convolutions are oneDNN's. jaxlib for x86-64 has them inside too, behind a
-custom call that XLA's own compiler passes are built to make and, in released versions,
-do not. Here ``jax.ffi`` makes it, for the 3×3 convolutions of ResNet-56: each layer's
+custom call that XLA's compiler passes are written to make and, in released versions, do
+not. Here ``jax.ffi`` makes it, for the 3×3 convolutions of ResNet-56: each layer's
 three convolutions alone, then the whole step, in turns with the library's own.
 
 The library does without, since nothing about that call is promised: jaxlib cannot
@@ -164,10 +164,9 @@ def _backward(case: Any, operands: Any, gradient: jax.Array) -> tuple[Any, Any]:
         ((kh - 1 - top, kh - 1 - bottom), (kw - 1 - left, kw - 1 - right)),
         kernel_dims=(3, 2, 0, 1),
     )
-    # As in the library: lest the transposition be fused with what made the images.
-    copy = jnp.dot(images.reshape(-1, c), jnp.eye(c), precision="highest")
+    batch_last = convolution._held(images).reshape(b, -1).T
     by_kernel = _call(
-        copy.reshape(b, -1).T.reshape(1, h, w * c, b),
+        batch_last.reshape(1, h, w * c, b),
         gradient,
         (1, kh, kw * c, n),
         ((top, bottom), (left * c, right * c)),
