@@ -164,7 +164,7 @@ def _backward(case: Any, operands: Any, gradient: jax.Array) -> tuple[Any, Any]:
         ((kh - 1 - top, kh - 1 - bottom), (kw - 1 - left, kw - 1 - right)),
         kernel_dims=(3, 2, 0, 1),
     )
-    batch_last = convolution._held(images).reshape(b, -1).T
+    batch_last = convolution.held(images).reshape(b, -1).T
     by_kernel = _call(
         batch_last.reshape(1, h, w * c, b),
         gradient,

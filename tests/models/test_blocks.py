@@ -10,7 +10,7 @@ import tpp_jax as tpp
 from tests.reference import filled
 from tests.training.test_step import assert_alike, small_resnet, trained
 from tpp_jax.models import CifarResNet
-from tpp_jax.models.blocks import Blocks, roll_blocks
+from tpp_jax.models.blocks import Blocks, hold_blocks, roll_blocks
 from tpp_jax.training import step as steps
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
@@ -81,3 +81,27 @@ def test_blocks_are_rolled_where_loops_are_fast_and_blocks_are_many(monkeypatch)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     roll_blocks(model)
     assert model.layer1.rolled_from == 50
+
+
+class _Residual(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.abs(x + self.conv(x))
+
+
+def test_held_blocks_compute_once_what_they_hand_on():
+    blocks = Blocks([_Residual(nnx.Rngs(i)) for i in range(4)])
+    images = jnp.ones((2, 8, 8, 4))
+
+    def evaluated():
+        # A function of its own each time: JAX would remember what it compiled.
+        program = jax.jit(lambda x: blocks(x)).lower(images).compile()
+        return program.as_text().count(" abs("), program(images)
+
+    before, expected = evaluated()
+    hold_blocks(blocks)
+    after, result = evaluated()
+    assert after == 4 < before
+    np.testing.assert_array_equal(result, expected)

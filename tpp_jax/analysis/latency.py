@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from tpp_jax.models.blocks import hold_blocks
 from tpp_jax.models.convolution import (
     compiler_options,
     conv_on_cpu,
@@ -125,6 +126,7 @@ def _forward(model: nnx.Module, images: jax.Array) -> Callable[[], Any]:
         merged = nnx.merge(graphdef, state)
         merged.eval()
         use_fast_convolutions(merged)
+        hold_blocks(merged)
         return merged(images)
 
     return lambda: call(state, images)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from tpp_jax.models.convolution import held
+
 ROLLED_FROM = 50
 """So many alike blocks in a row are rolled; fewer, up to ResNet-152's 35, are not."""
 
@@ -31,12 +33,13 @@ class Blocks(nnx.List):
     """
 
     rolled_from: int | None = None  # how many alike in a row are rolled, if any
+    hold: bool = False  # whether what each hands on is held
 
     def __call__(self, x: Any) -> Any:
         """Applies all modules in their order."""
         if self.rolled_from is None:
             for module in self:
-                x = module(x)
+                x = held(module(x)) if self.hold else module(x)
             return x
         for _, alike in itertools.groupby(self, _structure):
             modules = list(alike)
@@ -64,6 +67,24 @@ def roll_blocks(model: nnx.Module, rolled_from: int = ROLLED_FROM) -> None:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Blocks):
             module.rolled_from = rolled_from
+
+
+def hold_blocks(model: nnx.Module) -> None:
+    """Makes what a block hands on be computed once, in the evaluation of a model.
+
+    In a residual network a block adds to what it was handed. XLA's CPU backend fuses
+    the sum with those of all blocks before, and makes it anew in each block: a third of
+    the time of a pruned network. (In a training step too, but there what is held for
+    the backward pass costs 14 % more memory and saves 1 % of the time.)
+
+    Changes :class:`Blocks` in place, on the CPU only: to be done to the copy in a
+    compiled step. The numbers are the same.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Blocks):
+            module.hold = True
 
 
 def _structure(module: nnx.Module) -> Any:

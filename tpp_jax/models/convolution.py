@@ -89,6 +89,22 @@ def compiler_options() -> dict[str, str]:
     return dict(_CPU_OPTIONS)
 
 
+def held(x: Array) -> Array:
+    """Returns the same array, which XLA then computes once and keeps.
+
+    Otherwise it fuses what makes an array with everything that reads it, and computes
+    it again for each. A call that is not to be inlined is what its CPU backend does not
+    see through; ``lax.optimization_barrier`` is dropped before fusion there.
+    """
+    with set_xla_metadata(inlineable="false"):
+        return _same(x)
+
+
+@jax.jit
+def _same(x: Array) -> Array:
+    return jnp.copy(x)  # JAX would see through a function that does nothing
+
+
 def conv_on_cpu(
     images: Images,
     kernel: Kernel,
@@ -159,6 +175,8 @@ class _Case(NamedTuple):
 def _gathered(images: Images, kernel: Kernel, case: _Case) -> Images:
     """One product of all patches of the images with the kernel as a matrix."""
     kh, kw, _, n = kernel.shape
+    if kh * kw > 1:
+        images = held(images)  # lest every tap computes them again
     h, w = case.output_sides(images.shape[1:3], (kh, kw))
     patches = [_shifted(images, i, j, h, w, case) for i in range(kh) for j in range(kw)]
     flat = jnp.concatenate(patches, axis=-1).reshape(-1, math.prod(kernel.shape[:3]))
@@ -214,7 +232,7 @@ def _backward(
     else:
         transposed = jax.linear_transpose(lambda x: case.convolve(x, kernel), images)
         [by_images] = transposed(gradient)
-    channels_first = _held(images).transpose(3, 1, 2, 0)
+    channels_first = held(images).transpose(3, 1, 2, 0)
     by_kernel = jax.linear_transpose(
         lambda k: case.convolve(channels_first, k, "CHWN"), kernel
     )
@@ -236,19 +254,3 @@ def _in_pairs(images: Images, kernel: Kernel, case: _Case) -> Images:
     doubled = jnp.stack(both, axis=3).reshape(kh, kw + 1, c, 2 * n)
     pairs = case._replace(strides=(case.strides[0], 2)).convolve(images, doubled)
     return pairs.reshape(*pairs.shape[:2], width, n)
-
-
-@jax.jit
-def _flat(images: Images) -> Float[Array, "b p c"]:
-    return images.reshape(len(images), -1, images.shape[-1])
-
-
-def _held(images: Images) -> Images:
-    """Returns the images behind a call that XLA does not inline.
-
-    What comes after is not fused with what made them. (``lax.optimization_barrier`` is
-    dropped before XLA's CPU backend fuses.)
-    """
-    with set_xla_metadata(inlineable="false"):
-        flat = _flat(images)  # JAX would see through a function that does nothing
-    return flat.reshape(images.shape)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from tpp_jax.data import mix, normalize
 from tpp_jax.models import BatchNorm
-from tpp_jax.models.blocks import roll_blocks
+from tpp_jax.models.blocks import hold_blocks, roll_blocks
 from tpp_jax.models.convolution import use_fast_convolutions
 from tpp_jax.pruning.naming import layer_name, map_named, named_leaves
 
@@ -296,6 +296,7 @@ def make_eval_step(
         model = nnx.merge(graphdef, _in(config.dtype, params, stats), stats, copy=True)
         use_fast_convolutions(model)
         roll_blocks(model)
+        hold_blocks(model)
         x = normalize(batch.pixels, config.mean, config.std, config.dtype)
         logits = model(x).astype(jnp.float32)
         counts = batch.labels >= 0
