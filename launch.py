@@ -18,13 +18,18 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-if __name__ == "__main__" and sys.platform == "linux":
-    # XLA asks for a step's memory anew in every step. In pages of 4 KiB the system then
-    # spends up to a fifth of a step on a CPU on making them; in huge ones, nothing.
-    # glibc is told so when a process starts: hence again, before all else is loaded.
-    if "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+# XLA asks for a step's memory anew in every step. In pages of 4 KiB the system then
+# spends up to a fifth of a step on a CPU on making them; in huge ones, next to nothing.
+# glibc is told so when a process starts: hence this one again, before all else is
+# loaded (unless it runs more than this file, as a notebook does).
+if (
+    __name__ == "__main__"
+    and sys.platform == "linux"
+    and "GLIBC_TUNABLES" not in os.environ
+    and sys.argv[0] in sys.orig_argv
+):
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402

@@ -1,7 +1,9 @@
 """The whole job through launch.py, as a user runs it, on real handwritten digits."""
 
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -127,6 +129,15 @@ def test_evaluation_needs_nothing_but_the_folder(run, summary, tmp_path):
     assert measured["params"] == summary["pruned"]["params"]
     assert measured["flops"] == summary["pruned"]["flops"]
     assert 0 < measured["loss"] < 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a matter of Linux and glibc")
+def test_memory_is_asked_for_in_huge_pages(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text('import os, sys\nsys.exit(os.environ["GLIBC_TUNABLES"])')
+    done = launch(f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    own = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    assert done.stderr == f"{own}\n"
 
 
 @pytest.mark.parametrize(
