@@ -94,8 +94,9 @@ def _cases(side: int, channels: int) -> list[tuple[str, Sequence[Any], Sequence[
         return lambda images, gradient: backward(case, (images, kernel), gradient)[i]
 
     ours, theirs = convolution._backward, _backward
+    ours_forward = functools.partial(convolution._in_pairs, case=case)
     return [
-        ("forward", [case.convolve, functools.partial(_forward, case=case)], operands),
+        ("forward", [ours_forward, functools.partial(_forward, case=case)], operands),
         ("images' gradient", [both(ours, 0), both(theirs, 0)], (images, gradient)),
         ("kernel's gradient", [both(ours, 1), both(theirs, 1)], (images, gradient)),
     ]
