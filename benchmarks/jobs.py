@@ -54,6 +54,8 @@ def _run(name: str, mode: str, workdir: str) -> dict[str, float]:
         flags += ["--config.prune.schedule.zero_out_every=1"]  # for many layers
     command = [sys.executable, "-m", "benchmarks.jobs", "--child", *flags]
     environment = os.environ | {"XDG_CACHE_HOME": f"{workdir}/cache"}
+    # As launch.py has it when it is started by itself.
+    environment |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
