@@ -8,7 +8,7 @@
     python launch.py --mode=evaluate --workdir=runs/digits
 
 Any config field can be set: --config.prune.ratios='*layer*.conv1:0.9'. The same command
-continues an interrupted run. This file only reads flags.
+continues an interrupted run. This file reads flags, and asks for memory in huge pages.
 """
 
 import contextlib
