@@ -8,8 +8,8 @@ not. Here ``jax.ffi`` makes it, for the 3×3 convolutions of ResNet-56: each lay
 three convolutions alone, then the whole step, in turns with the library's own.
 
 The library does without, since nothing about that call is promised: jaxlib cannot
-serialize a program with it (writing one to the compilation cache is undefined
-behaviour), and a shape for which oneDNN has no fast kernel takes seconds.
+serialize a program with it, as the compilation cache must, and a shape for which oneDNN
+has no fast kernel is slower by orders of magnitude.
 """
 
 import argparse
