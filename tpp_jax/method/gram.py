@@ -18,6 +18,8 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from tpp_jax.errors import TPPError
+
 Target = Literal["decorrelate", "orthogonal"]
 """What the Gram matrix is driven to.
 
@@ -64,10 +66,10 @@ def gram_penalty_and_grad(
     """Returns the penalty and its gradient, sharing the one Gram matrix.
 
     Raises:
-      ValueError: an unknown target, or a mask that is not of the kernel's filters.
+      TPPError: an unknown target, or a mask that is not of the kernel's filters.
     """
     if pruned.shape != kernel.shape[-1:]:
-        raise ValueError(
+        raise TPPError(
             f"pruned has the shape {list(pruned.shape)}, but the kernel has "
             f"{kernel.shape[-1]} filters, on its last axis: give a bool for each"
         )
@@ -78,7 +80,7 @@ def gram_penalty_and_grad(
     elif target == "orthogonal":
         residual = gram - jnp.diag(1 - pruned.astype(gram.dtype))
     else:
-        raise ValueError(f"unknown Gram target {target!r}: decorrelate or orthogonal")
+        raise TPPError(f"unknown Gram target {target!r}: decorrelate or orthogonal")
     return _penalty_and_grad(kernel, columns, residual)
 
 

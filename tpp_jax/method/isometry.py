@@ -104,7 +104,7 @@ def delta_orthogonalize(
       activation: that follows the layer, a name in :data:`GAINS`.
 
     Raises:
-      ValueError: the random matrix is of another size.
+      TPPError: the random matrix is of another size.
 
     References:
       Xiao et al., Dynamical Isometry and a Mean Field Theory of CNNs, ICML 2018.
@@ -117,7 +117,7 @@ def delta_orthogonalize(
     ins, outs = kernel.shape[-2:]
     size = max(ins, outs)
     if gaussian.shape != (size, size):
-        raise ValueError(
+        raise TPPError(
             f"a kernel of shape {list(kernel.shape)} needs a random matrix of "
             f"[{size}, {size}], not {list(gaussian.shape)}"
         )

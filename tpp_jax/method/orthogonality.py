@@ -202,7 +202,7 @@ def add_orthogonality(
         updates: Any, state: OrthogonalityState, params: Any = None
     ) -> tuple[Any, OrthogonalityState]:
         if params is None:
-            raise ValueError(
+            raise TPPError(
                 "the transform needs the parameters: "
                 "call update(updates, state, params)"
             )

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from tpp_jax.errors import TPPError
 from tpp_jax.method.schedule import GrowingSchedule
 from tpp_jax.pruning.groups import Member
 from tpp_jax.pruning.naming import map_named
@@ -70,7 +71,7 @@ def add_growing_l2(
         updates: Any, state: GrowingState, params: Any = None
     ) -> tuple[Any, GrowingState]:
         if params is None:
-            raise ValueError(_NO_PARAMS)
+            raise TPPError(_NO_PARAMS)
         strength = schedule(state.step)
 
         def add(name: str, gradient: Array, parameter: Array) -> Array:
@@ -112,7 +113,7 @@ def add_group_lasso(plan: Plan, weight: float = 1e-3) -> optax.GradientTransform
         updates: Any, state: GroupLassoState, params: Any = None
     ) -> tuple[Any, GroupLassoState]:
         if params is None:
-            raise ValueError(_NO_PARAMS)
+            raise TPPError(_NO_PARAMS)
         total = jnp.zeros_like(state.penalty)
 
         def add(name: str, gradient: Array, parameter: Array) -> Array:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tpp_jax.errors import TPPError
+
 
 @dataclasses.dataclass(frozen=True)
 class GrowingSchedule:
@@ -79,7 +81,7 @@ def growing_schedule(
       and 10,000 of stabilizing.
 
     Raises:
-      ValueError: an unknown kind, a number out of range, poly without its T or with
+      TPPError: an unknown kind, a number out of range, poly without its T or with
         one that is no multiple of ``every``, linear with a T.
 
     Example:
@@ -95,21 +97,21 @@ def growing_schedule(
         ("stabilize", stabilize, -1),
     ):
         if not low < value < math.inf:
-            raise ValueError(f"the schedule's {name} is {value}, must be above {low}")
+            raise TPPError(f"the schedule's {name} is {value}, must be above {low}")
         if name not in ("granularity", "ceiling") and value % 1:
-            raise ValueError(
+            raise TPPError(
                 f"the schedule's {name} is {value}, must be a whole number of steps"
             )
     if kind == "linear":
         if regularize_steps is not None:
-            raise ValueError(
+            raise TPPError(
                 "a linear schedule's length follows from granularity, every and "
                 "ceiling: leave regularize_steps out, or use a poly schedule"
             )
         strengths = _until_ceiling(granularity, ceiling)
     elif kind.removeprefix("poly").isdigit() and kind.startswith("poly"):
         if not regularize_steps or regularize_steps < 0 or regularize_steps % every:
-            raise ValueError(
+            raise TPPError(
                 f"a {kind} schedule needs regularize_steps, a multiple of every "
                 f"({every}); it is {regularize_steps}"
             )
@@ -117,7 +119,7 @@ def growing_schedule(
         power = int(kind.removeprefix("poly"))
         strengths = [ceiling * (k / intervals) ** power for k in range(intervals + 1)]
     else:
-        raise ValueError(
+        raise TPPError(
             f"unknown schedule {kind!r}: choose 'linear', or 'poly' and a power (poly2)"
         )
     return GrowingSchedule(tuple(strengths), every, stabilize, zero_out_every)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from tpp_jax.errors import TPPError
 from tpp_jax.method.gram import (
     Target,
     gram_penalty_and_grad,
@@ -93,7 +94,7 @@ def add_tpp_penalties(
         updates: Any, state: TPPState, params: Any = None
     ) -> tuple[Any, TPPState]:
         if params is None:
-            raise ValueError(_NO_PARAMS)
+            raise TPPError(_NO_PARAMS)
         strength = schedule(state.step)
         penalties = []
 
@@ -141,7 +142,7 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
       A transform to stand last in the chain; it needs ``params``.
 
     Raises:
-      ValueError: the stabilize phase ends before the last layer's turn.
+      TPPError: the stabilize phase ends before the last layer's turn.
     """
     last = max(
         (
@@ -153,7 +154,7 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
         default=-1,
     )
     if schedule.zero_out_step(last) > schedule.total_steps - 1:
-        raise ValueError(
+        raise TPPError(
             f"the stabilize phase of {schedule.stabilize} steps ends before layer "
             f"{last} is zeroed out: with zero_out_every={schedule.zero_out_every} it "
             f"needs at least {(last + 1) * schedule.zero_out_every} steps"
@@ -167,7 +168,7 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
         updates: Any, state: ZeroPrunedState, params: Any = None
     ) -> tuple[Any, ZeroPrunedState]:
         if params is None:
-            raise ValueError(_NO_PARAMS)
+            raise TPPError(_NO_PARAMS)
 
         def zero(name: str, change: Array, parameter: Array) -> Array:
             for member, pruned in _pruned_members(plan, name):

@@ -16,6 +16,7 @@ from functools import partial
 
 from flax import nnx
 
+from tpp_jax.errors import TPPError
 from tpp_jax.models import (
     cifar_resnet,
     cifar_vgg,
@@ -130,7 +131,7 @@ def create(
       attribute `spec` is the `ModelSpec` that builds it again.
 
     Raises:
-      ValueError: if there is no network of that name.
+      TPPError: if there is no network of that name.
 
     Example:
       >>> import jax.numpy as jnp
@@ -165,7 +166,7 @@ def _find(name: str) -> partial[nnx.Module]:
     if widened and widened[1] in _NETWORKS:
         return partial(_NETWORKS[widened[1]], width=int(widened[2]))
     near = ", ".join(difflib.get_close_matches(name, names())) or "none"
-    raise ValueError(
+    raise TPPError(
         f"There is no network named {name!r} (near it: {near});"
         " tpp_jax.models.names() lists them all."
     )

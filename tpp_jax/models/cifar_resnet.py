@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from tpp_jax.errors import TPPError
 from tpp_jax.models.blocks import Blocks
 from tpp_jax.models.layers import (
     BatchNorm,
@@ -109,7 +110,7 @@ class CifarResNet(nnx.Module):
       rngs: source of the random start.
 
     Raises:
-      ValueError: for an impossible width, option or number of stages.
+      TPPError: for an impossible width, option or number of stages.
 
     Example:
       >>> model = CifarResNet((1, 1, 1), num_classes=10, rngs=nnx.Rngs(0))
@@ -128,14 +129,14 @@ class CifarResNet(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         if len(blocks) != 3 or min(blocks) < 1:
-            raise ValueError(
+            raise TPPError(
                 f"A CIFAR ResNet has three stages of at least one block, not {blocks}."
             )
         if option not in ("A", "B"):
-            raise ValueError(f'The shortcut option is "A" or "B", not {option!r}.')
+            raise TPPError(f'The shortcut option is "A" or "B", not {option!r}.')
         planes = int(16 * width)
         if planes != 16 * width or planes < 2 or planes % 2:
-            raise ValueError(
+            raise TPPError(
                 f"A width of {width} gives {16 * width} channels in the first stage; "
                 "choose one that gives a whole, even number."
             )
@@ -172,5 +173,5 @@ def blocks_of_depth(depth: int) -> tuple[int, int, int]:
     """
     n, rest = divmod(depth - 2, 6)
     if n < 1 or rest:
-        raise ValueError(f"A CIFAR ResNet has 6n + 2 layers, which {depth} is not.")
+        raise TPPError(f"A CIFAR ResNet has 6n + 2 layers, which {depth} is not.")
     return (n, n, n)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from flax import nnx
 
+from tpp_jax.errors import TPPError
 from tpp_jax.models.layers import (
     BatchNorm,
     Images,
@@ -48,7 +49,7 @@ class CifarVGG(nnx.Module):
       rngs: source of the random start.
 
     Raises:
-      ValueError: if `widths` has no convolution, or something else than widths and "M".
+      TPPError: if `widths` has no convolution, or something else than widths and "M".
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,7 +73,7 @@ class CifarVGG(nnx.Module):
                 features.append(MaxPool())
                 continue
             if not isinstance(width, int) or width < 1:
-                raise ValueError(
+                raise TPPError(
                     f'Widths of a VGG are positive integers or "M", not {width!r}.'
                 )
             kernel = conv(
@@ -86,7 +87,7 @@ class CifarVGG(nnx.Module):
             features += [kernel, BatchNorm(width, rngs=rngs), Relu()]
             channels = width
         if not any(isinstance(layer, nnx.Conv) for layer in features):
-            raise ValueError(f"A VGG needs at least one convolution, not {widths!r}.")
+            raise TPPError(f"A VGG needs at least one convolution, not {widths!r}.")
         self.features = nnx.List(features)
         self.classifier = dense(
             channels, num_classes, kernel_init=kaiming_normal_init, rngs=rngs

@@ -15,6 +15,7 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 
+from tpp_jax.errors import TPPError
 from tpp_jax.models.blocks import Blocks
 from tpp_jax.models.layers import (
     BatchNorm,
@@ -109,7 +110,7 @@ class CifarWRN(nnx.Module):
       rngs: source of the random start.
 
     Raises:
-      ValueError: for an impossible depth or width.
+      TPPError: for an impossible depth or width.
 
     Example:
       >>> model = CifarWRN(10, 1, num_classes=10, rngs=nnx.Rngs(0))
@@ -128,12 +129,12 @@ class CifarWRN(nnx.Module):
     ) -> None:
         count, rest = divmod(depth - 4, 6)
         if count < 1 or rest:
-            raise ValueError(
+            raise TPPError(
                 f"A wide ResNet has 6n + 4 layers, which {depth} is not; choose one of "
                 "10, 16, 22, 28, 34, 40, …"
             )
         if width < 1:
-            raise ValueError(f"The width of a wide ResNet is at least 1, not {width}.")
+            raise TPPError(f"The width of a wide ResNet is at least 1, not {width}.")
         planes = [16 * width, 32 * width, 64 * width]
         self.conv1 = _conv(in_channels, 16, 3, padding=1, rngs=rngs)
         self.block1 = Stage(16, planes[0], count, stride=1, rngs=rngs)

@@ -18,6 +18,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from tpp_jax.errors import TPPError
+
 Images = Float[Array, "batch height width channels"]
 Logits = Float[Array, "batch classes"]
 Features = Float[Array, "*rest channels"]
@@ -186,7 +188,7 @@ class BatchNorm(nnx.BatchNorm):
           use_running_average: overrides the layer's own flag when not None.
 
         Raises:
-          ValueError: in training with one value per channel, which has no variance.
+          TPPError: in training with one value per channel, which has no variance.
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
@@ -215,7 +217,7 @@ class BatchNorm(nnx.BatchNorm):
             count *= lax.axis_size(self.axis_name)
             mean, var = self._across_devices(mean, var)
         if count < 2:
-            raise ValueError(
+            raise TPPError(
                 "Batch normalisation in training mode needs more than one value per "
                 f"channel, but the input has shape {x.shape}; use a larger batch or "
                 "call model.eval()."
@@ -325,14 +327,14 @@ def max_pool(x: Images) -> Images:
     only for equal positive values.
 
     Raises:
-      ValueError: if the images have less than two rows or columns.
+      TPPError: if the images have less than two rows or columns.
 
     >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
     [[5.0, 7.0], [13.0, 15.0]]
     """
     b, h, w, c = x.shape
     if h < 2 or w < 2:
-        raise ValueError(
+        raise TPPError(
             f"An image of {h}×{w} pixels cannot be pooled further; the network needs "
             "larger images."
         )

@@ -6,6 +6,7 @@ its 5×5 kernel covers all that is left, and its output is one pixel.
 
 from flax import nnx
 
+from tpp_jax.errors import TPPError
 from tpp_jax.models.layers import Features, Images, Logits, conv, dense, max_pool, relu
 
 
@@ -47,7 +48,7 @@ class LeNet5(nnx.Module):
         x = max_pool(self.activate(self.conv2(x)))
         x = self.activate(self.conv3(x))
         if x.shape[1:3] != (1, 1):
-            raise ValueError(
+            raise TPPError(
                 "LeNet-5 takes images of 32×32 pixels: its third convolution should "
                 f"leave one pixel, but leaves {x.shape[1]}×{x.shape[2]}."
             )

@@ -10,6 +10,7 @@ import math
 
 from flax import nnx
 
+from tpp_jax.errors import TPPError
 from tpp_jax.models.layers import Identity, Images, Logits, Relu, dense
 
 DEPTHS = (7, 20, 50)
@@ -33,7 +34,7 @@ class MLP(nnx.Module):
       rngs: source of the random start.
 
     Raises:
-      ValueError: if `depth` is below 1.
+      TPPError: if `depth` is below 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -53,7 +54,7 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         if depth < 1:
-            raise ValueError(f"An MLP has at least one layer, not {depth}.")
+            raise TPPError(f"An MLP has at least one layer, not {depth}.")
         widths = [math.prod(image_shape), *[hidden] * (depth - 1), num_classes]
         activation = Identity if linear else Relu
         net: list[nnx.Module] = []

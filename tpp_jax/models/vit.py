@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from tpp_jax.errors import TPPError
 from tpp_jax.models.layers import (
     Identity,
     Images,
@@ -166,7 +167,7 @@ class VisionTransformer(nnx.Module):
       rngs: source of the random start.
 
     Raises:
-      ValueError: if the image is no whole number of patches.
+      TPPError: if the image is no whole number of patches.
 
     Example:
       >>> tiny = Architecture(patch=4, depth=1, width=8, heads=2, hidden=16)
@@ -186,7 +187,7 @@ class VisionTransformer(nnx.Module):
         patch, _, width, *_ = architecture
         height, breadth, channels = image_shape
         if height % patch or breadth % patch:
-            raise ValueError(
+            raise TPPError(
                 f"An image of {height}×{breadth} pixels cannot be cut into patches of "
                 f"{patch}×{patch}; choose a size that is a multiple of {patch}."
             )

@@ -45,7 +45,7 @@ def activation_means(
       they are used, and those inside of loops, are not among them.
 
     Raises:
-      ValueError: there is no batch.
+      TPPError: there is no batch.
 
     Example:
       >>> import jax.numpy as jnp

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import linen, nnx
 
+from tpp_jax.errors import TPPError
 from tpp_jax.pruning.functions import is_array
 from tpp_jax.pruning.groups import Group, Groups, Slot, Supposition, read_groups
 from tpp_jax.pruning.modules import arrangement, sliced_call
@@ -48,7 +49,7 @@ def channel_groups(
       understood) are there too, with the reason.
 
     Raises:
-      ValueError: with ``strict``, see there.
+      TPPError: with ``strict``, see there.
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,7 +71,7 @@ def channel_groups(
         reasons, _ = _tried(model, params, groups, suppositions)
     if strict and reasons:
         i, reason = min(reasons.items())
-        raise ValueError(
+        raise TPPError(
             f"the channels of {groups[i].name} meet {reason}. Without strict=True they "
             "are left whole"
         )

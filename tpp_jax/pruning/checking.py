@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from tpp_jax.errors import TPPError
 from tpp_jax.pruning.channels import channel_groups, retraced
 from tpp_jax.pruning.functions import as_function, is_array
 from tpp_jax.pruning.groups import Group, Groups
@@ -85,7 +86,7 @@ def check_groups(
       What was measured.
 
     Raises:
-      ValueError: a group does not hold; the message names it.
+      TPPError: a group does not hold; the message names it.
 
     Example:
       >>> from flax import nnx
@@ -105,7 +106,7 @@ def check_groups(
     run = jax.jit(lambda weights: _flat(function.call(weights, *inputs)))
     expected = np.asarray(run(weights))
     if not np.isfinite(expected).all():
-        raise ValueError(
+        raise TPPError(
             "the model's outputs are not finite near its own weights: nothing can be "
             "proved of it"
         )
@@ -128,7 +129,7 @@ def check_groups(
         influence = distance(run(_permuted(weights, function.names, lone, order)))
         checks.append(GroupCheck(group.name, permuted, influence))
         if not permuted <= tolerance:
-            raise ValueError(
+            raise TPPError(
                 f"the group {group.name} does not hold: when its channels change "
                 f"places, an output changes by {permuted:.2g} standard deviations. "
                 "Please report the model; until then, skip this group"
@@ -140,14 +141,14 @@ def check_groups(
     spread = float(expected.std()) or 1.0
     masked = float(np.abs(found - expected).max(initial=0.0)) / spread
     if np.isfinite(expected).all() and not masked <= tolerance:
-        raise ValueError(
+        raise TPPError(
             f"masking half of the channels differs from cutting them out by "
             f"{masked:.2g} standard deviations of the outputs"
         )
     plan = _half(groups, rng, lambda group: True)
     there = arrangement(retraced(model, plan, params))
     if not there.issuperset(arrangement(groups, plan)):
-        raise ValueError("the sliced model runs, but arranges its channels differently")
+        raise TPPError("the sliced model runs, but arranges its channels differently")
     reasons = {group.name: group.reason for group in groups if group.reason}
     idle = tuple(one.name for one in checks if one.influence <= tolerance)
     return Checks(tuple(checks), masked, reasons, idle)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from tpp_jax.errors import TPPError
 from tpp_jax.pruning.groups import Group, Member
 
 Filters = Float[np.ndarray, "n d"]
@@ -144,23 +145,23 @@ def find_criterion(
       with_statistics: whether there are statistics for it.
 
     Raises:
-      ValueError: an unknown name, or statistics that are missing or of no use to it.
+      TPPError: an unknown name, or statistics that are missing or of no use to it.
     """
     if callable(criterion):
         return criterion
     if criterion not in (*CRITERIA, "random"):
-        raise ValueError(
+        raise TPPError(
             f"unknown criterion {criterion!r}: choose one of "
             f"{', '.join([*CRITERIA, 'random'])}, or pass a function from filters "
             "[n, d] to scores [n]"
         )
     if criterion in STATISTICS and not with_statistics:
-        raise ValueError(
+        raise TPPError(
             f"the criterion {criterion!r} needs more than weights: pass statistics="
             f"tpp_jax.{STATISTICS[criterion]}(...)"
         )
     if with_statistics and criterion not in STATISTICS:
-        raise ValueError(
+        raise TPPError(
             f"the criterion {criterion!r} has no use for statistics; "
             f"{', '.join(STATISTICS)} and functions of two arguments have"
         )
@@ -204,7 +205,7 @@ def group_scores(
         to the criterion as its second argument.
 
     Raises:
-      ValueError: there is nothing to score, a statistic is missing or of another shape,
+      TPPError: there is nothing to score, a statistic is missing or of another shape,
         or the criterion returned something that is not one number a filter.
     """
     members = [m for m in group.members if m.role == "produced"]
@@ -218,13 +219,13 @@ def group_scores(
             arguments.append(filters_of(member, array))
         score = np.asarray(criterion(*arguments))
         if score.shape != (group.size,):
-            raise ValueError(
+            raise TPPError(
                 f"the criterion gave an array of shape {score.shape} for "
                 f"{member.leaf}; expected one score for each of its "
                 f"{group.size} filters"
             )
         if np.isnan(score).any():
-            raise ValueError(
+            raise TPPError(
                 f"the criterion gave nan for filters of {member.leaf}: are its weights "
                 "and their statistics finite?"
             )
@@ -240,7 +241,7 @@ def _scales(group: Group) -> list[Member]:
         if member.role == "along" and member.leaf.rpartition(".")[2] in _SCALES
     ]
     if not found:
-        raise ValueError(
+        raise TPPError(
             f"the criterion 'bn_scale' needs a norm after {group.name}, with a "
             f"parameter named {' or '.join(_SCALES)}: skip that layer, or choose "
             "another criterion"
@@ -253,7 +254,7 @@ def _statistic(
 ) -> np.ndarray:
     shape = np.shape(leaves[member.leaf])
     if member.leaf not in statistics:
-        raise ValueError(
+        raise TPPError(
             f"there is no statistic for {member.leaf}: the tree of statistics must be "
             "named like the parameters"
         )
@@ -261,7 +262,7 @@ def _statistic(
     try:
         return np.broadcast_to(array, shape)
     except ValueError:
-        raise ValueError(
+        raise TPPError(
             f"the statistic for {member.leaf} has shape {array.shape}, which does not "
             f"fit the parameter's {shape}"
         ) from None

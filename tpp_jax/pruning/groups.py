@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tpp_jax.errors import TPPError
 from tpp_jax.pruning.functions import is_array
 from tpp_jax.pruning.labels import Labels, NotUnderstood, solve
 from tpp_jax.pruning.rules import apply_rule
@@ -212,7 +213,7 @@ def read_groups(
         )
         key = (first_use[produced[0].leaf], *_grain(group, produced[0].leaf))
         if strict and code >= 0 and isinstance(labels.reasons[code][0], NotUnderstood):
-            raise ValueError(
+            raise TPPError(
                 f"the channels of {group.name} meet {group.reason}. Without "
                 "strict=True they are left whole"
             )

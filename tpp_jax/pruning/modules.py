@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from tpp_jax.errors import TPPError
 from tpp_jax.pruning.functions import modules, set_evaluation
 from tpp_jax.pruning.groups import Group, Groups, read_groups
 from tpp_jax.pruning.plan import Plan
@@ -36,7 +37,7 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
       A new module of the same class with narrower layers.
 
     Raises:
-      ValueError: the sliced model does not run, or arranges its channels in another
+      TPPError: the sliced model does not run, or arranges its channels in another
         way than the plan has it, since a layer has a size of its own written into it.
     """
     graphdef, state = nnx.split(model)
@@ -50,7 +51,7 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
         traced = trace(sliced_call(graphdef, plan), *inputs, params=sliced)
         found, _ = read_groups(traced, inputs, joined=plan.groups.joined)
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise TPPError(
             f"the sliced {name} does not run: one of its layers has a size written "
             "into it that does not follow its arrays. Skip that layer's channels in "
             f"the plan. The layer says: {error}"
@@ -60,7 +61,7 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
     for group in plan.groups:
         layout = _layout(group, plan, masks)
         if layout and layout not in there:
-            raise ValueError(
+            raise TPPError(
                 f"the sliced {name} runs, but arranges the channels of {group.name} in "
                 "another way than planned: a size (a number of heads, say) is written "
                 "into it that does not follow its arrays. Skip that layer in the plan"

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from tpp_jax.errors import TPPError
 from tpp_jax.pruning.criteria import (
     REDUCTIONS,
     Criterion,
@@ -90,20 +91,20 @@ class Plan:
         """Rebuilds a plan from :meth:`to_dict` and the groups of the same model.
 
         Raises:
-          ValueError: the data names other groups, or channels that they do not have.
+          TPPError: the data names other groups, or channels that they do not have.
         """
         sizes = {g.name: g.size for g in groups if g.reason is None}
         if not isinstance(data, Mapping):
-            raise ValueError(f"a plan is a dict of group → kept indices, not {data!r}")
+            raise TPPError(f"a plan is a dict of group → kept indices, not {data!r}")
         if sizes.keys() != data.keys():
             odd = sorted(sizes.keys() ^ data.keys())
-            raise ValueError(f"the plan is of another model: groups {odd} do not match")
+            raise TPPError(f"the plan is of another model: groups {odd} do not match")
         for name, indices in data.items():
             numbers = isinstance(indices, Sequence) and all(
                 type(i) is int and 0 <= i < sizes[name] for i in indices
             )
             if not numbers or not indices or (np.diff(indices) <= 0).any():
-                raise ValueError(
+                raise TPPError(
                     f"the plan is of another model: {name} has {sizes[name]} channels, "
                     f"and {indices!r} are not ascending indices of them"
                 )
@@ -166,7 +167,7 @@ def make_plan(
       ``floor(0.995 · n)``. For a target, as few go as meet it.
 
     Raises:
-      ValueError: a ratio outside [0, 1), a pattern that matches no layer, a pattern
+      TPPError: a ratio outside [0, 1), a pattern that matches no layer, a pattern
         that matches only layers that cannot be pruned, a target that is out of reach,
         an unknown criterion, scope or reduction, statistics that are missing.
 
@@ -184,11 +185,11 @@ def make_plan(
     """
     _check_numbers(flops, params, round_to, min_channels)
     if reduce not in REDUCTIONS:
-        raise ValueError(
+        raise TPPError(
             f"unknown reduce {reduce!r}: choose one of {', '.join(REDUCTIONS)}"
         )
     if ratios is None and flops is None and params is None and counts is None:
-        raise ValueError(
+        raise TPPError(
             "nothing says how much to prune: give ratios, or the share of the FLOPs or "
             "parameters to remain, as in flops=0.5"
         )
@@ -232,7 +233,7 @@ def parse_ratios(ratios: Mapping[str, float] | str) -> dict[str, float]:
     """Reads ratios: a dict, or the original's string ``"pattern:ratio,pattern:ratio"``.
 
     Raises:
-      ValueError: text of another form, or a ratio outside [0, 1).
+      TPPError: text of another form, or a ratio outside [0, 1).
 
     Example:
       >>> parse_ratios("*layer*.conv1:0.9, *layer3*:0.5")
@@ -247,7 +248,7 @@ def parse_ratios(ratios: Mapping[str, float] | str) -> dict[str, float]:
             except ValueError:
                 colon = ""
             if not colon or not pattern.strip():
-                raise ValueError(
+                raise TPPError(
                     f"cannot read the pruning ratio {part!r}: write pattern:ratio, as "
                     "in '*layer*.conv1:0.5', several separated by commas"
                 )
@@ -259,7 +260,7 @@ def parse_ratios(ratios: Mapping[str, float] | str) -> dict[str, float]:
 
 def _check_ratio(ratio: float, of: str) -> None:
     if not 0 <= ratio < 1:
-        raise ValueError(
+        raise TPPError(
             f"the pruning ratio {ratio} of {of} is not in [0, 1): it is the share of "
             "filters to remove"
         )
@@ -277,10 +278,10 @@ def _check_numbers(
 ) -> None:
     for name, least in (("round_to", round_to), ("min_channels", min_channels)):
         if least < 1:
-            raise ValueError(f"{name} is {least}, must be at least 1")
+            raise TPPError(f"{name} is {least}, must be at least 1")
     for name, share in (("flops", flops), ("params", params)):
         if share is not None and not 0 < share <= 1:
-            raise ValueError(
+            raise TPPError(
                 f"the target {name}={share} is not in (0, 1]: it is the share of the "
                 f"model's {name} that is to remain"
             )
@@ -327,13 +328,13 @@ def _check_pattern(groups: Groups, pattern: str, must_prune: bool) -> None:
     if not matched:
         names = list(dict.fromkeys(name for g in groups for name in g.producers))
         near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:5]
-        raise ValueError(
+        raise TPPError(
             f"the pattern {pattern!r} matches no layer; there are for example "
             f"{', '.join(near)}"
         )
     if must_prune and all(group.reason for group in matched):
         group = matched[0]
-        raise ValueError(
+        raise TPPError(
             f"the pattern {pattern!r} asks to prune {group.name}, which cannot be "
             f"pruned: its channels are tied to {group.reason}"
         )
@@ -343,11 +344,9 @@ def _check_counts(groups: Groups, counts: Mapping[str, int]) -> None:
     sizes = {g.name: g.size for g in groups if g.reason is None}
     for name, count in counts.items():
         if name not in sizes:
-            raise ValueError(
-                f"no group {name!r} can be pruned: there are {list(sizes)}"
-            )
+            raise TPPError(f"no group {name!r} can be pruned: there are {list(sizes)}")
         if not 1 <= count <= sizes[name]:
-            raise ValueError(
+            raise TPPError(
                 f"{count} channels of {name} are to stay, but it has {sizes[name]}"
             )
 
@@ -356,11 +355,11 @@ def _check_leaves(groups: Groups, leaves: Mapping[str, Any]) -> None:
     for name, shape in groups.shapes.items():
         found = np.shape(leaves[name]) if name in leaves else None
         if found != shape and name in groups.members:
-            raise ValueError(
+            raise TPPError(
                 f"the groups are of another model: they were made with {name} of shape "
                 f"{shape}, here it is {found or 'missing'}"
             )
         if name in groups.members and isinstance(leaves[name], jax.ShapeDtypeStruct):
-            raise ValueError(
+            raise TPPError(
                 f"{name} is abstract: to choose channels, the weights are needed"
             )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from tpp_jax.errors import TPPError
 from tpp_jax.pruning.groups import Group, Member
 from tpp_jax.pruning.naming import longest_known_suffix, map_named
 from tpp_jax.pruning.plan import Plan
@@ -97,7 +98,7 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
       Leaves that are no copy of a parameter are returned as they are.
 
     Raises:
-      ValueError: a leaf has a parameter's name and another shape.
+      TPPError: a leaf has a parameter's name and another shape.
     """
 
     def cut(name: str, leaf: Any) -> Any:
@@ -153,7 +154,7 @@ def _parameter(plan: Plan, name: str, leaf: Any) -> str:
         return ""
     shape = plan.groups.shapes[parameter]
     if np.shape(leaf) != shape:
-        raise ValueError(
+        raise TPPError(
             f"cannot slice {name} of shape {np.shape(leaf)}: the parameter {parameter} "
             f"of the planned model has shape {shape}"
         )

@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from tpp_jax.errors import TPPError
+
 Loss = Callable[[Any, Any], Float[Array, ""]]
 
 
@@ -31,7 +33,7 @@ def loss_gradient(loss: Loss, model: nnx.Module | Any, batches: Iterable[Any]) -
       A tree like the model's parameters.
 
     Raises:
-      ValueError: there is no batch.
+      TPPError: there is no batch.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,7 +70,7 @@ def hessian_diagonal(
       A tree like the model's parameters.
 
     Raises:
-      ValueError: there is no batch or no probe.
+      TPPError: there is no batch or no probe.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,7 +124,7 @@ def mean_of(fn: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Any
     """Returns the mean of what a function returns, a pytree, over several arguments.
 
     Raises:
-      ValueError: there are none.
+      TPPError: there are none.
     """
     total, n = None, 0
     for each in arguments:
@@ -131,5 +133,5 @@ def mean_of(fn: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Any
         total = value if total is None else jax.tree.map(np.add, total, value)
         n += 1
     if total is None:
-        raise ValueError("there is no batch to take statistics of")
+        raise TPPError("there is no batch to take statistics of")
     return jax.tree.map(lambda leaf: leaf / n, total)

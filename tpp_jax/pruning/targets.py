@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tpp_jax.errors import TPPError
 from tpp_jax.pruning.flops import Costs
 from tpp_jax.pruning.groups import Group, Groups
 
@@ -97,7 +98,7 @@ def kept_for_target(
       params: likewise of its parameters.
 
     Raises:
-      ValueError: the target is out of reach.
+      TPPError: the target is out of reach.
     """
     costs = Costs(groups)
     whole = costs({})
@@ -121,7 +122,7 @@ def kept_for_target(
         return all(want is None or share <= want for share, want in found)
 
     if not small_enough(len(order)):
-        raise ValueError(_out_of_reach(wanted, shares(len(order)), limits))
+        raise TPPError(_out_of_reach(wanted, shares(len(order)), limits))
     return kept(bisect.bisect_left(range(len(order)), True, key=small_enough))
 
 
@@ -134,10 +135,10 @@ def pools_of(groups: Groups, matched: Sequence[Group], scope: str) -> list[list[
       scope: ``"local"``, ``"global"`` or ``"isomorphic"``.
 
     Raises:
-      ValueError: an unknown scope.
+      TPPError: an unknown scope.
     """
     if scope not in SCOPES:
-        raise ValueError(
+        raise TPPError(
             f"unknown scope {scope!r}: choose "
             f"{', '.join(map(repr, SCOPES[:-1]))} or {SCOPES[-1]!r}"
         )

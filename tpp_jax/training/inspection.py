@@ -48,8 +48,6 @@ def inspect(
         sys.stdout.flush()
     except BrokenPipeError:  # piped into a reader that has seen enough, as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ValueError as error:  # the core's own messages: a pattern, a ratio, a name
-        raise TPPError(str(error)) from error
 
 
 def _inspect(

@@ -129,7 +129,7 @@ def tpp_phases(
       schedule: of the strength.
 
     Raises:
-      ValueError: stabilizing ends before the last layer's zero-out.
+      TPPError: stabilizing ends before the last layer's zero-out.
     """
     tx = optax.chain(
         add_tpp_penalties(
@@ -174,7 +174,7 @@ def grow_phase(config: Any, plan: Plan, schedule: GrowingSchedule) -> Phase:
       schedule: of TPP's strength; as long is the group lasso unless told.
 
     Raises:
-      ValueError: a number of GReg-2's growth is out of range.
+      TPPError: a number of GReg-2's growth is out of range.
     """
     fields = config.grow
     if config.method == "greg2":
@@ -214,7 +214,7 @@ def make_phases(
       rounds: of fine-tuning, which share its epochs.
 
     Raises:
-      TPPError, ValueError: a field is wrong.
+      TPPError: a field is wrong.
     """
     found: dict[str, Phase] = {}
     for part in ("pretrain", "finetune"):

@@ -51,10 +51,7 @@ def profile(
             dense = _with_weights(create_abstract(**info["model"]))
         dtype = info["config"]["model"]["dtype"]
     else:
-        try:
-            dense, pruned = _untrained(config)
-        except ValueError as error:  # the core's own: a pattern, a ratio, a name
-            raise TPPError(str(error)) from error
+        dense, pruned = _untrained(config)
         dtype = config.model.dtype
     shape = tuple(dense.spec.image_shape)
     console = rich.console.Console(highlight=False)

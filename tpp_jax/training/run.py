@@ -54,7 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
       The content of ``workdir/summary.json``.
 
     Raises:
-      TPPError, ValueError: a config, data set or checkpoint is wrong; one clear
+      TPPError: a config, data set or checkpoint is wrong; one clear
         message, before any training. A loss that is not finite stops the run.
       Stopped: SIGTERM or SIGINT (Ctrl-C) came; everything is saved.
     """

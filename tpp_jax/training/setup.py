@@ -100,15 +100,6 @@ def check(config: ml_collections.ConfigDict) -> Setup:
     Raises:
       TPPError: whatever is wrong with the config.
     """
-    try:
-        return _check(config)
-    except TPPError:
-        raise
-    except ValueError as error:  # the core's own messages: a pattern, a ratio, a name
-        raise TPPError(str(error)) from error
-
-
-def _check(config: ml_collections.ConfigDict) -> Setup:
     check_fields(config)
     check_values(config)
     devices = jax.devices()
