@@ -1,5 +1,7 @@
 """check_groups proves what holds, and finds what does not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,14 +50,17 @@ def test_a_member_that_is_missing_or_turned_around_is_found(leaf):
 
     def without(group):
         members = tuple(m for m in group.members if m.leaf != leaf)
-        return group._replace(members=members)
+        return dataclasses.replace(group, members=members)
 
     def turned(group):
-        return group._replace(
+        return dataclasses.replace(
+            group,
             members=tuple(
-                m._replace(positions=np.roll(m.positions, 1)) if m.leaf == leaf else m
+                dataclasses.replace(m, positions=np.roll(m.positions, 1))
+                if m.leaf == leaf
+                else m
                 for m in group.members
-            )
+            ),
         )
 
     for change in (without, turned):
@@ -73,7 +78,7 @@ def test_a_reduction_that_is_overlooked_is_found():
     groups = tpp.channel_groups(normalised, INPUTS, params=PARAMS)
     assert groups["a"].reduced
     tpp.check_groups(normalised, INPUTS, params=PARAMS, groups=groups)
-    wrong = changed(groups, "a", lambda group: group._replace(reduced=False))
+    wrong = changed(groups, "a", lambda g: dataclasses.replace(g, reduced=False))
     with pytest.raises(ValueError, match="masking half of the channels differs"):
         tpp.check_groups(normalised, INPUTS, params=PARAMS, groups=wrong)
 

@@ -6,6 +6,7 @@ on the model itself, abstractly: it is traced once more with fewer channels.
 """
 
 import collections
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -77,7 +78,7 @@ def channel_groups(
         )
     return Groups(
         tuple(
-            group._replace(reason=reasons.get(i, group.reason))
+            dataclasses.replace(group, reason=reasons.get(i, group.reason))
             for i, group in enumerate(groups)
         ),
         groups.layers,
@@ -176,8 +177,8 @@ def _tried(
     """
     trial = _Trial(model, params, groups, suppositions)
     lines: dict[int, dict[tuple[str, int], None]] = {}
-    for group, part, source, _ in suppositions:
-        lines.setdefault(group, {})[source_line(source), part] = None
+    for one in suppositions:
+        lines.setdefault(one.group, {})[source_line(one.source), one.part] = None
     by_lines: dict[frozenset[tuple[str, int]], list[int]] = {}
     for group, line in lines.items():
         by_lines.setdefault(frozenset(line), []).append(group)

@@ -1,5 +1,6 @@
 """A numerical proof that the groups of a model are what they are said to be."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -125,7 +126,7 @@ def check_groups(
         order[cycle] = np.roll(cycle, 1)
         permuted = distance(run(_permuted(weights, function.names, group, order)))
         first = next(m for m in group.members if m.role == "produced")
-        lone = group._replace(members=(first,))
+        lone = dataclasses.replace(group, members=(first,))
         influence = distance(run(_permuted(weights, function.names, lone, order)))
         checks.append(GroupCheck(group.name, permuted, influence))
         if not permuted <= tolerance:

@@ -7,9 +7,9 @@ arrays: the sixteen channels of ``layer1.0.conv1``, say. Both are read off the j
 there is no table of architectures.
 """
 
-import functools
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning.functions import is_array
 from tpp_jax.pruning.labels import Labels, NotUnderstood, solve
+from tpp_jax.pruning.records import Group, Groups, Member, Slot, Supposition
 from tpp_jax.pruning.rules import apply_rule
 from tpp_jax.pruning.tracing import (
     Layer,
@@ -26,131 +27,6 @@ from tpp_jax.pruning.tracing import (
     lookups,
     source_line,
 )
-
-Slot = tuple[str, int]  # an axis of a parameter leaf
-
-
-class Member(NamedTuple):
-    """One axis of one parameter array that a group's channels run through.
-
-    Attributes:
-      leaf: dotted name, ``layer1.0.conv1.kernel``.
-      axis: which of its axes.
-      positions: int64 ``[size, m]``; channel c occupies ``positions[c]`` along the axis
-        (m > 1 where a flattened feature map enters a dense layer).
-      role: ``"produced"`` for the output axis of a kernel, ``"contracted"`` for the
-        input axis of one, ``"along"`` for what is applied channel by channel (a bias, a
-        norm's scale, bias, mean and variance), ``"depthwise"`` for the kernel of a
-        depthwise convolution, which is applied channel by channel too.
-      order: index of the layer in order of execution: the kernel's own or, for a norm,
-        that of the layer run last before it.
-    """
-
-    leaf: str
-    axis: int
-    positions: np.ndarray
-    role: str
-    order: int
-
-
-class Group(NamedTuple):
-    """Channels that occupy the same arrays.
-
-    Attributes:
-      name: the layer that produces them first, ``layer1.0.conv1``.
-      size: number of channels.
-      producers: names of all layers that produce them, in order of execution.
-      members: every parameter axis that they run through.
-      inner: whether another group runs through the same filters at a coarser grain:
-        that group's channels are the heads of an attention, say, and this one's the
-        dimensions of each head. Named ``layer#2``.
-      reason: why they cannot be pruned; None if they can.
-      reduced: whether a sum or maximum runs over the channels that is not a layer's own
-        (a layer norm, a softmax, a product of queries and keys, which is scaled by the
-        number of channels); then zeros in their place are not the same as their
-        absence.
-    """
-
-    name: str
-    size: int
-    producers: tuple[str, ...]
-    members: tuple[Member, ...]
-    inner: bool
-    reason: str | None
-    reduced: bool
-
-
-class Groups:
-    """The groups of a model, in order of execution; compared by identity.
-
-    Attributes:
-      all: every group, prunable or not.
-      layers: names of the convolution and dense layers in order of execution.
-      shapes: parameter leaf name → shape of the unpruned array.
-      inputs: abstract example inputs, to re-trace a sliced model.
-      traced: the computation that they were read off.
-      joined: pairs of axes whose channels go together since the model refuses to run
-        otherwise.
-    """
-
-    def __init__(
-        self,
-        groups: tuple[Group, ...],
-        layers: tuple[str, ...],
-        shapes: dict[str, tuple[int, ...]],
-        inputs: tuple[Any, ...],
-        traced: Trace,
-        joined: tuple[tuple[Slot, Slot], ...] = (),
-    ) -> None:
-        self.all = groups
-        self.layers = layers
-        self.shapes = shapes
-        self.inputs = inputs
-        self.traced = traced
-        self.joined = joined
-
-    def __iter__(self) -> Iterator[Group]:
-        return iter(self.all)
-
-    def __len__(self) -> int:
-        return len(self.all)
-
-    def __getitem__(self, name: str | int) -> Group:
-        return self.all[name] if isinstance(name, int) else self._by_name[name]
-
-    def __repr__(self) -> str:
-        prunable = sum(group.reason is None for group in self)
-        return f"Groups({len(self)} groups, {prunable} prunable)"
-
-    @functools.cached_property
-    def _by_name(self) -> dict[str, Group]:
-        return {group.name: group for group in self}
-
-    @functools.cached_property
-    def members(self) -> dict[str, tuple[tuple[Group, Member], ...]]:
-        """Leaf name → what runs through that leaf, for the prunable groups."""
-        found: dict[str, list[tuple[Group, Member]]] = {}
-        for group in self:
-            if group.reason is None:
-                for member in group.members:
-                    found.setdefault(member.leaf, []).append((group, member))
-        return {leaf: tuple(pairs) for leaf, pairs in found.items()}
-
-
-class Supposition(NamedTuple):
-    """Something that groups rest on, which a traced computation does not tell.
-
-    Attributes:
-      group: index of a group that rests on it.
-      part: which of the sizes that one operation is told.
-      source: the operation's source, see :func:`tracing.source_line`.
-      told: the value, and the axis of it, whose size the operation was told, if known.
-    """
-
-    group: int
-    part: int
-    source: Any
-    told: tuple[int, int] | None
 
 
 def read_groups(
@@ -206,7 +82,9 @@ def read_groups(
             name=name_of(produced[0].leaf),
             size=len(channels),
             producers=names,
-            members=tuple(m._replace(positions=m.positions[rank]) for m in members),
+            members=tuple(
+                dataclasses.replace(m, positions=m.positions[rank]) for m in members
+            ),
             inner=False,
             reason=None if code < 0 else _explain(*labels.reasons[code]),
             reduced=bool(solution.reduced[channels].any()),
@@ -478,5 +356,5 @@ def _with_unique_names(groups: list[Group]) -> tuple[Group, ...]:
         if name in taken:
             name = f"{name}@{own.positions.min()}"
         taken.add(name)
-        unique.append(group._replace(name=name, inner=outer > 0))
+        unique.append(dataclasses.replace(group, name=name, inner=outer > 0))
     return tuple(unique)

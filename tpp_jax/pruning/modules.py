@@ -152,7 +152,8 @@ def _layout(
     if size <= 1 or group.reason is not None:
         return frozenset()
     layout = set()
-    for leaf, axis, positions, _, _ in group.members:
+    for member in group.members:
+        leaf, axis, positions = member.leaf, member.axis, member.positions
         if plan is not None:
             positions = positions[np.asarray(plan.kept[group.name])]
             if axis in masks(leaf):
