@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
@@ -14,6 +15,7 @@ from jaxtyping import Array, Int
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning.criteria import (
     REDUCTIONS,
+    STATISTICS,
     Criterion,
     find_criterion,
     group_scores,
@@ -26,12 +28,13 @@ Ratios = Mapping[str, float] | str | float
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """Which channels stay: a pytree whose leaves are the kept indices.
 
     The number of channels kept is static (a shape), which channels they are is an
     array: slicing and penalties can be jitted, and vmapped over plans of equal counts.
+    Concrete plans compare, hash, copy and pickle by content.
 
     Attributes:
       kept: group name → int32 ``[k]``, ascending, for every prunable group.
@@ -40,6 +43,24 @@ class Plan:
 
     kept: dict[str, Int[Array, " k"]]
     groups: Groups = dataclasses.field(metadata={"static": True})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        if self is other:
+            return True
+        return (
+            self.kept.keys() == other.kept.keys()
+            and all(np.array_equal(self.kept[k], other.kept[k]) for k in self.kept)
+            and self.groups == other.groups
+        )
+
+    def __hash__(self) -> int:
+        kept = frozenset(
+            (name, np.shape(indices), np.asarray(indices, np.int64).tobytes())
+            for name, indices in self.kept.items()
+        )
+        return hash((kept, self.groups))
 
     @property
     def pruned_groups(self) -> tuple[Group, ...]:
@@ -123,6 +144,7 @@ def make_plan(
     skip: Sequence[str] | str = (),
     criterion: str | Criterion = "l1",
     statistics: Any = None,
+    scores: Mapping[str, Any] | None = None,
     scope: str = "local",
     reduce: str = "mean",
     seed: int = 0,
@@ -135,14 +157,16 @@ def make_plan(
 
     Args:
       groups: from :func:`tpp_jax.channel_groups`.
-      model: the model with its weights, or a parameter pytree.
+      model: the model with its weights, or a parameter pytree; abstract if ``scores``
+        are given for every group that is pruned.
       ratios: share of the channels to prune, in [0, 1): one number for every group that
         can be pruned and is not inner, or pattern → share, as a dict or as the
         original's string ``"*layer*.conv1:0.9,*layer3*:0.5"``. Patterns are
         ``fnmatch`` globs over layer names; the last match wins, no match means 0. A
         group is matched by any layer that produces it; an inner group (``layer#2``,
         the dimensions within heads) by its own name only.
-      counts: group name → how many of its channels stay, in place of ratios.
+      counts: group name → how many of its channels stay, in place of ratios, targets,
+        ``skip``, ``scope`` and limits.
       flops: target: share of the model's FLOPs that is to *remain*, in (0, 1]. Ratios
         are then relative: all are scaled by one number, as large as it takes. Without
         ratios, all groups that a single number would prune get equal ones.
@@ -153,6 +177,8 @@ def make_plan(
         scores ``[n]``; the lowest scores go.
       statistics: for a criterion that needs more than weights: a pytree named like the
         parameters, from :mod:`tpp_jax.pruning.statistics`.
+      scores: scores of one's own: group name → float ``[group.size]``. They stand in
+        for the criterion's in the groups that they name.
       scope: where scores compete. ``"local"``: each group loses its own share;
         ``"global"``: as many channels in all, but the lowest scores among all matched
         groups; ``"isomorphic"``: as many in all among groups of like shape.
@@ -169,7 +195,8 @@ def make_plan(
     Raises:
       TPPError: a ratio outside [0, 1), a pattern that matches no layer, a pattern
         that matches only layers that cannot be pruned, a target that is out of reach,
-        an unknown criterion, scope or reduction, statistics that are missing.
+        an unknown criterion, scope or reduction, statistics that are missing, counts
+        next to something that they replace, scores of another group or shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -195,6 +222,8 @@ def make_plan(
         )
     limits = Limits(min_channels, round_to)
     if counts is not None:
+        others = dict(ratios=ratios, flops=flops, params=params, skip=skip, scope=scope)
+        _check_counts_alone(others, limits)
         _check_counts(groups, counts)
         matched = [groups[name] for name in counts]
     else:
@@ -205,17 +234,22 @@ def make_plan(
     leaves = _by_parameter(
         nnx.state(model) if isinstance(model, nnx.Module) else model, groups
     )
-    _check_leaves(groups, leaves)
-    score = find_criterion(criterion, seed, statistics is not None)
-    extra = None if statistics is None else _by_parameter(statistics, groups)
-    scores = {g.name: group_scores(g, leaves, score, reduce, extra) for g in matched}
+    ranks = _own_scores(groups, scores or {})
+    rest = [g for g in matched if g.name not in ranks]
+    _check_leaves(groups, leaves, rest)
+    if rest or not ranks:
+        score = find_criterion(criterion, seed, statistics is not None)
+        extra = None if statistics is None else _by_parameter(statistics, groups)
+        ranks |= {g.name: group_scores(g, leaves, score, reduce, extra) for g in rest}
+    elif not callable(criterion):  # not needed, but a wrong name is a mistake still
+        find_criterion(criterion, seed, criterion in STATISTICS)
     if counts is not None:
         pass
     elif flops is None and params is None:
-        counts = kept_by_ratios(pools, asked, scores, limits)
+        counts = kept_by_ratios(pools, asked, ranks, limits)
     else:
         counts = kept_for_target(
-            groups, pools, asked, scores, limits, flops=flops, params=params
+            groups, pools, asked, ranks, limits, flops=flops, params=params
         )
     kept = {}
     for group in groups:
@@ -223,7 +257,7 @@ def make_plan(
             n_kept = counts.get(group.name, group.size)
             # Stable sorting breaks ties by index, so that one seed gives one plan.
             order = np.argsort(
-                scores.get(group.name, np.arange(group.size)), kind="stable"
+                ranks.get(group.name, np.arange(group.size)), kind="stable"
             )
             kept[group.name] = np.sort(order[group.size - n_kept :]).astype(np.int32)
     return Plan(kept, groups)
@@ -340,18 +374,71 @@ def _check_pattern(groups: Groups, pattern: str, must_prune: bool) -> None:
         )
 
 
+def _check_counts_alone(others: Mapping[str, Any], limits: Limits) -> None:
+    """Refuses what says in another way how much goes, next to counts."""
+    defaults = {"skip": (), "scope": "local", "round_to": 1, "min_channels": 1}
+    given = [
+        name
+        for name, value in {**others, **limits._asdict()}.items()
+        if value is not None and value != defaults.get(name) and value not in ("", [])
+    ]
+    if given:
+        raise TPPError(
+            f"counts say how many channels stay, so {' and '.join(given)} would be "
+            "ignored: give one or the other. A group that counts do not name stays "
+            "unpruned"
+        )
+
+
 def _check_counts(groups: Groups, counts: Mapping[str, int]) -> None:
     sizes = {g.name: g.size for g in groups if g.reason is None}
     for name, count in counts.items():
         if name not in sizes:
             raise TPPError(f"no group {name!r} can be pruned: there are {list(sizes)}")
-        if not 1 <= count <= sizes[name]:
+        if not 1 <= count <= sizes[name] or count % 1:
             raise TPPError(
                 f"{count} channels of {name} are to stay, but it has {sizes[name]}"
             )
 
 
-def _check_leaves(groups: Groups, leaves: Mapping[str, Any]) -> None:
+def _own_scores(groups: Groups, scores: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the user's scores as arrays.
+
+    Raises:
+      TPPError: they name no group, or are not one number for each of its channels.
+    """
+    found = {}
+    for name, score in scores.items():
+        if name not in {group.name for group in groups}:
+            raise TPPError(
+                f"scores name {name!r}, which is no group: there are "
+                f"{', '.join(group.name for group in groups)}"
+            )
+        size = groups[name].size
+        abstract = isinstance(score, jax.ShapeDtypeStruct)
+        array = np.zeros(0) if abstract else np.asarray(score)
+        if array.dtype.kind not in "biuf" and not jnp.issubdtype(
+            array.dtype, jnp.floating
+        ):
+            raise TPPError(
+                f"the scores of {name} are of dtype {array.dtype}: give real numbers"
+            )
+        if array.shape != (size,):
+            raise TPPError(
+                f"the scores of {name} have shape {np.shape(score)}, but it has {size} "
+                f"channels: give an array of shape ({size},)"
+            )
+        if np.isnan(array).any():
+            raise TPPError(f"the scores of {name} hold nan: they cannot be ranked")
+        # Half precision and booleans would not sort, or not compare, as they should.
+        found[name] = array.astype(np.float64)
+    return found
+
+
+def _check_leaves(
+    groups: Groups, leaves: Mapping[str, Any], scored: Sequence[Group]
+) -> None:
+    needed = {m.leaf for group in scored for m in group.members}
     for name, shape in groups.shapes.items():
         found = np.shape(leaves[name]) if name in leaves else None
         if found != shape and name in groups.members:
@@ -359,7 +446,8 @@ def _check_leaves(groups: Groups, leaves: Mapping[str, Any]) -> None:
                 f"the groups are of another model: they were made with {name} of shape "
                 f"{shape}, here it is {found or 'missing'}"
             )
-        if name in groups.members and isinstance(leaves[name], jax.ShapeDtypeStruct):
+        if name in needed and isinstance(leaves[name], jax.ShapeDtypeStruct):
             raise TPPError(
-                f"{name} is abstract: to choose channels, the weights are needed"
+                f"{name} is abstract: to choose channels, the weights are needed, or "
+                "scores for every group that is pruned"
             )

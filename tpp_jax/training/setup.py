@@ -230,21 +230,25 @@ def plan_for(
             criterion = "l1"
         else:
             statistics = _statistics(config, model, dataset)
+    amount: dict[str, Any] = {"counts": counts}
+    if counts is None:
+        amount = dict(
+            ratios=None if target and not fields.ratios else fields.ratios,
+            flops=fields.flops or None,
+            params=fields.params or None,
+            skip=fields.skip,
+            scope=scope or fields.scope,
+            round_to=fields.round_to,
+            min_channels=fields.min_channels,
+        )
     return make_plan(
         groups,
         model,
-        None if target and not fields.ratios else fields.ratios,
-        counts=counts,
-        flops=fields.flops or None,
-        params=fields.params or None,
-        skip=fields.skip,
         criterion=criterion,
         statistics=statistics,
-        scope=scope or fields.scope,
         reduce=fields.reduce,
         seed=config.seed,
-        round_to=fields.round_to,
-        min_channels=fields.min_channels,
+        **amount,
     )
 
 
