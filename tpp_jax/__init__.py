@@ -16,10 +16,10 @@ from tpp_jax.method.transforms import add_tpp_penalties, zero_pruned
 from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.checking import check_groups
+from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
 from tpp_jax.pruning.flops import count
-from tpp_jax.pruning.linen import linen_apply
-from tpp_jax.pruning.modules import prune
-from tpp_jax.pruning.plan import Plan, make_plan
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
 
@@ -30,6 +30,7 @@ __all__ = [
     "add_tpp_penalties",
     "channel_groups",
     "check_groups",
+    "check_plan",
     "count",
     "data",
     "describe_groups",

@@ -18,7 +18,7 @@ from tests.reference import filled
 from tpp_jax.errors import TPPError
 from tpp_jax.models import CifarResNet, CifarVGG
 from tpp_jax.pruning.naming import named_leaves
-from tpp_jax.pruning.plan import parse_patterns, parse_ratios
+from tpp_jax.pruning.planning import parse_patterns, parse_ratios
 
 
 @functools.cache

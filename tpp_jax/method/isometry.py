@@ -28,7 +28,8 @@ from tpp_jax.pruning.naming import (
     map_named,
     named_leaves,
 )
-from tpp_jax.pruning.plan import Plan, parse_patterns
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.planning import parse_patterns
 
 Activation = Literal["linear", "relu", "leaky_relu", "tanh", "sigmoid"]
 Layers = str | Sequence[str] | Plan

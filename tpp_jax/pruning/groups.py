@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from tpp_jax.errors import TPPError
+from tpp_jax.pruning.comparing import Reading
 from tpp_jax.pruning.functions import is_array
 from tpp_jax.pruning.labels import Labels, NotUnderstood, solve
 from tpp_jax.pruning.records import Group, Groups, Member, Slot, Supposition
@@ -96,9 +97,9 @@ def read_groups(
                 "strict=True they are left whole"
             )
         groups.append((key, group))
-        channels_of.append(channels)
+        channels_of.append(channels[rank])
     order = sorted(range(len(groups)), key=lambda i: groups[i][0])
-    channels_of = [channels_of[i] for i in order]
+    reading = Reading(labels, axes, solution, tuple(channels_of[i] for i in order))
     found = Groups(
         groups=_with_unique_names([groups[i][1] for i in order]),
         layers=tuple(dict.fromkeys(layer.name for layer in layer_list)),
@@ -106,14 +107,12 @@ def read_groups(
         inputs=jax.tree.map(lambda x: _abstract(x) if is_array(x) else x, inputs),
         traced=traced,
         joined=joined,
+        reading=reading,
     )
-    group_of = np.full(len(solution.stuck), -1)
-    for i, channels in enumerate(channels_of):
-        group_of[channels] = i
     suppositions = [
-        Supposition(int(i), part, source, told)
-        for axis, part, source, told in labels.supposed
-        for i in np.unique(group_of[solution.of(axis)[1]])
+        Supposition(int(i), part, source)
+        for axis, part, source in labels.supposed
+        for i in np.unique(reading.group_of[solution.of(axis)[1]])
         if i >= 0 and found[int(i)].reason is None
     ]
     return found, suppositions

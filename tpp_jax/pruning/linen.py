@@ -7,11 +7,14 @@ few sizes that a layer computes with follow it. Methods are intercepted for that
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from flax import linen
+
+from tpp_jax.pruning.fields import Field, is_size
 
 
 def linen_apply(module: linen.Module, plan: Any = None) -> Callable[..., Any]:
@@ -55,10 +58,44 @@ def _follow_arrays(
 ) -> Any:
     module = context.module
     with contextlib.ExitStack() as stack:
+        values = plan.field_values() if plan is not None else {}
+        if values and module.scope is not None:
+            own = values.get(".".join(module.path), {})
+            stack.enter_context(_attributes(module, **own))
         stack.enter_context(_attributes(module, param=_Param(module)))
         for layer, sizes in _static_sizes(module, plan):
             stack.enter_context(_attributes(layer, **sizes))
         return method(*args, **kwargs)
+
+
+def linen_fields(module: linen.Module, run: Callable[[], Any]) -> list[Field]:
+    """Lists the whole numbers among the fields of a model's own Linen modules.
+
+    Args:
+      module: the model.
+      run: runs the model; the modules that it meets are looked at.
+    """
+    found: dict[tuple[str, str], Field] = {}
+
+    def note(
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: linen.module.InterceptorContext,
+    ) -> Any:
+        inner = context.module
+        own = type(inner).__module__.partition(".")[0] != "flax"
+        if own and inner.scope is not None:  # those of Flax follow their arrays
+            path = ".".join(inner.path)
+            for field in dataclasses.fields(inner):
+                value = getattr(inner, field.name, None)
+                if is_size(value):
+                    found[path, field.name] = Field(path, field.name, value)
+        return method(*args, **kwargs)
+
+    with linen.intercept_methods(note):
+        run()
+    return list(found.values())
 
 
 class _Param:

@@ -8,13 +8,14 @@ import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from tpp_jax.errors import TPPError
+from tpp_jax.pruning.fields import FieldSize
 from tpp_jax.pruning.tracing import Trace
 
 Slot = tuple[str, int]  # an axis of a parameter leaf
@@ -95,8 +96,8 @@ class Group:
 
 # Of a Groups object: what is compared and pickled; and what a copy shares with it since
 # it can be neither, as it holds functions and tracebacks.
-_CONTENT = ("all", "layers", "shapes", "inputs", "joined")
-_SHARED = ("_traced",)
+_CONTENT = ("all", "layers", "shapes", "inputs", "kwargs", "joined", "sizes")
+_SHARED = ("_traced", "reading", "source")
 
 
 class Groups:
@@ -107,8 +108,12 @@ class Groups:
       layers: names of the convolution and dense layers in order of execution.
       shapes: parameter leaf name → shape of the unpruned array.
       inputs: abstract example inputs, to re-trace a sliced model.
+      kwargs: keyword arguments, like the inputs.
       joined: pairs of axes whose channels go together since the model refuses to run
         otherwise.
+      sizes: attributes of the model's own modules that follow the channels.
+      reading: the labels that the groups were read off, or None after unpickling.
+      source: the model, to be traced again, or None likewise.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class Groups:
         inputs: tuple[Any, ...],
         traced: Trace,
         joined: tuple[tuple[Slot, Slot], ...] = (),
+        reading: Any = None,
     ) -> None:
         self.all = groups
         self.layers = layers
@@ -126,6 +132,46 @@ class Groups:
         self.inputs = inputs
         self._traced: Trace | None = traced
         self.joined = joined
+        self.kwargs: dict[str, Any] = {}
+        self.sizes: tuple[FieldSize, ...] = ()
+        self.reading = reading
+        self.source: Any = None
+
+    def replace(self, **changes: Any) -> "Groups":
+        """Returns a copy with other attributes."""
+        new = object.__new__(Groups)
+        own = {name: getattr(self, name) for name in (*_CONTENT, *_SHARED)}
+        vars(new).update(own, **changes)
+        return new
+
+    def with_verdict(
+        self, wrong: Mapping[int, str], sizes: tuple[FieldSize, ...], source: Any
+    ) -> "Groups":
+        """Returns the groups after they were tried.
+
+        Args:
+          wrong: index of a group → why it cannot be pruned.
+          sizes: attributes that follow the channels.
+          source: the model.
+        """
+        groups = tuple(
+            dataclasses.replace(group, reason=wrong.get(i, group.reason))
+            for i, group in enumerate(self.all)
+        )
+        return self.replace(all=groups, sizes=sizes, source=source)
+
+    def checked(self, source: Any, kept: Mapping[str, Any]) -> bool:
+        """Reports whether :meth:`note_checked` was called with the same."""
+        return (id(source), _key(kept)) in self._checked
+
+    def note_checked(self, source: Any, kept: Mapping[str, Any]) -> None:
+        """Remembers that a plan was tried on a model that holds with it."""
+        if source is self.source:
+            self._checked.add((id(source), _key(kept)))
+
+    @functools.cached_property
+    def _checked(self) -> set[tuple[int, bytes]]:
+        return set()
 
     @property
     def traced(self) -> Trace:
@@ -160,7 +206,9 @@ class Groups:
             return NotImplemented
         if self is other:
             return True
-        return self._digest == other._digest and _same_inputs(self.inputs, other.inputs)
+        return self._digest == other._digest and _same_inputs(
+            (self.inputs, self.kwargs), (other.inputs, other.kwargs)
+        )
 
     def __hash__(self) -> int:
         return hash(self._digest)
@@ -192,7 +240,7 @@ class Groups:
             content.update(repr(plain).encode())
             for member in group.members:
                 content.update(repr(member._content).encode())
-        rest = self.layers, sorted(self.shapes.items()), self.joined
+        rest = self.layers, sorted(self.shapes.items()), self.joined, self.sizes
         content.update(repr(rest).encode())
         return content.digest()
 
@@ -219,13 +267,18 @@ class Supposition:
       group: index of a group that rests on it.
       part: which of the sizes that one operation is told.
       source: the operation's source, see :func:`tracing.source_line`.
-      told: the value, and the axis of it, whose size the operation was told, if known.
     """
 
     group: int
     part: int
     source: Any
-    told: tuple[int, int] | None
+
+
+def _key(kept: Mapping[str, Any]) -> bytes:
+    content = hashlib.sha256()
+    for name, indices in sorted(kept.items()):
+        content.update(f"{name}:".encode() + np.asarray(indices, np.int64).tobytes())
+    return content.digest()
 
 
 def _same_inputs(one: Any, other: Any) -> bool:

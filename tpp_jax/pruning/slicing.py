@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.groups import Group, Member
+from tpp_jax.pruning.fields import follow_fields
 from tpp_jax.pruning.naming import longest_known_suffix, map_named
 from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.records import Group, Member
 
 
 def keep_masks(plan: Plan, leaf: str) -> dict[int, tuple[Bool[Array, " n"], int]]:
@@ -119,7 +120,8 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
     host = [i for i, leaf in enumerate(leaves) if isinstance(leaf, np.ndarray)]
     for i, leaf in zip(host, jax.device_put([leaves[i] for i in host]), strict=True):
         leaves[i] = leaf
-    return jax.tree.unflatten(structure, leaves)
+    tree = jax.tree.unflatten(structure, leaves)
+    return follow_fields(tree, plan.groups.sizes, plan.field_values())
 
 
 def mask_tree(plan: Plan, tree: Any) -> Any:

@@ -7,7 +7,8 @@ are unfolded, so that what reads it is one loop over plain primitives.
 
 import collections
 import pathlib
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax
@@ -16,7 +17,7 @@ import numpy as np
 from flax import linen, nnx
 from jax.extend import core as jex_core
 
-from tpp_jax.pruning.functions import as_function, is_array
+from tpp_jax.pruning.functions import Function, as_function, is_array
 from tpp_jax.pruning.naming import layer_name
 
 # Calls that only wrap another jaxpr: the parameter that holds it.
@@ -110,6 +111,7 @@ def trace(
     *inputs: Any,
     params: Any = None,
     plan: Any = None,
+    **kwargs: Any,
 ) -> Trace:
     """Traces a model abstractly; nothing is computed and nothing allocated.
 
@@ -119,18 +121,26 @@ def trace(
         among them (``True``, a string) is handed to the model as it is.
       params: the parameters of a plain function, the variables of a Linen module.
       plan: if the variables of a Linen module were sliced, the plan of the cut.
+      **kwargs: keyword arguments of the model, like ``inputs``.
 
     Returns:
       The computation with all nested calls unfolded.
     """
-    function = as_function(model, params, plan)
-    arguments, structure = jax.tree.flatten(inputs)
+    return trace_function(as_function(model, params, plan), inputs, kwargs)
+
+
+def trace_function(
+    function: Function, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Trace:
+    """Traces a pure function of its parameters; see :func:`trace`."""
+    arguments, structure = jax.tree.flatten((inputs, dict(kwargs)))
     arrays = [leaf for leaf in arguments if is_array(leaf)]
 
     def call(params: Any, arrays: list[Any]) -> Any:
         given = iter(arrays)
         whole = [next(given) if is_array(leaf) else leaf for leaf in arguments]
-        return function.call(params, *jax.tree.unflatten(structure, whole))
+        inputs, kwargs = jax.tree.unflatten(structure, whole)
+        return function.call(params, *inputs, **kwargs)
 
     closed = jax.make_jaxpr(call)(function.params, arrays)
     builder = _Builder()
@@ -385,6 +395,24 @@ def source_line(source: Any) -> str:
         if not frame.file_name.startswith(_LIBRARIES):
             return f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
     return ""
+
+
+def lines_of_error(error: BaseException) -> Iterator[str]:
+    """Yields the user's lines that an error came through, the innermost first."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    for frame, number in reversed(frames):
+        name = frame.f_code.co_filename
+        if not name.startswith(_LIBRARIES):
+            yield f"{pathlib.Path(name).name}:{number}"
+
+
+def raised_in(error: BaseException, package: str) -> bool:
+    """Reports whether an error was raised by code of a package."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(
+        frame.f_globals.get("__name__", "").partition(".")[0] == package
+        for frame in frames[-2:]
+    )
 
 
 def _count_other_ranks(outside: list[Any], inside: list[Any]) -> int:

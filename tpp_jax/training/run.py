@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.modules import prune
+from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training import cutting, hosts, measures, parallel, replicas
 from tpp_jax.training.checkpoints import Checkpoints, save_model, with_arrays

@@ -20,7 +20,8 @@ from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.criteria import STATISTICS
 from tpp_jax.pruning.groups import Groups
-from tpp_jax.pruning.plan import Plan, make_plan
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
 from tpp_jax.training import parallel, phases
 from tpp_jax.training.checkpoints import load_model
