@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 import tpp_jax as tpp
-from tpp_jax.pruning.groups import Groups
 
 
 def mlp(p, x):
@@ -24,14 +23,7 @@ INPUTS = jax.ShapeDtypeStruct((4, 3), jnp.float32)
 
 def changed(groups, name, change):
     """Returns groups of which one has been tampered with."""
-    return Groups(
-        tuple(change(g) if g.name == name else g for g in groups),
-        groups.layers,
-        groups.shapes,
-        groups.inputs,
-        groups.traced,
-        groups.joined,
-    )
+    return groups.replace(all=tuple(change(g) if g.name == name else g for g in groups))
 
 
 def test_a_network_is_proved_from_shapes_alone():

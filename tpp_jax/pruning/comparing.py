@@ -181,12 +181,14 @@ class Difference:
       told: whether an operation keeps the old size of an axis, which leaves no doubt
         that the groups along it are at fault.
       line: of the user's code, ``model.py:31``, if known.
+      order: whether other operations are done, or in another order.
     """
 
     text: str
     groups: frozenset[int] = frozenset()
     told: bool = False
     line: str = ""
+    order: bool = False
 
 
 def difference(
@@ -209,7 +211,7 @@ def difference(
             or before.inputs != after.inputs
             or before.outputs != after.outputs
         ):
-            return Difference(_other_way(before, after))
+            return Difference(_other_way(before, after), order=True)
         for value in before.outputs:
             expected, found = stays.shape(value), new.shapes[value]
             if expected != found:
@@ -230,7 +232,8 @@ def difference(
         rest = longer.equations[min(len(old.equations), len(new.equations)) :]
         return Difference(
             "another branch of the model's own code is taken"
-            + (_at(rest[0]) if rest else "")
+            + (_at(rest[0]) if rest else ""),
+            order=True,
         )
     return None
 

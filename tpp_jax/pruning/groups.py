@@ -18,7 +18,7 @@ from tpp_jax.errors import TPPError
 from tpp_jax.pruning.comparing import Reading
 from tpp_jax.pruning.functions import is_array
 from tpp_jax.pruning.labels import Labels, NotUnderstood, solve
-from tpp_jax.pruning.records import Group, Groups, Member, Slot, Supposition
+from tpp_jax.pruning.records import Group, Groups, Member, Slot, Supposition, with_inner
 from tpp_jax.pruning.rules import apply_rule
 from tpp_jax.pruning.tracing import (
     Layer,
@@ -101,7 +101,7 @@ def read_groups(
     order = sorted(range(len(groups)), key=lambda i: groups[i][0])
     reading = Reading(labels, axes, solution, tuple(channels_of[i] for i in order))
     found = Groups(
-        groups=_with_unique_names([groups[i][1] for i in order]),
+        groups=with_inner(_with_unique_names([groups[i][1] for i in order])),
         layers=tuple(dict.fromkeys(layer.name for layer in layer_list)),
         shapes={leaf: traced.shapes[n] for leaf, n in traced.leaves.items()},
         inputs=jax.tree.map(lambda x: _abstract(x) if is_array(x) else x, inputs),
@@ -336,24 +336,32 @@ def _with_unique_names(groups: list[Group]) -> tuple[Group, ...]:
         for member in group.members:
             if member.role == "produced":
                 through.setdefault(member.leaf, []).append((group, member))
-    taken: set[str] = set()
-    unique = []
+    named: dict[int, str] = {}
+    outer: dict[int, list[Group]] = {}
     for group in groups:
         own = next(member for member in group.members if member.role == "produced")
         grain = _grain(group, own.leaf)[:3]
-        outer = sum(
-            _grain(other, own.leaf)[:3] < grain
+        coarser = [
+            other
+            for other, member in through[own.leaf]
+            if _grain(other, own.leaf)[:3] < grain
             and (
                 member.axis != own.axis
                 or bool(np.isin(own.positions, member.positions).any())
             )
-            for other, member in through[own.leaf]
-        )
+        ]
         name = group.name
-        if outer:
-            name = f"{group.name}#{outer + 1}"
-        if name in taken:
+        if coarser:
+            name = f"{group.name}#{len(coarser) + 1}"
+        if name in named.values():
             name = f"{name}@{own.positions.min()}"
-        taken.add(name)
-        unique.append(dataclasses.replace(group, name=name, inner=outer > 0))
-    return tuple(unique)
+        named[id(group)] = name
+        outer[id(group)] = coarser
+    return tuple(
+        dataclasses.replace(
+            group,
+            name=named[id(group)],
+            outer=tuple(named[id(other)] for other in outer[id(group)]),
+        )
+        for group in groups
+    )

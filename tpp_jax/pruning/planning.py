@@ -55,7 +55,8 @@ def make_plan(
       model: the model with its weights, or a parameter pytree; abstract if ``scores``
         are given for every group that is pruned.
       ratios: share of the channels to prune, in [0, 1): one number for every group that
-        can be pruned and is not inner, or pattern → share, as a dict or as the
+        can be pruned and is not inner (the dimensions within heads, if the heads can
+        be pruned), or pattern → share, as a dict or as the
         original's string ``"*layer*.conv1:0.9,*layer3*:0.5"``. Patterns are
         ``fnmatch`` globs over layer names; the last match wins, no match means 0. A
         group is matched by any layer that produces it; an inner group (``layer#2``,

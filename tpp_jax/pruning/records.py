@@ -75,14 +75,16 @@ class Group:
       size: number of channels.
       producers: names of all layers that produce them, in order of execution.
       members: every parameter axis that they run through.
-      inner: whether another group runs through the same filters at a coarser grain:
-        that group's channels are the heads of an attention, say, and this one's the
-        dimensions of each head. Named ``layer#2``.
+      inner: whether one of the ``outer`` groups can be pruned and has several channels:
+        a ratio for the layer is then that group's.
       reason: why they cannot be pruned; None if they can.
       reduced: whether a sum or maximum runs over the channels that is not a layer's own
         (a layer norm, a softmax, a product of queries and keys, which is scaled by the
         number of channels); then zeros in their place are not the same as their
         absence.
+      outer: names of the groups that run through the same filters at a coarser grain:
+        their channels are the heads of an attention, say, and this one's the dimensions
+        of each head. Such a group is named ``layer#2``.
     """
 
     name: str
@@ -92,6 +94,15 @@ class Group:
     inner: bool
     reason: str | None
     reduced: bool
+    outer: tuple[str, ...] = ()
+
+
+def with_inner(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """Settles which groups are inner ones, from what can be pruned."""
+    prunable = {g.name for g in groups if g.reason is None and g.size > 1}
+    return tuple(
+        dataclasses.replace(g, inner=not prunable.isdisjoint(g.outer)) for g in groups
+    )
 
 
 # Of a Groups object: what is compared and pickled; and what a copy shares with it since
@@ -158,7 +169,7 @@ class Groups:
             dataclasses.replace(group, reason=wrong.get(i, group.reason))
             for i, group in enumerate(self.all)
         )
-        return self.replace(all=groups, sizes=sizes, source=source)
+        return self.replace(all=with_inner(groups), sizes=sizes, source=source)
 
     def checked(self, source: Any, kept: Mapping[str, Any]) -> bool:
         """Reports whether :meth:`note_checked` was called with the same."""

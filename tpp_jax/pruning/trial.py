@@ -15,12 +15,14 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 
 import numpy as np
 
-from tpp_jax.pruning.comparing import Difference, difference, lines_of
+from tpp_jax.pruning.arrangement import arrangement
+from tpp_jax.pruning.comparing import Difference, Stays, difference, lines_of
 from tpp_jax.pruning.fields import Field, FieldSize, Parts
+from tpp_jax.pruning.groups import read_groups
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.records import Group, Groups, Slot, Supposition
 from tpp_jax.pruning.source import Source
-from tpp_jax.pruning.tracing import lines_of_error, raised_in, source_line
+from tpp_jax.pruning.tracing import Trace, lines_of_error, raised_in, source_line
 
 _HAIKU = (
     "Haiku, whose modules compare their parameters with the widths that they were given"
@@ -127,7 +129,36 @@ class Trial:
             new = self.source.trace_cut(Plan(everything, groups), shapes)
         except Exception as error:  # whatever the user's code raises of odd shapes
             return self._raised(error, kept)
-        return difference(old, new, reading, stays)
+        found = difference(old, new, reading, stays)
+        if (
+            found is not None
+            and found.order
+            and self._rearranged(new, everything, stays)
+        ):
+            return None
+        return found
+
+    def _rearranged(
+        self, new: Trace, kept: dict[str, np.ndarray], stays: Stays
+    ) -> bool:
+        """Reports whether a trace does the same work in another order.
+
+        The order of a product of three arrays depends on their sizes. Then the groups
+        are read off the trace once more, and must stand where they are to stand.
+        """
+        old = self.groups.traced
+        outputs = zip(old.outputs, new.outputs, strict=False)
+        if (
+            _work(old) != _work(new)
+            or len(old.outputs) != len(new.outputs)
+            or any(
+                a is not None and stays.shape(a) != new.shapes[b] for a, b in outputs
+            )
+        ):
+            return False
+        plan = Plan(kept, self.groups)
+        found, _ = read_groups(new, self.source.inputs, joined=self.groups.joined)
+        return arrangement(found).issuperset(arrangement(self.groups, plan))
 
     def _raised(self, error: Exception, kept: Iterable[int]) -> Difference:
         text = str(error).partition("\n")[0] or type(error).__name__
@@ -159,6 +190,17 @@ class Trial:
             for axis in range(len(shapes[value])):
                 found |= reading.groups_along(value, axis)
         return frozenset(found)
+
+
+# Operations that only move data: how many there are depends on the order of the others.
+_MOVES = {"transpose", "reshape", "broadcast_in_dim", "squeeze", "convert_element_type"}
+
+
+def _work(traced: Trace) -> collections.Counter[str]:
+    """Counts the operations of a trace that compute something."""
+    return collections.Counter(
+        eqn.primitive for eqn in traced.equations if eqn.primitive not in _MOVES
+    )
 
 
 class _Search:
@@ -220,8 +262,29 @@ class _Search:
         """Returns what goes wrong with fewer channels of the chosen groups."""
         sizes = self.sizes if sizes is None else sizes
         self.trial.groups = self.groups.replace(sizes=sizes)
-        kept = {i: np.arange(self.fewer[i], dtype=np.int32) for i in chosen}
-        return self.trial.of(kept)
+        chosen = set(chosen)
+        for some in (chosen, *self._apart(chosen)):
+            kept = {i: np.arange(self.fewer[i], dtype=np.int32) for i in some}
+            if fault := self.trial.of(kept):
+                return fault
+        return None
+
+    def _apart(self, chosen: set[int]) -> Iterator[set[int]]:
+        """Yields choices that tell kinds apart which lose as many channels."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i in sorted(chosen):
+            kinds = alike.setdefault((self.groups[i].size, self.fewer[i]), [])
+            if self.kind_of[i] not in kinds:
+                kinds.append(self.kind_of[i])
+        place = {kind: n for kinds in alike.values() for n, kind in enumerate(kinds)}
+        most = max(map(len, alike.values()), default=1)
+        for bit in range((most - 1).bit_length()):
+            yield {
+                i
+                for i in chosen
+                if len(alike[self.groups[i].size, self.fewer[i]]) == 1
+                or place[self.kind_of[i]] >> bit & 1
+            }
 
     def _without(self, blamed: Set[int], suspects: set[int]) -> Difference | None:
         self.rest -= blamed
@@ -369,10 +432,11 @@ class _Search:
             == [self.groups[i].size for i in other]
         )
         for kind, other in itertools.islice(alike, _PAIRS):
-            before = dict(self.fewer)
-            self.fewer |= {j: before[i] for i, j in zip(kind, other, strict=True)}
+            before = dict(self.fewer), dict(self.kind_of)
+            for i, j in zip(kind, other, strict=True):
+                self.fewer[j], self.kind_of[j] = self.fewer[i], self.kind_of[i]
             fault = self.attempt(self.rest.union(kind, other))
-            self.fewer = before
+            self.fewer, self.kind_of = before
             slots = [
                 (_own_slot(self.groups[i]), _own_slot(self.groups[j]))
                 for i, j in zip(kind, other, strict=True)
@@ -400,13 +464,17 @@ def _trial_sizes(groups: Groups, kinds: list[list[int]]) -> dict[int, int]:
     """Chooses about half of the channels of each group.
 
     Each kind loses another number, so that two that are wrong do not make up for each
-    other, and none is left with a number that is a size of something else in the model.
+    other, and none is left with a number that is a size of something else in the model,
+    where there are numbers enough.
     """
-    taken = {n for shape in groups.traced.shapes for n in shape}
+    sizes = {n for shape in groups.traced.shapes for n in shape}
+    taken: set[int] = set()
     fewer = {}
     for kind in kinds:
         size = groups[kind[0]].size
-        n = next((n for n in _near_half(size) if n not in taken), max(size // 2, 1))
+        others = [n for n in _near_half(size) if n not in taken]
+        free = [n for n in others if n not in sizes]
+        n = next(iter(free or others), max(size // 2, 1))
         taken.add(n)
         fewer |= dict.fromkeys(kind, n)
     return fewer
