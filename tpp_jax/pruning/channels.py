@@ -147,7 +147,8 @@ def retraced(model: Any, plan: Plan, params: Any = None) -> Groups:
 
 
 def _read(traced: Trace, plan: Plan) -> Groups:
-    return read_groups(traced, plan.groups.inputs, joined=plan.groups.joined)[0]
+    inputs, joined = plan.groups.inputs, plan.groups.joined
+    return read_groups(traced, inputs, joined=joined, unpruned=plan.groups)[0]
 
 
 def _trace_sliced(model: Any, plan: Plan, params: Any) -> Trace:

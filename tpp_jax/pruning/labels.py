@@ -46,6 +46,8 @@ class Labels:
       reasons: texts with the sources of the equations that gave them; the fixed label
         ``-1 - i`` stands for ``reasons[i]``.
       source: that of the equation whose rule is at work.
+      kind: if that is a convolution of a sliced model, what the unpruned one's is:
+        ``"plain"``, ``"grouped"`` or ``"depthwise"``; None to go by its sizes.
     """
 
     def __init__(self) -> None:
@@ -58,6 +60,7 @@ class Labels:
         self.reduced: list[np.ndarray] = []
         self.reasons: list[tuple[str, Any]] = []
         self.source: Any = None
+        self.kind: str | None = None
         self._numbers: dict[tuple[str, int], int] = {}
 
     def fresh(self, n: int) -> np.ndarray:
@@ -215,7 +218,7 @@ def solve(labels: Labels) -> Channels:
     more than is needed, never less. With other numbers of parts the parts are fixed.
     """
     while True:
-        component = _components(labels)
+        component = components(labels)
         stuck = np.full(component.max(initial=-1) + 1, -1)
         for fixed, reason in reversed(labels.fixed):
             stuck[component[fixed]] = reason
@@ -242,7 +245,8 @@ def _undo_fixed(parts: np.ndarray, stuck: np.ndarray) -> None:
         parts[of_fixed] = -1
 
 
-def _components(labels: Labels) -> np.ndarray:
+def components(labels: Labels) -> np.ndarray:
+    """Returns the class of tied labels that each label is in, int64 ``[count]``."""
     n = labels.count
     none = np.zeros(0, np.int64)
     a = np.concatenate([tie[0] for tie in labels.ties] or [none])

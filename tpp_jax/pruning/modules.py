@@ -49,7 +49,8 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
     try:
         # Without the names of what is trained, which splitting once more would tell.
         traced = trace(sliced_call(graphdef, plan), *inputs, params=sliced)
-        found, _ = read_groups(traced, inputs, joined=plan.groups.joined)
+        joined = plan.groups.joined
+        found, _ = read_groups(traced, inputs, joined=joined, unpruned=plan.groups)
     except (TypeError, ValueError) as error:
         raise TPPError(
             f"the sliced {name} does not run: one of its layers has a size written "

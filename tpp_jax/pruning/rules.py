@@ -19,7 +19,7 @@ import numpy as np
 
 from tpp_jax.pruning import moving
 from tpp_jax.pruning.labels import Axes, Labels, NotUnderstood
-from tpp_jax.pruning.tracing import Equation
+from tpp_jax.pruning.unfolding import Equation
 
 Rule = Callable[[Labels, Equation, list[Axes], list[tuple[int, ...]]], list[Axes]]
 """``rule(labels, equation, operands' axes, results' shapes) -> results' axes``."""
@@ -73,16 +73,19 @@ def _convolution(
     out[out_batch] = images[batch]
     out[out_features] = kernel[produced]
     groups = eqn.params["feature_group_count"]
+    kind = labels.kind
+    if kind is None and groups > 1:
+        kind = "depthwise" if len(kernel[contracted]) == 1 else "grouped"
     if eqn.params["batch_group_count"] != 1:
         for axis in (images[batch], images[features], kernel[contracted]):
             labels.fix(axis, "a convolution in groups of the batch")
         labels.fix(kernel[produced], "a convolution in groups of the batch")
-    elif groups == 1:
-        labels.tie(images[features], kernel[contracted])
-    elif len(kernel[contracted]) == 1:
-        # Depthwise: each input channel makes its own one or more output channels.
+    elif kind == "depthwise":
+        # Each input channel makes its own one or more output channels.
         several = len(kernel[produced]) // groups
         labels.tie(np.repeat(images[features], several), kernel[produced])
+    elif groups == 1:
+        labels.tie(images[features], kernel[contracted])
     else:
         # Channels may go from all groups alike; the number of groups stays.
         group = labels.stuck(groups, f"the {groups} groups of a convolution")
