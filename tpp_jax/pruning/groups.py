@@ -178,7 +178,7 @@ def read_groups(
     solution = solve(labels)
     roles = read_roles(traced, kinds)
     orders, first_use = read_orders(traced)
-    kernels = {use.kernel for use in traced.uses}
+    kernels = {use.kernel for use in traced.uses if not use.inner}
     name_of = layer_names(traced)
 
     slots = [
@@ -191,7 +191,9 @@ def read_groups(
     channels_of: list[np.ndarray] = []
     for channels, members_at in _alike_channels(rows, solution.stuck):
         stuck = bool(solution.stuck[channels[0]] >= 0)
-        here = _roles_here(roles, traced, [slots[i] for i in members_at], stuck)
+        there = [slots[i] for i in members_at]
+        there.sort(key=lambda slot: first_use.get(slot[0], 0))
+        here = _roles_here(roles, there, stuck)
         if "produced" not in here.values():
             continue
         members = []
@@ -256,9 +258,7 @@ def _explain(reason: str, source: Any) -> str:
     return f"{reason} ({line})" if line else str(reason)
 
 
-def _roles_here(
-    roles: Roles, traced: Trace, slots: list[Slot], stuck: bool
-) -> dict[Slot, str]:
+def _roles_here(roles: Roles, slots: list[Slot], stuck: bool) -> dict[Slot, str]:
     """Returns the roles of the axes that some channels run through.
 
     Where none is known to produce them, it is a factor of a kernel that does, or a
@@ -266,8 +266,7 @@ def _roles_here(
 
     Args:
       roles: of the model.
-      traced: the computation.
-      slots: the axes.
+      slots: the axes, in the order in which their leaves are first needed.
       stuck: whether the channels cannot be pruned.
     """
     here = {slot: roles.of.get(slot, "along") for slot in slots}

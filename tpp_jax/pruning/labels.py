@@ -218,7 +218,7 @@ def solve(labels: Labels) -> Channels:
     more than is needed, never less. With other numbers of parts the parts are fixed.
     """
     while True:
-        component = components(labels)
+        component = _components(labels)
         stuck = np.full(component.max(initial=-1) + 1, -1)
         for fixed, reason in reversed(labels.fixed):
             stuck[component[fixed]] = reason
@@ -245,8 +245,7 @@ def _undo_fixed(parts: np.ndarray, stuck: np.ndarray) -> None:
         parts[of_fixed] = -1
 
 
-def components(labels: Labels) -> np.ndarray:
-    """Returns the class of tied labels that each label is in, int64 ``[count]``."""
+def _components(labels: Labels) -> np.ndarray:
     n = labels.count
     none = np.zeros(0, np.int64)
     a = np.concatenate([tie[0] for tie in labels.ties] or [none])

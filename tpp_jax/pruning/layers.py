@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from tpp_jax.pruning.labels import Axes, Labels, components
+from tpp_jax.pruning.labels import Axes, Channels, Labels, solve
 from tpp_jax.pruning.rules import apply_rule
 from tpp_jax.pruning.unfolding import Equation
 
@@ -109,13 +109,15 @@ def find_layers(
     origin: Mapping[int, tuple[str, ...]],
     equations: Sequence[Equation],
     shapes: Sequence[tuple[int, ...]],
+    trainable: frozenset[str] = frozenset(),
 ) -> tuple[Layer, ...]:
     """Lists every use of a kernel in order of execution, without names.
 
     Args:
-      leaves, origin, equations, shapes: see :class:`tpp_jax.pruning.tracing.Trace`.
+      leaves, origin, equations, shapes, trainable: see
+        :class:`tpp_jax.pruning.tracing.Trace`.
     """
-    finder = _Finder(leaves, origin, equations, shapes)
+    finder = _Finder(leaves, origin, equations, shapes, trainable)
     return tuple(finder.layers())
 
 
@@ -146,9 +148,11 @@ class _Finder:
         origin: Mapping[int, tuple[str, ...]],
         equations: Sequence[Equation],
         shapes: Sequence[tuple[int, ...]],
+        trainable: frozenset[str] = frozenset(),
     ) -> None:
         self.leaves, self.origin = leaves, origin
         self.equations, self.shapes = equations, shapes
+        self.trainable = trainable
         # Values that a product of parameters with parameters has gone into.
         self.mixed: set[int] = set()
 
@@ -212,17 +216,18 @@ class _Finder:
         makes = {leaf for i in produced for leaf, _ in axes[i]}
         takes = {leaf for i in contracted for leaf, _ in axes[i]}
         if mixed and not makes & takes:
-            # Queries that are learned, not read off the inputs, have heads most often;
-            # factors of low rank do not.
+            # Factors of low rank stand where kernels do, on the right. Queries that are
+            # learned, not read off the inputs, do not, or have heads.
             batched = rank > len(produced) + len(contracted)
-            if batched or not makes or not takes:
+            if batched or operand == 0 or not makes or not takes:
                 return None
 
-        def rank_of(leaf: str) -> tuple[bool, bool, bool, int]:
-            matrix = len(self._shape(leaf)) > 1
-            return leaf in makes & takes, matrix, leaf in makes, self._size(leaf)
+        def importance(leaf: str) -> tuple[int, ...]:
+            matrix, trained = len(self._shape(leaf)) > 1, leaf in self.trainable
+            known = leaf in makes & takes, matrix, leaf in makes
+            return *known, self._size(leaf), trained
 
-        kernel = max(names, key=rank_of)
+        kernel = max(names, key=importance)
         return self._layer(kernel, eqn, operand, operands, bool(makes & takes))
 
     def _layer(
@@ -301,21 +306,9 @@ class _Weights:
         return tuple(found)
 
     @functools.cached_property
-    def _component(self) -> np.ndarray:
-        return components(self.labels)
+    def _solution(self) -> Channels:
+        return solve(self.labels)
 
     def _parts(self, labels: np.ndarray) -> np.ndarray:
-        """Returns the classes of tied labels along an axis, and those of their parts:
-        an axis of heads and their dimensions is made of both.
-        """
-        component = self._component
-        found = np.unique(component[labels[labels >= 0]])
-        while True:
-            more = [
-                component[parts[np.isin(component[whole], found)].reshape(-1)]
-                for whole, parts in self.labels.definitions
-            ]
-            grown = np.unique(np.concatenate([found, *more]))
-            if len(grown) == len(found):
-                return found
-            found = grown
+        """Returns what runs through an axis: of heads and dimensions in one, both."""
+        return np.unique(self._solution.of(labels)[1])

@@ -45,18 +45,19 @@ def read_roles(traced: Trace, kinds: dict[str, str]) -> Roles:
     """
     roles: dict[Slot, str] = {}
     found = layers(traced)
+    inner = [use for use in traced.uses if use.inner]
     # A product with activations says what the axes of a kernel are; one of parameters
     # only, such as an estimate of its largest singular value, has the second word.
-    for layer in sorted(found, key=lambda layer: layer.inner):
-        by_axis = layer.roles
-        if kind_of(layer.equation, traced, kinds) == "depthwise":
-            by_axis = {
-                i: "depthwise" if role == "produced" else role
-                for i, role in by_axis.items()
-            }
-        for i, role in by_axis.items():
+    for layer in [layer for layer in found if not layer.inner] + inner:
+        seen = {leaf for leaf, _ in roles}
+        depthwise = kind_of(layer.equation, traced, kinds) == "depthwise"
+        for i, role in layer.roles.items():
             for leaf, axis in sorted(layer.axes[i]):
-                if leaf == layer.kernel or not _is_scale(traced, leaf, layer.kernel):
+                if leaf != layer.kernel and _is_scale(traced, leaf, layer.kernel):
+                    continue
+                if role == "contracted" or not (layer.inner and leaf in seen):
+                    produced = "depthwise" if depthwise else "produced"
+                    role = produced if role == "produced" else role
                     roles.setdefault((leaf, axis), role)
     # A table that the model's inputs are looked up in makes channels too, and before
     # anything contracts them: an embedding whose transpose is the output layer.
@@ -65,16 +66,13 @@ def read_roles(traced: Trace, kinds: dict[str, str]) -> Roles:
             if leaf == lookup.table or not _is_scale(traced, leaf, lookup.table):
                 roles[leaf, axis] = "produced"
     makers = {
-        slot
-        for layer in found
-        if layer.inner
-        for slot in _contracted_with(layer)
-        if slot not in roles
+        slot for layer in inner for slot in _contracted_with(layer) if slot not in roles
     }
     lost = {
         slot: _NOT_FOLLOWED
         for layer in found
         for slot in _lost_axes(traced, layer, roles)
+        if slot not in makers
     }
     return Roles(roles, frozenset(makers), lost)
 

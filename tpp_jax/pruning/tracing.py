@@ -116,7 +116,7 @@ def trace(
         origin=origin,
         input_names=_places(inputs, is_array),
         output_names=_places(returned, lambda leaf: True),
-        uses=find_layers(*read),
+        uses=find_layers(*read, function.trainable),
         lookups=find_lookups(others, *read),
     )
 
