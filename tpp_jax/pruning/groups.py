@@ -17,6 +17,7 @@ import numpy as np
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning.functions import is_array
 from tpp_jax.pruning.labels import Labels, NotUnderstood, solve
+from tpp_jax.pruning.layers import kernel_axes
 from tpp_jax.pruning.roles import (
     Roles,
     Slot,
@@ -311,11 +312,11 @@ def label_axes(
         shapes = [traced.shapes[n] for n in eqn.outputs]
         labels.kind = kind_of(eqn, traced, kinds) if kinds else None
         results = apply_rule(labels, eqn, operands, shapes)
-        if eqn.primitive == "dot_general" and not (
+        if eqn.primitive in ("dot_general", "ragged_dot_general") and not (
             eqn.outputs[0] in sure
             or any(len(traced.origin.get(n, ())) == 1 for n in eqn.inputs)
         ):
-            (contracted, _), _ = eqn.params["dimension_numbers"]
+            _, contracted = kernel_axes(eqn, 0, len(operands[0]))
             labels.reduced += [operands[0][i] for i in contracted]
             # Functions of attention are particular about the sizes that they are given.
             for i, axis in enumerate(operands[0] + operands[1]):

@@ -128,6 +128,7 @@ def make_plan(
     seed: int = 0,
     round_to: int = 1,
     min_channels: int = 1,
+    allow_uncounted: bool = False,
 ) -> Plan:
     """Chooses the channels to prune (method section 1: chosen once, from the weights).
 
@@ -161,6 +162,8 @@ def make_plan(
       seed: of the random criterion.
       round_to: kept counts are rounded up to a multiple of this.
       min_channels: no group is left with fewer.
+      allow_uncounted: whether a target of FLOPs is met though the model holds work that
+        :func:`tpp_jax.count` does not count (see its ``uncounted``).
 
     Returns:
       The plan. By ratios, ``ceil(ratio · n)`` channels of a group of n go, at most
@@ -215,7 +218,14 @@ def make_plan(
         counts = kept_by_ratios(pools, asked, scores, limits)
     else:
         counts = kept_for_target(
-            groups, pools, asked, scores, limits, flops=flops, params=params
+            groups,
+            pools,
+            asked,
+            scores,
+            limits,
+            flops=flops,
+            params=params,
+            allow_uncounted=allow_uncounted,
         )
     kept = {}
     for group in groups:
