@@ -46,6 +46,8 @@ class Labels:
       reasons: texts with the sources of the equations that gave them; the fixed label
         ``-1 - i`` stands for ``reasons[i]``.
       source: that of the equation whose rule is at work.
+      kind: if that is a convolution of a sliced model, what the unpruned one's is:
+        ``"plain"``, ``"grouped"`` or ``"depthwise"``; None to go by its sizes.
     """
 
     def __init__(self) -> None:
@@ -58,6 +60,7 @@ class Labels:
         self.reduced: list[np.ndarray] = []
         self.reasons: list[tuple[str, Any]] = []
         self.source: Any = None
+        self.kind: str | None = None
         self._numbers: dict[tuple[str, int], int] = {}
 
     def fresh(self, n: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from tpp_jax.pruning.labels import Axes, Labels, NotUnderstood
-from tpp_jax.pruning.tracing import Equation
+from tpp_jax.pruning.unfolding import Equation
 
 
 def broadcast_in_dim(

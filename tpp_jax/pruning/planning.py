@@ -44,6 +44,7 @@ def make_plan(
     seed: int = 0,
     round_to: int = 1,
     min_channels: int = 1,
+    allow_uncounted: bool = False,
     check: bool = True,
 ) -> Plan:
     """Chooses the channels to prune (method section 1: chosen once, from the weights).
@@ -83,6 +84,8 @@ def make_plan(
       seed: of the random criterion.
       round_to: kept counts are rounded up to a multiple of this.
       min_channels: no group is left with fewer.
+      allow_uncounted: whether a target of FLOPs is met though the model holds work that
+        :func:`tpp_jax.count` does not count (see its ``uncounted``).
       check: whether the plan is tried on the model that the groups were found with,
         see :func:`tpp_jax.check_plan`; that traces the model once more.
 
@@ -148,7 +151,14 @@ def make_plan(
         counts = kept_by_ratios(pools, asked, ranks, limits)
     else:
         counts = kept_for_target(
-            groups, pools, asked, ranks, limits, flops=flops, params=params
+            groups,
+            pools,
+            asked,
+            ranks,
+            limits,
+            flops=flops,
+            params=params,
+            allow_uncounted=allow_uncounted,
         )
     kept = {}
     for group in groups:

@@ -157,7 +157,9 @@ class Trial:
         ):
             return False
         plan = Plan(kept, self.groups)
-        found, _ = read_groups(new, self.source.inputs, joined=self.groups.joined)
+        found, _ = read_groups(
+            new, self.source.inputs, joined=self.groups.joined, unpruned=self.groups
+        )
         return arrangement(found).issuperset(arrangement(self.groups, plan))
 
     def _raised(self, error: Exception, kept: Iterable[int]) -> Difference:
