@@ -51,6 +51,8 @@ def read_groups(
     labels, axes = label_axes(traced, joined)
     solution = solve(labels)
     roles = _roles(layer_list, axes, traced)
+    stacked = _stacked(layer_list, labels, axes, traced)
+    filters = _filters(roles, stacked, axes, traced)
     orders, first_use = _orders(traced, layer_list)
     name_of = layer_names(traced)
 
@@ -68,7 +70,13 @@ def read_groups(
             leaf, axis = slots[slot]
             role = roles.get((leaf, axis), "along")
             positions = _positions_of(channels, *rows[slot])
-            members.append(Member(leaf, axis, positions, role, orders.get(leaf, 0)))
+            member = Member(leaf, axis, positions, role, orders.get(leaf, 0))
+            if role in ("produced", "depthwise"):
+                batch = tuple(i for i in stacked.get(leaf, ()) if i != axis)
+                own = filters.get(leaf, ()) if role == "produced" else ()
+                own = own if axis in own or role != "produced" else (axis,)
+                member = dataclasses.replace(member, batch=batch, filters=own)
+            members.append(member)
         members.sort(key=lambda m: first_use.get(m.leaf, 0))
         makers = [m for m in members if m.role in ("produced", "depthwise")]
         produced = [m for m in members if m.role == "produced"]
@@ -198,6 +206,78 @@ def _roles(
             if any(np.isin(found, own).any() for found in axes[result]):
                 roles[table, axis] = "produced"
     return roles
+
+
+def _stacked(
+    layer_list: list[Layer],
+    labels: Labels,
+    axes: dict[int | None, list[np.ndarray]],
+    traced: Trace,
+) -> dict[str, tuple[int, ...]]:
+    """Finds the axes of each kernel along which kernels of their own are stacked.
+
+    Such an axis is gone before the layer, since a loop runs along it or one kernel is
+    taken out by its index; or the product is one of batches along it.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for layer in layer_list:
+        eqn, value = layer.equation, layer.equation.inputs[layer.operand]
+        batch: tuple[int, ...] = ()
+        if eqn.primitive == "dot_general":
+            batch = eqn.params["dimension_numbers"][1][layer.operand]
+        leaf = traced.leaves[layer.kernel]
+        rank = len(traced.shapes[leaf])
+        if rank < 3 or (value == leaf and not batch) or layer.kernel in found:
+            continue
+        there = [own for i, own in enumerate(axes[value]) if i not in batch]
+        found[layer.kernel] = tuple(
+            axis
+            for axis, own in enumerate(axes[leaf])
+            if not any(own is one or np.isin(one, own).any() for one in there)
+            and not any(_share_parts(labels, own, one) for one in there)
+        )
+    return found
+
+
+def _share_parts(labels: Labels, one: np.ndarray, other: np.ndarray) -> bool:
+    """Tells whether two axes have to do with each other, by way of reshapes."""
+    return bool(np.isin(_with_parts(labels, one), _with_parts(labels, other)).any())
+
+
+def _with_parts(labels: Labels, axis: np.ndarray) -> np.ndarray:
+    """Returns the labels of an axis and those that they are defined by."""
+    known = np.unique(axis[axis >= 0])
+    while True:
+        parts = [
+            parts[np.isin(whole, known)].reshape(-1)
+            for whole, parts in labels.definitions
+        ]
+        more = np.unique(np.concatenate([known, *parts]))
+        more = more[more >= 0]
+        if len(more) == len(known):
+            return known
+        known = more
+
+
+def _filters(
+    roles: dict[tuple[str, int], str],
+    stacked: dict[str, tuple[int, ...]],
+    axes: dict[int | None, list[np.ndarray]],
+    traced: Trace,
+) -> dict[str, tuple[int, ...]]:
+    """Finds the axes of each kernel that index its filters together."""
+    produced: dict[str, list[int]] = {}
+    for (leaf, axis), role in sorted(roles.items()):
+        if role == "produced" and axis not in stacked.get(leaf, ()):
+            produced.setdefault(leaf, []).append(axis)
+    # The words of a table are no filters, even if an output layer produces them.
+    for table, result in lookups(traced):
+        produced[table] = [
+            axis
+            for axis, own in enumerate(axes[traced.leaves[table]])
+            if any(np.isin(found, own).any() for found in axes[result])
+        ]
+    return {leaf: tuple(found) for leaf, found in produced.items()}
 
 
 def _orders(

@@ -95,7 +95,7 @@ class Group:
 
 # Of a Groups object: what is compared and pickled; and what a copy shares with it since
 # it can be neither, as it holds functions and tracebacks.
-_CONTENT = ("all", "layers", "shapes", "inputs", "joined")
+_CONTENT = ("all", "layers", "shapes", "inputs", "joined", "trainable")
 _SHARED = ("_traced",)
 
 
@@ -109,6 +109,7 @@ class Groups:
       inputs: abstract example inputs, to re-trace a sliced model.
       joined: pairs of axes whose channels go together since the model refuses to run
         otherwise.
+      trainable: names of the leaves that are trained, see :class:`Trace`.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Groups:
         self.inputs = inputs
         self._traced: Trace | None = traced
         self.joined = joined
+        self.trainable: frozenset[str] = traced.trainable
 
     @property
     def traced(self) -> Trace:
@@ -192,7 +194,8 @@ class Groups:
             content.update(repr(plain).encode())
             for member in group.members:
                 content.update(repr(member._content).encode())
-        rest = self.layers, sorted(self.shapes.items()), self.joined
+        shapes, trainable = sorted(self.shapes.items()), sorted(self.trainable)
+        rest = self.layers, shapes, self.joined, trainable
         content.update(repr(rest).encode())
         return content.digest()
 
