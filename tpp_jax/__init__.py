@@ -12,6 +12,7 @@ from tpp_jax.method.gram import gram_penalty, gram_penalty_grad
 from tpp_jax.method.isometry import reinitialize
 from tpp_jax.method.orthogonality import add_orthogonality
 from tpp_jax.method.schedule import growing_schedule
+from tpp_jax.method.status import Status, status
 from tpp_jax.method.transforms import add_tpp_penalties, zero_pruned
 from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.channels import channel_groups
@@ -25,6 +26,7 @@ from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
 
 __all__ = [
     "Plan",
+    "Status",
     "activation_means",
     "add_orthogonality",
     "add_tpp_penalties",
@@ -53,6 +55,7 @@ __all__ = [
     "save_model",
     "save_torch",
     "slice_tree",
+    "status",
     "zero_pruned",
 ]
 

@@ -24,8 +24,10 @@ from tpp_jax.pruning.roles import (
     Roles,
     convolution_kinds,
     kind_of,
+    read_filters,
     read_orders,
     read_roles,
+    read_stacks,
 )
 from tpp_jax.pruning.rules import apply_rule
 from tpp_jax.pruning.tracing import Trace, layer_names, layers, source_line
@@ -56,6 +58,8 @@ def read_groups(
     labels, axes = label_axes(traced, joined, kinds)
     solution = solve(labels)
     roles = read_roles(traced, kinds)
+    stacked = read_stacks(traced)
+    filters = read_filters(traced, roles, stacked)
     orders, first_use = read_orders(traced)
     kernels = {use.kernel for use in traced.uses if not use.inner}
     name_of = layer_names(traced)
@@ -79,8 +83,14 @@ def read_groups(
         for slot in members_at:
             leaf, axis = slots[slot]
             positions = _positions_of(channels, *rows[slot])
-            order = orders.get(leaf, 0)
-            members.append(Member(leaf, axis, positions, here[leaf, axis], order))
+            role = here[leaf, axis]
+            member = Member(leaf, axis, positions, role, orders.get(leaf, 0))
+            if role in ("produced", "depthwise"):
+                batch = tuple(i for i in stacked.get(leaf, ()) if i != axis)
+                own = filters.get(leaf, ()) if role == "produced" else ()
+                own = own if axis in own or role != "produced" else (axis,)
+                member = dataclasses.replace(member, batch=batch, filters=own)
+            members.append(member)
         # A kernel comes before what else its layer is computed from.
         members.sort(key=lambda m: (first_use.get(m.leaf, 0), m.leaf not in kernels))
         makers = [m for m in members if m.role in ("produced", "depthwise")]

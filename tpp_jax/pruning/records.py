@@ -107,7 +107,10 @@ def with_inner(groups: tuple[Group, ...]) -> tuple[Group, ...]:
 
 # Of a Groups object: what is compared and pickled; and what a copy shares with it since
 # it can be neither, as it holds functions and tracebacks.
-_CONTENT = ("all", "layers", "shapes", "inputs", "kwargs", "joined", "sizes")
+_CONTENT = (
+    *("all", "layers", "shapes", "inputs", "kwargs"),
+    *("joined", "sizes", "trainable"),
+)
 _SHARED = ("_traced", "reading", "source")
 
 
@@ -122,6 +125,7 @@ class Groups:
       kwargs: keyword arguments, like the inputs.
       joined: pairs of axes whose channels go together since the model refuses to run
         otherwise.
+      trainable: names of the leaves that are trained, see :class:`Trace`.
       sizes: attributes of the model's own modules that follow the channels.
       reading: the labels that the groups were read off, or None after unpickling.
       source: the model, to be traced again, or None likewise.
@@ -143,6 +147,7 @@ class Groups:
         self.inputs = inputs
         self._traced: Trace | None = traced
         self.joined = joined
+        self.trainable: frozenset[str] = traced.trainable
         self.kwargs: dict[str, Any] = {}
         self.sizes: tuple[FieldSize, ...] = ()
         self.reading = reading
@@ -251,7 +256,8 @@ class Groups:
             content.update(repr(plain).encode())
             for member in group.members:
                 content.update(repr(member._content).encode())
-        rest = self.layers, sorted(self.shapes.items()), self.joined, self.sizes
+        shapes, trainable = sorted(self.shapes.items()), sorted(self.trainable)
+        rest = self.layers, shapes, self.joined, trainable, self.sizes
         content.update(repr(rest).encode())
         return content.digest()
 
