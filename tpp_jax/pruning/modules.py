@@ -1,7 +1,7 @@
-"""Pruning a Flax NNX module: its arrays, and the few sizes that Flax keeps beside them.
+"""Pruning a Flax NNX module: its arrays, and the sizes that Flax keeps next to them.
 
-Most layers of NNX take their sizes from their arrays, so that the sliced state merged
-with the old structure is the smaller model. The others are in the table here, by type.
+The sliced state merged with the old structure is the smaller model, once its layers'
+static sizes follow their arrays.
 """
 
 import functools
@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.functions import modules, set_evaluation
+from tpp_jax.pruning.functions import set_evaluation
 from tpp_jax.pruning.groups import Group, Groups, read_groups
+from tpp_jax.pruning.nnx_layers import follow_arrays
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import keep_masks, slice_tree
 from tpp_jax.pruning.tracing import trace
@@ -43,7 +44,7 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
     graphdef, state = nnx.split(model)
     sliced = slice_tree(plan, state)
     small = nnx.merge(graphdef, sliced)
-    follow_arrays(small, plan.kept_blocks)
+    follow_arrays(small, plan.kept_blocks, plan.groups.shapes)
     name = type(model).__name__
     inputs = plan.groups.inputs
     try:
@@ -74,23 +75,11 @@ def sliced_call(graphdef: nnx.GraphDef, plan: Plan) -> Callable[..., Any]:
 
     def call(state: Any, *inputs: Any) -> Any:
         merged = nnx.merge(graphdef, state)
-        follow_arrays(merged, plan.kept_blocks)
+        follow_arrays(merged, plan.kept_blocks, plan.groups.shapes)
         set_evaluation(merged)
         return merged(*inputs)
 
     return call
-
-
-def follow_arrays(model: nnx.Module, num_groups: Callable[[str, int], int]) -> None:
-    """Sets the static sizes of all layers of Flax to what their arrays say, in place.
-
-    Args:
-      model: with arrays of other widths than it was made with.
-      num_groups: ``num_groups(leaf, number)`` gives the number of groups of a
-        GroupNorm, which its arrays do not tell, from its scale's name and the old one.
-    """
-    for path, module in modules(model):
-        _follow_own_arrays(module, path, num_groups)
 
 
 def arrangement(groups: Groups, plan: Plan | None = None) -> set[frozenset[Place]]:
@@ -102,35 +91,6 @@ def arrangement(groups: Groups, plan: Plan | None = None) -> set[frozenset[Place
     """
     masks = functools.cache(functools.partial(keep_masks, plan))
     return {_layout(group, plan, masks) for group in groups} - {frozenset()}
-
-
-def _follow_own_arrays(
-    module: nnx.Module, path: str, num_groups: Callable[[str, int], int]
-) -> None:
-    match module:
-        case nnx.Conv(feature_group_count=groups) if groups > 1:
-            *_, contracted, produced = module.kernel.shape
-            if module.in_features == groups:  # depthwise: the groups are the channels
-                groups = produced * groups // module.out_features
-            module.feature_group_count = groups
-            module.in_features, module.out_features = contracted * groups, produced
-        case nnx.GroupNorm() if module.scale is not None:
-            module.num_groups = num_groups(f"{path}.scale", module.num_groups)
-            module.num_features = module.scale.shape[0]
-            module.group_size = module.num_features // module.num_groups
-        case nnx.LinearGeneral():
-            n = len(module.in_features)
-            module.in_features = module.kernel.shape[:n]
-            module.out_features = module.kernel.shape[n:]
-        case nnx.RNNCellBase():
-            recurrent = getattr(module, "dense_h", None) or getattr(module, "hf", None)
-            if recurrent is not None:
-                module.hidden_features = recurrent.kernel.shape[0]
-        case nnx.MultiHeadAttention():
-            module.in_features, heads, size = module.query.kernel.shape
-            module.num_heads, module.head_dim = heads, size
-            module.num_kv_heads = module.key.kernel.shape[1]
-            module.qkv_features = heads * size
 
 
 def _layout(

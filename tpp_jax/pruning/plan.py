@@ -53,16 +53,23 @@ class Plan:
         kept = self.kept.get(group.name)
         return group.size if kept is None else kept.shape[-1]
 
-    def kept_blocks(self, leaf: str, blocks: int) -> int:
-        """Returns of how many equal blocks of a parameter something stays.
+    def kept_blocks(self, leaf: str, blocks: int) -> int | None:
+        """Returns how many equal blocks of a parameter's last axis keep something.
 
         Args:
-          leaf: a parameter of one axis, a group norm's scale.
-          blocks: how many blocks of neighbouring positions there are.
+          leaf: name of a parameter: a group norm's scale, say.
+          blocks: number of blocks of neighbouring positions.
+
+        Returns:
+          The number; None if there is no such parameter or it has no such blocks.
         """
-        stays = np.ones(self.groups.shapes[leaf][0], bool)
+        shape = self.groups.shapes.get(leaf)
+        if not shape or shape[-1] % blocks:
+            return None
+        stays = np.ones(shape[-1], bool)
         for group, member in self.groups.members.get(leaf, ()):
-            stays[member.positions[self.pruned(group.name)]] = False
+            if member.axis == len(shape) - 1:
+                stays[member.positions[self.pruned(group.name)]] = False
         return int(stays.reshape(blocks, -1).any(axis=1).sum())
 
     def pruned(self, name: str) -> Int[np.ndarray, " p"]:
