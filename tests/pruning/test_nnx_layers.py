@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 import tpp_jax as tpp
-from tpp_jax.pruning.functions import modules
+from tpp_jax.pruning.bridge import follow_arrays
 from tpp_jax.pruning.naming import named_leaves
-from tpp_jax.pruning.nnx_layers import follow_arrays
+from tpp_jax.pruning.nnx_layers import modules
 
 # Classes of Flax that are no layer with sizes of its own, and why.
 EXCUSED = {

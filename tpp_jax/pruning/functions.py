@@ -1,6 +1,6 @@
 """Models as pure functions of their parameters: NNX, Linen and plain ones alike."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ from flax import linen, nnx
 
 from tpp_jax.pruning.linen import linen_apply
 from tpp_jax.pruning.naming import leaf_name
+from tpp_jax.pruning.nnx_layers import modules
 
 
 class Function(NamedTuple):
@@ -72,48 +73,8 @@ def as_function(
     return Function(model, params, names, frozenset(names))
 
 
-def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """Yields a module and all inside it with their dotted paths, each once.
-
-    A module that is found in two places has the path that its arrays have in the
-    model's ``nnx.state``: the first in the order of the names.
-
-    ``nnx.iter_modules`` looks at every variable too and takes fourteen times as long,
-    which would be a tenth of the time to find a network's groups.
-    """
-    seen: set[int] = set()
-    stack: list[tuple[str, Any]] = [("", root)]
-    while stack:
-        path, node = stack.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, nnx.Module):
-            yield path, node
-        node = vars(node) if isinstance(node, nnx.Pytree) else node
-        items = enumerate(node) if isinstance(node, (list, tuple)) else node.items()
-        inside = [
-            (key, value)
-            for key, value in items
-            if isinstance(value, (nnx.Pytree, list, tuple, dict))
-        ]
-        if not isinstance(node, (list, tuple)):
-            inside.sort(key=lambda item: _by_number_or_name(item[0]), reverse=True)
-        else:
-            inside.reverse()
-        stack += [
-            (f"{path}.{key}" if path else str(key), value) for key, value in inside
-        ]
-
-
-def _by_number_or_name(key: Any) -> tuple[bool, int, str]:
-    """Sorts the keys of an NNX node as NNX does: ``nnx.List`` keeps numbers as text."""
-    text = str(key)
-    return (False, int(text), "") if text.isdecimal() else (True, 0, text)
-
-
 def set_evaluation(model: nnx.Module) -> None:
-    """Does what ``model.eval()`` does, faster: see :func:`modules`."""
+    """Does what ``model.eval()`` does, faster: see :func:`nnx_layers.modules`."""
     for _, module in modules(model):
         if type(module).eval is not nnx.Module.eval:
             module.eval()

@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 
 from tpp_jax.errors import TPPError
+from tpp_jax.pruning.bridge import follow_arrays
 from tpp_jax.pruning.functions import set_evaluation
 from tpp_jax.pruning.groups import Group, Groups, read_groups
-from tpp_jax.pruning.nnx_layers import follow_arrays
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import keep_masks, slice_tree
 from tpp_jax.pruning.tracing import trace

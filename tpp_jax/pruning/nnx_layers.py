@@ -6,16 +6,14 @@ arrays. They are in the table here, by type.
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from flax import nnx
 from flax.core import FrozenDict
 
-from tpp_jax.pruning.functions import modules
-
 Shape = tuple[int, ...]
-Groups = Callable[[str, int], int | None]
+NumGroups = Callable[[str, int], int | None]
 
 
 class _Layer(NamedTuple):
@@ -31,7 +29,7 @@ class _Layer(NamedTuple):
 
     module: nnx.Module
     shape: Callable[[str], Shape | None]
-    groups: Groups
+    groups: NumGroups
 
     def last(self, *names: str) -> int | None:
         """Returns the length of the last axis of the first array that exists."""
@@ -39,9 +37,9 @@ class _Layer(NamedTuple):
         return found[0][-1] if found else None
 
 
-def follow_arrays(
+def follow_layers(
     model: nnx.Module,
-    num_groups: Groups,
+    num_groups: NumGroups,
     shapes: Mapping[str, Shape] | None = None,
 ) -> None:
     """Sets the static sizes of all layers of Flax to what their arrays say, in place.
@@ -60,20 +58,48 @@ def follow_arrays(
         _follow_own_arrays(module, path, num_groups, shapes or {})
 
 
-def group_counts(model: nnx.Module) -> dict[str, int]:
-    """Returns the numbers of groups that :func:`follow_arrays` asks for, by layer."""
-    counts = {}
-    for path, module in modules(model):
-        match module:
-            case nnx.GroupNorm(num_groups=number):
-                counts[path] = number
-            case nnx.Conv(feature_group_count=number) if number > 1:
-                counts[path] = number
-    return counts
+def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """Yields a module and all inside it with their dotted paths, each once.
+
+    A module that is found in two places has the path that its arrays have in the
+    model's ``nnx.state``: the first in the order of the names.
+
+    ``nnx.iter_modules`` looks at every variable too and takes fourteen times as long,
+    which would be a tenth of the time to find a network's groups.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[str, Any]] = [("", root)]
+    while stack:
+        path, node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, nnx.Module):
+            yield path, node
+        node = vars(node) if isinstance(node, nnx.Pytree) else node
+        items = enumerate(node) if isinstance(node, (list, tuple)) else node.items()
+        inside = [
+            (key, value)
+            for key, value in items
+            if isinstance(value, (nnx.Pytree, list, tuple, dict))
+        ]
+        if not isinstance(node, (list, tuple)):
+            inside.sort(key=lambda item: _by_number_or_name(item[0]), reverse=True)
+        else:
+            inside.reverse()
+        stack += [
+            (f"{path}.{key}" if path else str(key), value) for key, value in inside
+        ]
+
+
+def _by_number_or_name(key: Any) -> tuple[bool, int, str]:
+    """Sorts the keys of an NNX node as NNX does: ``nnx.List`` keeps numbers as text."""
+    text = str(key)
+    return (False, int(text), "") if text.isdecimal() else (True, 0, text)
 
 
 def _follow_own_arrays(
-    module: nnx.Module, path: str, num_groups: Groups, shapes: Mapping[str, Shape]
+    module: nnx.Module, path: str, num_groups: NumGroups, shapes: Mapping[str, Shape]
 ) -> None:
     def named(array: str) -> str:
         return f"{path}.{array}" if path else array

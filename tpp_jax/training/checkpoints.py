@@ -21,8 +21,8 @@ from flax import nnx
 
 from tpp_jax import models
 from tpp_jax.errors import TPPError
+from tpp_jax.pruning.bridge import counted_groups, follow_arrays, group_counts
 from tpp_jax.pruning.naming import map_named, named_leaves
-from tpp_jax.pruning.nnx_layers import follow_arrays, group_counts
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training import hosts
 
@@ -183,7 +183,7 @@ def load_model(path: str | pathlib.Path, model: nnx.Module | None = None) -> nnx
     numbers = meta.get("num_groups") or {}
     follow_arrays(
         loaded,
-        lambda leaf, old: numbers.get(leaf.rpartition(".")[0]),
+        counted_groups(numbers),
         {name: leaf.shape for name, leaf in named_leaves(nnx.state(model)).items()},
     )
     return loaded
