@@ -14,6 +14,7 @@ from tpp_jax.pruning.functions import as_function, is_array
 from tpp_jax.pruning.groups import Group, Groups
 from tpp_jax.pruning.linen import linen_apply
 from tpp_jax.pruning.modules import arrangement, prune
+from tpp_jax.pruning.naming import longest_known_suffix
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
 
@@ -115,6 +116,10 @@ def check_groups(
     def distance(found: Any) -> float:
         return float(np.abs(np.asarray(found) - expected).max(initial=0.0)) / spread
 
+    # A copy of a parameter in another collection changes along with it.
+    names = tuple(
+        longest_known_suffix(name, groups.shapes) or name for name in function.names
+    )
     checks = []
     for group in groups:
         if group.reason is not None or group.size < 2:
@@ -123,10 +128,10 @@ def check_groups(
         cycle = rng.permutation(group.size)
         order = np.empty_like(cycle)
         order[cycle] = np.roll(cycle, 1)
-        permuted = distance(run(_permuted(weights, function.names, group, order)))
+        permuted = distance(run(_permuted(weights, names, group, order)))
         first = next(m for m in group.members if m.role == "produced")
         lone = group._replace(members=(first,))
-        influence = distance(run(_permuted(weights, function.names, lone, order)))
+        influence = distance(run(_permuted(weights, names, lone, order)))
         checks.append(GroupCheck(group.name, permuted, influence))
         if not permuted <= tolerance:
             raise TPPError(
@@ -181,13 +186,15 @@ def _half(groups: Groups, rng: Any, chosen: Callable[[Group], bool]) -> Plan:
 def _permuted(weights: Any, names: tuple[str, ...], group: Group, order: Any) -> Any:
     """Returns the weights with the channels of a group in another order."""
     leaves, structure = jax.tree.flatten(weights)
-    place = {name: i for i, name in enumerate(names)}
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        places.setdefault(name, []).append(i)
     for member in group.members:
-        i = place[member.leaf]
-        source = np.arange(leaves[i].shape[member.axis])
-        source[member.positions] = member.positions[order]
-        # On the host: on a device every new shape would be compiled for.
-        leaves[i] = np.take(np.asarray(leaves[i]), source, axis=member.axis)
+        for i in places[member.leaf]:
+            source = np.arange(leaves[i].shape[member.axis])
+            source[member.positions] = member.positions[order]
+            # On the host: on a device every new shape would be compiled for.
+            leaves[i] = np.take(np.asarray(leaves[i]), source, axis=member.axis)
     return jax.tree.unflatten(structure, leaves)
 
 

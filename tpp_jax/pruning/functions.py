@@ -1,6 +1,7 @@
 """Models as pure functions of their parameters: NNX, Linen and plain ones alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +18,17 @@ class Function(NamedTuple):
     Attributes:
       call: ``call(params, *inputs)``.
       params: the parameter tree.
-      names: the dotted name of every leaf of ``params``, in order.
+      names: the dotted name of every leaf of ``params``, in order; each is unique.
       trainable: names of the leaves that are trained.
+      namesakes: name of a leaf of a Linen collection (``ema.layer.kernel``) → name of
+        the leaf that has the same path in another one (``layer.kernel``).
     """
 
     call: Callable[..., Any]
     params: Any
     names: tuple[str, ...]
     trainable: frozenset[str]
+    namesakes: Mapping[str, str] = MappingProxyType({})
 
 
 def as_function(
@@ -66,10 +70,9 @@ def as_function(
     if "" in names:
         raise TypeError("the parameters are a bare array: put it in a dict, for a name")
     if isinstance(model, linen.Module):
-        # Without the name of the collection: an optimizer sees the parameters alone.
         trained = frozenset(_names(params.get("params", {})))
-        names = tuple(name.partition(".")[2] for name in names)
-        return Function(linen_apply(model, plan), params, names, trained)
+        names, namesakes = _without_collections(names)
+        return Function(linen_apply(model, plan), params, names, trained, namesakes)
     return Function(model, params, names, frozenset(names))
 
 
@@ -86,6 +89,33 @@ def set_evaluation(model: nnx.Module) -> None:
 def _names(tree: Any) -> tuple[str, ...]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return tuple(leaf_name(path) for path, _ in paths)
+
+
+def _without_collections(
+    names: tuple[str, ...],
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Takes the collections off the names of a Linen module's variables.
+
+    An optimizer sees the parameters alone. Where a path is found in several
+    collections, one leaf has the path as its name, that of a parameter if there is one,
+    and the others keep their full names.
+
+    Returns:
+      The names, and the full ones of these → the name that the same path has.
+    """
+    rank = {"params": 0, "batch_stats": 1}
+    own: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: rank.get(name.partition(".")[0], 2)):
+        own.setdefault(name.partition(".")[2], name)
+    paths = [name.partition(".")[2] for name in names]
+    unique = [
+        path if own[path] == name else name
+        for name, path in zip(names, paths, strict=True)
+    ]
+    namesakes = {
+        name: path for name, path in zip(unique, paths, strict=True) if name != path
+    }
+    return tuple(unique), namesakes
 
 
 def is_array(leaf: Any) -> bool:

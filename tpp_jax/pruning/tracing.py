@@ -7,7 +7,7 @@ are unfolded, so that what reads it is one loop over plain primitives.
 
 import collections
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -137,21 +137,53 @@ def trace(
     jaxpr = closed.jaxpr
     numbers = [builder.number(np.shape(var.aval)) for var in jaxpr.invars]
     leaves = dict(zip(function.names, numbers, strict=False))
+    inputs = tuple(numbers[len(leaves) :])
     constants = [builder.number(np.shape(var.aval), "") for var in jaxpr.constvars]
     builder.origin.update({n: name for name, n in leaves.items()})
     variables = [*jaxpr.invars, *jaxpr.constvars]
     scope = dict(zip(variables, [*numbers, *constants], strict=True))
     outputs = builder.unfold(jaxpr, scope)
+    equations = _needed(builder.equations, outputs)
+    used = {n for eqn in equations for n in eqn.inputs} | set(outputs)
+    read = _without_copies(leaves, function.namesakes, used, builder.shapes)
+    name_of = {value: name for name, value in read.items()}
+    origin = {
+        n: name_of.get(leaves[name]) for n, name in builder.origin.items() if name
+    }
     return Trace(
-        leaves=leaves,
+        leaves=read,
         trainable=function.trainable,
-        inputs=tuple(numbers[len(leaves) :]),
+        inputs=inputs,
         constants=tuple(constants) + tuple(builder.constants),
         outputs=tuple(outputs),
-        equations=_needed(builder.equations, outputs),
+        equations=equations,
         shapes=tuple(builder.shapes),
-        origin={n: name for n, name in builder.origin.items() if name},
+        origin={n: name for n, name in origin.items() if name},
     )
+
+
+def _without_copies(
+    leaves: dict[str, int],
+    namesakes: Mapping[str, str],
+    used: set[int | None],
+    shapes: Sequence[tuple[int, ...]],
+) -> dict[str, int]:
+    """Leaves out the copies of parameters that a model carries along and never reads.
+
+    A collection with the paths and shapes of the parameters (their moving averages)
+    holds such copies. They are cut as the parameter is, whose name their own ends in.
+    Where a model reads the copy alone, the parameter is left out, and the copy has its
+    name.
+    """
+    kept = dict(leaves)
+    for copy, name in namesakes.items():
+        value, own = kept[copy], kept[name]
+        if shapes[value] != shapes[own]:
+            continue
+        if value not in used or own not in used:
+            del kept[copy]
+            kept[name] = own if own in used or value not in used else value
+    return kept
 
 
 def _needed(
