@@ -17,9 +17,10 @@ from tpp_jax.errors import TPPError
 from tpp_jax.interop.layers import describe_layers
 from tpp_jax.interop.places import LAYERS, Flattened, Place, Shape, places
 from tpp_jax.interop.torch_files import Tensors, read_torch, tensors_in
-from tpp_jax.pruning.functions import modules, set_evaluation
-from tpp_jax.pruning.modules import follow_arrays
+from tpp_jax.pruning.bridge import follow_arrays
+from tpp_jax.pruning.functions import set_evaluation
 from tpp_jax.pruning.naming import layer_name, map_named, named_leaves
+from tpp_jax.pruning.nnx_layers import modules
 
 _OF_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
 _SHOWN = 5  # names of each kind that a message lists
@@ -233,7 +234,7 @@ def _follow_widths(model: nnx.Module) -> None:
                 f"{path} is a pruned GroupNorm, and weights alone do not tell its "
                 "number of groups: keep such a network with tpp_jax.save_model"
             )
-    follow_arrays(model, num_groups=lambda leaf, number: number)
+    follow_arrays(model, num_groups=lambda leaf, number: None)
     if not hasattr(model, "spec"):
         return  # nobody knows what it is applied to
     graphdef, state = nnx.split(model)

@@ -15,6 +15,7 @@ from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
 from tpp_jax.pruning.functions import Function, as_function, is_array
 from tpp_jax.pruning.groups import Group, Groups
+from tpp_jax.pruning.naming import longest_known_suffix
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
 
@@ -125,6 +126,10 @@ def check_groups(
     def distance(found: Any) -> float:
         return float(np.abs(np.asarray(found) - expected).max(initial=0.0)) / spread
 
+    # A copy of a parameter in another collection changes along with it.
+    names = tuple(
+        longest_known_suffix(name, groups.shapes) or name for name in function.names
+    )
     checks = []
     for group in groups:
         if group.reason is not None or group.size < 2:
@@ -133,10 +138,10 @@ def check_groups(
         cycle = rng.permutation(group.size)
         order = np.empty_like(cycle)
         order[cycle] = np.roll(cycle, 1)
-        permuted = distance(run(_permuted(weights, function.names, group, order)))
+        permuted = distance(run(_permuted(weights, names, group, order)))
         first = next(m for m in group.members if m.role == "produced")
         lone = dataclasses.replace(group, members=(first,))
-        influence = distance(run(_permuted(weights, function.names, lone, order)))
+        influence = distance(run(_permuted(weights, names, lone, order)))
         checks.append(GroupCheck(group.name, permuted, influence))
         if not permuted <= tolerance:
             raise TPPError(
@@ -161,7 +166,7 @@ def check_groups(
     for group in groups:
         if group.reduced and group.reason is None and group.size > 1:
             plan = _share(groups, rng, group)
-            copies = _with_copies(weights, function.names, group, plan)
+            copies = _with_copies(weights, names, group, plan)
             expected = np.asarray(run(copies))
             apart = np.abs(cut(plan, copies) - expected).max(initial=0.0)
             if not apart <= tolerance * (float(expected.std()) or 1.0):
@@ -201,13 +206,12 @@ def _with_copies(weights: Any, names: tuple[str, ...], group: Group, plan: Plan)
     order = np.arange(group.size)
     order[gone] = np.tile(kept, group.size // len(kept) - 1)
     leaves, structure = jax.tree.flatten(_permuted(weights, names, group, order))
-    place = {name: i for i, name in enumerate(names)}
     for member in group.members:
         if member.role == "contracted":
-            i = place[member.leaf]
-            leaf = np.moveaxis(np.array(leaves[i]), member.axis, 0)
-            leaf[member.positions[gone].reshape(-1)] = 0
-            leaves[i] = np.moveaxis(leaf, 0, member.axis)
+            for i in (i for i, name in enumerate(names) if name == member.leaf):
+                leaf = np.moveaxis(np.array(leaves[i]), member.axis, 0)
+                leaf[member.positions[gone].reshape(-1)] = 0
+                leaves[i] = np.moveaxis(leaf, 0, member.axis)
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -241,13 +245,15 @@ def _share(groups: Groups, rng: Any, chosen: Group) -> Plan:
 def _permuted(weights: Any, names: tuple[str, ...], group: Group, order: Any) -> Any:
     """Returns the weights with the channels of a group in another order."""
     leaves, structure = jax.tree.flatten(weights)
-    place = {name: i for i, name in enumerate(names)}
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        places.setdefault(name, []).append(i)
     for member in group.members:
-        i = place[member.leaf]
-        source = np.arange(leaves[i].shape[member.axis])
-        source[member.positions] = member.positions[order]
-        # On the host: on a device every new shape would be compiled for.
-        leaves[i] = np.take(np.asarray(leaves[i]), source, axis=member.axis)
+        for i in places[member.leaf]:
+            source = np.arange(leaves[i].shape[member.axis])
+            source[member.positions] = member.positions[order]
+            # On the host: on a device every new shape would be compiled for.
+            leaves[i] = np.take(np.asarray(leaves[i]), source, axis=member.axis)
     return jax.tree.unflatten(structure, leaves)
 
 

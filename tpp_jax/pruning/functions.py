@@ -1,7 +1,7 @@
 """Models as pure functions of their parameters: NNX, Linen and plain ones alike."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from flax import linen, nnx
 from tpp_jax.errors import TPPTypeError
 from tpp_jax.pruning.linen import linen_apply
 from tpp_jax.pruning.naming import leaf_name
+from tpp_jax.pruning.nnx_layers import modules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +22,17 @@ class Function:
       params: the tree of parameter arrays. Whatever else the user's tree holds (the
         activation functions and settings of an Equinox module) is part of ``call``, and
         None here.
-      names: the dotted name of every leaf of ``params``, in order.
+      names: the dotted name of every leaf of ``params``, in order; each is unique.
       trainable: names of the leaves that are trained.
+      namesakes: name of a leaf of a Linen collection (``ema.layer.kernel``) → name of
+        the leaf that has the same path in another one (``layer.kernel``).
     """
 
     call: Callable[..., Any]
     params: Any
     names: tuple[str, ...]
     trainable: frozenset[str]
+    namesakes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def as_function(
@@ -62,10 +66,9 @@ def as_function(
             what = "plain function needs its parameters"
         raise TPPTypeError(f"a {what}: pass params=tree")
     if isinstance(model, linen.Module):
-        # Without the name of the collection: an optimizer sees the parameters alone.
         trained = frozenset(_names(params.get("params", {})))
-        names = tuple(name.partition(".")[2] for name in _names(params))
-        return Function(linen_apply(model, plan), params, names, trained)
+        names, namesakes = _without_collections(_names(params))
+        return Function(linen_apply(model, plan), params, names, trained, namesakes)
     arrays, call = apart(model, params)
     names = _names(arrays)
     if "" in names:
@@ -123,32 +126,8 @@ def apart(
     return jax.tree.unflatten(structure, arrays), call
 
 
-def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """Yields a module and all inside it with their dotted paths, each once.
-
-    ``nnx.iter_modules`` looks at every variable too and takes fourteen times as long,
-    which would be a tenth of the time to find a network's groups.
-    """
-    seen: set[int] = set()
-    stack: list[tuple[str, Any]] = [("", root)]
-    while stack:
-        path, node = stack.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, nnx.Module):
-            yield path, node
-        node = vars(node) if isinstance(node, nnx.Pytree) else node
-        items = enumerate(node) if isinstance(node, (list, tuple)) else node.items()
-        stack += [
-            (f"{path}.{key}" if path else str(key), value)
-            for key, value in items
-            if isinstance(value, (nnx.Pytree, list, tuple, dict))
-        ]
-
-
 def set_evaluation(model: nnx.Module) -> None:
-    """Does what ``model.eval()`` does, faster: see :func:`modules`."""
+    """Does what ``model.eval()`` does, faster: see :func:`nnx_layers.modules`."""
     for _, module in modules(model):
         if type(module).eval is not nnx.Module.eval:
             module.eval()
@@ -160,6 +139,33 @@ def set_evaluation(model: nnx.Module) -> None:
 def _names(tree: Any) -> tuple[str, ...]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return tuple(leaf_name(path) for path, _ in paths)
+
+
+def _without_collections(
+    names: tuple[str, ...],
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Takes the collections off the names of a Linen module's variables.
+
+    An optimizer sees the parameters alone. Where a path is found in several
+    collections, one leaf has the path as its name, that of a parameter if there is one,
+    and the others keep their full names.
+
+    Returns:
+      The names, and the full ones of these → the name that the same path has.
+    """
+    rank = {"params": 0, "batch_stats": 1}
+    own: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: rank.get(name.partition(".")[0], 2)):
+        own.setdefault(name.partition(".")[2], name)
+    paths = [name.partition(".")[2] for name in names]
+    unique = [
+        path if own[path] == name else name
+        for name, path in zip(names, paths, strict=True)
+    ]
+    namesakes = {
+        name: path for name, path in zip(unique, paths, strict=True) if name != path
+    }
+    return tuple(unique), namesakes
 
 
 def is_array(leaf: Any) -> bool:

@@ -58,16 +58,28 @@ class Plan:
         kept = self.kept.get(group.name)
         return group.size if kept is None else kept.shape[-1]
 
-    def kept_blocks(self, leaf: str, blocks: int) -> int:
-        """Returns of how many equal blocks of a parameter something stays.
+    def kept_blocks(self, leaf: str, blocks: int) -> int | None:
+        """Returns how many equal blocks of a parameter's channels keep something.
 
         Args:
-          leaf: a parameter of one axis, a group norm's scale.
-          blocks: how many blocks of neighbouring positions there are.
+          leaf: name of a parameter: a group norm's scale, whose channels may lie along
+            any axis (under ``nn.scan`` it has two), or a kernel with its outputs last.
+          blocks: number of blocks of neighbouring positions.
+
+        Returns:
+          The number; None if there is no such parameter or it has no such blocks.
         """
-        stays = np.ones(self.groups.shapes[leaf][0], bool)
-        for group, member in self.groups.members.get(leaf, ()):
-            stays[member.positions[self.pruned(group.name)]] = False
+        shape = self.groups.shapes.get(leaf)
+        here = self.groups.members.get(leaf, ())
+        axes = {member.axis for _, member in here}
+        along = len(axes) == 1 and all(member.role == "along" for _, member in here)
+        axis = axes.pop() if along else -1
+        if not shape or shape[axis] % blocks:
+            return None
+        stays = np.ones(shape[axis], bool)
+        for group, member in here:
+            if member.axis == axis % len(shape):
+                stays[member.positions[self.pruned(group.name)]] = False
         return int(stays.reshape(blocks, -1).any(axis=1).sum())
 
     def field_values(self) -> dict[str, dict[str, int | tuple[int, ...]]]:

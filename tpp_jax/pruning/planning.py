@@ -258,10 +258,13 @@ def _ratios_of(groups: Groups, ratios: Ratios, skip: list[str]) -> dict[str, flo
 def _by_parameter(tree: Any, groups: Groups) -> dict[str, Any]:
     """Returns the leaves of a tree by the parameters that they are named like."""
     # A Linen module's variables have the collection's name in front of each leaf's.
-    return {
-        longest_known_suffix(name, groups.shapes) or name: leaf
-        for name, leaf in named_leaves(tree).items()
-    }
+    found: dict[str, Any] = {}
+    for name, leaf in named_leaves(tree).items():
+        parameter = longest_known_suffix(name, groups.shapes) or name
+        # Of a parameter and its copy in another collection, the parameter counts.
+        if parameter not in found or name in (parameter, f"params.{parameter}"):
+            found[parameter] = leaf
+    return found
 
 
 def _matches(pattern: str, group: Group) -> bool:

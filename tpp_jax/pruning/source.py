@@ -13,6 +13,7 @@ import jax
 from flax import linen, nnx
 from jax.sharding import NamedSharding
 
+from tpp_jax.pruning.bridge import follow_arrays
 from tpp_jax.pruning.fields import Field, fields_of_tree, is_size, set_fields_of_tree
 from tpp_jax.pruning.functions import (
     Function,
@@ -20,10 +21,9 @@ from tpp_jax.pruning.functions import (
     as_function,
     is_array,
     merged_call,
-    modules,
 )
 from tpp_jax.pruning.linen import linen_apply, linen_fields
-from tpp_jax.pruning.modules import follow_arrays
+from tpp_jax.pruning.nnx_layers import modules
 from tpp_jax.pruning.tracing import Trace, trace_function
 
 
@@ -79,8 +79,10 @@ class Source:
           Exception: whatever the model raises of arrays of these shapes.
         """
         leaves, structure = jax.tree.flatten(self.function.params)
+        # A copy of a parameter in another collection is cut as the parameter is.
+        copies = self.function.namesakes
         cut = [
-            _with_shape(leaf, shapes[name])
+            _with_shape(leaf, shapes[name if name in shapes else copies[name]])
             for name, leaf in zip(self.function.names, leaves, strict=True)
         ]
         function = dataclasses.replace(
@@ -115,7 +117,7 @@ class Source:
 
 def adapt(module: nnx.Module, plan: Any) -> None:
     """Sets all static sizes of a cut NNX module, in place."""
-    follow_arrays(module, plan.kept_blocks)
+    follow_arrays(module, plan.kept_blocks, plan.groups.shapes)
     values = plan.field_values()
     if values:
         for path, inner in modules(module):

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import pathlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,10 +113,12 @@ def trace_function(
     others = tuple(numbers[len(leaves) :])
     equations = _needed(builder.equations, outputs)
     shapes = tuple(builder.shapes)
-    origin = {n: names for n, names in builder.origin.items() if names}
-    read = leaves, origin, equations, shapes
+    used = {n for eqn in equations for n in eqn.inputs} | set(outputs)
+    own = _without_copies(leaves, function.namesakes, used, shapes)
+    origin = _origins(builder.origin, leaves, own)
+    read = own, origin, equations, shapes
     return Trace(
-        leaves=leaves,
+        leaves=own,
         trainable=function.trainable,
         inputs=others,
         constants=tuple(constants) + tuple(builder.constants),
@@ -135,6 +137,47 @@ def _places(tree: Any, wanted: Callable[[Any], bool]) -> tuple[str, ...]:
     """Returns where each leaf of a tree stands in it, as one writes it in Python."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return tuple(jax.tree_util.keystr(path) for path, leaf in leaves if wanted(leaf))
+
+
+def _origins(
+    origin: Mapping[int, tuple[str, ...] | None],
+    leaves: Mapping[str, int],
+    own: Mapping[str, int],
+) -> dict[int, tuple[str, ...]]:
+    """Returns the leaves that each value is computed from, by the names they keep."""
+    if len(own) == len(leaves):
+        return {n: names for n, names in origin.items() if names}
+    name_of = {value: name for name, value in own.items()}
+    renamed = {
+        n: tuple(name_of[leaves[name]] for name in names if leaves[name] in name_of)
+        for n, names in origin.items()
+        if names
+    }
+    return {n: names for n, names in renamed.items() if names}
+
+
+def _without_copies(
+    leaves: dict[str, int],
+    namesakes: Mapping[str, str],
+    used: set[int | None],
+    shapes: Sequence[tuple[int, ...]],
+) -> dict[str, int]:
+    """Leaves out the copies of parameters that a model carries along and never reads.
+
+    A collection with the paths and shapes of the parameters (their moving averages)
+    holds such copies. They are cut as the parameter is, whose name their own ends in.
+    Where a model reads the copy alone, the parameter is left out, and the copy has its
+    name.
+    """
+    kept = dict(leaves)
+    for copy, name in namesakes.items():
+        value, own = kept[copy], kept[name]
+        if shapes[value] != shapes[own]:
+            continue
+        if value not in used or own not in used:
+            del kept[copy]
+            kept[name] = own if own in used or value not in used else value
+    return kept
 
 
 def _needed(

@@ -21,9 +21,8 @@ from flax import nnx
 
 from tpp_jax import models
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.functions import modules
-from tpp_jax.pruning.modules import follow_arrays
-from tpp_jax.pruning.naming import layer_name, map_named, named_leaves
+from tpp_jax.pruning.bridge import counted_groups, follow_arrays, group_counts
+from tpp_jax.pruning.naming import map_named, named_leaves
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training import hosts
 
@@ -150,11 +149,7 @@ def save_model(
         "plan": None if plan is None else plan.to_dict(),
         "config": dict(config or {}),
         "metrics": jax.tree.map(_json_ready, dict(metrics or {})),
-        "num_groups": {
-            path: module.num_groups
-            for path, module in modules(model)
-            if isinstance(module, nnx.GroupNorm)
-        },
+        "num_groups": group_counts(model),
     }
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
         items = _items(named_leaves(nnx.state(model)), meta)
@@ -186,7 +181,11 @@ def load_model(path: str | pathlib.Path, model: nnx.Module | None = None) -> nnx
         model = create_abstract(**meta["model"])
     loaded = with_arrays(model, arrays)
     numbers = meta.get("num_groups") or {}
-    follow_arrays(loaded, lambda leaf, old: numbers.get(layer_name(leaf), old))
+    follow_arrays(
+        loaded,
+        counted_groups(numbers),
+        {name: leaf.shape for name, leaf in named_leaves(nnx.state(model)).items()},
+    )
     return loaded
 
 
