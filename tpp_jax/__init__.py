@@ -59,12 +59,11 @@ __all__ = [
     "zero_pruned",
 ]
 
-_CHECKPOINTS = ("load_model", "load_model_info", "save_model")
+_OF_SAVING = ("load_model", "load_model_info", "save_model")
 
 
 def __getattr__(name: str) -> Any:
     # Orbax takes a second to import: only who saves or loads a model pays for it.
-    if name in _CHECKPOINTS:
-        checkpoints = importlib.import_module("tpp_jax.training.checkpoints")
-        return getattr(checkpoints, name)
+    if name in _OF_SAVING:
+        return getattr(importlib.import_module("tpp_jax.saving"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,8 +20,8 @@ from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.groups import Groups
 from tpp_jax.pruning.nnx_layers import modules
+from tpp_jax.saving import save_model
 from tpp_jax.training import hosts, measures
-from tpp_jax.training.checkpoints import save_model
 from tpp_jax.training.setup import plan_for, random_model
 from tpp_jax.training.stages import Stage
 

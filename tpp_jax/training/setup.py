@@ -23,8 +23,8 @@ from tpp_jax.pruning.groups import Groups
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
+from tpp_jax.saving import load_model
 from tpp_jax.training import parallel, phases
-from tpp_jax.training.checkpoints import load_model
 from tpp_jax.training.config import check_fields, check_values
 from tpp_jax.training.feeds import open_data
 from tpp_jax.training.measures import report_layer
