@@ -107,7 +107,7 @@ def group_report(groups: Groups, plan: Plan | None, width: int) -> rich.console.
         table.add_row(*cells, style="dim" if fixed else "")
     legend = "; ".join(text for mark, text in _LEGEND.items() if mark in shown)
     return rich.console.Group(
-        headline(groups) + "\n",
+        rich.text.Text(headline(groups) + "\n"),
         table,
         rich.text.Text(f"\n{legend}.", style="dim"),
     )

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import rich.console
 from flax import nnx
 
 from tpp_jax import data
@@ -25,6 +24,7 @@ from tpp_jax.training.checkpoints import load_model
 from tpp_jax.training.config import check_fields, check_values
 from tpp_jax.training.feeds import open_data
 from tpp_jax.training.setup import initial_model, plan_for, random_model
+from tpp_jax.training.terminal import Terminal, say
 
 _WIDTHS = 80, 120  # of the table on a terminal: the least and the most
 
@@ -69,16 +69,16 @@ def _inspect(
             raise TPPError(f"the picture cannot be written: {error}") from error
 
     name, classes = model.spec.name, model.spec.num_classes
-    print(f"{name}, images {'×'.join(map(str, example.shape[1:]))}, {classes} classes")
-    console = rich.console.Console(highlight=False)
+    say(f"{name}, images {'×'.join(map(str, example.shape[1:]))}, {classes} classes")
+    console = Terminal()
     if console.is_terminal:
         console.width = min(max(console.width, _WIDTHS[0]), _WIDTHS[1])
         console.print(group_report(groups, plan, console.width))
     else:
-        print(describe_groups(groups, plan))
+        say(describe_groups(groups, plan))
     prune_fields = {key: config.prune[key] for key in ("ratios", "flops", "params")}
     asked = [f"config.prune.{key}={v!r}" for key, v in prune_fields.items() if v]
-    print(
+    say(
         f"\nwith {', '.join(asked) or 'no ratio and no target'}:\n"
         f"params {before.params:,} → {after.params:,} "
         f"({1 - after.params / before.params:.1%} gone), "
@@ -86,9 +86,9 @@ def _inspect(
         f"({before.flops / after.flops:.2f}× fewer)"
     )
     if config.prune.scope != "local" and not (config.init.model or config.init.torch):
-        print("(ranked by untrained weights: trained ones share the cuts otherwise)")
+        say("(ranked by untrained weights: trained ones share the cuts otherwise)")
     if workdir is not None:
-        print(f"drawn in {picture}")
+        say(f"drawn in {picture}")
 
 
 def abstract_model(config: ml_collections.ConfigDict) -> nnx.Module:

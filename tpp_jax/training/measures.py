@@ -25,6 +25,7 @@ from tpp_jax.pruning.groups import Member
 from tpp_jax.pruning.naming import layer_name, named_leaves
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import keep_masks
+from tpp_jax.training.history import is_number
 from tpp_jax.training.phases import Phase
 
 _BINS = 50
@@ -152,7 +153,7 @@ def read_grams(file: pathlib.Path) -> dict[str, Any]:
     try:
         with np.load(file) as saved:
             return dict(saved)
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return {}
 
 
@@ -188,8 +189,8 @@ def trainability_accuracy(
     found = [
         row["test_accuracy"]
         for row in history
-        if row["phase"] == name
-        and "test_accuracy" in row
+        if row.get("phase") == name
+        and is_number(row.get("test_accuracy"))
         and row["step"] <= start + end
     ]
     return float(np.mean(found)) if found else None

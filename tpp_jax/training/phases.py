@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from tpp_jax.errors import TPPError
 from tpp_jax.method.orthogonality import OrthogonalityState, add_orthogonality
 from tpp_jax.method.rivals import (
     GroupLassoState,
@@ -19,7 +20,12 @@ from tpp_jax.method.schedule import GrowingSchedule, growing_schedule
 from tpp_jax.method.transforms import TPPState, add_tpp_penalties, zero_pruned
 from tpp_jax.pruning.functions import modules
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.training.optimizers import learning_rate, optimizer, sgd
+from tpp_jax.training.optimizers import (
+    MOST_STEPS,
+    learning_rate,
+    optimizer,
+    sgd,
+)
 
 
 class Phase(NamedTuple):
@@ -115,7 +121,16 @@ def strength_schedule(config: Any) -> GrowingSchedule:
     """Returns the schedule of the penalties from ``config.prune.schedule``."""
     fields = config.to_dict()
     fields["regularize_steps"] = fields["regularize_steps"] or None
-    return growing_schedule(**fields)
+    return _countable(growing_schedule(**fields), "config.prune.schedule")
+
+
+def _countable(schedule: GrowingSchedule, fields: str) -> GrowingSchedule:
+    if schedule.total_steps > MOST_STEPS:
+        raise TPPError(
+            f"{fields} has {schedule.total_steps} steps, more than the {MOST_STEPS:,} "
+            "that are counted: make it shorter"
+        )
+    return schedule
 
 
 def tpp_phases(
@@ -181,6 +196,7 @@ def grow_phase(config: Any, plan: Plan, schedule: GrowingSchedule) -> Phase:
         growth = growing_schedule(
             "linear", fields.granularity, fields.every, fields.ceiling
         )
+        _countable(growth, "config.prune.grow")
         penalty, steps = add_growing_l2(plan, growth), growth.regularize_steps
     else:
         penalty = add_group_lasso(plan, fields.weight)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import rich.console
 import rich.table
+import rich.text
 from flax import nnx
 
 from tpp_jax.analysis.latency import Pair, as_json, compare, compare_layers
@@ -20,6 +20,7 @@ from tpp_jax.training.checkpoints import create_abstract, load_model, load_model
 from tpp_jax.training.config import check_fields, check_values
 from tpp_jax.training.inspection import abstract_model
 from tpp_jax.training.setup import plan_for
+from tpp_jax.training.terminal import Terminal
 
 BATCH_SIZES = 1, 256
 
@@ -54,7 +55,7 @@ def profile(
         dense, pruned = _untrained(config)
         dtype = config.model.dtype
     shape = tuple(dense.spec.image_shape)
-    console = rich.console.Console(highlight=False)
+    console = Terminal()
     device = jax.devices()[0].device_kind
     console.print(
         f"{dense.spec.name}, images {'×'.join(map(str, shape))}, {dtype}, on {device}"
@@ -76,7 +77,8 @@ def profile(
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "profile.json").write_text(json.dumps(result, indent=2))
+            text = json.dumps(result, indent=2)
+            (folder / "profile.json").write_text(text, encoding="utf-8")
         except OSError as error:
             raise TPPError(f"the profile cannot be written: {error}") from error
     return result
@@ -102,15 +104,16 @@ def _with_weights(model: nnx.Module, seed: int = 0) -> nnx.Module:
 def table(pairs: dict[str, Pair], title: str) -> rich.table.Table:
     """Returns a table of times and speedups; pairs that are equal share a row."""
     shown = rich.table.Table()
-    shown.add_column(title)
+    shown.add_column(title, overflow="fold")
     for column in ("dense, ms", "pruned, ms", "faster", "fewer FLOPs", "realised"):
         shown.add_column(column, justify="right")
     alike: dict[Pair, list[str]] = {}
     for name, pair in pairs.items():
         alike.setdefault(pair, []).append(name)
     for pair, (name, *others) in alike.items():
+        label = f"{name} and {len(others)} alike" if others else name
         shown.add_row(
-            f"{name} and {len(others)} alike" if others else name,
+            rich.text.Text(label),  # a plain string would be read as markup
             f"{1e3 * pair.dense_seconds:.2f}",
             f"{1e3 * pair.pruned_seconds:.2f}",
             f"{pair.speedup:.2f}×",
