@@ -224,9 +224,10 @@ def _jacobians(phases: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
         )
         condition = jacobian["condition"]
         condition = "∞" if condition is None else f"{condition:.3g}"
+        low, high, name = jacobian["min"], jacobian["max"], literal(stage["name"])
         one.set_title(
-            f"{literal(stage['name'])}: mean {jacobian['mean']:.4g}, "
-            f"std {jacobian['std']:.3g}, {jacobian['min']:.3g} to {jacobian['max']:.3g}, condition {condition}",
+            f"{name}: mean {jacobian['mean']:.4g}, std {jacobian['std']:.3g}, "
+            f"{low:.3g} to {high:.3g}, condition {condition}",
             fontsize="small",
             loc="left",
         )

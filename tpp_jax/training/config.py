@@ -3,6 +3,7 @@
 import difflib
 import math
 import operator
+import pathlib
 import typing
 from typing import Any
 
@@ -284,6 +285,15 @@ def check_values(config: ml_collections.ConfigDict) -> None:
             f"config.data.resize is {config.data.resize}, too small to cut images of "
             f"config.data.image_size={config.data.image_size} from"
         )
+    for name in ("init.model", "init.torch", "data.dir"):
+        path = operator.attrgetter(name)(config)
+        try:
+            pathlib.Path(path).exists()
+            bad = "it holds a zero byte" if "\0" in path else ""
+        except (OSError, ValueError) as error:
+            bad = getattr(error, "strerror", None) or str(error)
+        if bad:
+            raise TPPError(f"config.{name} is {_short(path)}, which is no path: {bad}")
     if config.init.model and config.init.torch:
         raise TPPError(
             "config.init.model and config.init.torch are both set: a run starts from "

@@ -99,20 +99,26 @@ def report_layer(config: ml_collections.ConfigDict, plan: Plan) -> Member:
     Raises:
       TPPError: the config names a layer that no filter is pruned of.
     """
-    members = [
-        member
-        for group in plan.pruned_groups
-        for member in group.members
-        if member.role == "produced"
-    ]
-    for member in members:
-        if config.report_layer in ("", layer_name(member.leaf)):
-            return member
-    names = ", ".join(dict.fromkeys(layer_name(member.leaf) for member in members))
+    if member := find_report_layer(config, plan):
+        return member
+    names = dict.fromkeys(layer_name(member.leaf) for member in _pruned_filters(plan))
     raise TPPError(
         f"config.report_layer is {config.report_layer!r}, but filters are pruned of "
-        f"{names}: choose one of those"
+        f"{', '.join(names)}: choose one of those"
     )
+
+
+def find_report_layer(config: ml_collections.ConfigDict, plan: Plan) -> Member | None:
+    """Returns what :func:`report_layer` does; None if the plan prunes none of it."""
+    for member in _pruned_filters(plan):
+        if config.report_layer in ("", layer_name(member.leaf)):
+            return member
+    return None
+
+
+def _pruned_filters(plan: Plan) -> list[Member]:
+    members = [member for group in plan.pruned_groups for member in group.members]
+    return [member for member in members if member.role == "produced"]
 
 
 def save_gram(

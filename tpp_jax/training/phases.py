@@ -74,13 +74,19 @@ def training_phase(
         epochs=config.epochs,
         warmup_epochs=config.warmup_epochs,
     )
+    steps = config.epochs * steps_per_epoch
+    if 0 < steps < rounds:
+        raise TPPError(
+            f"config.prune.rounds is {rounds}, but {kind} has only {steps} steps to "
+            "divide among them: take fewer rounds, or more epochs"
+        )
     if rounds > 1:
         rate = _faster(rate, rounds)
     tx = optimizer(config, rate)
     if config.orthogonality:
         weight = config.orthogonality_weight
         tx = optax.chain(*_orthogonal(config.orthogonality, weight, model), tx)
-    return Phase(kind, config.epochs * steps_per_epoch // rounds, tx, rate)
+    return Phase(kind, steps // rounds, tx, rate)
 
 
 def _faster(rate: optax.Schedule, times: int) -> optax.Schedule:

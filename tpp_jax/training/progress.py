@@ -37,7 +37,7 @@ class Progress:
             self._writer = SummaryWriter(str(folder), write_to_disk=not quiet)
         except (FileExistsError, NotADirectoryError) as error:
             raise TPPError(
-                f"{folder} cannot be the folder of TensorBoard's files, since a file is "
+                f"{folder} cannot be the folder of TensorBoard's files, for a file is "
                 f"in its way ({error.strerror}): move it away"
             ) from error
         self._live = rich.progress.Progress(

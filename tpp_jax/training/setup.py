@@ -223,7 +223,12 @@ def plan_for(
       counts: how many channels of each group stay, in place of ratios and targets.
     """
     fields = config.prune
+    how_much = {"flops": fields.flops or None, "params": fields.params or None}
     target = fields.flops or fields.params
+    how_much |= {"skip": fields.skip, "scope": scope or fields.scope}
+    how_much["ratios"] = None if target and not fields.ratios else fields.ratios
+    if counts is not None:
+        how_much = {"counts": counts}
     statistics, criterion = None, fields.criterion
     if criterion in STATISTICS:
         if dataset is None:
@@ -233,14 +238,9 @@ def plan_for(
     return make_plan(
         groups,
         model,
-        None if target and not fields.ratios else fields.ratios,
-        counts=counts,
-        flops=fields.flops or None,
-        params=fields.params or None,
-        skip=fields.skip,
+        **how_much,
         criterion=criterion,
         statistics=statistics,
-        scope=scope or fields.scope,
         reduce=fields.reduce,
         seed=config.seed,
         round_to=fields.round_to,
