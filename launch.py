@@ -12,6 +12,7 @@ continues an interrupted run. This file reads flags, and asks for memory in huge
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -87,6 +88,7 @@ def main(argv: list[str]) -> None:
         profiling,
         run,
         sweep,
+        terminal,
     )
 
     compilation.keep_compiled_programs()
@@ -99,13 +101,14 @@ def main(argv: list[str]) -> None:
         if mode == "evaluate":  # data.dir, if given: where it has moved to
             print(json.dumps(evaluation.evaluate(workdir, config.data.dir)))
         elif mode == "report":
-            print(f"{sweep.write_report(workdir)} shows it.")
+            terminal.say(f"{sweep.write_report(workdir)} shows it.")
         else:
+            given = any(word.lstrip("-").startswith("config") for word in sys.argv)
             jobs = {
                 "train": run.train,
                 "sweep": sweep.sweep,
-                "inspect": inspection.inspect,
-                "profile": profiling.profile,
+                "inspect": functools.partial(inspection.inspect, given=given),
+                "profile": functools.partial(profiling.profile, given=given),
             }
             jobs[mode](config, workdir)
     except TPPError as error:

@@ -1,11 +1,12 @@
 """What goes wrong while a config is read, in one line for the person who wrote it."""
 
+import pathlib
 import re
 import traceback
 
 from tpp_jax.training.config import near_fields
 
-_DEFECT = "/tpp_jax/"  # in the path of the code that raised
+_PACKAGE = str(pathlib.Path(__file__).parents[1])
 
 
 def explain(error: Exception) -> str | None:
@@ -24,14 +25,13 @@ def explain(error: Exception) -> str | None:
     what, calls = _parts(trace)
     if what.startswith("tpp_jax.errors.TPPError: "):
         return what.partition(": ")[2]
-    if _DEFECT in calls[-1][0]:
+    raised_in, _ = calls[-1]
+    if raised_in.startswith(_PACKAGE):
         return None
+    of_field = isinstance(error, AttributeError | KeyError)
     if isinstance(error, OSError | SyntaxError):
         what = text[max(text.find("[Errno"), 0) :]
-    elif (
-        isinstance(error, AttributeError | KeyError)
-        and "ml_collections" in calls[-1][0]
-    ):
+    elif of_field and "ml_collections" in raised_in:
         if "has no attribute 'get_config'" not in text:
             name = text.rpartition("Attempting to lookup: ")[2]
             name = name.strip("\"'").partition("'")[0]

@@ -8,8 +8,12 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import ml_collections
+
 from tpp_jax.errors import TPPError
 from tpp_jax.training.checkpoints import load_model_info
+from tpp_jax.training.config import differences
+from tpp_jax.training.terminal import say
 
 CONFIG = "config.json"
 
@@ -95,6 +99,34 @@ def write_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """
     own_config(workdir)
     write(workdir / CONFIG, json.dumps(config, indent=2))
+
+
+def config_of(
+    workdir: str | pathlib.Path | None, config: ml_collections.ConfigDict, given: bool
+) -> ml_collections.ConfigDict:
+    """Returns the config of the run in a folder; the one at hand if there is no run.
+
+    Args:
+      workdir: the folder, if any.
+      config: the one at hand. Its ``data.dir`` is where the data has moved to, if set.
+      given: whether somebody asked for ``config``: then it is said that it is not used.
+
+    Raises:
+      TPPError: the run's config cannot be read.
+    """
+    own = None if workdir is None else own_config(pathlib.Path(workdir))
+    if own is None:
+        return config
+    if given and (found := differences(own, config.to_dict())):
+        more = f" and {len(found) - 3} more fields" if found[3:] else ""
+        say(
+            f"The run in {workdir} is shown by its own config, not by the one given "
+            f"({'; '.join(found[:3])}{more}). Leave --workdir out to see that one."
+        )
+    used = ml_collections.ConfigDict(own)
+    if moved := config.get("data", {}).get("dir"):
+        used.data.dir = moved
+    return used
 
 
 def own_config(workdir: pathlib.Path) -> dict[str, Any] | None:

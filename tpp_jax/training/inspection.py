@@ -23,6 +23,7 @@ from tpp_jax.pruning.modules import prune
 from tpp_jax.training.checkpoints import load_model
 from tpp_jax.training.config import check_fields, check_values
 from tpp_jax.training.feeds import open_data
+from tpp_jax.training.folders import config_of
 from tpp_jax.training.setup import initial_model, plan_for, random_model
 from tpp_jax.training.terminal import Terminal, say
 
@@ -30,7 +31,10 @@ _WIDTHS = 80, 120  # of the table on a terminal: the least and the most
 
 
 def inspect(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path | None = None
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path | None = None,
+    *,
+    given: bool = True,
 ) -> None:
     """Prints the groups of a config's model and what its ratios would leave.
 
@@ -38,13 +42,15 @@ def inspect(
 
     Args:
       config: as for training.
-      workdir: folder that ``groups.svg`` is drawn into, made if missing.
+      workdir: folder that ``groups.svg`` is drawn into, made if missing. If it is that
+        of a run, the run's own config is used.
+      given: whether somebody asked for ``config``: then it is said if another is used.
 
     Raises:
       TPPError: whatever is wrong with the config.
     """
     try:
-        _inspect(config, workdir)
+        _inspect(config_of(workdir, config, given), workdir)
         sys.stdout.flush()
     except BrokenPipeError:  # piped into a reader that has seen enough, as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,6 +18,7 @@ from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.modules import prune
 from tpp_jax.training.checkpoints import create_abstract, load_model, load_model_info
 from tpp_jax.training.config import check_fields, check_values
+from tpp_jax.training.folders import config_of
 from tpp_jax.training.inspection import abstract_model
 from tpp_jax.training.setup import plan_for
 from tpp_jax.training.terminal import Terminal
@@ -26,15 +27,19 @@ BATCH_SIZES = 1, 256
 
 
 def profile(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path | None = None
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path | None = None,
+    *,
+    given: bool = True,
 ) -> dict[str, Any]:
     """Times the dense and the pruned network, and each of their layers.
 
     Args:
       config: as for training, if there is no finished run: the network and the cut that
         it asks for. Weights are random then, which changes no time.
-      workdir: of a finished run, whose networks are taken; otherwise a folder for
-        ``profile.json``, made if missing.
+      workdir: of a finished run, whose networks are taken, or of one that is not, whose
+        config is; otherwise a folder for ``profile.json``, made if missing.
+      given: whether somebody asked for ``config``: then it is said if another is used.
 
     Returns:
       What ``profile.json`` holds: ``networks``, by batch size, and ``layers`` at the
@@ -52,6 +57,7 @@ def profile(
             dense = _with_weights(create_abstract(**info["model"]))
         dtype = info["config"]["model"]["dtype"]
     else:
+        config = config_of(folder, config, given)
         dense, pruned = _untrained(config)
         dtype = config.model.dtype
     shape = tuple(dense.spec.image_shape)
