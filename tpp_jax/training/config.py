@@ -266,6 +266,10 @@ def check_values(config: ml_collections.ConfigDict) -> None:
         value = operator.attrgetter(name)(config)
         if value >= 1:
             raise TPPError(f"config.{name} is {value}, must be below 1")
+    for name in (f"{p}.{mix}" for p in _PHASES for mix in ("mixup", "cutmix")):
+        value = operator.attrgetter(name)(config)
+        if 0 < value < 1e-6:  # no number is drawn from such a distribution
+            raise TPPError(f"config.{name} is {value}, must be 0 or at least 1e-06")
     for name, value in _values(config).items():
         if isinstance(value, str | bool) or name in _BELOW_ONE:
             continue

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +18,10 @@ from tpp_jax.training.terminal import say
 
 CONFIG = "config.json"
 
-_FOLDERS = ("checkpoints", "tensorboard", "dense", "model", "best")
+_FOLDERS = ("checkpoints", "tensorboard", "dense", "model", "best", "cells")
 _PICTURES = ("curves", "channels", "jacobian", "gram")
 _FILES = (CONFIG, "lock", "metrics.jsonl", "summary.json", "gram.npz", "report.html")
+_FILES += ("table.json", "table.md", "table.csv", "profile.json", "groups.svg")
 _FILES += tuple(f"{name}.{kind}" for name in _PICTURES for kind in ("png", "svg"))
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -40,6 +42,7 @@ def make(workdir: pathlib.Path) -> None:
 
 def check_kinds(workdir: pathlib.Path) -> None:
     """Raises a TPPError if what a run writes in its folder is not of the right kind."""
+    _check_name(workdir.absolute())
     for name in _FOLDERS + _FILES:
         path, folder = workdir / name, name in _FOLDERS
         try:
@@ -52,6 +55,24 @@ def check_kinds(workdir: pathlib.Path) -> None:
                 f"{path} is {found} or the like, where a run has {kind}: move it away, "
                 "or use another --workdir"
             )
+
+
+def _check_name(path: pathlib.Path) -> None:
+    """Raises a TPPError for a path that checkpoints would be written beside, or not."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise TPPError(
+            f"the name of the folder {path} is no UTF-8, or the locale is another "
+            "(LC_ALL=C.UTF-8 sets it), and no checkpoint can be written there: use "
+            "another --workdir"
+        ) from error
+    # TensorStore takes \\ for /, and Orbax a part named gs: for a bucket of Google's.
+    if odd := re.search(r"\\|(?<=/)(gs|s3):(?=/|$)", str(path)):
+        raise TPPError(
+            f"the path of the folder {path} has {odd[0]!r} in it, with which "
+            "checkpoints are written elsewhere: use another --workdir"
+        )
 
 
 @contextlib.contextmanager
@@ -142,8 +163,16 @@ def own_config(workdir: pathlib.Path) -> dict[str, Any] | None:
         try:
             content = json.loads(file.read_bytes())
             found = content if name == CONFIG else content["config"]
-            found["model"], found["data"], found["prune"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            for part in ("model", "data", "prune"):
+                found[part].keys()
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise TPPError(
                 f"{file} is to hold the config of the run, and cannot be read "
                 f"({type(error).__name__}): move it away"

@@ -164,7 +164,7 @@ def cells_of(table: ml_collections.ConfigDict) -> list[Cell]:
                     f"{name!r} of the table changes a field {key!r} that no config "
                     f"has{near_fields(key)}"
                 ) from error
-            except TypeError as error:
+            except (TypeError, AttributeError) as error:
                 raise TPPError(
                     f"{name!r} of the table changes a field to what it cannot be: "
                     f"{' '.join(str(error).split())[:200]}"
@@ -307,12 +307,15 @@ def _check(table: ml_collections.ConfigDict) -> None:
             "take one of configs/tables/, or start it from "
             "tpp_jax.training.sweep.default_table()"
         )
+    if not isinstance(table.base, ml_collections.ConfigDict):
+        raise TPPError(f"the base of the table is {table.base!r}, must be a config")
     _check_shapes(table)
     for what in ("rows", "columns", "seeds"):
         names = [x if what == "seeds" else x[0] for x in table[what]]
         if not names or len(set(names)) < len(names):
             raise TPPError(f"the {what} of the table are {names}: name each, and once")
-    if odd := set(table.metrics) - set(grids.METRICS):
+    metrics = {*table.metrics, *(entry[2] for entry in table.paper)}
+    if odd := metrics - set(grids.METRICS):
         raise TPPError(
             f"unknown metric {min(odd)!r} of the table: choose of "
             f"{', '.join(grids.METRICS)}"

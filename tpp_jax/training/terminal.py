@@ -10,19 +10,9 @@ from typing import IO, Any
 
 import rich.console
 
-# What the messages and tables of this package use, as a keyboard has it.
-_PLAIN = {
-    "×": "x",
-    "→": "->",
-    "…": "...",
-    "–": "-",
-    "±": "+-",
-    "·": "*",
-    "∞": "inf",
-    "Σ": "S",
-    "λ": "lambda",
-    "ᵀ": "^T",
-}
+# What the messages and tables of this package use, as a keyboard has it; one character
+# for another, so that columns stay in line.
+_PLAIN = dict(zip("×→…–±·∞Σλᵀ", "x>~-~*8SLT", strict=True))
 
 
 class Terminal(rich.console.Console):
@@ -59,7 +49,7 @@ def printable(text: str, encoding: str | None) -> str:
 
     Example:
       >>> printable("3×3, 16 → 8, 語", "ascii")
-      '3x3, 16 -> 8, \\\\u8a9e'
+      '3x3, 16 > 8, \\\\u8a9e'
     """
     encoding = encoding or "utf-8"
     try:
