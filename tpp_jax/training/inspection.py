@@ -128,9 +128,7 @@ def _shapes(settings: ml_collections.ConfigDict) -> tuple[int, tuple[int, int, i
     if settings.name == "digits" or settings.name not in sources.NAMES:
         dataset = open_data(settings)  # or the error
         return dataset.num_classes, dataset.image_shape
-    import tensorflow_datasets as tfds  # late: digits does not need it
-
-    features = tfds.builder(settings.name, data_dir=settings.dir or None).info.features
+    features = sources.open_builder(settings.name, settings.dir or None).info.features
     height, width, channels = features["image"].shape
     size = sources.padded_size(settings.name, height, width, settings.pad_to)
     return features["label"].num_classes, (*size, channels)
