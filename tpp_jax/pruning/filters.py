@@ -41,8 +41,8 @@ class Filters:
 
     @property
     def kernel(self) -> Member | None:
-        """The member that says how the filters of a kernel lie, None for others."""
-        return next((m for m in self.members if m.role == "produced"), None)
+        """The member that says how filters lie in a kernel some of which are pruned."""
+        return next((m for m in self.members if m.axis in m.filters), None)
 
     @property
     def order(self) -> int:

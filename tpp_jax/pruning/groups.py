@@ -51,8 +51,6 @@ def read_groups(
     labels, axes = label_axes(traced, joined)
     solution = solve(labels)
     roles = _roles(layer_list, axes, traced)
-    stacked = _stacked(layer_list, labels, axes, traced)
-    filters = _filters(roles, stacked, axes, traced)
     orders, first_use = _orders(traced, layer_list)
     name_of = layer_names(traced)
 
@@ -62,6 +60,10 @@ def read_groups(
         for axis in range(len(traced.shapes[value]))
     ]
     rows = [solution.of(axes[traced.leaves[leaf]][axis]) for leaf, axis in slots]
+    channels_at = {slot: row[1] for slot, row in zip(slots, rows, strict=True)}
+    stacked = _stacked(layer_list, labels, axes, traced)
+    _stack_alike(stacked, roles, channels_at)
+    filters = _filters(roles, stacked, axes, traced)
     groups: list[tuple[tuple[int, ...], Group]] = []
     channels_of: list[np.ndarray] = []
     for channels, members_at in _alike_channels(rows, solution.stuck):
@@ -71,10 +73,8 @@ def read_groups(
             role = roles.get((leaf, axis), "along")
             positions = _positions_of(channels, *rows[slot])
             member = Member(leaf, axis, positions, role, orders.get(leaf, 0))
-            if role in ("produced", "depthwise"):
-                batch = tuple(i for i in stacked.get(leaf, ()) if i != axis)
-                own = filters.get(leaf, ()) if role == "produced" else ()
-                own = own if axis in own or role != "produced" else (axis,)
+            if role == "produced":
+                batch, own = stacked.get(leaf, ()), filters.get(leaf, ())
                 member = dataclasses.replace(member, batch=batch, filters=own)
             members.append(member)
         members.sort(key=lambda m: first_use.get(m.leaf, 0))
@@ -237,6 +237,27 @@ def _stacked(
             and not any(_share_parts(labels, own, one) for one in there)
         )
     return found
+
+
+def _stack_alike(
+    stacked: dict[str, tuple[int, ...]],
+    roles: dict[Slot, str],
+    channels_at: dict[Slot, np.ndarray],
+) -> None:
+    """Adds the experts of a layer that all experts' inputs are the same for.
+
+    Its product is not one of batches, but that of the layer after it is.
+    """
+    along = [channels_at[leaf, i] for leaf, found in stacked.items() for i in found]
+    if not along:
+        return
+    experts = np.concatenate(along)
+    produced = [slot for slot, role in roles.items() if role == "produced"]
+    for leaf, axis in produced:
+        channels = channels_at[leaf, axis]
+        alone = sum(other == leaf for other, _ in produced) == 1
+        if channels.size and not alone and np.isin(channels, experts).all():
+            stacked[leaf] = tuple(sorted({*stacked.get(leaf, ()), axis}))
 
 
 def _share_parts(labels: Labels, one: np.ndarray, other: np.ndarray) -> bool:
