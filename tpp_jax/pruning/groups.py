@@ -7,150 +7,30 @@ arrays: the sixteen channels of ``layer1.0.conv1``, say. Both are read off the j
 there is no table of architectures.
 """
 
-import functools
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from tpp_jax.errors import TPPError
+from tpp_jax.pruning.comparing import Reading
 from tpp_jax.pruning.functions import is_array
 from tpp_jax.pruning.labels import Labels, NotUnderstood, solve
 from tpp_jax.pruning.layers import kernel_axes
+from tpp_jax.pruning.records import Group, Groups, Member, Slot, Supposition, with_inner
 from tpp_jax.pruning.roles import (
     Roles,
-    Slot,
     convolution_kinds,
     kind_of,
+    read_filters,
     read_orders,
     read_roles,
+    read_stacks,
 )
 from tpp_jax.pruning.rules import apply_rule
 from tpp_jax.pruning.tracing import Trace, layer_names, layers, source_line
-
-
-class Member(NamedTuple):
-    """One axis of one parameter array that a group's channels run through.
-
-    Attributes:
-      leaf: dotted name, ``layer1.0.conv1.kernel``.
-      axis: which of its axes.
-      positions: int64 ``[size, m]``; channel c occupies ``positions[c]`` along the axis
-        (m > 1 where a flattened feature map enters a dense layer).
-      role: ``"produced"`` for the output axis of a kernel, ``"contracted"`` for the
-        input axis of one, ``"along"`` for what is applied channel by channel (a bias, a
-        norm's scale, bias, mean and variance), ``"depthwise"`` for the kernel of a
-        depthwise convolution, which is applied channel by channel too.
-      order: index of the layer in order of execution: the kernel's own or, for a norm,
-        that of the layer run last before it.
-    """
-
-    leaf: str
-    axis: int
-    positions: np.ndarray
-    role: str
-    order: int
-
-
-class Group(NamedTuple):
-    """Channels that occupy the same arrays.
-
-    Attributes:
-      name: the layer that produces them first, ``layer1.0.conv1``.
-      size: number of channels.
-      producers: names of all layers that produce them, in order of execution.
-      members: every parameter axis that they run through.
-      inner: whether another group runs through the same filters at a coarser grain:
-        that group's channels are the heads of an attention, say, and this one's the
-        dimensions of each head. Named ``layer#2``.
-      reason: why they cannot be pruned; None if they can.
-      reduced: whether a sum or maximum runs over the channels that is not a layer's own
-        (a layer norm, a softmax, a product of queries and keys, which is scaled by the
-        number of channels); then zeros in their place are not the same as their
-        absence.
-    """
-
-    name: str
-    size: int
-    producers: tuple[str, ...]
-    members: tuple[Member, ...]
-    inner: bool
-    reason: str | None
-    reduced: bool
-
-
-class Groups:
-    """The groups of a model, in order of execution; compared by identity.
-
-    Attributes:
-      all: every group, prunable or not.
-      layers: names of the convolution and dense layers in order of execution.
-      shapes: parameter leaf name → shape of the unpruned array.
-      inputs: abstract example inputs, to re-trace a sliced model.
-      traced: the computation that they were read off.
-      joined: pairs of axes whose channels go together since the model refuses to run
-        otherwise.
-    """
-
-    def __init__(
-        self,
-        groups: tuple[Group, ...],
-        layers: tuple[str, ...],
-        shapes: dict[str, tuple[int, ...]],
-        inputs: tuple[Any, ...],
-        traced: Trace,
-        joined: tuple[tuple[Slot, Slot], ...] = (),
-    ) -> None:
-        self.all = groups
-        self.layers = layers
-        self.shapes = shapes
-        self.inputs = inputs
-        self.traced = traced
-        self.joined = joined
-
-    def __iter__(self) -> Iterator[Group]:
-        return iter(self.all)
-
-    def __len__(self) -> int:
-        return len(self.all)
-
-    def __getitem__(self, name: str | int) -> Group:
-        return self.all[name] if isinstance(name, int) else self._by_name[name]
-
-    def __repr__(self) -> str:
-        prunable = sum(group.reason is None for group in self)
-        return f"Groups({len(self)} groups, {prunable} prunable)"
-
-    @functools.cached_property
-    def _by_name(self) -> dict[str, Group]:
-        return {group.name: group for group in self}
-
-    @functools.cached_property
-    def members(self) -> dict[str, tuple[tuple[Group, Member], ...]]:
-        """Leaf name → what runs through that leaf, for the prunable groups."""
-        found: dict[str, list[tuple[Group, Member]]] = {}
-        for group in self:
-            if group.reason is None:
-                for member in group.members:
-                    found.setdefault(member.leaf, []).append((group, member))
-        return {leaf: tuple(pairs) for leaf, pairs in found.items()}
-
-
-class Supposition(NamedTuple):
-    """Something that groups rest on, which a traced computation does not tell.
-
-    Attributes:
-      group: index of a group that rests on it.
-      part: which of the sizes that one operation is told.
-      source: the operation's source, see :func:`tracing.source_line`.
-      told: the value, and the axis of it, whose size the operation was told, if known.
-    """
-
-    group: int
-    part: int
-    source: Any
-    told: tuple[int, int] | None
 
 
 def read_groups(
@@ -178,6 +58,8 @@ def read_groups(
     labels, axes = label_axes(traced, joined, kinds)
     solution = solve(labels)
     roles = read_roles(traced, kinds)
+    stacked = read_stacks(traced)
+    filters = read_filters(traced, roles, stacked)
     orders, first_use = read_orders(traced)
     kernels = {use.kernel for use in traced.uses if not use.inner}
     name_of = layer_names(traced)
@@ -201,8 +83,14 @@ def read_groups(
         for slot in members_at:
             leaf, axis = slots[slot]
             positions = _positions_of(channels, *rows[slot])
-            order = orders.get(leaf, 0)
-            members.append(Member(leaf, axis, positions, here[leaf, axis], order))
+            role = here[leaf, axis]
+            member = Member(leaf, axis, positions, role, orders.get(leaf, 0))
+            if role in ("produced", "depthwise"):
+                batch = tuple(i for i in stacked.get(leaf, ()) if i != axis)
+                own = filters.get(leaf, ()) if role == "produced" else ()
+                own = own if axis in own or role != "produced" else (axis,)
+                member = dataclasses.replace(member, batch=batch, filters=own)
+            members.append(member)
         # A kernel comes before what else its layer is computed from.
         members.sort(key=lambda m: (first_use.get(m.leaf, 0), m.leaf not in kernels))
         makers = [m for m in members if m.role in ("produced", "depthwise")]
@@ -219,7 +107,9 @@ def read_groups(
             name=name_of(produced[0].leaf),
             size=len(channels),
             producers=names,
-            members=tuple(m._replace(positions=m.positions[rank]) for m in members),
+            members=tuple(
+                dataclasses.replace(m, positions=m.positions[rank]) for m in members
+            ),
             inner=False,
             reason=reason,
             reduced=bool(solution.reduced[channels].any()),
@@ -231,24 +121,22 @@ def read_groups(
                 "strict=True they are left whole"
             )
         groups.append((key, group))
-        channels_of.append(channels)
+        channels_of.append(channels[rank])
     order = sorted(range(len(groups)), key=lambda i: groups[i][0])
-    channels_of = [channels_of[i] for i in order]
+    reading = Reading(labels, axes, solution, tuple(channels_of[i] for i in order))
     found = Groups(
-        groups=_with_unique_names([groups[i][1] for i in order]),
+        groups=with_inner(_with_unique_names([groups[i][1] for i in order])),
         layers=tuple(dict.fromkeys(layer.name for layer in layers(traced))),
         shapes={leaf: traced.shapes[n] for leaf, n in traced.leaves.items()},
         inputs=jax.tree.map(lambda x: _abstract(x) if is_array(x) else x, inputs),
         traced=traced,
         joined=joined,
+        reading=reading,
     )
-    group_of = np.full(len(solution.stuck), -1)
-    for i, channels in enumerate(channels_of):
-        group_of[channels] = i
     suppositions = [
-        Supposition(int(i), part, source, told)
-        for axis, part, source, told in labels.supposed
-        for i in np.unique(group_of[solution.of(axis)[1]])
+        Supposition(int(i), part, source)
+        for axis, part, source in labels.supposed
+        for i in np.unique(reading.group_of[solution.of(axis)[1]])
         if i >= 0 and found[int(i)].reason is None
     ]
     return found, suppositions
@@ -443,24 +331,32 @@ def _with_unique_names(groups: list[Group]) -> tuple[Group, ...]:
         for member in group.members:
             if member.role == "produced":
                 through.setdefault(member.leaf, []).append((group, member))
-    taken: set[str] = set()
-    unique = []
+    named: dict[int, str] = {}
+    outer: dict[int, list[Group]] = {}
     for group in groups:
         own = next(member for member in group.members if member.role == "produced")
         grain = _grain(group, own.leaf)[:3]
-        outer = sum(
-            _grain(other, own.leaf)[:3] < grain
+        coarser = [
+            other
+            for other, member in through[own.leaf]
+            if _grain(other, own.leaf)[:3] < grain
             and (
                 member.axis != own.axis
                 or bool(np.isin(own.positions, member.positions).any())
             )
-            for other, member in through[own.leaf]
-        )
+        ]
         name = group.name
-        if outer:
-            name = f"{group.name}#{outer + 1}"
-        if name in taken:
+        if coarser:
+            name = f"{group.name}#{len(coarser) + 1}"
+        if name in named.values():
             name = f"{name}@{own.positions.min()}"
-        taken.add(name)
-        unique.append(group._replace(name=name, inner=outer > 0))
-    return tuple(unique)
+        named[id(group)] = name
+        outer[id(group)] = coarser
+    return tuple(
+        dataclasses.replace(
+            group,
+            name=named[id(group)],
+            outer=tuple(named[id(other)] for other in outer[id(group)]),
+        )
+        for group in groups
+    )

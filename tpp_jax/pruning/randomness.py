@@ -61,7 +61,7 @@ def _noise(
     for axis, n in enumerate(shape, first):
         own = labels.fresh(n)
         if n > 1:
-            labels.suppose(own, axis, (value, axis))
+            labels.suppose(own, axis)
             labels.reduced.append(own)
         found.append(own)
     return found

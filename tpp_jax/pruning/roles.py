@@ -7,10 +7,9 @@ import dataclasses
 from collections.abc import Iterator
 
 from tpp_jax.pruning.layers import Layer, kernel_axes
+from tpp_jax.pruning.records import Slot
 from tpp_jax.pruning.tracing import Trace, layers
 from tpp_jax.pruning.unfolding import Equation
-
-Slot = tuple[str, int]  # an axis of a parameter leaf
 
 _NOT_FOLLOWED = (
     "what a kernel is computed from: which of its axes become the kernel's is not "
@@ -110,6 +109,47 @@ def kind_of(eqn: Equation, traced: Trace, kinds: dict[str, str]) -> str:
         return "plain"
     width = traced.shapes[eqn.inputs[1]][eqn.params["dimension_numbers"].rhs_spec[1]]
     return "depthwise" if width == 1 else "grouped"
+
+
+def read_stacks(traced: Trace) -> dict[str, tuple[int, ...]]:
+    """Finds the axes of each kernel along which kernels of their own are stacked.
+
+    Such an axis is gone before the layer, since a loop runs along it or one kernel is
+    taken out by its index; or the product is one of batches along it.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for layer in traced.uses:
+        leaf, value = layer.kernel, layer.equation.inputs[layer.operand]
+        batched = layer.equation.primitive != "conv_general_dilated"
+        batch = set(range(len(layer.axes))) - layer.roles.keys() if batched else set()
+        rank = len(traced.shapes[traced.leaves[leaf]])
+        if rank < 3 or leaf in found or (value == traced.leaves[leaf] and not batch):
+            continue
+        there = {axes for i, axes in enumerate(layer.axes) if i not in batch}
+        own = {axis for of, axis in frozenset().union(*there) if of == leaf}
+        found[leaf] = tuple(axis for axis in range(rank) if axis not in own)
+    return found
+
+
+def read_filters(
+    traced: Trace, roles: Roles, stacked: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Finds the axes of each kernel that index its filters together.
+
+    Args:
+      traced: the computation.
+      roles: from :func:`read_roles`.
+      stacked: from :func:`read_stacks`.
+    """
+    produced: dict[str, list[int]] = {}
+    for (leaf, axis), role in sorted(roles.of.items()):
+        if role == "produced" and axis not in stacked.get(leaf, ()):
+            produced.setdefault(leaf, []).append(axis)
+    # The words of a table are no filters, even if an output layer produces them.
+    for lookup in traced.lookups:
+        own = sorted(axis for leaf, axis in lookup.produced if leaf == lookup.table)
+        produced[lookup.table] = own
+    return {leaf: tuple(found) for leaf, found in produced.items()}
 
 
 def read_orders(traced: Trace) -> tuple[dict[str, int], dict[str, int]]:

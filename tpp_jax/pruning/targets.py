@@ -156,12 +156,13 @@ def pools_of(groups: Groups, matched: Sequence[Group], scope: str) -> list[list[
     alike: dict[object, list[Group]] = {}
     for group in matched:
         like = []
-        for leaf, axis, positions, role, _ in group.members:
+        for member in group.members:
+            leaf, axis = member.leaf, member.axis
             shape = tuple(
                 0 if i != axis and (leaf, i) in others else n
                 for i, n in enumerate(groups.shapes[leaf])
             )
-            like.append((role, axis, positions.shape, shape))
+            like.append((member.role, axis, member.positions.shape, shape))
         alike.setdefault(tuple(sorted(like)), []).append(group)
     return list(alike.values())
 

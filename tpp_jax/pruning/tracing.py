@@ -10,14 +10,15 @@ import functools
 import importlib.util
 import os
 import pathlib
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen, nnx
 
-from tpp_jax.pruning.functions import as_function, is_array
+from tpp_jax.pruning.functions import Function, as_function, is_array
 from tpp_jax.pruning.layers import Layer, Lookup, find_layers, find_lookups
 from tpp_jax.pruning.naming import layer_name
 from tpp_jax.pruning.unfolding import Builder, Equation, check_length
@@ -67,6 +68,7 @@ def trace(
     *inputs: Any,
     params: Any = None,
     plan: Any = None,
+    **kwargs: Any,
 ) -> Trace:
     """Traces a model abstractly; nothing is computed and nothing allocated.
 
@@ -76,18 +78,26 @@ def trace(
         among them (``True``, a string) is handed to the model as it is.
       params: the parameters of a plain function, the variables of a Linen module.
       plan: if the variables of a Linen module were sliced, the plan of the cut.
+      **kwargs: keyword arguments of the model, like ``inputs``.
 
     Returns:
       The computation with all nested calls unfolded.
     """
-    function = as_function(model, params, plan)
-    arguments, structure = jax.tree.flatten(inputs)
+    return trace_function(as_function(model, params, plan), inputs, kwargs)
+
+
+def trace_function(
+    function: Function, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Trace:
+    """Traces a pure function of its parameters; see :func:`trace`."""
+    arguments, structure = jax.tree.flatten((inputs, dict(kwargs)))
     arrays = [leaf for leaf in arguments if is_array(leaf)]
 
     def call(params: Any, arrays: list[Any]) -> Any:
         given = iter(arrays)
         whole = [next(given) if is_array(leaf) else leaf for leaf in arguments]
-        return function.call(params, *jax.tree.unflatten(structure, whole))
+        inputs, kwargs = jax.tree.unflatten(structure, whole)
+        return function.call(params, *inputs, **kwargs)
 
     closed, returned = jax.make_jaxpr(call, return_shape=True)(function.params, arrays)
     jaxpr = closed.jaxpr
@@ -103,10 +113,12 @@ def trace(
     others = tuple(numbers[len(leaves) :])
     equations = _needed(builder.equations, outputs)
     shapes = tuple(builder.shapes)
-    origin = {n: names for n, names in builder.origin.items() if names}
-    read = leaves, origin, equations, shapes
+    used = {n for eqn in equations for n in eqn.inputs} | set(outputs)
+    own = _without_copies(leaves, function.namesakes, used, shapes)
+    origin = _origins(builder.origin, leaves, own)
+    read = own, origin, equations, shapes
     return Trace(
-        leaves=leaves,
+        leaves=own,
         trainable=function.trainable,
         inputs=others,
         constants=tuple(constants) + tuple(builder.constants),
@@ -125,6 +137,47 @@ def _places(tree: Any, wanted: Callable[[Any], bool]) -> tuple[str, ...]:
     """Returns where each leaf of a tree stands in it, as one writes it in Python."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return tuple(jax.tree_util.keystr(path) for path, leaf in leaves if wanted(leaf))
+
+
+def _origins(
+    origin: Mapping[int, tuple[str, ...] | None],
+    leaves: Mapping[str, int],
+    own: Mapping[str, int],
+) -> dict[int, tuple[str, ...]]:
+    """Returns the leaves that each value is computed from, by the names they keep."""
+    if len(own) == len(leaves):
+        return {n: names for n, names in origin.items() if names}
+    name_of = {value: name for name, value in own.items()}
+    renamed = {
+        n: tuple(name_of[leaves[name]] for name in names if leaves[name] in name_of)
+        for n, names in origin.items()
+        if names
+    }
+    return {n: names for n, names in renamed.items() if names}
+
+
+def _without_copies(
+    leaves: dict[str, int],
+    namesakes: Mapping[str, str],
+    used: set[int | None],
+    shapes: Sequence[tuple[int, ...]],
+) -> dict[str, int]:
+    """Leaves out the copies of parameters that a model carries along and never reads.
+
+    A collection with the paths and shapes of the parameters (their moving averages)
+    holds such copies. They are cut as the parameter is, whose name their own ends in.
+    Where a model reads the copy alone, the parameter is left out, and the copy has its
+    name.
+    """
+    kept = dict(leaves)
+    for copy, name in namesakes.items():
+        value, own = kept[copy], kept[name]
+        if shapes[value] != shapes[own]:
+            continue
+        if value not in used or own not in used:
+            del kept[copy]
+            kept[name] = own if own in used or value not in used else value
+    return kept
 
 
 def _needed(
@@ -201,6 +254,31 @@ def source_line(source: Any) -> str:
         if owner not in ("jax", "flax", "") and not library:
             library = line
     return library
+
+
+def lines_of_error(error: BaseException) -> Iterator[str]:
+    """Yields the user's lines that an error came through, the innermost first."""
+    library = []
+    for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
+        name = frame.f_code.co_filename
+        if name == __file__:  # what is further out called the model
+            break
+        owner = _owner(name)
+        line = f"{pathlib.Path(name).name}:{number}"
+        if owner is None:
+            yield line
+        elif owner not in ("jax", "jaxlib", "flax", ""):
+            library.append(line)
+    yield from library
+
+
+def raised_in(error: BaseException, package: str) -> bool:
+    """Reports whether an error was raised by code of a package."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(
+        frame.f_globals.get("__name__", "").partition(".")[0] == package
+        for frame in frames[-2:]
+    )
 
 
 @functools.cache
