@@ -40,6 +40,7 @@ class Labels:
         apart what one operation is told, and the operation's source. That the size
         follows the channels is a supposition, to be tried.
       reduced: labels of axes that a reduction runs over.
+      noise: labels of axes of random numbers.
       reasons: texts with the sources of the equations that gave them; the fixed label
         ``-1 - i`` stands for ``reasons[i]``.
       source: that of the equation whose rule is at work.
@@ -55,6 +56,7 @@ class Labels:
         self.pieces: dict[bytes, list[int]] = {}
         self.supposed: list[tuple[np.ndarray, int, Any]] = []
         self.reduced: list[np.ndarray] = []
+        self.noise: list[np.ndarray] = []
         self.reasons: list[tuple[str, Any]] = []
         self.source: Any = None
         self.kind: str | None = None
