@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from tpp_jax.pruning.functions import as_function
 from tpp_jax.pruning.statistics import mean_of
-from tpp_jax.pruning.unfolding import CALLS
+from tpp_jax.pruning.unfolding import CALLS, check_length
 
 Means = dict[str, Float[Array, "..."]]
 
@@ -63,6 +63,7 @@ def activation_means(
     @jax.jit
     def measure(params: Any, inputs: tuple[Any, ...]) -> Means:
         closed = jax.make_jaxpr(function.call)(params, *inputs)
+        check_length(closed.jaxpr)
         leaves = [
             _Value(leaf, name, tuple(range(jnp.ndim(leaf))))
             for name, leaf in zip(function.names, jax.tree.leaves(params), strict=True)

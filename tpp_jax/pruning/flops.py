@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from tpp_jax.pruning.groups import Groups, label_axes
-from tpp_jax.pruning.labels import Channels, solve
+from tpp_jax.pruning.labels import Channels
 from tpp_jax.pruning.layers import Layer, kernel_axes
+from tpp_jax.pruning.records import Groups
 from tpp_jax.pruning.rules import RULES
 from tpp_jax.pruning.tracing import Trace, layer_names, layers, source_line, trace
 
@@ -90,7 +90,7 @@ def count(
         for layer in layers(traced)
     }
     # A layer that runs twice costs twice: FLOPs are summed over uses, not layers.
-    uses = layers(traced, repeated=True)
+    uses = _read_uses(traced)
     costs = [
         factor * math.prod(traced.shapes[value][axis] for value, axis in along)
         for factor, along in (_work(traced, use) for use in uses)
@@ -107,11 +107,19 @@ def count(
     )
 
 
+def _read_uses(traced: Trace) -> list[Layer]:
+    """Lists the uses of layers that lead to an output; XLA leaves the others out."""
+    uses = layers(traced, repeated=True)
+    return [use for use in uses if traced.unread.isdisjoint(use.equation.outputs)]
+
+
 def uncounted_work(traced: Trace) -> tuple[str, ...]:
     """Names the operations whose work is not counted; see :attr:`Count.uncounted`."""
     in_loops = {use.equation.outputs for use in traced.uses if use.equation.endless}
     found: dict[str, None] = {}
     for eqn in traced.equations:
+        if not traced.unread.isdisjoint(eqn.outputs):
+            continue
         line = source_line(eqn.source)
         where = f" ({line})" if line else ""
         if eqn.primitive not in RULES or eqn.primitive in _HEAVY:
@@ -241,8 +249,8 @@ class Costs:
 
     def __init__(self, groups: Groups) -> None:
         traced = groups.traced
-        labels, axes = label_axes(traced, groups.joined)
-        self._channels = solve(labels)
+        axes = groups.reading.axes
+        self._channels = groups.reading.solution
         self._groups = groups
         self._group_of = _groups_of_channels(groups, axes, self._channels)
         self._known: dict[bytes, int] = {}
@@ -252,7 +260,7 @@ class Costs:
         self._params = [
             self._product(1, axes[traced.leaves[leaf]]) for leaf in traced.trainable
         ]
-        uses = layers(traced, repeated=True)
+        uses = _read_uses(traced)
         self._branches = [use.equation.branches for use in uses]
         self._flops = []
         for use in uses:
