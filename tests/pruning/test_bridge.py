@@ -189,3 +189,24 @@ def test_an_nnx_module_in_a_linen_one_is_pruned_and_runs(method):
     small = tpp.slice_tree(plan, variables)
     assert small["params"]["inner"]["depthwise"]["kernel"].shape == (3, 1, 4)
     assert tpp.linen_apply(module, plan)(small, X).shape == (2, 5, 2)
+
+
+class Between(nnx.bridge.Module):
+    """A module of NNX that is initialised and applied as Linen's are."""
+
+    @nnx.bridge.compact
+    def __call__(self, x):
+        init = nnx.initializers.uniform()
+        x = nnx.relu(x @ self.param("first", init, (x.shape[-1], 8)))
+        return x @ self.param("last", init, (8, 2))
+
+
+def test_a_module_of_the_bridge_is_refused_and_goes_as_a_function():
+    module = Between()
+    variables = module.init(jax.random.key(0), X)
+    with pytest.raises(tpp.errors.TPPError, match=r"nnx\.bridge\.Module.*apply"):
+        tpp.channel_groups(module, X, params=variables)
+    groups = tpp.channel_groups(
+        lambda variables, x: module.apply(variables, x), X, params=variables
+    )
+    assert [group.size for group in groups if group.reason is None] == [8]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen, nnx
 
+from tpp_jax.errors import TPPError
 from tpp_jax.pruning.linen import linen_apply
 from tpp_jax.pruning.naming import leaf_name
 from tpp_jax.pruning.nnx_layers import modules
@@ -48,7 +49,14 @@ def as_function(
     Raises:
       TypeError: a function without ``params`` or with a bare array, which has no name,
         or an object that is neither.
+      TPPError: an ``nnx.bridge.Module``, which is in between.
     """
+    if isinstance(model, nnx.bridge.Module):
+        raise TPPError(
+            f"{type(model).__name__} is an nnx.bridge.Module, which holds no arrays: "
+            "pass the function lambda variables, *inputs: model.apply(variables, "
+            "*inputs) in its place, and params=variables"
+        )
     if isinstance(model, nnx.Module):
         graphdef, state = nnx.split(model)
 

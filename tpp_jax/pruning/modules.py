@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.bridge import follow_arrays
+from tpp_jax.pruning.bridge import follow_arrays, follow_inputs
 from tpp_jax.pruning.functions import set_evaluation
 from tpp_jax.pruning.groups import Group, Groups, read_groups
 from tpp_jax.pruning.plan import Plan
@@ -67,6 +67,7 @@ def prune(model: nnx.Module, plan: Plan) -> nnx.Module:
                 "another way than planned: a size (a number of heads, say) is written "
                 "into it that does not follow its arrays. Skip that layer in the plan"
             )
+    follow_inputs(small, *inputs)
     return small
 
 
