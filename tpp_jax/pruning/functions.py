@@ -1,24 +1,27 @@
 """Models as pure functions of their parameters: NNX, Linen and plain ones alike."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import linen, nnx
 
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPTypeError
 from tpp_jax.pruning.linen import linen_apply
 from tpp_jax.pruning.naming import leaf_name
 from tpp_jax.pruning.nnx_layers import modules
 
 
-class Function(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Function:
     """A model as a pure function of its parameters.
 
     Attributes:
-      call: ``call(params, *inputs)``.
-      params: the parameter tree.
+      call: ``call(params, *inputs, **kwargs)``.
+      params: the tree of parameter arrays. Whatever else the user's tree holds (the
+        activation functions and settings of an Equinox module) is part of ``call``, and
+        None here.
       names: the dotted name of every leaf of ``params``, in order; each is unique.
       trainable: names of the leaves that are trained.
       namesakes: name of a leaf of a Linen collection (``ema.layer.kernel``) → name of
@@ -29,7 +32,7 @@ class Function(NamedTuple):
     params: Any
     names: tuple[str, ...]
     trainable: frozenset[str]
-    namesakes: Mapping[str, str] = MappingProxyType({})
+    namesakes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def as_function(
@@ -47,41 +50,87 @@ def as_function(
       plan: the plan by which a Linen module's variables were sliced.
 
     Raises:
-      TypeError: a function without ``params`` or with a bare array, which has no name,
-        or an object that is neither.
-      TPPError: an ``nnx.bridge.Module``, which is in between.
+      TPPTypeError: a function without ``params`` or with a bare array, which has no
+        name, or an object that is neither; an ``nnx.bridge.Module``, which is in
+        between.
     """
     if isinstance(model, nnx.bridge.Module):
-        raise TPPError(
+        raise TPPTypeError(
             f"{type(model).__name__} is an nnx.bridge.Module, which holds no arrays: "
             "pass the function lambda variables, *inputs: model.apply(variables, "
             "*inputs) in its place, and params=variables"
         )
     if isinstance(model, nnx.Module):
         graphdef, state = nnx.split(model)
-
-        def call(state: Any, *inputs: Any) -> Any:
-            merged = nnx.merge(graphdef, state)
-            set_evaluation(merged)
-            return merged(*inputs)
-
+        call = merged_call(graphdef)
         trained = frozenset(_names(nnx.filter_state(state, nnx.Param)))
         return Function(call, state, _names(state), trained)
     if not callable(model):
-        raise TypeError(f"expected a Flax module or a function, got {type(model)}")
+        raise TPPTypeError(f"expected a Flax module or a function, got {type(model)}")
     if params is None:
         what = "Linen module needs its variables"
         if not isinstance(model, linen.Module):
             what = "plain function needs its parameters"
-        raise TypeError(f"a {what}: pass params=tree")
-    names = _names(params)
-    if "" in names:
-        raise TypeError("the parameters are a bare array: put it in a dict, for a name")
+        raise TPPTypeError(f"a {what}: pass params=tree")
     if isinstance(model, linen.Module):
         trained = frozenset(_names(params.get("params", {})))
-        names, namesakes = _without_collections(names)
+        names, namesakes = _without_collections(_names(params))
         return Function(linen_apply(model, plan), params, names, trained, namesakes)
-    return Function(model, params, names, frozenset(names))
+    arrays, call = apart(model, params)
+    names = _names(arrays)
+    if "" in names:
+        raise TPPTypeError(
+            "the parameters are a bare array: put it in a dict, for a name"
+        )
+    return Function(call, arrays, names, frozenset(names))
+
+
+def merged_call(
+    graphdef: nnx.GraphDef, adapt: Callable[[nnx.Module], None] | None = None
+) -> Callable[..., Any]:
+    """Returns ``call(state, *inputs, **kwargs)``, in evaluation mode.
+
+    Args:
+      graphdef: the module's structure.
+      adapt: called with the module before it runs, to change it in place.
+    """
+
+    def call(state: Any, *inputs: Any, **kwargs: Any) -> Any:
+        merged = nnx.merge(graphdef, state)
+        if adapt is not None:
+            adapt(merged)
+        set_evaluation(merged)
+        return merged(*inputs, **kwargs)
+
+    return call
+
+
+def apart(
+    function: Callable[..., Any],
+    tree: Any,
+    adapt: Callable[[Any], Any] | None = None,
+) -> tuple[Any, Callable[..., Any]]:
+    """Separates the arrays of a parameter tree from what else it holds.
+
+    Args:
+      function: ``function(tree, *inputs, **kwargs)``.
+      tree: its first argument.
+      adapt: called with the tree put together again, before the function is.
+
+    Returns:
+      The tree with None in place of everything that is not an array, and a function of
+      such a tree.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [leaf if is_array(leaf) else None for leaf in leaves]
+
+    def call(params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        given = iter(jax.tree.leaves(params))
+        whole = [next(given) if is_array(leaf) else leaf for leaf in leaves]
+        tree = jax.tree.unflatten(structure, whole)
+        return function(adapt(tree) if adapt else tree, *inputs, **kwargs)
+
+    return jax.tree.unflatten(structure, arrays), call
 
 
 def set_evaluation(model: nnx.Module) -> None:
@@ -127,5 +176,5 @@ def _without_collections(
 
 
 def is_array(leaf: Any) -> bool:
-    """Tells whether an argument is traced; others (``True``, ``None``) are settings."""
+    """Reports whether a leaf is traced; others (``True``, a function) are settings."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

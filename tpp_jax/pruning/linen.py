@@ -13,6 +13,7 @@ from typing import Any
 
 from flax import linen, nnx
 
+from tpp_jax.pruning.fields import Field, Values, is_size
 from tpp_jax.pruning.nnx_layers import NumGroups, Shape, follow_layers
 
 # The layer of each of Flax's recurrent cells whose kernel contracts the hidden state.
@@ -52,7 +53,7 @@ def linen_apply(module: linen.Module, plan: Any = None) -> Callable[..., Any]:
     widths = (
         arrays_decide()
         if plan is None
-        else arrays_decide(plan.kept_blocks, plan.groups.shapes)
+        else arrays_decide(plan.kept_blocks, plan.groups.shapes, plan.field_values())
     )
 
     @functools.wraps(module.apply)
@@ -66,6 +67,7 @@ def linen_apply(module: linen.Module, plan: Any = None) -> Callable[..., Any]:
 def arrays_decide(
     num_groups: NumGroups = lambda leaf, number: None,
     shapes: Mapping[str, Shape] | None = None,
+    values: Values | None = None,
 ) -> Callable[..., Any]:
     """Returns an interceptor that gives Linen's layers the widths of their arrays.
 
@@ -73,6 +75,7 @@ def arrays_decide(
       num_groups: how many groups a ``GroupNorm`` has, see
         :func:`tpp_jax.pruning.nnx_layers.follow_layers`.
       shapes: variable name → its shape before the cut, where that is known.
+      values: path of a module → attribute → what it is set to.
     """
 
     def interceptor(
@@ -91,12 +94,44 @@ def arrays_decide(
             }
         inputs = args[0] if called and args else kwargs.get("inputs")
         with contextlib.ExitStack() as stack:
+            if values:
+                own = values.get(".".join(module.path), {})
+                stack.enter_context(_attributes(module, **own))
             stack.enter_context(_attributes(module, param=_Param(module)))
             for layer, sizes in _static_sizes(module, inputs, num_groups, shapes or {}):
                 stack.enter_context(_attributes(layer, **sizes))
             return method(*args, **kwargs)
 
     return interceptor
+
+
+def linen_fields(module: linen.Module, run: Callable[[], Any]) -> list[Field]:
+    """Lists the whole numbers that a model's own Linen modules keep.
+
+    Args:
+      module: the model.
+      run: runs the model; the modules that it meets are looked at.
+    """
+    found: dict[tuple[str, str], Field] = {}
+
+    def note(
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: linen.module.InterceptorContext,
+    ) -> Any:
+        inner = context.module
+        own = type(inner).__module__.partition(".")[0] != "flax"
+        if own and inner.scope is not None:  # those of Flax follow their arrays
+            path = ".".join(inner.path)
+            for name, value in vars(inner).items():  # fields, and what setup sets
+                if is_size(value) and not name.startswith("_"):
+                    found[path, name] = Field(path, name, value)
+        return method(*args, **kwargs)
+
+    with linen.intercept_methods(note):
+        run()
+    return list(found.values())
 
 
 class _Param:
