@@ -14,6 +14,7 @@ from flax import linen, nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning import linen as linen_modules
+from tpp_jax.pruning.bridge import follow_inputs
 from tpp_jax.pruning.groups import read_groups
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.readiness import check_ready, measure
@@ -88,6 +89,7 @@ def prune(model: Any, plan: Plan, params: Any = None, *, opt_state: Any = None) 
     _warn(plan, state, opt_state)
     small = nnx.merge(graphdef, slice_tree(plan, state))
     adapt(small, plan)
+    follow_inputs(small, *plan.groups.inputs, **plan.groups.kwargs)
     return small
 
 
