@@ -25,6 +25,7 @@ from tpp_jax.pruning.functions import modules
 from tpp_jax.pruning.modules import follow_arrays
 from tpp_jax.pruning.naming import layer_name, map_named, named_leaves
 from tpp_jax.pruning.plan import Plan
+from tpp_jax.storage.paths import plain
 from tpp_jax.training import hosts
 
 Arrays = dict[str, Any]
@@ -39,8 +40,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True
         )
+        self._folder = pathlib.Path(folder).absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._link = contextlib.ExitStack()
         self._manager = ocp.CheckpointManager(
-            pathlib.Path(folder).absolute(),
+            self._link.enter_context(plain(self._folder)),
             options=options,
             item_names=("arrays", "meta"),
         )
@@ -83,18 +87,17 @@ class Checkpoints:
             return arrays, meta, [self._put_aside(*one) for one in damaged]
         if damaged:
             raise TPPError(
-                f"none of the checkpoints in {self._manager.directory} can be read "
+                f"none of the checkpoints in {self._folder} can be read "
                 f"({_kind(damaged[0][1])}). Remove that folder to begin anew"
             ) from damaged[0][1]
         return None
 
     def _put_aside(self, step: int, error: Exception) -> str:
-        folder = pathlib.Path(self._manager.directory)
-        aside = folder / f"damaged-{step}"
+        aside = self._folder / f"damaged-{step}"
         hosts.wait_for_all(f"damaged {step}")  # all have read it
         if hosts.is_first():
             shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
-            (folder / str(step)).rename(aside)
+            (self._folder / str(step)).rename(aside)
         hosts.wait_for_all(f"aside {step}")
         self._manager.reload()
         return (
@@ -111,6 +114,7 @@ class Checkpoints:
         with self._explained():
             self._manager.wait_until_finished()
         self._manager.close()
+        self._link.close()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -120,7 +124,7 @@ class Checkpoints:
             latest = self.latest()
             kept = "none was written before" if latest is None else f"{latest} is whole"
             raise TPPError(
-                f"a checkpoint could not be written to {self._manager.directory} "
+                f"a checkpoint could not be written to {self._folder} "
                 f"({' '.join(str(error).split())[:200]}). Of those there {kept}: make "
                 "room on the disk, and the same command goes on from it"
             ) from error
@@ -156,9 +160,12 @@ def save_model(
             if isinstance(module, nnx.GroupNorm)
         },
     }
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
-        items = _items(named_leaves(nnx.state(model)), meta)
-        saver.save(pathlib.Path(path).absolute(), items, force=True)
+    items = _items(named_leaves(nnx.state(model)), meta)
+    with (
+        plain(path, new=True) as place,
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver,
+    ):
+        saver.save(place, items, force=True)
 
 
 def load_model(path: str | pathlib.Path, model: nnx.Module | None = None) -> nnx.Module:
@@ -204,8 +211,11 @@ def _load(path: str | pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
     if not folder.is_dir():
         raise TPPError(f"there is no saved model at {folder}")
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as loader:
-            arrays, meta = _whole(loader.restore(folder, _wanted()))
+        with (
+            plain(folder) as place,
+            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as loader,
+        ):
+            arrays, meta = _whole(loader.restore(place, _wanted()))
     except Exception as error:  # orbax and tensorstore raise of every kind here
         raise TPPError(
             f"the saved model at {folder} cannot be read ({type(error).__name__}): it "
