@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +41,6 @@ def make(workdir: pathlib.Path) -> None:
 
 def check_kinds(workdir: pathlib.Path) -> None:
     """Raises a TPPError if what a run writes in its folder is not of the right kind."""
-    _check_name(workdir.absolute())
     for name in _FOLDERS + _FILES:
         path, folder = workdir / name, name in _FOLDERS
         try:
@@ -55,24 +53,6 @@ def check_kinds(workdir: pathlib.Path) -> None:
                 f"{path} is {found} or the like, where a run has {kind}: move it away, "
                 "or use another --workdir"
             )
-
-
-def _check_name(path: pathlib.Path) -> None:
-    """Raises a TPPError for a path that checkpoints would be written beside, or not."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise TPPError(
-            f"the name of the folder {path} is no UTF-8, or the locale is another "
-            "(LC_ALL=C.UTF-8 sets it), and no checkpoint can be written there: use "
-            "another --workdir"
-        ) from error
-    # TensorStore takes \\ for /, and Orbax a part named gs: for a bucket of Google's.
-    if odd := re.search(r"\\|(?<=/)(gs|s3):(?=/|$)", str(path)):
-        raise TPPError(
-            f"the path of the folder {path} has {odd[0]!r} in it, with which "
-            "checkpoints are written elsewhere: use another --workdir"
-        )
 
 
 @contextlib.contextmanager
