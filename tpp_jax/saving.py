@@ -21,6 +21,7 @@ from flax import linen, nnx
 from tpp_jax import models
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning.bridge import counted_groups, follow_arrays, group_counts
+from tpp_jax.pruning.fields import with_values
 from tpp_jax.pruning.naming import longest_known_suffix, named_leaves
 from tpp_jax.pruning.nnx_layers import modules
 from tpp_jax.pruning.plan import Plan
@@ -152,7 +153,8 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
     shapes = {name: leaf.shape for name, leaf in named_leaves(nnx.state(given)).items()}
     follow_arrays(loaded, counted_groups(numbers), shapes)
     for path, module in modules(loaded):
-        for name, value in (meta.get("fields") or {}).get(path, {}).items():
+        saved_fields = (meta.get("fields") or {}).get(path, {})
+        for name, value in with_values(module, saved_fields).items():
             setattr(module, name, tuple(value) if isinstance(value, list) else value)
     _set_modes(loaded, contents.get("modes", {}))
     return loaded
