@@ -4,6 +4,7 @@ The model is run equation by equation, as JAX traced it, and what each kernel pu
 is averaged on the way: so it works for any model that can be traced.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ def activation_means(
     batches: Iterable[Any],
     *,
     params: Any = None,
+    **kwargs: Any,
 ) -> Means:
     """Returns the mean absolute output of each kernel, channel by channel.
 
@@ -38,6 +40,7 @@ def activation_means(
         function ``fn(params, *inputs)``.
       batches: of equal size; each an array, or a tuple of the model's several inputs.
       params: for a function, its parameter pytree, for a Linen module its variables.
+      **kwargs: keyword arguments of the model, the same for all batches.
 
     Returns:
       Leaf name of the kernel → an array that can be broadcast to the kernel's shape:
@@ -62,7 +65,8 @@ def activation_means(
 
     @jax.jit
     def measure(params: Any, inputs: tuple[Any, ...]) -> Means:
-        closed = jax.make_jaxpr(function.call)(params, *inputs)
+        call = functools.partial(function.call, **kwargs)
+        closed = jax.make_jaxpr(call)(params, *inputs)
         check_length(closed.jaxpr)
         leaves = [
             _Value(leaf, name, tuple(range(jnp.ndim(leaf))))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 from tpp_jax.pruning.labels import Channels
 from tpp_jax.pruning.layers import Layer, kernel_axes
@@ -54,15 +54,19 @@ class Count(NamedTuple):
 
 
 def count(
-    model: nnx.Module | Callable[..., Any], *inputs: Any, params: Any = None
+    model: nnx.Module | linen.Module | Callable[..., Any],
+    *inputs: Any,
+    params: Any = None,
+    **kwargs: Any,
 ) -> Count:
     """Counts trainable parameters and FLOPs, by the convention of the pruning papers.
 
     Args:
-      model: an NNX module or a function ``fn(params, *inputs)``.
+      model: an NNX module, a Linen module or a function ``fn(params, *inputs)``.
       *inputs: example inputs, abstract will do; give a batch of one for the usual
         figure per image.
-      params: for a function, its parameters.
+      params: for a function, its parameters, for a Linen module its variables.
+      **kwargs: keyword arguments of the model, like ``inputs``.
 
     Returns:
       The totals and each layer's part. A layer is a product of activations with
@@ -74,12 +78,12 @@ def count(
       (see :attr:`Count.uncounted`), of a ``shard_map`` what all devices do together.
 
     Example:
-      >>> from flax import nnx
+      >>> from flax import linen, nnx
       >>> import jax.numpy as jnp
       >>> count(nnx.Linear(3, 5, rngs=nnx.Rngs(0)), jnp.ones((1, 3))).flops
       30
     """
-    traced = trace(model, *inputs, params=params)
+    traced = trace(model, *inputs, params=params, **kwargs)
     name_of = layer_names(traced)
     sizes: dict[str, int] = {}
     for leaf in traced.trainable:
