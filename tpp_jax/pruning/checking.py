@@ -273,6 +273,8 @@ def _drawn(leaf: Any, rng: Any) -> Any:
         size = np.sqrt(np.mean(np.square(value))) if value.size else 0.0
         near = value * (1 + 0.3 * noise)
         near += 0.1 * (size or 1.0) * rng.uniform(-1, 1, leaf.shape)
+        if value.min(initial=0.0) >= 0:  # a variance, perhaps
+            near = np.abs(near)
     return np.asarray(near, leaf.dtype)
 
 

@@ -24,7 +24,7 @@ from tpp_jax.pruning.naming import layer_name
 from tpp_jax.pruning.unfolding import Builder, Equation, check_length
 
 # Libraries of layers: a line of theirs is named where there is none of the user's.
-_LAYERS = ("flax", "equinox", "haiku")
+_LAYERS = ("flax", "equinox", "haiku", "einops")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -30,6 +30,8 @@ _HAIKU = (
 
 # Attempts to join two kinds of groups that the model refuses one by one.
 _PAIRS = 12
+# Attempts to set attributes for a kind of groups.
+_ATTRIBUTES = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,7 +383,9 @@ class _Search:
         names = list(dict.fromkeys(size.field.name for size in found))
         attempts = [found] if len(names) > 1 else []
         attempts += [[s for s in found if s.field.name == name] for name in names]
-        for sizes in attempts:
+        if len(names) > 2:
+            attempts += [[s for s in found if s.field.name != name] for name in names]
+        for sizes in attempts[:_ATTRIBUTES]:
             both = (*self.sizes, *sizes)
             if not self.attempt(self.rest.union(members), both):
                 self.rest.update(members)
