@@ -144,9 +144,7 @@ def test_a_plan_under_which_the_model_takes_another_branch_is_refused():
     variables = Projected().init(jax.random.key(0), x)
     groups = tpp.channel_groups(Projected(), x, params=variables)
     assert groups["expand"].reason is None
-    with pytest.raises(
-        TPPError, match="6 of the 12 channels of expand: anoth"
-    ):
+    with pytest.raises(TPPError, match="6 of the 12 channels of expand: anoth"):
         tpp.make_plan(groups, variables, {"expand": 0.5})
     plan = tpp.make_plan(groups, variables, {"expand": 0.5}, check=False)
     for use in (

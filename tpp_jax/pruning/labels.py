@@ -131,6 +131,17 @@ class Labels:
         """Returns the labels of the axes that one axis is split into."""
         if (axis < 0).all():
             return [np.full(n, axis[0]) for n in sizes]
+        grid = axis.reshape(sizes)
+        varying = [i for i in range(len(sizes)) if np.ptp(grid, axis=i).any()]
+        if len(varying) == 1:
+            # The same channels again and again, as when places were put beside them.
+            [along] = varying
+            own = np.moveaxis(grid, along, 0).reshape(sizes[along], -1)[:, 0]
+            repeat = "an axis along which channels are repeated"
+            return [
+                own if i == along else self.stuck(n, repeat)
+                for i, n in enumerate(sizes)
+            ]
         if (axis < 0).any():
             reason = NotUnderstood("a reshape that splits an axis that is partly fixed")
             self.fix(axis, reason)
