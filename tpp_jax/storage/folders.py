@@ -79,7 +79,7 @@ def check_replaceable(target: pathlib.Path) -> None:
     if foreign is not None:
         raise TPPError(
             f"{target} is not replaced, since it holds more than a saved model: "
-            f"{foreign!r}. Give save_model a folder of its own, or remove that one"
+            f"{foreign!r}. Give save_model a folder of its own"
         )
 
 
