@@ -334,6 +334,13 @@ def _data() -> Cases:
         return train(folder)
 
     yield ("class folders: other classes to test than to train", other_classes)
+
+    def linked(folder: pathlib.Path) -> Any:
+        classes(folder)
+        (folder / "train" / "cat" / "more").symlink_to(folder / "train")
+        return train(folder)
+
+    yield ("class folders: a link that leads back", linked)
     yield ("an image that is cut short", functools.partial(broken, content=200))
     yield ("an image that is text", functools.partial(broken, content=b"hello"))
     yield ("an image file without content", functools.partial(broken, content=b""))
@@ -412,6 +419,19 @@ def _folders() -> Cases:
     def not_a_model(folder: pathlib.Path) -> Any:
         return tpp.load_model(folder)
 
+    def not_replaced(folder: pathlib.Path) -> Any:
+        (folder / "project").mkdir()
+        (folder / "project" / "train.py").write_text("")
+        return tpp.save_model(folder / "project", {"w": jnp.ones(3)})
+
+    def other_shape(folder: pathlib.Path) -> Any:
+        tpp.save_model(folder / "m", nnx.Linear(3, 9, rngs=nnx.Rngs(0)))
+        return tpp.load_model(folder / "m", nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+
+    def other_class(folder: pathlib.Path) -> Any:
+        tpp.save_model(folder / "m", nnx.LayerNorm(3, rngs=nnx.Rngs(0)))
+        return tpp.load_model(folder / "m", nnx.GroupNorm(3, 3, rngs=nnx.Rngs(0)))
+
     def other_network(folder: pathlib.Path) -> Any:
         model = tpp.models.create("mlp7_relu", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
         tpp.save_model(folder / "dense", model)
@@ -431,6 +451,9 @@ def _folders() -> Cases:
         ("`--mode=evaluate` of an unfinished run", unfinished),
         ("the saved model is damaged", damaged_model),
         ("a folder that holds no saved model", not_a_model),
+        ("`tpp.save_model` to a folder that holds other things", not_replaced),
+        ("`tpp.load_model` into a module of other shapes", other_shape),
+        ("`tpp.load_model` into a module of another class", other_class),
         ("`config.init.model` of another network", other_network),
         ("the loss is no longer finite", not_finite),
     )
@@ -461,6 +484,7 @@ def _weights() -> Cases:
         change(tensors)
         return tpp.load_torch(tensors, model)
 
+    index = b'{"weight_map": {"w": "model-00001-of-00002.safetensors"}}'
     whole = (FILES / "state_dict.pth").read_bytes()
     tensors = (FILES / "state_dict.safetensors").read_bytes()
     transposed = lambda d: d.update({"net.0.weight": d["net.0.weight"].T[:3]})  # noqa: E731
@@ -472,6 +496,10 @@ def _weights() -> Cases:
         (
             "safetensors cut short",
             lambda f: file(f, tensors[:300], "weights.safetensors"),
+        ),
+        (
+            "an index whose files are not there",
+            lambda f: file(f, index, "model.safetensors.index.json"),
         ),
         ("weights of another network", lambda f: file(f, whole)),
         ("a tensor is missing", lambda f: state(lambda d: d.pop("net.0.weight"))),
