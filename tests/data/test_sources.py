@@ -202,7 +202,9 @@ def test_metadata_that_is_none_says_what_to_do(tmp_path, text):
     _write_prepared(tmp_path, "mnist", {"train": split, "test": split})
     [info] = tmp_path.rglob("dataset_info.json")
     info.write_text(text, encoding="latin-1")
-    with pytest.raises(TPPError, match="mnist in .* cannot be opened .* prepare mnist"):
+    with pytest.raises(
+        TPPError, match="mnist in .* cannot be opened .*data.prepare mnist"
+    ):
         load("mnist", str(tmp_path))
 
 
@@ -225,7 +227,7 @@ def test_examples_that_are_damaged_say_what_to_do(tmp_path, damage):
             file.write_bytes(bytes(content))
         case "others":  # fewer than the metadata says
             file.write_bytes(other.read_bytes())
-    with pytest.raises(TPPError, match=r"example \d+ of mnist in .* prepare mnist"):
+    with pytest.raises(TPPError, match=r"example \d+ of mnist in .*data.prepare mnist"):
         load("mnist", str(tmp_path))
 
 

@@ -214,7 +214,7 @@ def test_a_cell_of_a_damaged_summary_is_named(swept, tmp_path):
 def test_what_is_of_the_wrong_kind_in_the_folder_of_a_sweep_is_named(tmp_path, name):
     path = tmp_path / name
     path.write_text("mine") if name == "cells" else path.mkdir()
-    with pytest.raises(TPPError, match=f"{name} is a .* move it away"):
+    with pytest.raises(TPPError, match=f"{name} is no .* move it away"):
         sweep(small_table(), tmp_path)
     assert list(tmp_path.iterdir()) == [path]
 
