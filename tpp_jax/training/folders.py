@@ -153,8 +153,8 @@ def own_config(workdir: pathlib.Path) -> dict[str, Any] | None:
             RecursionError,
         ) as error:
             raise TPPError(
-                f"{file} is not the config of a run ({type(error).__name__}), but a run "
-                "has its own there: move it away, or use another --workdir"
+                f"{file} is not the config of a run ({type(error).__name__}), but a "
+                "run has its own there: move it away, or use another --workdir"
             ) from error
         return found
     for name in ("model", "dense"):  # a run of an earlier version, which has no file
