@@ -122,7 +122,7 @@ def _follow_own_arrays(
     for name, size in sizes.items():
         own = getattr(module, name, old.get(name))
         if size is not None and own not in (None, size) and old.get(name, own) == own:
-            setattr(module, name, size)
+            vars(module)[name] = size  # a number as before: nothing else changes
 
 
 def _known_sizes(layer: _Layer) -> dict[str, Any]:
