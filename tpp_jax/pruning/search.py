@@ -20,6 +20,8 @@ from tpp_jax.pruning.trial import HAIKU, Trial
 
 # Attempts to join two kinds of groups that the model refuses one by one.
 _PAIRS = 12
+# Searches for kinds that only hold together since they lose as many channels.
+_ROUNDS = 3
 # Attempts to set attributes for a kind of groups.
 _ATTRIBUTES = 12
 
@@ -86,15 +88,37 @@ class _Search:
         self.failed: list[list[int]] = []
         self.sizes: tuple[FieldSize, ...] = ()
         self.fields: list[Field] | None = None
-        self.number: Difference | None = None
+        self.numbered = False  # whether any cut changed a number that is computed with
 
     def verdict(self) -> Verdict:
         if not self.rest:
             return Verdict({})
-        fault = self.attempt(self.rest)
-        if fault is None and self.number is None:
-            return Verdict({})
-        suspects: set[int] = set()
+        self._search(self.rest)
+        for _ in range(_ROUNDS):  # kinds that make up for each other, found one by one
+            together = self._made_up()
+            if together is None:
+                break
+            self._search(self.rest, together)
+        else:
+            doubt = Difference("with other numbers of channels it does not hold")
+            self._refuse(self._made_up() or (), doubt)
+            self.rest.difference_update(self.wrong)
+        joined = self._only_together()
+        if joined:
+            return Verdict({}, joined)
+        self._drop_idle_fields()
+        scaled = self._with_other_numbers()
+        return Verdict(self.wrong, (), self.sizes, frozenset(scaled))
+
+    def _search(self, chosen: Set[int], suspects: Set[int] = frozenset()) -> None:
+        """Parts groups into those that hold together and those that do not.
+
+        Args:
+          chosen: the groups; ``rest`` becomes those of them that hold.
+          suspects: groups among them that are to be tried kind by kind in any case.
+        """
+        self.rest, suspects = set(chosen) - suspects, set(suspects)
+        fault = self.attempt(self.rest) if self.rest else None
         while fault is not None:
             blamed = self._kinds_of(fault.groups & self.rest) or self._culprit()
             helped, fault = self._with_fields(blamed, fault)
@@ -102,16 +126,26 @@ class _Search:
                 self.rest -= blamed
                 suspects |= blamed
                 fault = self.attempt(self.rest) if self.rest else None
-        kinds = [[i for i in kind if i in suspects] for kind in self.kinds]
-        for kind in kinds:
-            if kind:
-                self._admit(kind)
-        joined = self._only_together()
-        if joined:
-            return Verdict({}, joined)
-        self._drop_idle_fields()
-        scaled = self._with_other_numbers()
-        return Verdict(self.wrong, (), self.sizes, frozenset(scaled))
+        for kind in self.kinds:
+            members = [i for i in kind if i in suspects]
+            if members:
+                self._admit(members)
+
+    def _made_up(self) -> set[int] | None:
+        """Returns kinds that hold together and not apart, None if there are none."""
+        for some in self._apart(self.rest):
+            fault = self.attempt(some)
+            if fault is not None:
+                blamed = self._kinds_of(fault.groups & some)
+                return blamed or self._kinds_of(some - self._alone(some))
+        return None
+
+    def _alone(self, chosen: set[int]) -> set[int]:
+        """Returns groups of which no other kind loses as many channels."""
+        numbers = collections.Counter(
+            (self.groups[kind[0]].size, self.fewer[kind[0]]) for kind in self.kinds
+        )
+        return {i for i in chosen if numbers[self.groups[i].size, self.fewer[i]] == 1}
 
     def attempt(
         self,
@@ -128,14 +162,10 @@ class _Search:
         """
         sizes = self.sizes if sizes is None else sizes
         self.trial.groups = self.groups.replace(sizes=sizes)
-        chosen = set(chosen)
-        for some in (chosen, *self._apart(chosen)):
-            kept = {i: np.arange(self.fewer[i], dtype=np.int32) for i in some}
-            if fault := self.trial.of(kept, values):
-                return fault
-            if some == chosen:
-                self.number = self.trial.number
-        return None
+        kept = {i: np.arange(self.fewer[i], dtype=np.int32) for i in chosen}
+        fault = self.trial.of(kept, values)
+        self.numbered |= self.trial.number is not None
+        return fault
 
     def _apart(self, chosen: set[int]) -> Iterator[set[int]]:
         """Yields choices that tell kinds apart which lose as many channels."""
@@ -300,15 +330,14 @@ class _Search:
         Returns:
           The groups of the second kind.
         """
-        plain = {i for i in self.rest if not self.groups[i].reduced}
-        if not plain or self.attempt(plain, values=True) is None:
+        if not self.numbered:
             return set()
+        plain = [
+            [i for i in kind if i in self.rest and not self.groups[i].reduced]
+            for kind in self.kinds
+        ]
         scaled: set[int] = set()
-        for kind in self.kinds:
-            members = [i for i in kind if i in plain]
-            fault = self.attempt(members, values=True) if members else None
-            if fault is None:
-                continue
+        for members, fault in self._numbered([kind for kind in plain if kind]):
             names = {self.groups[i].name for i in members}
             if any(names & size.groups for size in self.sizes):
                 self._refuse(members, fault)
@@ -318,6 +347,20 @@ class _Search:
         gone = {self.groups[i].name for i in self.wrong}
         self.sizes = tuple(s for s in self.sizes if not s.groups <= gone)
         return scaled
+
+    def _numbered(
+        self, kinds: list[list[int]]
+    ) -> Iterator[tuple[list[int], Difference]]:
+        """Yields the kinds whose cut changes a number, found by halving."""
+        fault = self.attempt(itertools.chain(*kinds), values=True) if kinds else None
+        if fault is None:
+            return
+        if len(kinds) == 1:
+            yield kinds[0], fault
+            return
+        middle = len(kinds) // 2
+        yield from self._numbered(kinds[:middle])
+        yield from self._numbered(kinds[middle:])
 
     # Groups that hold only together.
 
@@ -335,11 +378,10 @@ class _Search:
             == [self.groups[i].size for i in other]
         )
         for kind, other in itertools.islice(alike, _PAIRS):
-            before = dict(self.fewer), dict(self.kind_of)
-            for i, j in zip(kind, other, strict=True):
-                self.fewer[j], self.kind_of[j] = self.fewer[i], self.kind_of[i]
+            before = dict(self.fewer)
+            self.fewer |= {j: before[i] for i, j in zip(kind, other, strict=True)}
             fault = self.attempt(self.rest.union(kind, other))
-            self.fewer, self.kind_of = before
+            self.fewer = before
             slots = [
                 (_own_slot(self.groups[i]), _own_slot(self.groups[j]))
                 for i, j in zip(kind, other, strict=True)

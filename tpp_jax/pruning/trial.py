@@ -110,11 +110,11 @@ class Trial:
         old, reading = groups.traced, groups.reading
         stays = reading.stays(masks)
         shapes = {leaf: stays.shape(value) for leaf, value in old.leaves.items()}
+        self.number = None
         try:
             new = self.source.trace_cut(Plan(everything, groups), shapes)
         except Exception as error:  # whatever the user's code raises of odd shapes
             return self._raised(error, kept)
-        self.number = None
         found = difference(old, new, reading, stays)
         if found and found.order and self._rearranged(new, everything, stays):
             return None
