@@ -232,7 +232,8 @@ def difference(
             or before.inputs != after.inputs
             or before.outputs != after.outputs
         ):
-            return Difference(_other_way(before, after), order=True)
+            here = _groups_through(before, old, reading)
+            return Difference(_other_way(before, after), here, order=True)
         for value in before.outputs:
             expected, found = stays.shape(value), new.shapes[value]
             if expected != found:
@@ -240,13 +241,7 @@ def difference(
         if not _same_settings(before, after, stays, old):
             return Difference(
                 f"'{before.primitive}' has other settings{_at(after)}",
-                frozenset(
-                    i
-                    for value in before.inputs
-                    if value is not None
-                    for axis in range(len(old.shapes[value]))
-                    for i in reading.groups_along(value, axis)
-                ),
+                _groups_through(before, old, reading),
             )
     if len(old.equations) != len(new.equations) or old.outputs != new.outputs:
         longer = max(old, new, key=lambda trace: len(trace.equations))
@@ -257,6 +252,17 @@ def difference(
             order=True,
         )
     return None
+
+
+def _groups_through(eqn: Equation, old: Trace, reading: Reading) -> frozenset[int]:
+    """Returns the groups that run along the operands of an operation."""
+    return frozenset(
+        i
+        for value in eqn.inputs
+        if value is not None
+        for axis in range(len(old.shapes[value]))
+        for i in reading.groups_along(value, axis)
+    )
 
 
 def other_number(old: Trace, new: Trace) -> Difference | None:

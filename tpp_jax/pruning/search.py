@@ -336,8 +336,14 @@ class _Search:
             [i for i in kind if i in self.rest and not self.groups[i].reduced]
             for kind in self.kinds
         ]
+        follow = set().union(*(size.groups for size in self.sizes))
+        follow = {i for i in self.rest if self.groups[i].name in follow}
+        parts = (
+            [kind for kind in plain if kind and follow.isdisjoint(kind)],
+            [kind for kind in plain if not follow.isdisjoint(kind)],
+        )
         scaled: set[int] = set()
-        for members, fault in self._numbered([kind for kind in plain if kind]):
+        for members, fault in itertools.chain(*map(self._numbered, parts)):
             names = {self.groups[i].name for i in members}
             if any(names & size.groups for size in self.sizes):
                 self._refuse(members, fault)
