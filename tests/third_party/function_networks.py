@@ -64,7 +64,7 @@ def shvit():
         pdim=[8, 16, 16],
         qk_dim=[8, 8, 8],
         depths=[1, 1, 1],
-        block_type=["i", "s", "s"],
+        block_type=["s", "s", "s"],
         num_classes=5,
         key=KEY,
     )
@@ -222,6 +222,7 @@ def _haiku_with_state(build, *inputs):
     )
     key = jax.random.PRNGKey(0)
     params, state = transformed.init(key, *inputs, is_training=True)
+    _, state = transformed.apply(params, state, None, *inputs, is_training=True)
 
     def fn(tree, *inputs):
         params, state = tree["params"], tree["state"]

@@ -215,6 +215,8 @@ def _moved(network: Network) -> Network:
         value = np.asarray(leaf)
         size = float(np.sqrt(np.mean(np.abs(value) ** 2))) if value.size else 0.0
         noise = rng.uniform(-1, 1, value.shape) * (0.1 * (size or 1.0))
+        if not np.iscomplexobj(value) and (value >= 0).all():
+            noise = np.abs(noise)  # a variance stays one
         return jnp.asarray(value + noise, leaf.dtype)
 
     if isinstance(network.model, nnx.Module):
