@@ -12,24 +12,27 @@ from tpp_jax.method.gram import gram_penalty, gram_penalty_grad
 from tpp_jax.method.isometry import reinitialize
 from tpp_jax.method.orthogonality import add_orthogonality
 from tpp_jax.method.schedule import growing_schedule
+from tpp_jax.method.status import Status, status
 from tpp_jax.method.transforms import add_tpp_penalties, zero_pruned
 from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.checking import check_groups
+from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
 from tpp_jax.pruning.flops import count
-from tpp_jax.pruning.linen import linen_apply
-from tpp_jax.pruning.modules import prune
-from tpp_jax.pruning.plan import Plan, make_plan
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
 
 __all__ = [
     "Plan",
+    "Status",
     "activation_means",
     "add_orthogonality",
     "add_tpp_penalties",
     "channel_groups",
     "check_groups",
+    "check_plan",
     "count",
     "data",
     "describe_groups",
@@ -52,15 +55,15 @@ __all__ = [
     "save_model",
     "save_torch",
     "slice_tree",
+    "status",
     "zero_pruned",
 ]
 
-_CHECKPOINTS = ("load_model", "load_model_info", "save_model")
+_OF_SAVING = ("load_model", "load_model_info", "save_model")
 
 
 def __getattr__(name: str) -> Any:
     # Orbax takes a second to import: only who saves or loads a model pays for it.
-    if name in _CHECKPOINTS:
-        checkpoints = importlib.import_module("tpp_jax.training.checkpoints")
-        return getattr(checkpoints, name)
+    if name in _OF_SAVING:
+        return getattr(importlib.import_module("tpp_jax.saving"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from tpp_jax.pruning.naming import named_leaves
-from tpp_jax.training.checkpoints import load_model
+from tpp_jax.saving import load_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ import pytest
 import tpp_jax as tpp
 from tests.browser import look_at, needs_browser
 from tests.end_to_end.runs import launch
-from tpp_jax.training.checkpoints import load_model, load_model_info
+from tpp_jax.saving import load_model, load_model_info
 
 SHORTER = [
     "--config.pretrain.epochs=10",

@@ -18,7 +18,7 @@ from tests.end_to_end.runs import (
     launch,
     summary_of,
 )
-from tpp_jax.training.checkpoints import load_model_info
+from tpp_jax.saving import load_model_info
 
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 DENSE = [

@@ -21,7 +21,7 @@ def fused(name, parts):
     """
     return [
         free(name, size=4),
-        within(f"{name}#2", size=4, why=WRITTEN),
+        within(f"{name}#2", size=4),
         within(f"{name}#3", size=3, why=parts),
     ]
 
@@ -62,7 +62,7 @@ def swin():
         qkv = f"{name}.attention.qkv"
         return [
             free(qkv, size=4),
-            within(f"{qkv}#2", size=size, why=WRITTEN),
+            within(f"{qkv}#2", size=size),
             within(f"{qkv}#3", size=3, why="an axis that is indexed"),
             free(f"{name}.mlp.up", size=8 * size),
         ]

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tpp_jax.interop.pickles import Global, Record, read_pickle
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
-keys = st.text() | st.integers() | st.floats(allow_nan=False)
+keys = st.text() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False)
 plain = st.recursive(
-    st.none() | st.booleans() | keys | st.binary(),
+    st.none() | st.booleans() | keys | st.integers(-(2**200), 2**200) | st.binary(),
     lambda inner: (
         st.lists(inner)
         | st.lists(inner).map(tuple)
@@ -153,6 +153,12 @@ BROKEN = {
     "a text of a terabyte": b"\x8d" + struct.pack("<q", 2**40) + b"x.",
     "keys without a value": b"(NNNd.",
     "a pop too many": b"0.",
+    "a number of 300 digits": pickle.dumps(10**300),
+    "a global of a long name": b"c" + b"a" * 300 + b"\neval\n.",
+    "a global that is no text": b"\x80\x04K\x01K\x02\x93.",
+    "a set of a number": b"cbuiltins\nset\n(K\x01tR.",
+    "a set of two lists": b"cbuiltins\nset\n(]]tR.",
+    "an OrderedDict of numbers": b"ccollections\nOrderedDict\n(]K\x01atR.",
 }
 
 
@@ -170,6 +176,10 @@ def test_a_damaged_pickle_is_read_or_an_error(noise, place):
         read(bytes(data))
     except (ValueError, TypeError, AttributeError, LookupError):
         pass
+
+
+def test_numbers_beyond_64_bits_are_left_out_as_keys_only():
+    assert read(pickle.dumps({2**63: 1, 3: 2**63})) == {3: 2**63}
 
 
 def test_keys_nested_deeply_are_left_out():

@@ -172,7 +172,7 @@ def zeroed_leaves(step):
     updates, state = jax.jit(tx.update)(
         updates, tx.init(params)._replace(step=jnp.int32(step)), params
     )
-    assert state == (step + 1,)
+    assert state == (step + 1, step, False)
     after = named_leaves(optax.apply_updates(params, updates))
     mask = named_leaves(tpp.mask_tree(plan, params))
     zeroed = set()

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
@@ -110,22 +111,28 @@ def test_a_size_that_is_written_into_a_model_keeps_its_channels(name):
     assert "(test_channels.py:" in group.reason
 
 
+MIXES = "which mixes the positions of an axis"
 UNKNOWN = {
-    "fft": lambda x: jnp.abs(jnp.fft.fft(x, axis=-1)),
-    "lu": lambda x: lax.linalg.lu(x)[0],
-    "igamma": lambda x: lax.igamma(x, x),
+    "fft": (lambda x: jnp.abs(jnp.fft.fft(x, axis=-1)), MIXES),
+    "lu": (lambda x: lax.linalg.lu(x)[0], MIXES),
+    "pure_callback": (
+        lambda x: jax.pure_callback(np.sort, shape(*x.shape), x),
+        "which is not one that is understood",
+    ),
 }
 
 
 @pytest.mark.parametrize("primitive", UNKNOWN)
 def test_an_operation_that_is_not_understood_keeps_all_that_meets_it(primitive):
+    operation, why = UNKNOWN[primitive]
+
     def fn(p, x):
         before = jax.nn.relu(x @ p["before"])
-        return jax.nn.relu(UNKNOWN[primitive](before) @ p["after"]) @ p["last"]
+        return jax.nn.relu(operation(before) @ p["after"]) @ p["last"]
 
     params = {"before": shape(3, 6), "after": shape(6, 6), "last": shape(6, 2)}
     groups = tpp.channel_groups(fn, shape(1, 3), params=params)
-    reason = f"the operation '{primitive}', which is not one that is understood"
+    reason = f"the operation '{primitive}', {why}"
     assert groups["before"].reason.startswith(f"{reason} (test_channels.py:")
     with pytest.raises(ValueError, match=f"channels of before meet {reason}"):
         tpp.channel_groups(fn, shape(1, 3), params=params, strict=True)

@@ -1,5 +1,7 @@
 """check_groups proves what holds, and finds what does not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,6 @@ import pytest
 from flax import nnx
 
 import tpp_jax as tpp
-from tpp_jax.pruning.groups import Groups
 
 
 def mlp(p, x):
@@ -22,14 +23,7 @@ INPUTS = jax.ShapeDtypeStruct((4, 3), jnp.float32)
 
 def changed(groups, name, change):
     """Returns groups of which one has been tampered with."""
-    return Groups(
-        tuple(change(g) if g.name == name else g for g in groups),
-        groups.layers,
-        groups.shapes,
-        groups.inputs,
-        groups.traced,
-        groups.joined,
-    )
+    return groups.replace(all=tuple(change(g) if g.name == name else g for g in groups))
 
 
 def test_a_network_is_proved_from_shapes_alone():
@@ -48,14 +42,17 @@ def test_a_member_that_is_missing_or_turned_around_is_found(leaf):
 
     def without(group):
         members = tuple(m for m in group.members if m.leaf != leaf)
-        return group._replace(members=members)
+        return dataclasses.replace(group, members=members)
 
     def turned(group):
-        return group._replace(
+        return dataclasses.replace(
+            group,
             members=tuple(
-                m._replace(positions=np.roll(m.positions, 1)) if m.leaf == leaf else m
+                dataclasses.replace(m, positions=np.roll(m.positions, 1))
+                if m.leaf == leaf
+                else m
                 for m in group.members
-            )
+            ),
         )
 
     for change in (without, turned):
@@ -73,7 +70,7 @@ def test_a_reduction_that_is_overlooked_is_found():
     groups = tpp.channel_groups(normalised, INPUTS, params=PARAMS)
     assert groups["a"].reduced
     tpp.check_groups(normalised, INPUTS, params=PARAMS, groups=groups)
-    wrong = changed(groups, "a", lambda group: group._replace(reduced=False))
+    wrong = changed(groups, "a", lambda g: dataclasses.replace(g, reduced=False))
     with pytest.raises(ValueError, match="masking half of the channels differs"):
         tpp.check_groups(normalised, INPUTS, params=PARAMS, groups=wrong)
 

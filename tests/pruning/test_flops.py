@@ -184,7 +184,7 @@ def test_a_layer_that_runs_three_times_has_its_parameters_once():
         return x
 
     count = tpp.count(fn, shape(1, 4), params={"w": shape(4, 4)})
-    assert count == (16, 3 * 2 * 16, {"w": (4, 16, 3 * 2 * 16)})
+    assert count == (16, 3 * 2 * 16, {"w": (4, 16, 3 * 2 * 16)}, ())
 
 
 def assert_costs_of_pruned_forms(fn, params, *inputs, shares=(0.3, 0.6, 0.9)):

@@ -428,13 +428,9 @@ def test_order_of_execution_is_not_the_order_of_names():
 
 def test_the_batch_size_of_the_example_does_not_matter():
     def described(batch):
-        groups = groups_of(
+        return groups_of(
             lambda: CifarVGG([4], rngs=nnx.Rngs(0)), shape(batch, 4, 4, 3)
-        )
-        return [
-            (*g[:3], g.reason, [(*m[:2], m.positions.tolist()) for m in g.members])
-            for g in groups
-        ]
+        ).all
 
     assert described(1) == described(4) == described(10)
 

@@ -30,8 +30,7 @@ class InvertedResidual(nnx.Module):
 class Block(nnx.Module):
     """A transformer block with a fused qkv; heads by number or by their size."""
 
-    def __init__(self, rngs, width=16, heads=4, by_size=True):
-        self.heads, self.size = heads, width // heads
+    def __init__(self, rngs, width=16, by_size=True):
         self.by_size = by_size
         self.norm1 = nnx.LayerNorm(width, rngs=rngs)
         self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
@@ -41,8 +40,7 @@ class Block(nnx.Module):
         self.down = nnx.Linear(4 * width, width, rngs=rngs)
 
     def split(self, x):
-        by_size = (*x.shape[:2], -1, self.size)
-        return x.reshape(by_size if self.by_size else (*x.shape[:2], self.heads, -1))
+        return x.reshape(*x.shape[:2], *((-1, 4) if self.by_size else (4, -1)))
 
     def __call__(self, x):
         q, k, v = (self.split(y) for y in jnp.split(self.qkv(self.norm1(x)), 3, -1))

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 import tpp_jax as tpp
 from tests.reference import filled
+from tpp_jax.errors import TPPError
 from tpp_jax.models import CifarResNet, CifarVGG
 from tpp_jax.pruning.naming import named_leaves
-from tpp_jax.pruning.plan import parse_patterns, parse_ratios
+from tpp_jax.pruning.planning import parse_patterns, parse_ratios
 
 
 @functools.cache
@@ -453,6 +454,93 @@ def test_counts_that_cannot_be_are_refused(counts, message):
     params, groups = dense(20)
     with pytest.raises(ValueError, match=message):
         tpp.make_plan(groups, params, counts=counts)
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ({"ratios": 0.5}, "ratios"),
+        ({"ratios": {"net.0": 0.5}, "flops": 0.3}, "ratios and flops"),
+        ({"params": 0.3}, "params"),
+        ({"skip": "net.0"}, "skip"),
+        ({"skip": ["net.0"]}, "skip"),
+        ({"scope": "global"}, "scope"),
+        ({"round_to": 8}, "round_to"),
+        ({"min_channels": 4}, "min_channels"),
+    ],
+)
+def test_counts_exclude_whatever_else_says_how_much_goes(others, named):
+    params, groups = dense(20)
+    with pytest.raises(TPPError, match=f"so {named} would be ignored"):
+        tpp.make_plan(groups, params, counts={"net.0": 7}, **others)
+    neutral = {"ratios": None, "skip": [], "scope": "local", "round_to": 1}
+    plan = tpp.make_plan(groups, params, counts={"net.0": 7}, **neutral)
+    assert plan.kept_count(groups["net.0"]) == 7
+
+
+def test_scores_of_one_s_own_stand_in_for_the_criterion():
+    params, groups = dense(6)
+    scores = np.array([3, 1, 2, 0, 5, 4])
+    for form in (scores, list(scores), jnp.asarray(scores, jnp.bfloat16)):
+        plan = tpp.make_plan(groups, params, 0.5, scores={"net.0": form})
+        assert plan.kept["net.0"].tolist() == [0, 4, 5]
+    plan = tpp.make_plan(groups, params, counts={"net.0": 1}, scores={"net.0": scores})
+    assert plan.kept["net.0"].tolist() == [4]
+
+
+def test_scores_are_enough_for_an_abstract_model():
+    model, groups = resnet()
+    abstract = nnx.eval_shape(lambda: nnx.clone(model))
+    rng = np.random.default_rng(0)
+    scores = {g.name: rng.normal(size=g.size) for g in groups if g.reason is None}
+    plan = tpp.make_plan(groups, abstract, 0.5, scores=scores)
+    for name, score in scores.items():
+        highest = np.sort(np.argsort(score)[len(score) // 2 :])
+        np.testing.assert_array_equal(plan.kept[name], highest)
+    assert plan == tpp.make_plan(groups, model, 0.5, scores=scores)
+    # They compete across groups and meet targets as other scores do.
+    for options in ({"ratios": 0.5, "scope": "global"}, {"flops": 0.5}):
+        chosen = tpp.make_plan(groups, abstract, scores=scores, **options)
+        assert chosen == tpp.make_plan(groups, model, scores=scores, **options)
+    with pytest.raises(TPPError, match="is abstract: to choose channels, the weights"):
+        tpp.make_plan(groups, abstract, 0.5, scores={"conv1": scores["conv1"]})
+
+
+def test_groups_without_scores_of_their_own_are_scored_by_the_criterion():
+    model, groups = resnet()
+    name = "layer1.0.conv1"
+    mixed = tpp.make_plan(groups, model, 0.5, scores={name: np.arange(4)})
+    by_criterion = tpp.make_plan(groups, model, 0.5)
+    assert mixed.kept[name].tolist() == [2, 3]
+    for other in by_criterion.kept.keys() - {name}:
+        np.testing.assert_array_equal(mixed.kept[other], by_criterion.kept[other])
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"net.9": np.ones(6)}, "'net.9', which is no group: there are net.0"),
+        (
+            {"net.0": np.ones(5)},
+            r"scores of net.0 have shape \(5,\), but it has 6",
+        ),
+        ({"net.0": np.ones((6, 1))}, r"have shape \(6, 1\)"),
+        ({"net.0": np.full(6, np.nan)}, "scores of net.0 hold nan"),
+        ({"net.0": ["a"] * 6}, "of dtype <U1: give real numbers"),
+        ({"net.0": np.ones(6, complex)}, "of dtype complex128: give real numbers"),
+        ({"net.0": jax.ShapeDtypeStruct((6,), jnp.float32)}, "scores of net.0"),
+    ],
+)
+def test_scores_that_cannot_be_are_refused(scores, message):
+    params, groups = dense(6)
+    with pytest.raises(TPPError, match=message):
+        tpp.make_plan(groups, params, 0.5, scores=scores)
+
+
+def test_an_unknown_criterion_is_refused_even_where_scores_replace_it():
+    params, groups = dense(6)
+    with pytest.raises(TPPError, match="unknown criterion 'l3'"):
+        tpp.make_plan(groups, params, 0.5, scores={"net.0": range(6)}, criterion="l3")
 
 
 def test_a_plan_of_a_plan_s_result_is_one_plan():

@@ -16,8 +16,8 @@ from tests.training.test_step import assert_alike as assert_alike_trees
 from tpp_jax.errors import TPPError
 from tpp_jax.models import CifarResNet
 from tpp_jax.pruning.plan import Plan
+from tpp_jax.saving import load_model_info
 from tpp_jax.training import replicas, run
-from tpp_jax.training.checkpoints import load_model_info
 from tpp_jax.training.feeds import open_feed
 from tpp_jax.training.step import graphdef_of, make_train_step, make_train_steps
 

@@ -12,6 +12,7 @@ import rich.text
 from tpp_jax.pruning.groups import Group, Groups, Member
 from tpp_jax.pruning.naming import layer_name
 from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.ungrouped import ungrouped
 
 # A group comes from the kernels that produce it, lies over biases and norms, runs
 # through depthwise kernels and goes into the kernels that contract it.
@@ -54,6 +55,7 @@ def describe_groups(groups: Groups, plan: Plan | None = None, width: int = 100) 
       A row for each group, in order of execution: its name, how many channels it has,
       whether they can be pruned (if not, why), and every array that they run through.
       Names that differ in numbers only are drawn together, ``layer1.{0..2}.conv2``.
+      Last come the parameters that no group runs through, and why.
 
     Example:
       >>> import jax.numpy as jnp
@@ -106,11 +108,22 @@ def group_report(groups: Groups, plan: Plan | None, width: int) -> rich.console.
         ]
         table.add_row(*cells, style="dim" if fixed else "")
     legend = "; ".join(text for mark, text in _LEGEND.items() if mark in shown)
-    return rich.console.Group(
-        headline(groups) + "\n",
-        table,
-        rich.text.Text(f"\n{legend}.", style="dim"),
-    )
+    parts = [headline(groups) + "\n", table]
+    parts += [rich.text.Text(f"\n{legend}.", style="dim")] if legend else []
+    left = _left_out(groups)
+    parts += [rich.text.Text("\n" + "\n".join(left))] if left else []
+    return rich.console.Group(*parts)
+
+
+def _left_out(groups: Groups) -> list[str]:
+    """Lists the parameters that no group runs through, those alike in one line."""
+    names: dict[str, list[str]] = {}
+    for leaf, why in ungrouped(groups).items():
+        names.setdefault(why, []).append(leaf)
+    lines = [
+        f"  {', '.join(fold_names(leaves))}: {why}" for why, leaves in names.items()
+    ]
+    return ["Parameters that no group runs through:", *lines] if lines else []
 
 
 def headline(groups: Groups) -> str:

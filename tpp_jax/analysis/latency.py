@@ -18,7 +18,8 @@ from tpp_jax.models.convolution import (
     use_fast_convolutions,
 )
 from tpp_jax.pruning.flops import count
-from tpp_jax.pruning.tracing import Layer, Trace, layers, trace
+from tpp_jax.pruning.layers import Layer
+from tpp_jax.pruning.tracing import Trace, layers, trace
 
 _LEAST_CALLS = 5
 _SECONDS = 1.0  # that all calls of one network together should take at least
@@ -95,7 +96,10 @@ def compare_layers(
     """
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     traces = [trace(model, images) for model in (dense, pruned)]
-    kinds = [{layer.name: layer for layer in layers(traced)} for traced in traces]
+    kinds = [
+        {layer.name: layer for layer in layers(traced) if _can_be_timed(layer)}
+        for traced in traces
+    ]
     one = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     counts = [count(model, one).layers for model in (dense, pruned)]
     found: dict[str, Pair] = {}
@@ -110,6 +114,10 @@ def compare_layers(
         sizes = [layer_counts[name].flops for layer_counts in counts]
         found[name] = Pair(*known[key], *sizes)
     return found
+
+
+def _can_be_timed(layer: Layer) -> bool:
+    return layer.equation.primitive in ("dot_general", "conv_general_dilated")
 
 
 def _forward(model: nnx.Module, images: jax.Array) -> Callable[[], Any]:

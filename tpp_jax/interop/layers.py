@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from tpp_jax.models.vit import SelfAttention
-from tpp_jax.pruning.functions import modules
+from tpp_jax.pruning.nnx_layers import modules
 
 
 def describe_layers(model: nnx.Module) -> dict[str, Any]:

@@ -4,6 +4,11 @@ A pickle is a program. Python's own unpickler runs it, and whoever wrote the fil
 decides what it calls. Here its instructions are followed only as far as they put
 containers and constants together; where one names a global, calls it or builds an
 object with it, a record of that is all that is made.
+
+A pickle may also be written to exhaust memory or time: by naming one thing in it many
+times over. So nothing is copied here, except where a container is filled, and what is
+copied is no more than a few times what the pickle spells out; numbers of hundreds of
+digits and globals of hundreds of characters, which no file of weights has, are errors.
 """
 
 import dataclasses
@@ -12,20 +17,20 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Global:
     """A class or function that the pickle names, such as ``torch.nn.Linear``."""
 
     name: str
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Record:
     """An object that the pickle would have made by calling something.
 
     Attributes:
       what: what would have been called, a :class:`Global` unless the file is odd.
-      args: what it would have been called with.
+      args: what it would have been called with; keywords are left out.
       state: what would have been put into the object afterwards.
     """
 
@@ -33,6 +38,12 @@ class Record:
     args: Any
     state: Any = None
 
+
+_LONGEST_NAME = 200  # characters of a module and of a class or function in it
+_LARGEST_NUMBER = 2**256
+# Entries copied into dicts by calls, for each instruction that was read until then. A
+# pair that Python 2 writes takes four instructions at least.
+_COPIES = 2
 
 _MARK = object()  # stands on the stack where an instruction's arguments begin
 
@@ -43,6 +54,7 @@ _VALUES = {
     *("STRING", "BINSTRING", "SHORT_BINSTRING"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
+_ORDERED = Global("collections.OrderedDict")
 # Python 2 and 3 differ in the module; set() is called only below protocol 4.
 _SETS = [
     Global(f"{m}.{s}")
@@ -64,10 +76,11 @@ def read_pickle(
     Returns:
       The object, of Python's constants and containers, :class:`Global` and
       :class:`Record`. An ``OrderedDict`` is a dict, a set a list; entries of a dict
-      whose key is neither text nor a number are left out.
+      whose key is neither text nor a number of 64 bits are left out.
 
     Raises:
-      ValueError, TypeError, AttributeError, LookupError: the pickle is damaged.
+      ValueError, TypeError, AttributeError, LookupError: the pickle is damaged, or
+        written to exhaust memory.
 
     Example:
       >>> import fractions, io, pickle
@@ -76,6 +89,7 @@ def read_pickle(
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    read = copied = 0  # instructions, entries
 
     def since_mark() -> list[Any]:
         start = len(stack) - 1
@@ -85,7 +99,19 @@ def read_pickle(
         del stack[start:]
         return found
 
+    def called(what: Any, args: Any) -> Any:
+        nonlocal copied
+        if what == _ORDERED and isinstance(args, tuple):
+            copied += len(args[0]) if args else 0
+            if copied > _COPIES * read:
+                raise ValueError("the pickle fills dicts with one list over and over")
+            return _ordered(args)
+        if what in _SETS and isinstance(args, tuple):
+            return _set(args)
+        return Record(what, args)
+
     for opcode, arg, _ in pickletools.genops(stream):
+        read += 1
         match opcode.name:
             case "BINPUT" | "LONG_BINPUT" | "PUT":
                 memo[arg] = stack[-1]
@@ -133,20 +159,20 @@ def read_pickle(
                 if isinstance(stack[-1], dict):  # else a record of some kind of dict
                     stack[-1].update(_pairs(added))
             case "GLOBAL":
-                stack.append(Global(arg.replace(" ", ".")))
+                stack.append(_global(*arg.split(" ", 1)))
             case "STACK_GLOBAL":
-                stack.append(Global(".".join(_last(stack, 2))))
+                stack.append(_global(*_last(stack, 2)))
             case "REDUCE" | "NEWOBJ":
-                stack.append(_record(*_last(stack, 2)))
+                stack.append(called(*_last(stack, 2)))
             case "NEWOBJ_EX":
-                what, args, keywords = _last(stack, 3)
-                stack.append(_record(what, (*args, keywords)))
+                what, args, _ = _last(stack, 3)
+                stack.append(called(what, args))
             case "OBJ":
                 what, *args = since_mark()
-                stack.append(_record(what, tuple(args)))
+                stack.append(called(what, tuple(args)))
             case "INST":
-                what = Global(arg.replace(" ", "."))
-                stack.append(_record(what, tuple(since_mark())))
+                what = _global(*arg.split(" ", 1))
+                stack.append(called(what, tuple(since_mark())))
             case "BUILD":
                 state = stack.pop()
                 if isinstance(stack[-1], Record):  # attributes of a dict are left out
@@ -156,6 +182,8 @@ def read_pickle(
             case "BINPERSID":
                 stack.append(_refer(persistent, stack.pop()))
             case name if name in _VALUES:
+                if type(arg) is int and abs(arg) >= _LARGEST_NUMBER:
+                    raise ValueError("the pickle has a number of hundreds of digits")
                 stack.append(arg)
             case name:
                 raise ValueError(f"the pickle's instruction {name} is not one of data")
@@ -172,18 +200,47 @@ def _last(stack: list[Any], count: int) -> list[Any]:
 
 
 def _pairs(flat: list[Any]) -> dict[Any, Any]:
-    # Deeply nested keys would overflow the interpreter's stack when they are hashed.
+    # Deeply nested keys would overflow the interpreter's stack when they are hashed,
+    # and large numbers can be made to have one hash.
     pairs = zip(flat[::2], flat[1::2], strict=True)
-    return {key: value for key, value in pairs if isinstance(key, (str, int, float))}
+    return {key: value for key, value in pairs if _is_key(key)}
 
 
-def _record(what: Any, args: Any) -> Any:
-    if what == Global("collections.OrderedDict"):
-        # Python 2 passes the entries, in one list; Python 3 sets them later.
-        return _pairs([part for pairs in args for pair in pairs for part in pair])
-    if what in _SETS:
-        return [part for parts in args for part in parts]
-    return Record(what, args)
+def _is_key(key: Any) -> bool:
+    return isinstance(key, str | float) or (
+        isinstance(key, int) and -(2**63) <= key < 2**63
+    )
+
+
+def _global(module: Any, name: Any) -> Global:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise TypeError("the pickle names a global by something else than text")
+    if len(module) + len(name) > _LONGEST_NAME:
+        raise ValueError("the pickle has a global whose name is too long")
+    return Global(f"{module}.{name}")
+
+
+def _ordered(args: tuple[Any, ...]) -> dict[Any, Any]:
+    """Returns an OrderedDict as a dict.
+
+    Python 2 passes the entries, in one list; Python 3 sets them later.
+    """
+    if not args:
+        return {}
+    [entries] = args
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in entries):
+        raise ValueError("the pickle has an OrderedDict of something else than pairs")
+    return _pairs([part for pair in entries for part in pair])
+
+
+def _set(args: tuple[Any, ...]) -> list[Any]:
+    """Returns a set as the list that it would have been made of, without a copy."""
+    if not args:
+        return []
+    [elements] = args
+    if not isinstance(elements, list):
+        raise TypeError("the pickle has a set of something else than a list")
+    return elements
 
 
 def _refer(persistent: Callable[[Any], Any] | None, identity: Any) -> Any:

@@ -3,40 +3,38 @@
 ``torch.save`` writes a pickle, which only refers to the numbers, and the numbers as raw
 bytes: *storages*, of which each tensor is a strided view. Since PyTorch 1.6 both are
 entries of a zip archive; before, they followed one another in one stream.
+
+What a file says of its own sizes is not believed: no more is read or made than a small
+multiple of the file's size, whatever is written in it.
 """
 
-import dataclasses
 import io
+import itertools
+import json
 import pathlib
 import struct
-import sys
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from tpp_jax.errors import TPPError
-from tpp_jax.interop.pickles import Global, Record, read_pickle
+from tpp_jax.interop.names import shown
+from tpp_jax.interop.pickles import Record, read_pickle
+from tpp_jax.interop.torch_tensors import (
+    Storage,
+    Tensors,
+    as_numpy,
+    dtype_of_storage,
+    is_tensor,
+    kind_of,
+    tensors_of_module,
+    why_unreadable,
+)
 
-Tensors = dict[str, np.ndarray]
-
-_DTYPES = {
-    "Double": np.float64,
-    "Float": np.float32,
-    "Half": np.float16,
-    "BFloat16": ml_dtypes.bfloat16,
-    "Long": np.int64,
-    "Int": np.int32,
-    "Short": np.int16,
-    "Char": np.int8,
-    "Byte": np.uint8,
-    "Bool": np.bool_,
-    "ComplexFloat": np.complex64,
-    "ComplexDouble": np.complex128,
-    "Untyped": np.uint8,
-}
 _DTYPES_OF_SAFETENSORS = {
     "F64": np.float64,
     "F32": np.float32,
@@ -57,8 +55,9 @@ _DTYPES_OF_SAFETENSORS = {
 }
 _MAGIC_OF_STREAMS = 0x1950A86A20F9469CFC6C
 _OF_A_CHECKPOINT = ("state_dict", "model_state_dict", "model", "net")
-# A module may hold itself, or another one twice, which then is there four times, ….
-_DEEPEST, _MOST_MODULES = 100, 100_000
+_DEEPEST = 100  # checkpoints within checkpoints
+_SHOWN = 5  # names that a message lists
+
 
 _DAMAGE = (
     *(ValueError, TypeError, AttributeError, LookupError, OverflowError),
@@ -66,12 +65,15 @@ _DAMAGE = (
 )
 
 
-def read_torch(path: str | pathlib.Path) -> Tensors:
+def read_torch(path: str | pathlib.Path, *, key: str | None = None) -> Tensors:
     """Reads the tensors of a file, whatever its suffix says.
 
     Args:
-      path: a ``.safetensors`` file, or one that ``torch.save`` wrote in any version of
-        PyTorch: a state dict, a checkpoint with one inside, or a whole module.
+      path: a ``.safetensors`` file; one that ``torch.save`` wrote in any version of
+        PyTorch: a state dict, a checkpoint with one inside, or a whole module; or the
+        ``.index.json`` of a checkpoint in several files, which are in the same folder.
+      key: which entry of a checkpoint to take; None for ``state_dict``,
+        ``model_state_dict``, ``model`` or ``net``, the first of these that there is.
 
     Returns:
       Arrays by PyTorch's names, of PyTorch's shapes and types. They may be read-only.
@@ -80,56 +82,216 @@ def read_torch(path: str | pathlib.Path) -> Tensors:
       TPPError: the file is missing, damaged, or holds no weights.
     """
     path = pathlib.Path(path)
+    content = _content(path)
+    shards = _shards(content, path)
+    if shards is None:
+        return _tensors_of_file(content, path, key)
+    tensors: Tensors = {}
+    for shard in dict.fromkeys(shards.values()):
+        file = path.parent / shard
+        if not file.is_file():
+            raise TPPError(
+                f"{path} is the index of a checkpoint in {len(set(shards.values()))} "
+                f"files, and {shown(shard)} is not in its folder: fetch all of them"
+            )
+        found = _tensors_of_file(_content(file), file, key)
+        tensors |= {n: x for n, x in found.items() if shards.get(n, shard) == shard}
+    if lost := [name for name in shards if name not in tensors]:
+        raise TPPError(
+            f"{path} says that {shown(lost[0])} is in {shown(shards[lost[0]])}, which "
+            "does not have it: fetch the index and its files again"
+        )
+    return tensors
+
+
+def _content(path: pathlib.Path) -> bytes:
     if not path.is_file():
         raise TPPError(f"there is no file of weights at {path}")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TPPError(f"{path} cannot be read ({error.strerror})") from error
+    if not content:
+        raise TPPError(f"{path} is empty: fetch it again")
+    return content
+
+
+def _shards(content: bytes, path: pathlib.Path) -> dict[str, str] | None:
+    """Returns the file of each tensor if the content is an index; None if it is not.
+
+    Raises:
+      TPPError: it is other JSON, or an index of files that are not in its own folder.
+    """
+    if content[:1] != b"{" or _is_safetensors(content):
+        return None
+    try:
+        index = json.loads(content)
+    except (ValueError, RecursionError):
+        raise TPPError(f"{path} is JSON that is damaged: fetch it again") from None
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise TPPError(
+            f"{path} is JSON, and neither weights nor an index of their files"
+        )
+    for shard in shards.values():
+        if not isinstance(shard, str) or not _is_plain(shard):
+            raise TPPError(
+                f"{path} is an index that names {shown(shard)!r}, which is no file of "
+                "its own folder: fetch it again from a source that you trust"
+            )
+    return shards
+
+
+def _is_plain(name: str) -> bool:
+    """Tells whether a name is that of a file, and no path."""
+    return (
+        name not in ("", ".", "..")
+        and len(name) < 200
+        and not any(character in name for character in "/\\:\0")
+    )
+
+
+def _tensors_of_file(content: bytes, path: pathlib.Path, key: str | None) -> Tensors:
     _check_is_a_file_of_weights(content, path)
     try:
         if _is_safetensors(content):
-            return _read_safetensors(content)
-        stream = io.BytesIO(content)
-        saved = _read_zip(stream) if content[:2] == b"PK" else _read_stream(stream)
-        return tensors_in(saved)
+            saved = _read_safetensors(content)
+        elif content[:2] == b"PK":
+            saved = _read_zip(content)
+        else:
+            saved = _read_stream(io.BytesIO(content))
+        return tensors_in(saved, key)
     except TPPError as error:
-        raise TPPError(f"{path}: {error}") from error
+        raise TPPError(f"{path}: {error}") from None
     except _DAMAGE as error:
-        # The text of a KeyError is a key, which says nothing to a person.
-        reason = "no pickle" if isinstance(error, KeyError) else str(error)
+        # The text of a KeyError is a key, which says nothing to a person. The traceback
+        # is left out, since what is in the file may be in it.
+        reason = "no pickle" if isinstance(error, KeyError) else shown(error, 200)
         raise TPPError(
             f"{path} is damaged, or no file of weights ({reason}): fetch it again"
-        ) from error
+        ) from None
 
 
-def tensors_in(saved: Any) -> Tensors:
+def tensors_in(saved: Any, key: str | None = None) -> Tensors:
     """Returns the tensors of what was saved: a state dict, or something around one.
+
+    Where a checkpoint holds several sets of weights, such as ``model`` and
+    ``model_ema``, a warning says which one is taken.
 
     Args:
       saved: tensors by name (PyTorch's, NumPy's or JAX's), a checkpoint that holds them
         as ``state_dict``, ``model`` or ``net``, or what was read off a pickled module.
+      key: which entry of a checkpoint to take; None for the first of those.
 
     Raises:
       TPPError: there are no tensors, or something else among them.
     """
+    if key is not None:
+        if not isinstance(saved, Mapping) or not _holds_weights(saved.get(key)):
+            raise TPPError(f"there are no weights under the key {shown(key)!r}")
+        return tensors_in(saved[key])
+    for depth in range(_DEEPEST):
+        if not isinstance(saved, Mapping):
+            break
+        inner = next((k for k in _OF_A_CHECKPOINT if _is_container(saved.get(k))), None)
+        if inner is None:
+            break
+        _warn_of_others(saved, inner, compare=depth == 0)
+        saved = saved[inner]
+    else:
+        raise TPPError("the checkpoint in it holds itself")
     if isinstance(saved, Record):
-        tensors = dict(_tensors_of_module(saved))
+        tensors = tensors_of_module(saved)
         if not tensors:
-            raise TPPError(f"it holds {_kind(saved)}, in which there are no weights")
+            raise TPPError(f"it holds {kind_of(saved)}, in which there are no weights")
         return tensors
     if not isinstance(saved, Mapping):
-        raise TPPError(f"a state dict is wanted, this is {_kind(saved)}")
-    for key in _OF_A_CHECKPOINT:
-        if isinstance(saved.get(key), Mapping | Record) and not _is_tensor(saved[key]):
-            return tensors_in(saved[key])
-    for name, value in saved.items():
-        if not isinstance(name, str) or not _is_tensor(value):
-            some = ", ".join(str(key) for key in list(saved)[:5])
-            raise TPPError(
-                f"a state dict is wanted, this is a dict of {some}, where {name} is "
-                f"{_kind(value)}; a state dict inside it has to be picked by hand"
-            )
+        raise TPPError(f"a state dict is wanted, this is {kind_of(saved)}")
     if not saved:
         raise TPPError("the state dict is empty")
-    return {name: _as_numpy(value) for name, value in saved.items()}
+    for name, value in saved.items():
+        if not isinstance(name, str) or not is_tensor(value):
+            raise TPPError(_why_no_state_dict(saved, name, value))
+    return {name: as_numpy(value) for name, value in saved.items()}
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, Mapping | Record) and not is_tensor(value)
+
+
+def _holds_weights(value: Any) -> bool:
+    """Tells whether a value looks like a state dict or a module, without reading it."""
+    if isinstance(value, Record):
+        return isinstance(value.state, dict) and "_modules" in value.state
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(is_tensor(x) for x in itertools.islice(value.values(), 10))
+    )
+
+
+def _warn_of_others(saved: Mapping[str, Any], taken: str, compare: bool) -> None:
+    """Warns if a checkpoint holds other weights than those that are taken.
+
+    Args:
+      saved: the checkpoint.
+      taken: the key of what is taken.
+      compare: whether to leave out a single other set of the same numbers.
+    """
+    others = [k for k, x in saved.items() if k != taken and _holds_weights(x)]
+    if len(others) == 1 and compare and _are_same(saved[taken], saved[others[0]]):
+        return
+    if others:
+        names = [shown(name) for name in others[:_SHOWN]]
+        warnings.warn(
+            f"the checkpoint holds several sets of weights: {taken} is taken, and not "
+            f"{', '.join(names)}. For another one, give load_torch what "
+            f"tpp_jax.interop.torch_files.read_torch(file, key={names[0]!r}) returns",
+            stacklevel=3,
+        )
+
+
+def _are_same(first: Any, second: Any) -> bool:
+    """Tells whether two sets of weights are views of the same numbers."""
+    sets = []
+    for value in (first, second):
+        if isinstance(value, Record):
+            sets.append(tensors_of_module(value))
+        elif all(isinstance(k, str) and is_tensor(x) for k, x in value.items()):
+            sets.append({name: as_numpy(x) for name, x in value.items()})
+        else:
+            return False
+    ours, theirs = sets
+    return ours.keys() == theirs.keys() and all(
+        x.__array_interface__ == theirs[name].__array_interface__
+        for name, x in ours.items()
+    )
+
+
+def _why_no_state_dict(saved: Mapping[Any, Any], name: Any, value: Any) -> str:
+    if reason := why_unreadable(value):
+        return f"{shown(name)} is {reason}"
+    if str(name).endswith("_packed_params"):
+        return (
+            f"{shown(name)} is of a quantised layer, whose numbers are packed: save "
+            "the model before it is quantised"
+        )
+    some = ", ".join(shown(key) for key in itertools.islice(saved, 5))
+    return (
+        f"a state dict is wanted, this is a dict of {some}, where {shown(name)} is "
+        f"{kind_of(value)}; a state dict inside it has to be picked by hand"
+    )
+
+
+_OTHER_FORMATS = {
+    b"\x89HDF\r\n": "an HDF5 file, as Keras writes it, and not PyTorch's",
+    b"GGUF": "a GGUF file, and not PyTorch's",
+    b"\x93NUMPY": "an array of NumPy, and no state dict",
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"BZh": "compressed by bzip2: unpack it",
+    b"\xfd7zXZ": "compressed by xz: unpack it",
+    b"7z\xbc\xaf": "a 7z archive: unpack it",
+}
 
 
 def _check_is_a_file_of_weights(content: bytes, path: pathlib.Path) -> None:
@@ -140,8 +302,9 @@ def _check_is_a_file_of_weights(content: bytes, path: pathlib.Path) -> None:
         raise TPPError(
             f"{path} only stands for a file that Git LFS keeps: run git lfs pull"
         )
-    if not content:
-        raise TPPError(f"{path} is empty: fetch it again")
+    for magic, what in _OTHER_FORMATS.items():
+        if content.startswith(magic):
+            raise TPPError(f"{path} is {what}")
 
 
 def _is_safetensors(content: bytes) -> bool:
@@ -154,44 +317,73 @@ def _read_safetensors(content: bytes) -> Tensors:
     try:
         found = safetensors.deserialize(content)
     except safetensors.SafetensorError as error:
-        raise ValueError(error) from error
-    return {
-        name: np.frombuffer(it["data"], _DTYPES_OF_SAFETENSORS[it["dtype"]]).reshape(
-            it["shape"]
-        )
-        for name, it in found
-    }
+        raise ValueError(shown(error, 200)) from None
+    tensors = {}
+    for name, it in found:
+        if it["dtype"] not in _DTYPES_OF_SAFETENSORS:
+            raise TPPError(
+                f"{shown(name)} is of type {shown(it['dtype'])}, which is not read here"
+            )
+        dtype = np.dtype(_DTYPES_OF_SAFETENSORS[it["dtype"]])
+        tensors[name] = np.frombuffer(it["data"], dtype).reshape(it["shape"])
+    return tensors
 
 
-def _read_zip(stream: BinaryIO) -> Any:
-    archive = zipfile.ZipFile(stream)
+def _read_zip(content: bytes) -> Any:
+    archive = zipfile.ZipFile(io.BytesIO(content))
     entries = set(archive.namelist())
+    if reason := _other_archive(entries):
+        raise TPPError(reason)
     pickles = [entry for entry in entries if entry.endswith("data.pkl")]
     if len(pickles) != 1:
         raise TPPError("it is a zip archive, but not one that torch.save wrote")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
         raise TPPError("it is compressed, which torch.save does not do: unpack it")
+    if sum(entry.file_size for entry in archive.infolist()) > len(content):
+        raise TPPError("its entries overlap, which torch.save does not do")
     folder = pickles[0].removesuffix("data.pkl")
-    if f"{folder}constants.pkl" in entries:
-        raise TPPError("it holds a TorchScript program: save its state_dict() instead")
     order = f"{folder}byteorder"
     if order in entries and archive.read(order) != b"little":
         raise TPPError("it is of a big-endian machine: save it as .safetensors there")
     source: dict[str, bytes] = {}
 
-    def refer(identity: Any) -> _Storage:
-        _, kind, key, *_ = identity
+    def refer(identity: Any) -> Storage:
+        _, kind, key = _fields(identity)[:3]
         if key not in source:
             source[key] = archive.read(f"{folder}data/{key}")
-        return _Storage(_dtype(kind), key, source)
+        return Storage(dtype_of_storage(kind), key, source)
 
     return read_pickle(io.BytesIO(archive.read(pickles[0])), refer)
+
+
+def _other_archive(entries: set[str]) -> str | None:
+    """Returns what an archive is if it is known to be none of ``torch.save``."""
+    names = {entry.rpartition("/")[2] for entry in entries}
+    if "constants.pkl" in names or any("/code/" in entry for entry in entries):
+        return "it holds a TorchScript program: save its state_dict() instead"
+    if "archive_format" in names:
+        return "it holds a program that torch.export wrote: save its state_dict instead"
+    if any(name.endswith(".npy") for name in names):
+        return "it is an archive of NumPy: give load_torch a dict of its arrays"
+    if "model.weights.h5" in names:
+        return "it is a model of Keras, and not PyTorch's"
+    return None
+
+
+def _fields(identity: Any) -> tuple[Any, ...]:
+    """Returns the fields of a reference to a storage: what, type, key, device, …"""
+    if not isinstance(identity, tuple) or not 3 <= len(identity) <= 8:
+        raise ValueError("it refers to something that is no storage")
+    if not isinstance(identity[2], str):
+        raise ValueError("it refers to a storage by something else than text")
+    return identity
 
 
 def _read_stream(stream: BinaryIO) -> Any:
     """Reads five pickles: a magic number, a version, the machine, what was saved, and
     the names of the storages, which follow."""
-    if read_pickle(stream) != _MAGIC_OF_STREAMS:
+    magic = read_pickle(stream)
+    if type(magic) is not int or magic != _MAGIC_OF_STREAMS:
         raise TPPError("it is a pickle, but not one that torch.save wrote")
     read_pickle(stream)
     read_pickle(stream)
@@ -199,131 +391,22 @@ def _read_stream(stream: BinaryIO) -> Any:
     sizes: dict[str, int] = {}
 
     def refer(identity: Any) -> Any:
-        what, kind, *rest = identity
-        if what == "module":  # a class, beside the text of its definition
-            return kind
-        key, _, _, *view = rest
-        dtype = _dtype(kind)
+        if isinstance(identity, tuple) and identity[:1] == ("module",):
+            return identity[1]  # a class, beside the text of its definition
+        _, kind, key, _, _, *view = _fields(identity)
+        dtype = dtype_of_storage(kind)
         sizes[key] = dtype.itemsize
         start = view[0][1] if view and view[0] else 0
-        return _Storage(dtype, key, source, start)
+        return Storage(dtype, key, source, start)
 
     saved = read_pickle(stream, refer)
-    for key in read_pickle(stream):
+    keys = read_pickle(stream)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError("it has no list of its storages")
+    for key in keys:
         (count,) = struct.unpack("<q", stream.read(8))
         size = count * sizes[key]
         source[key] = stream.read(max(size, 0))
         if len(source[key]) != size:
             raise EOFError("it ends too early")
     return saved
-
-
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    """Where a tensor's numbers are.
-
-    Attributes:
-      dtype: type of the numbers.
-      key: name of their bytes.
-      source: all bytes by name; a stream's come after the pickle and are added then.
-      start: first number that belongs to this storage.
-    """
-
-    dtype: np.dtype
-    key: str
-    source: Mapping[str, bytes]
-    start: int = 0
-
-
-def _dtype(kind: Global) -> np.dtype:
-    """Returns the type in ``torch.FloatStorage``, ``torch.cuda.HalfStorage``, …"""
-    return np.dtype(_DTYPES[kind.name.rpartition(".")[2].removesuffix("Storage")])
-
-
-def _tensors_of_module(root: Record) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields what ``state_dict()`` of a pickled module would."""
-    stack, count = [("", root)], 0
-    while stack:
-        prefix, module = stack.pop()
-        count += 1
-        if prefix.count(".") > _DEEPEST or count > _MOST_MODULES:
-            raise TPPError("the module in it holds itself, or too many modules")
-        state = module.state if isinstance(module.state, dict) else {}
-        unsaved = state.get("_non_persistent_buffers_set", ())
-        buffers = state.get("_buffers", {}).items()
-        own = {name: value for name, value in buffers if name not in unsaved}
-        for name, value in {**state.get("_parameters", {}), **own}.items():
-            if value is not None:
-                yield f"{prefix}{name}", _as_numpy(value)
-        for name, child in state.get("_modules", {}).items():
-            if child is not None:
-                stack.append((f"{prefix}{name}.", child))
-
-
-def _is_tensor(value: Any) -> bool:
-    if isinstance(value, Record):
-        return isinstance(value.what, Global) and value.what.name in _REBUILDS
-    return hasattr(value, "shape") and hasattr(value, "dtype")
-
-
-def _as_numpy(value: Any) -> np.ndarray:
-    if isinstance(value, Record):
-        return _rebuild(value.what, value.args)
-    if type(value).__module__.partition(".")[0] != "torch":
-        return np.asarray(value)
-    # By way of its bytes, since NumPy's own types are not all that PyTorch has.
-    value = value.detach().cpu().contiguous()
-    torch = sys.modules["torch"]
-    numbers = value.reshape(-1).view(torch.uint8).numpy()
-    dtype = np.dtype(str(value.dtype).removeprefix("torch."))
-    return numbers.view(dtype).reshape(tuple(value.shape))
-
-
-_OF_A_STORAGE = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
-_OF_A_STORAGE_AND_DTYPE = "torch._utils._rebuild_tensor_v3"
-_OF_A_TENSOR = (
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
-    "torch.nn.parameter.Parameter",  # PyTorch before 0.4
-    "torch.autograd.variable.Variable",
-)
-_OF_A_SUBCLASS = "torch._tensor._rebuild_from_type_v2"
-_REBUILDS = (*_OF_A_STORAGE, _OF_A_STORAGE_AND_DTYPE, *_OF_A_TENSOR, _OF_A_SUBCLASS)
-
-
-def _rebuild(what: Any, args: Any) -> np.ndarray:
-    """Does what the function of PyTorch that the pickle names would do."""
-    match getattr(what, "name", None), args:
-        case name, (storage, offset, size, stride, *_) if name in _OF_A_STORAGE:
-            return _strided(storage, storage.dtype, offset, size, stride)
-        case name, (storage, offset, size, stride, _, _, dtype, *_) if (
-            name == _OF_A_STORAGE_AND_DTYPE
-        ):
-            dtype = np.dtype(dtype.name.removeprefix("torch."))
-            return _strided(storage, dtype, offset, size, stride)
-        case name, (Record() as tensor, *_) if name in _OF_A_TENSOR:
-            return _rebuild(tensor.what, tensor.args)
-        case name, (function, _, inner, *_) if name == _OF_A_SUBCLASS:
-            return _rebuild(function, inner)
-    raise ValueError(f"it has {_kind(Record(what, args))} where a tensor should be")
-
-
-def _strided(
-    storage: _Storage, dtype: np.dtype, offset: int, size: Any, stride: Any
-) -> np.ndarray:
-    if 0 in size:
-        return np.zeros(size, dtype)
-    numbers = np.frombuffer(storage.source[storage.key], dtype)[storage.start :]
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if min(offset, *size, *stride, 0) < 0 or last >= len(numbers):
-        raise ValueError("a tensor reaches beyond its numbers")
-    strides = [s * dtype.itemsize for s in stride]
-    view = np.lib.stride_tricks.as_strided
-    return view(numbers[offset:], size, strides, writeable=False)
-
-
-def _kind(value: Any) -> str:
-    """Names what a value is, for a message."""
-    if isinstance(value, Record):
-        return f"an object of {getattr(value.what, 'name', 'unknown type')}"
-    return f"of type {type(value).__name__}"

@@ -15,14 +15,18 @@ from flax import nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.interop.layers import describe_layers
+from tpp_jax.interop.names import shown
 from tpp_jax.interop.places import LAYERS, Flattened, Place, Shape, places
-from tpp_jax.interop.torch_files import Tensors, read_torch, tensors_in
-from tpp_jax.pruning.functions import modules, set_evaluation
-from tpp_jax.pruning.modules import follow_arrays
+from tpp_jax.interop.torch_files import read_torch, tensors_in
+from tpp_jax.interop.torch_tensors import Tensors
+from tpp_jax.pruning.bridge import follow_arrays
+from tpp_jax.pruning.functions import set_evaluation
 from tpp_jax.pruning.naming import layer_name, map_named, named_leaves
+from tpp_jax.pruning.nnx_layers import modules
 
 _OF_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
 _SHOWN = 5  # names of each kind that a message lists
+_COMPARED, _LONGEST = 1000, 200  # names compared with a missing one, and their length
 
 
 def load_torch(
@@ -40,8 +44,11 @@ def load_torch(
 
     Args:
       source: a ``.safetensors`` file, one that ``torch.save`` wrote (a state dict, a
-        checkpoint with one, or a whole module), or a state dict: tensors of PyTorch,
-        NumPy or JAX by name.
+        checkpoint with one, or a whole module), the ``.index.json`` of a checkpoint in
+        several files, or a state dict: tensors of PyTorch, NumPy or JAX by name. Of a
+        checkpoint with several sets of weights, such as ``model`` and ``model_ema``,
+        the first of ``state_dict``, ``model_state_dict``, ``model`` and ``net`` is
+        taken, with a warning.
       model: has the structure; its arrays are not used, and it may be abstract
         (``nnx.eval_shape``).
       pruned: whether layers may be narrower than the model's.
@@ -149,10 +156,11 @@ def _check_names(tensors: Tensors, there: Sequence[Place], model: nnx.Module) ->
     ]
     problems = []
     if missing:
-        near = [difflib.get_close_matches(n, unexpected, 1) for n in missing[:_SHOWN]]
+        others = [n for n in unexpected if len(n) < _LONGEST][:_COMPARED]
+        near = [difflib.get_close_matches(n, others, 1) for n in missing[:_SHOWN]]
         near += [[]] * len(missing[_SHOWN:])
         names = [
-            f"{name} (but a {other[0]})" if other else name
+            f"{name} (but a {shown(other[0])})" if other else name
             for name, other in zip(missing, near, strict=True)
         ]
         problems.append(f"they have no {_listed(names)}")
@@ -186,7 +194,7 @@ def _check_shapes(
             f"{wants[0]}: make the model with num_classes={has[0]} if these are classes"
         )
     names = [
-        f"{place.name} is {_size(has)} and not {_size(wants)}"
+        f"{place.name} is {shown(_size(has))} and not {_size(wants)}"
         for place, (has, wants) in wrong.items()
     ]
     hint = "; if they are of a pruned network, pass pruned=True" if narrower else ""
@@ -204,7 +212,9 @@ def _is_narrower(has: Shape, wants: Shape, place: Place) -> bool:
 
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(shown, names[:_SHOWN])) + (
+        f" and {more} more" if more > 0 else ""
+    )
 
 
 def _size(shape: Shape) -> str:
@@ -233,7 +243,7 @@ def _follow_widths(model: nnx.Module) -> None:
                 f"{path} is a pruned GroupNorm, and weights alone do not tell its "
                 "number of groups: keep such a network with tpp_jax.save_model"
             )
-    follow_arrays(model, num_groups=lambda leaf, number: number)
+    follow_arrays(model, num_groups=lambda leaf, number: None)
     if not hasattr(model, "spec"):
         return  # nobody knows what it is applied to
     graphdef, state = nnx.split(model)

@@ -11,14 +11,22 @@ with a residual R that is linear in G but for a constant, so that
 
 The gradient depends on the parameters alone, which is why it belongs in an optax
 transform and not in the loss (TPP, section 3.2).
+
+The filters of other kernels lie along several axes (heads, and the dimensions of each),
+and a kernel may be a stack of kernels. Nothing is reshaped here: arrays that are
+sharded over a mesh stay as they are.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from tpp_jax.errors import TPPError
+from tpp_jax.pruning.arrays import is_explicit
 
 Target = Literal["decorrelate", "orthogonal"]
 """What the Gram matrix is driven to.
@@ -59,58 +67,133 @@ def gram_penalty_grad(
 
 
 def gram_penalty_and_grad(
-    kernel: Float[Array, "*d n"],
-    pruned: Bool[Array, " n"],
+    kernel: Float[Array, "..."],
+    pruned: Bool[Array, "..."],
     target: Target = "decorrelate",
-) -> tuple[Float[Array, ""], Float[Array, "*d n"]]:
+    filters: Sequence[int] = (-1,),
+    batch: Sequence[int] = (),
+) -> tuple[Float[Array, ""], Float[Array, "..."]]:
     """Returns the penalty and its gradient, sharing the one Gram matrix.
+
+    Args:
+      kernel: float.
+      pruned: which filters are to be pruned, of the shape of the kernel along the axes
+        of its filters.
+      target: see :data:`Target`.
+      filters: axes of the kernel that index its filters together.
+      batch: axes along which kernels of their own are stacked; their penalties are
+        added up.
 
     Raises:
       TPPError: an unknown target, or a mask that is not of the kernel's filters.
     """
-    if pruned.shape != kernel.shape[-1:]:
-        raise TPPError(
-            f"pruned has the shape {list(pruned.shape)}, but the kernel has "
-            f"{kernel.shape[-1]} filters, on its last axis: give a bool for each"
-        )
-    columns = kernel.reshape(-1, kernel.shape[-1])
-    gram = columns.T @ columns
+    gram = _Gram(kernel, pruned, filters, batch)
     if target == "decorrelate":
-        residual = jnp.where(pruned[:, None] | pruned[None, :], gram, 0)
+        residual = jnp.where(gram.any_pruned, gram.matrix, 0)
     elif target == "orthogonal":
-        residual = gram - jnp.diag(1 - pruned.astype(gram.dtype))
+        identity = gram.diagonal(1 - pruned.astype(kernel.dtype))
+        residual = gram.matrix - identity
     else:
         raise TPPError(f"unknown Gram target {target!r}: decorrelate or orthogonal")
-    return _penalty_and_grad(kernel, columns, residual)
+    return gram.penalty_and_grad(residual)
 
 
 def kept_penalty_and_grad(
-    kernel: Float[Array, "*d n"], pruned: Bool[Array, " n"]
-) -> tuple[Float[Array, ""], Float[Array, "*d n"]]:
+    kernel: Float[Array, "..."],
+    pruned: Bool[Array, "..."],
+    filters: Sequence[int] = (-1,),
+    batch: Sequence[int] = (),
+) -> tuple[Float[Array, ""], Float[Array, "..."]]:
     """Returns the penalty ‖G − I‖²_F / N² among the kept filters, and its gradient.
 
     With it TPP also asks of the kept filters to be orthonormal: an ablation, in which
     the two parts of the Gram matrix have weights of their own.
 
     Args:
-      kernel: float, filters on the last axis.
-      pruned: which filters are to be pruned.
+      kernel: float.
+      pruned: as for :func:`gram_penalty_and_grad`.
+      filters: as for :func:`gram_penalty_and_grad`.
+      batch: as for :func:`gram_penalty_and_grad`.
 
     Example:
       >>> kept_penalty_and_grad(2 * jnp.eye(3), jnp.array([True, False, False]))[0]
       Array(2., dtype=float32)
     """
-    columns = kernel.reshape(-1, kernel.shape[-1])
-    residual = columns.T @ columns - jnp.eye(len(pruned), dtype=columns.dtype)
-    residual = jnp.where(pruned[:, None] | pruned[None, :], 0, residual)
-    return _penalty_and_grad(kernel, columns, residual)
+    gram = _Gram(kernel, pruned, filters, batch)
+    residual = gram.matrix - gram.diagonal(jnp.ones_like(pruned, kernel.dtype))
+    return gram.penalty_and_grad(jnp.where(gram.any_pruned, 0, residual))
 
 
-def _penalty_and_grad(
-    kernel: Float[Array, "*d n"],
-    columns: Float[Array, "d n"],
-    residual: Float[Array, "n n"],
-) -> tuple[Float[Array, ""], Float[Array, "*d n"]]:
-    scale = 1 / kernel.shape[-1] ** 2
-    penalty = scale * jnp.sum(jnp.square(residual))
-    return penalty, (4 * scale * (columns @ residual)).reshape(kernel.shape)
+class _Gram:
+    """The Gram matrices of a kernel.
+
+    Attributes:
+      matrix: float ``[*batch, *filters, *filters]``.
+      any_pruned: bool ``[*filters, *filters]``: whether either filter is to be pruned.
+    """
+
+    def __init__(
+        self,
+        kernel: Array,
+        pruned: Array,
+        filters: Sequence[int],
+        batch: Sequence[int],
+    ) -> None:
+        self.kernel = kernel
+        self.batch = tuple(i % kernel.ndim for i in batch)
+        self.filters = tuple(i % kernel.ndim for i in filters)
+        both = {*self.batch, *self.filters}
+        self.inputs = tuple(i for i in range(kernel.ndim) if i not in both)
+        self.shape = tuple(kernel.shape[i] for i in self.filters)
+        if pruned.shape != self.shape:
+            where = "on its last axis" if len(self.shape) == 1 else "on its axes"
+            raise TPPError(
+                f"pruned has the shape {list(pruned.shape)}, but the kernel has "
+                f"{' x '.join(map(str, self.shape))} filters, {where}: give a bool for "
+                "each"
+            )
+        self.matrix = jax.lax.dot_general(
+            kernel,
+            kernel,
+            ((self.inputs, self.inputs), (self.batch, self.batch)),
+            out_sharding=self._sharding((*self.batch, *self.filters)),
+        )
+        self.any_pruned = self._rows(pruned) | self._columns(pruned)
+
+    def diagonal(self, values: Array) -> Array:
+        """Returns the matrix with given values ``[*filters]`` on its diagonal."""
+        identity = jnp.eye(values.size, dtype=values.dtype)
+        return identity.reshape(self.shape * 2) * self._rows(values)
+
+    def penalty_and_grad(self, residual: Array) -> tuple[Array, Array]:
+        """Returns ‖R‖² / N², and its gradient with respect to the kernel."""
+        n_batch, n = len(self.batch), len(self.filters)
+        rows = tuple(range(n_batch, n_batch + n))
+        scale = 1 / jnp.size(self.any_pruned)
+        penalty = scale * jnp.sum(jnp.square(residual))
+        order = (*self.batch, *self.inputs, *self.filters)
+        product = jax.lax.dot_general(
+            self.kernel,
+            residual,
+            ((self.filters, rows), (self.batch, tuple(range(n_batch)))),
+            out_sharding=self._sharding(order),
+        )
+        if order != tuple(range(self.kernel.ndim)):
+            product = jnp.transpose(
+                product, [order.index(i) for i in range(len(order))]
+            )
+        return penalty, 4 * scale * product
+
+    def _rows(self, array: Array) -> Array:
+        return jnp.expand_dims(array, tuple(range(array.ndim, 2 * array.ndim)))
+
+    def _columns(self, array: Array) -> Array:
+        return jnp.expand_dims(array, tuple(range(array.ndim)))
+
+    def _sharding(self, axes: Sequence[int]) -> Any:
+        """Returns the sharding of a result that has these axes of the kernel first."""
+        if not is_explicit(self.kernel):
+            return None
+        sharding = jax.typeof(self.kernel).sharding
+        spec = (*sharding.spec, *[None] * self.kernel.ndim)
+        return sharding.update(spec=PartitionSpec(*(spec[i] for i in axes)))

@@ -21,14 +21,15 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.functions import modules
 from tpp_jax.pruning.naming import (
     layer_name,
     longest_known_suffix,
     map_named,
     named_leaves,
 )
-from tpp_jax.pruning.plan import Plan, parse_patterns
+from tpp_jax.pruning.nnx_layers import modules
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.planning import parse_patterns
 
 Activation = Literal["linear", "relu", "leaky_relu", "tanh", "sigmoid"]
 Layers = str | Sequence[str] | Plan

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from tpp_jax.errors import TPPError
 from tpp_jax.method.schedule import GrowingSchedule
+from tpp_jax.pruning.filters import Filters, find_filters, pruned_filters
 from tpp_jax.pruning.groups import Member
 from tpp_jax.pruning.naming import map_named
 from tpp_jax.pruning.plan import Plan
@@ -56,14 +57,17 @@ def add_growing_l2(
       schedule: λ by step, counted from 0.
 
     Returns:
-      A transform of gradients that needs ``params``; to stand before weight decay.
+      A transform of gradients that needs ``params``; to stand before weight decay. It
+      finds its parameters as :func:`tpp_jax.add_tpp_penalties` does.
 
     References:
       Wang et al., Neural Pruning via Growing Regularization, ICLR 2021, algorithm 2.
     """
 
+    kernels = _kernels(plan)
+
     def init(params: Any) -> GrowingState:
-        del params
+        find_filters(plan, kernels, params)
         zero = jnp.zeros((), jnp.result_type(float))
         return GrowingState(jnp.zeros((), jnp.int32), zero)
 
@@ -72,10 +76,11 @@ def add_growing_l2(
     ) -> tuple[Any, GrowingState]:
         if params is None:
             raise TPPError(_NO_PARAMS)
+        found = find_filters(plan, kernels, params)
         strength = schedule(state.step)
 
         def add(name: str, gradient: Array, parameter: Array) -> Array:
-            for member in _filters(plan, name):
+            for member in _filters(plan, found.get(name)):
                 inside = _channels(member, parameter) >= 0
                 factor = strength.astype(gradient.dtype) * inside
                 gradient = gradient + _along(factor, member, parameter) * parameter
@@ -99,14 +104,17 @@ def add_group_lasso(plan: Plan, weight: float = 1e-3) -> optax.GradientTransform
       weight: of the penalty.
 
     Returns:
-      A transform of gradients that needs ``params``; to stand before weight decay.
+      A transform of gradients that needs ``params``; to stand before weight decay. It
+      finds its parameters as :func:`tpp_jax.add_tpp_penalties` does.
 
     References:
       Wen et al., Learning Structured Sparsity in Deep Neural Networks, NeurIPS 2016.
     """
 
+    kernels = _kernels(plan)
+
     def init(params: Any) -> GroupLassoState:
-        del params
+        find_filters(plan, kernels, params)
         return GroupLassoState(jnp.zeros((), jnp.result_type(float)))
 
     def update(
@@ -114,11 +122,12 @@ def add_group_lasso(plan: Plan, weight: float = 1e-3) -> optax.GradientTransform
     ) -> tuple[Any, GroupLassoState]:
         if params is None:
             raise TPPError(_NO_PARAMS)
+        found = find_filters(plan, kernels, params)
         total = jnp.zeros_like(state.penalty)
 
         def add(name: str, gradient: Array, parameter: Array) -> Array:
             nonlocal total
-            for member in _filters(plan, name):
+            for member in _filters(plan, found.get(name)):
                 norms, along = _norms(member, parameter)
                 total = total + norms.sum().astype(total.dtype)
                 factor = weight * jnp.where(
@@ -150,11 +159,18 @@ def _norms(
     return norms, jnp.where(channels < 0, 0, norms[channels])
 
 
-def _filters(plan: Plan, leaf: str) -> list[Member]:
-    """Lists the axes of a parameter along which the pruned groups' filters stand."""
+def _kernels(plan: Plan) -> dict[str, Filters]:
+    """Returns the kernels that make the channels of the pruned groups."""
+    return {n: one for n, one in pruned_filters(plan).items() if one.kernel is not None}
+
+
+def _filters(plan: Plan, kernel: Filters | None) -> list[Member]:
+    """Lists the axes of a kernel along which the pruned groups' filters stand."""
+    if kernel is None:
+        return []
     return [
         member
-        for group, member in plan.groups.members.get(leaf, ())
+        for group, member in plan.groups.members[kernel.members[0].leaf]
         if member.role == "produced" and plan.kept_count(group) < group.size
     ]
 

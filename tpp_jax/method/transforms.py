@@ -7,11 +7,14 @@
         zero_pruned(plan, schedule),
     )
 
-All state lives in the optimizer's state: checkpoints and parallelism come free.
+All state lives in the optimizer's state: checkpoints and parallelism come free. After
+the cut both transforms change nothing, so that the same ``tx`` trains on with
+``slice_tree(plan, opt_state)`` and the pruned parameters.
 """
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
@@ -23,10 +26,11 @@ from tpp_jax.method.gram import (
     kept_penalty_and_grad,
 )
 from tpp_jax.method.schedule import GrowingSchedule
-from tpp_jax.pruning.groups import Member
-from tpp_jax.pruning.naming import layer_name, map_named
+from tpp_jax.pruning.arrays import is_explicit
+from tpp_jax.pruning.filters import belongs_to_layer, find_filters, pruned_filters
+from tpp_jax.pruning.naming import map_named
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.slicing import keep_masks
+from tpp_jax.pruning.readiness import UNDONE
 
 _NO_PARAMS = "the transform needs the parameters: call update(updates, state, params)"
 
@@ -46,9 +50,19 @@ class TPPState(NamedTuple):
 
 
 class ZeroPrunedState(NamedTuple):
-    """State of :func:`zero_pruned`: ``step``, int32, updates done."""
+    """State of :func:`zero_pruned`.
+
+    Attributes:
+      step: int32, updates done.
+      cleared: int32, the step of the last update, which set to zero what was due at
+        that step; -1 before any.
+      undone: bool, whether the last update found something nonzero that the one before
+        had set to zero: then the transform does not stand last in its chain.
+    """
 
     step: Int[Array, ""]
+    cleared: Int[Array, ""]
+    undone: Bool[Array, ""]
 
 
 def add_tpp_penalties(
@@ -79,14 +93,23 @@ def add_tpp_penalties(
 
     Returns:
       A transform of gradients that needs ``params``; to stand before weight decay and
-      the optimizer, as in the module's example.
+      the optimizer, as in the module's example (or after ``optax.scale_by_adam`` and
+      before the learning rate, so that Adam does not rescale the penalties). Parameters
+      are found by name as by :func:`tpp_jax.slice_tree`. What the plan has cut already
+      is not penalised.
+
+    Raises:
+      TPPError: from ``init`` or ``update``: a parameter that the plan prunes is missing
+        from the tree of parameters, is there twice, or has another shape.
 
     References:
       Wang & Fu, Trainability Preserving Neural Pruning, ICLR 2023, section 3.2.
     """
 
+    filters = pruned_filters(plan)
+
     def init(params: Any) -> TPPState:
-        del params
+        find_filters(plan, filters, params)
         zero = jnp.zeros((), jnp.result_type(float))
         return TPPState(jnp.zeros((), jnp.int32), zero, zero)
 
@@ -95,27 +118,32 @@ def add_tpp_penalties(
     ) -> tuple[Any, TPPState]:
         if params is None:
             raise TPPError(_NO_PARAMS)
+        found = find_filters(plan, filters, params)
         strength = schedule(state.step)
         penalties = []
 
         def add(name: str, gradient: Array, parameter: Array) -> Array:
-            for member, pruned in _pruned_members(plan, name):
-                factor = strength.astype(gradient.dtype)
-                if member.role == "produced" and gram_weight:
-                    filters_last = jnp.moveaxis(parameter, member.axis, -1)
-                    mask = _once_known(gradient, pruned)
-                    penalty, grad = gram_penalty_and_grad(filters_last, mask, target)
-                    penalties.append(penalty.astype(strength.dtype))
-                    grad = jnp.moveaxis(grad, -1, member.axis)
-                    gradient = gradient + gram_weight * factor * grad
-                if member.role == "produced" and kept_weight:
-                    filters_last = jnp.moveaxis(parameter, member.axis, -1)
-                    _, grad = kept_penalty_and_grad(filters_last, pruned)
-                    grad = jnp.moveaxis(grad, -1, member.axis)
-                    gradient = gradient + kept_weight * grad
-                if l2 if _belongs_to_producer(plan, member) else bn:
-                    coefficient = factor * _along(pruned, member.axis, parameter)
-                    gradient = gradient + coefficient * parameter
+            if name not in found:
+                return gradient
+            here = found[name]
+            factor, kernel = strength.astype(gradient.dtype), here.kernel
+            if kernel is not None and (gram_weight or kept_weight):
+                axes = {"filters": kernel.filters or (kernel.axis,)}
+                axes["batch"] = kernel.batch
+                shape = [parameter.shape[axis] for axis in axes["filters"]]
+                mask = here.mask(parameter.ndim, axes["filters"])
+                mask = jnp.broadcast_to(jnp.asarray(mask), shape)
+            if kernel is not None and gram_weight:
+                late = _once_known(gradient, mask)
+                penalty, grad = gram_penalty_and_grad(parameter, late, target, **axes)
+                penalties.append(penalty.astype(strength.dtype))
+                gradient = gradient + gram_weight * factor * grad
+            if kernel is not None and kept_weight:
+                _, grad = kept_penalty_and_grad(parameter, mask, **axes)
+                gradient = gradient + kept_weight * grad
+            if l2 if belongs_to_layer(plan, here) else bn:
+                coefficient = factor * here.mask(parameter.ndim)
+                gradient = gradient + coefficient * parameter
             return gradient
 
         updates = map_named(add, updates, params)
@@ -139,10 +167,14 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
       schedule: tells when each layer's turn is.
 
     Returns:
-      A transform to stand last in the chain; it needs ``params``.
+      A transform to stand last in the chain; it needs ``params``. Parameters are found
+      as by :func:`add_tpp_penalties`. What the plan has cut already is left alone.
 
     Raises:
-      TPPError: the stabilize phase ends before the last layer's turn.
+      TPPError: the stabilize phase ends before the last layer's turn; from ``init`` or
+        ``update``, as :func:`add_tpp_penalties`; from an ``update`` that is not traced,
+        what the last one set to zero is so no more. (Under ``jit`` the state remembers
+        that, and :func:`tpp_jax.status` raises.)
     """
     last = max(
         (
@@ -160,62 +192,45 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
             f"needs at least {(last + 1) * schedule.zero_out_every} steps"
         )
 
+    filters = pruned_filters(plan)
+
     def init(params: Any) -> ZeroPrunedState:
-        del params
-        return ZeroPrunedState(jnp.zeros((), jnp.int32))
+        find_filters(plan, filters, params)
+        none = jnp.full((), -1, jnp.int32)
+        return ZeroPrunedState(jnp.zeros((), jnp.int32), none, jnp.zeros((), bool))
 
     def update(
         updates: Any, state: ZeroPrunedState, params: Any = None
     ) -> tuple[Any, ZeroPrunedState]:
         if params is None:
             raise TPPError(_NO_PARAMS)
+        found = find_filters(plan, filters, params)
+        undone = jnp.zeros((), bool)
 
         def zero(name: str, change: Array, parameter: Array) -> Array:
-            for member, pruned in _pruned_members(plan, name):
-                due = state.step >= schedule.zero_out_step(member.order)
-                cleared = due & _along(pruned, member.axis, parameter)
-                change = jnp.where(cleared, -parameter, change)
-            return change
+            nonlocal undone
+            if name not in found:
+                return change
+            first = schedule.zero_out_step(found[name].order)
+            pruned = found[name].mask(parameter.ndim)
+            was_zero = state.cleared >= first
+            undone |= was_zero & jnp.any(pruned & (parameter != 0))
+            return jnp.where((state.step >= first) & pruned, -parameter, change)
 
-        return map_named(zero, updates, params), ZeroPrunedState(state.step + 1)
+        updates = map_named(zero, updates, params)
+        if not isinstance(undone, jax.core.Tracer) and undone:
+            raise TPPError(UNDONE)
+        return updates, ZeroPrunedState(state.step + 1, state.step, undone)
 
     return optax.GradientTransformation(init, update)
 
 
-def _pruned_members(plan: Plan, leaf: str) -> list[tuple[Member, Bool[Array, " n"]]]:
-    """Lists the axes of a parameter along which whole channels are pruned.
-
-    The contracted axis of the next kernel is not among them: its slices see only zeros
-    once the channels are gone, and go with the slicing.
-    """
-    keep = keep_masks(plan, leaf)
-    members = {
-        m.axis: m
-        for _, m in plan.groups.members.get(leaf, ())
-        if m.role != "contracted"
-    }
-    return [
-        (member, ~jnp.asarray(keep[axis][0]))
-        for axis, member in members.items()
-        if axis in keep
-    ]
-
-
-def _belongs_to_producer(plan: Plan, member: Member) -> bool:
-    """Tells a kernel (or embedding) and its own bias from a norm's parameters."""
-    made = member.role in ("produced", "depthwise")
-    return made or layer_name(member.leaf) in plan.groups.layers
-
-
-def _once_known(gradient: Array, pruned: Bool[Array, " n"]) -> Bool[Array, " n"]:
+def _once_known(gradient: Array, pruned: Bool[Array, "..."]) -> Bool[Array, "..."]:
     """Returns the same mask, as something that waits for a finite gradient.
 
     A penalty is of parameters alone: XLA would compute its gradient before the loss's,
     and hold that of all layers through the backward pass.
     """
+    if is_explicit(gradient):  # one entry of a sharded array cannot be taken there
+        return jax.lax.optimization_barrier((pruned, gradient))[0]
     return pruned | jnp.isnan(gradient.reshape(-1)[0])
-
-
-def _along(mask: Bool[Array, " n"], axis: int, array: Array) -> Array:
-    """Shapes a vector so that it runs along one axis of an array."""
-    return mask.reshape([-1 if i == axis else 1 for i in range(array.ndim)])

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from tpp_jax.pruning.functions import as_function
 from tpp_jax.pruning.statistics import mean_of
-from tpp_jax.pruning.tracing import CALLS
+from tpp_jax.pruning.unfolding import CALLS
 
 Means = dict[str, Float[Array, "..."]]
 

@@ -1,7 +1,8 @@
 """Parameters and floating-point operations of a model, read off its jaxpr."""
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,14 @@ from flax import nnx
 
 from tpp_jax.pruning.groups import Groups, label_axes
 from tpp_jax.pruning.labels import Channels, solve
-from tpp_jax.pruning.tracing import Layer, Trace, layer_names, layers, trace
+from tpp_jax.pruning.layers import Layer, kernel_axes
+from tpp_jax.pruning.rules import RULES
+from tpp_jax.pruning.tracing import Trace, layer_names, layers, source_line, trace
+
+# Operations that are understood, but whose work is neither small nor counted.
+_HEAVY = frozenset(
+    "fft cholesky triangular_solve tridiagonal_solve lu qr svd eigh".split()
+)
 
 
 class LayerCount(NamedTuple):
@@ -33,11 +41,16 @@ class Count(NamedTuple):
       params: entries of all trainable parameters, batch norms' included.
       flops: twice the multiply-adds of all convolution and dense layers.
       layers: layer name → its share, in order of execution.
+      uncounted: operations that may hold much work and are not in ``flops``, each with
+        the line of the model: kernels of one's own (Pallas, FFI), callbacks,
+        decompositions of matrices, Fourier transforms, layers in a ``while`` loop,
+        which are counted for one step.
     """
 
     params: int
     flops: int
     layers: dict[str, LayerCount]
+    uncounted: tuple[str, ...] = ()
 
 
 def count(
@@ -52,8 +65,13 @@ def count(
       params: for a function, its parameters.
 
     Returns:
-      The totals and each layer's part. Element-wise work, norms and pooling are not
-      counted. A padded border counts as if it were computed, as PyTorch's counters do.
+      The totals and each layer's part. A layer is a product of activations with
+      parameters, or with what is computed from parameters. Products of activations with
+      activations (queries with keys), element-wise work, norms and pooling are not
+      counted. A padded border counts as if it were computed, as PyTorch's counters do;
+      the zeros that a transposed convolution puts between its inputs do not. Of the
+      branches of a ``cond`` the most expensive one counts, of a ``while`` loop one step
+      (see :attr:`Count.uncounted`), of a ``shard_map`` what all devices do together.
 
     Example:
       >>> from flax import nnx
@@ -71,37 +89,134 @@ def count(
         layer.name: LayerCount(_filters(traced, layer), sizes.get(layer.name, 0), 0)
         for layer in layers(traced)
     }
-    # A layer that runs twice costs twice: FLOPs are summed over equations, not layers.
-    for layer in layers(traced, repeated=True):
-        one = found[layer.name]
-        found[layer.name] = one._replace(flops=one.flops + _flops(traced, layer))
+    # A layer that runs twice costs twice: FLOPs are summed over uses, not layers.
+    uses = layers(traced, repeated=True)
+    costs = [
+        factor * math.prod(traced.shapes[value][axis] for value, axis in along)
+        for factor, along in (_work(traced, use) for use in uses)
+    ]
+    counts = _in_dearest_branches(costs, [use.equation.branches for use in uses])
+    for use, cost, counted in zip(uses, costs, counts, strict=True):
+        one = found[use.name]
+        found[use.name] = one._replace(flops=one.flops + cost * counted)
     return Count(
         params=sum(sizes.values()),
         flops=sum(one.flops for one in found.values()),
         layers=found,
+        uncounted=uncounted_work(traced),
     )
+
+
+def uncounted_work(traced: Trace) -> tuple[str, ...]:
+    """Names the operations whose work is not counted; see :attr:`Count.uncounted`."""
+    in_loops = {use.equation.outputs for use in traced.uses if use.equation.endless}
+    found: dict[str, None] = {}
+    for eqn in traced.equations:
+        line = source_line(eqn.source)
+        where = f" ({line})" if line else ""
+        if eqn.primitive not in RULES or eqn.primitive in _HEAVY:
+            found[f"{eqn.primitive}{where}"] = None
+        elif eqn.outputs in in_loops:
+            found[f"{eqn.primitive} in a while loop{where}"] = None
+    return tuple(found)
 
 
 def _filters(traced: Trace, layer: Layer) -> int:
-    if layer.equation.primitive == "conv_general_dilated":
-        out_feature = layer.equation.params["dimension_numbers"].out_spec[1]
-        return traced.shapes[layer.equation.outputs[0]][out_feature]
-    (contracted, batch) = (
-        side[layer.operand] for side in layer.equation.params["dimension_numbers"]
-    )
-    shape = traced.shapes[layer.equation.inputs[layer.operand]]
-    gone = {*contracted, *batch}
-    return math.prod(n for i, n in enumerate(shape) if i not in gone)
+    operand = traced.shapes[layer.equation.inputs[layer.operand]]
+    shape = traced.shapes[traced.leaves[layer.kernel]]
+    produced, _ = kernel_axes(layer.equation, layer.operand, len(operand))
+    total = 1
+    for i in produced:
+        own = [axis for leaf, axis in layer.axes[i] if leaf == layer.kernel]
+        # A device's part of a kernel, or a half of it, is not all of its filters.
+        parts = len(own) == 1 and shape[own[0]] % operand[i] == 0
+        total *= shape[own[0]] if parts else operand[i]
+    return total
 
 
-def _flops(traced: Trace, layer: Layer) -> int:
+def _work(traced: Trace, layer: Layer) -> tuple[int, list[tuple[int, int]]]:
+    """Returns the FLOPs of one use of a layer: a factor, and axes that multiply it.
+
+    An axis is a value of the trace and the number of one of its axes.
+    """
     eqn = layer.equation
-    out = eqn.times * math.prod(traced.shapes[eqn.outputs[0]])
-    shape = traced.shapes[eqn.inputs[layer.operand]]
-    dims = eqn.params["dimension_numbers"]
+    [out] = eqn.outputs
     if eqn.primitive == "conv_general_dilated":
-        return 2 * out * (math.prod(shape) // shape[dims.rhs_spec[0]])
-    return 2 * out * math.prod(shape[i] for i in dims[0][layer.operand])
+        dims = eqn.params["dimension_numbers"]
+        taps = math.prod(
+            _taps(
+                traced.shapes[out][dims.out_spec[i]],
+                traced.shapes[eqn.inputs[1]][dims.rhs_spec[i]],
+                *(eqn.params[name][i - 2] for name in _SPACING),
+                low,
+            )
+            for i, (low, _) in enumerate(eqn.params["padding"], start=2)
+        )
+        along = [(out, axis) for axis in dims.out_spec[:2]]
+        return 2 * eqn.times * taps, [*along, (eqn.inputs[1], dims.rhs_spec[1])]
+    rank = len(traced.shapes[eqn.inputs[0]])
+    _, contracted = kernel_axes(eqn, 0, rank)
+    axes = range(len(traced.shapes[out]))
+    if eqn.primitive == "ragged_dot_general":
+        ragged = eqn.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
+        if set(ragged) <= {*contracted}:  # each group contracts rows of its own
+            axes = axes[1:]
+    along = [(out, axis) for axis in axes]
+    return 2 * eqn.times, along + [(eqn.inputs[0], axis) for axis in contracted]
+
+
+_SPACING = ("window_strides", "lhs_dilation", "rhs_dilation")
+
+
+def _taps(
+    outputs: int, window: int, stride: int, spread: int, dilation: int, low: int
+) -> int:
+    """Counts the pairs of an output and a weight of a window that meet an input.
+
+    Along one axis; the border counts as inputs, but not the zeros between inputs.
+
+    Args:
+      outputs: number of outputs.
+      window: number of weights.
+      stride: distance of the windows.
+      spread: distance of the inputs: ``spread - 1`` zeros are put between two.
+      dilation: distance of the weights.
+      low: padding before the first input.
+    """
+    if spread == 1:
+        return outputs * window
+    places = np.arange(outputs)[:, None] * stride + np.arange(window) * dilation
+    return int(((places - low) % spread == 0).sum())
+
+
+def _in_dearest_branches(
+    costs: Sequence[int], branches: Sequence[tuple[tuple[int, int], ...]]
+) -> list[bool]:
+    """Tells which costs count: of each ``cond``, those of its most expensive branch.
+
+    Args:
+      costs: of each use of a layer.
+      branches: see :attr:`tpp_jax.pruning.unfolding.Equation.branches`.
+    """
+
+    def dearest(uses: list[int], depth: int) -> tuple[int, list[int]]:
+        chosen = [i for i in uses if len(branches[i]) == depth]
+        total = sum(costs[i] for i in chosen)
+        conds: dict[int, dict[int, list[int]]] = {}
+        for i in uses:
+            if len(branches[i]) > depth:
+                cond, branch = branches[i][depth]
+                conds.setdefault(cond, {}).setdefault(branch, []).append(i)
+        for inside in conds.values():
+            found = [dearest(some, depth + 1) for some in inside.values()]
+            most, those = max(found, key=lambda pair: pair[0])
+            total, chosen = total + most, chosen + those
+        return total, chosen
+
+    if not any(branches):
+        return [True] * len(costs)
+    counted = set(dearest(list(range(len(costs))), 0)[1])
+    return [i in counted for i in range(len(costs))]
 
 
 class Costs:
@@ -109,8 +224,9 @@ class Costs:
 
     Every parameter is as large as the product of its axes, and every convolution and
     dense layer costs twice the product of its output's axes and of those that it
-    contracts. Here each axis is put down to the groups whose channels run along it, so
-    that counts of kept channels are all that is needed; nothing is traced again.
+    contracts (see :func:`count`). Here each axis is put down to the groups whose
+    channels run along it, so that counts of kept channels are all that is needed;
+    nothing is traced again.
 
     Example:
       >>> import jax.numpy as jnp
@@ -136,17 +252,13 @@ class Costs:
         self._params = [
             self._product(1, axes[traced.leaves[leaf]]) for leaf in traced.trainable
         ]
+        uses = layers(traced, repeated=True)
+        self._branches = [use.equation.branches for use in uses]
         self._flops = []
-        for layer in layers(traced, repeated=True):
-            eqn = layer.equation
-            dims = eqn.params["dimension_numbers"]
-            kernel = axes[eqn.inputs[layer.operand]]
-            if eqn.primitive == "conv_general_dilated":
-                inner = [axis for i, axis in enumerate(kernel) if i != dims.rhs_spec[0]]
-            else:
-                inner = [kernel[i] for i in dims[0][layer.operand]]
-            whole = [*axes[eqn.outputs[0]], *inner]
-            self._flops.append(self._product(2 * eqn.times, whole))
+        for use in uses:
+            factor, along = _work(traced, use)
+            whole = [axes[value][axis] for value, axis in along]
+            self._flops.append(self._product(factor, whole))
 
     def __call__(self, kept: Mapping[str, int]) -> tuple[int, int]:
         """Returns the parameters and FLOPs, as :func:`count` has them, if pruned.
@@ -168,13 +280,16 @@ class Costs:
                 size += positions
             sizes.append(size)
 
-        def total(products: list[tuple[int, list[int]]]) -> int:
-            return sum(
+        def each(products: list[tuple[int, list[int]]]) -> list[int]:
+            return [
                 factor * math.prod(sizes[axis] for axis in along)
                 for factor, along in products
-            )
+            ]
 
-        return total(self._params), total(self._flops)
+        flops = each(self._flops)
+        counted = _in_dearest_branches(flops, self._branches)
+        total = sum(itertools.compress(flops, counted))
+        return sum(each(self._params)), total
 
     def _product(self, factor: int, axes: list[np.ndarray]) -> tuple[int, list[int]]:
         along = []

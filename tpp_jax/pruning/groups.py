@@ -7,150 +7,30 @@ arrays: the sixteen channels of ``layer1.0.conv1``, say. Both are read off the j
 there is no table of architectures.
 """
 
-import functools
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from tpp_jax.errors import TPPError
+from tpp_jax.pruning.comparing import Reading
 from tpp_jax.pruning.functions import is_array
 from tpp_jax.pruning.labels import Labels, NotUnderstood, solve
-from tpp_jax.pruning.rules import apply_rule
-from tpp_jax.pruning.tracing import (
-    Layer,
-    Trace,
-    layer_names,
-    layers,
-    lookups,
-    source_line,
+from tpp_jax.pruning.layers import kernel_axes
+from tpp_jax.pruning.records import Group, Groups, Member, Slot, Supposition, with_inner
+from tpp_jax.pruning.roles import (
+    Roles,
+    convolution_kinds,
+    kind_of,
+    read_filters,
+    read_orders,
+    read_roles,
+    read_stacks,
 )
-
-Slot = tuple[str, int]  # an axis of a parameter leaf
-
-
-class Member(NamedTuple):
-    """One axis of one parameter array that a group's channels run through.
-
-    Attributes:
-      leaf: dotted name, ``layer1.0.conv1.kernel``.
-      axis: which of its axes.
-      positions: int64 ``[size, m]``; channel c occupies ``positions[c]`` along the axis
-        (m > 1 where a flattened feature map enters a dense layer).
-      role: ``"produced"`` for the output axis of a kernel, ``"contracted"`` for the
-        input axis of one, ``"along"`` for what is applied channel by channel (a bias, a
-        norm's scale, bias, mean and variance), ``"depthwise"`` for the kernel of a
-        depthwise convolution, which is applied channel by channel too.
-      order: index of the layer in order of execution: the kernel's own or, for a norm,
-        that of the layer run last before it.
-    """
-
-    leaf: str
-    axis: int
-    positions: np.ndarray
-    role: str
-    order: int
-
-
-class Group(NamedTuple):
-    """Channels that occupy the same arrays.
-
-    Attributes:
-      name: the layer that produces them first, ``layer1.0.conv1``.
-      size: number of channels.
-      producers: names of all layers that produce them, in order of execution.
-      members: every parameter axis that they run through.
-      inner: whether another group runs through the same filters at a coarser grain:
-        that group's channels are the heads of an attention, say, and this one's the
-        dimensions of each head. Named ``layer#2``.
-      reason: why they cannot be pruned; None if they can.
-      reduced: whether a sum or maximum runs over the channels that is not a layer's own
-        (a layer norm, a softmax, a product of queries and keys, which is scaled by the
-        number of channels); then zeros in their place are not the same as their
-        absence.
-    """
-
-    name: str
-    size: int
-    producers: tuple[str, ...]
-    members: tuple[Member, ...]
-    inner: bool
-    reason: str | None
-    reduced: bool
-
-
-class Groups:
-    """The groups of a model, in order of execution; compared by identity.
-
-    Attributes:
-      all: every group, prunable or not.
-      layers: names of the convolution and dense layers in order of execution.
-      shapes: parameter leaf name → shape of the unpruned array.
-      inputs: abstract example inputs, to re-trace a sliced model.
-      traced: the computation that they were read off.
-      joined: pairs of axes whose channels go together since the model refuses to run
-        otherwise.
-    """
-
-    def __init__(
-        self,
-        groups: tuple[Group, ...],
-        layers: tuple[str, ...],
-        shapes: dict[str, tuple[int, ...]],
-        inputs: tuple[Any, ...],
-        traced: Trace,
-        joined: tuple[tuple[Slot, Slot], ...] = (),
-    ) -> None:
-        self.all = groups
-        self.layers = layers
-        self.shapes = shapes
-        self.inputs = inputs
-        self.traced = traced
-        self.joined = joined
-
-    def __iter__(self) -> Iterator[Group]:
-        return iter(self.all)
-
-    def __len__(self) -> int:
-        return len(self.all)
-
-    def __getitem__(self, name: str | int) -> Group:
-        return self.all[name] if isinstance(name, int) else self._by_name[name]
-
-    def __repr__(self) -> str:
-        prunable = sum(group.reason is None for group in self)
-        return f"Groups({len(self)} groups, {prunable} prunable)"
-
-    @functools.cached_property
-    def _by_name(self) -> dict[str, Group]:
-        return {group.name: group for group in self}
-
-    @functools.cached_property
-    def members(self) -> dict[str, tuple[tuple[Group, Member], ...]]:
-        """Leaf name → what runs through that leaf, for the prunable groups."""
-        found: dict[str, list[tuple[Group, Member]]] = {}
-        for group in self:
-            if group.reason is None:
-                for member in group.members:
-                    found.setdefault(member.leaf, []).append((group, member))
-        return {leaf: tuple(pairs) for leaf, pairs in found.items()}
-
-
-class Supposition(NamedTuple):
-    """Something that groups rest on, which a traced computation does not tell.
-
-    Attributes:
-      group: index of a group that rests on it.
-      part: which of the sizes that one operation is told.
-      source: the operation's source, see :func:`tracing.source_line`.
-      told: the value, and the axis of it, whose size the operation was told, if known.
-    """
-
-    group: int
-    part: int
-    source: Any
-    told: tuple[int, int] | None
+from tpp_jax.pruning.rules import apply_rule
+from tpp_jax.pruning.tracing import Trace, layer_names, layers, source_line
 
 
 def read_groups(
@@ -158,6 +38,7 @@ def read_groups(
     inputs: tuple[Any, ...],
     strict: bool = False,
     joined: tuple[tuple[Slot, Slot], ...] = (),
+    unpruned: Groups | None = None,
 ) -> tuple[Groups, list[Supposition]]:
     """Reads the coupled-channel groups off a traced computation.
 
@@ -166,16 +47,21 @@ def read_groups(
       inputs: the example inputs that it was traced with.
       strict: see :func:`tpp_jax.channel_groups`.
       joined: pairs of axes whose channels are to go together, whatever is read.
+      unpruned: the groups of the unpruned model, if this is a sliced form of it: which
+        of its convolutions are depthwise is not seen once a single channel is left.
 
     Returns:
       The groups, and what they rest on: that the sizes which reshapes, splits and
       broadcasts are told would be others if there were fewer channels.
     """
-    layer_list = layers(traced)
-    labels, axes = label_axes(traced, joined)
+    kinds = {} if unpruned is None else convolution_kinds(unpruned.traced)
+    labels, axes = label_axes(traced, joined, kinds)
     solution = solve(labels)
-    roles = _roles(layer_list, axes, traced)
-    orders, first_use = _orders(traced, layer_list)
+    roles = read_roles(traced, kinds)
+    stacked = read_stacks(traced)
+    filters = read_filters(traced, roles, stacked)
+    orders, first_use = read_orders(traced)
+    kernels = {use.kernel for use in traced.uses if not use.inner}
     name_of = layer_names(traced)
 
     slots = [
@@ -187,55 +73,70 @@ def read_groups(
     groups: list[tuple[tuple[int, ...], Group]] = []
     channels_of: list[np.ndarray] = []
     for channels, members_at in _alike_channels(rows, solution.stuck):
+        stuck = bool(solution.stuck[channels[0]] >= 0)
+        there = [slots[i] for i in members_at]
+        there.sort(key=lambda slot: first_use.get(slot[0], 0))
+        here = _roles_here(roles, there, stuck)
+        if "produced" not in here.values():
+            continue
         members = []
         for slot in members_at:
             leaf, axis = slots[slot]
-            role = roles.get((leaf, axis), "along")
             positions = _positions_of(channels, *rows[slot])
-            members.append(Member(leaf, axis, positions, role, orders.get(leaf, 0)))
-        members.sort(key=lambda m: first_use.get(m.leaf, 0))
+            role = here[leaf, axis]
+            member = Member(leaf, axis, positions, role, orders.get(leaf, 0))
+            if role in ("produced", "depthwise"):
+                batch = tuple(i for i in stacked.get(leaf, ()) if i != axis)
+                own = filters.get(leaf, ()) if role == "produced" else ()
+                own = own if axis in own or role != "produced" else (axis,)
+                member = dataclasses.replace(member, batch=batch, filters=own)
+            members.append(member)
+        # A kernel comes before what else its layer is computed from.
+        members.sort(key=lambda m: (first_use.get(m.leaf, 0), m.leaf not in kernels))
         makers = [m for m in members if m.role in ("produced", "depthwise")]
         produced = [m for m in members if m.role == "produced"]
-        if not produced:
-            continue
         # Channels are counted in the order of the first layer that produces them.
         rank = np.argsort(produced[0].positions.min(axis=1))
         code = solution.stuck[channels[0]]
         names = tuple(dict.fromkeys(name_of(m.leaf) for m in makers))
+        reason = None if code < 0 else _explain(*labels.reasons[code])
+        if code < 0:
+            made = [(m.leaf, m.axis) for m in produced]
+            reason = next((roles.lost[s] for s in made if s in roles.lost), None)
         group = Group(
             name=name_of(produced[0].leaf),
             size=len(channels),
             producers=names,
-            members=tuple(m._replace(positions=m.positions[rank]) for m in members),
+            members=tuple(
+                dataclasses.replace(m, positions=m.positions[rank]) for m in members
+            ),
             inner=False,
-            reason=None if code < 0 else _explain(*labels.reasons[code]),
+            reason=reason,
             reduced=bool(solution.reduced[channels].any()),
         )
-        key = (first_use[produced[0].leaf], *_grain(group, produced[0].leaf))
+        key = (first_use.get(produced[0].leaf, 0), *_grain(group, produced[0].leaf))
         if strict and code >= 0 and isinstance(labels.reasons[code][0], NotUnderstood):
             raise TPPError(
                 f"the channels of {group.name} meet {group.reason}. Without "
                 "strict=True they are left whole"
             )
         groups.append((key, group))
-        channels_of.append(channels)
+        channels_of.append(channels[rank])
     order = sorted(range(len(groups)), key=lambda i: groups[i][0])
-    channels_of = [channels_of[i] for i in order]
+    reading = Reading(labels, axes, solution, tuple(channels_of[i] for i in order))
     found = Groups(
-        groups=_with_unique_names([groups[i][1] for i in order]),
-        layers=tuple(dict.fromkeys(layer.name for layer in layer_list)),
+        groups=with_inner(_with_unique_names([groups[i][1] for i in order])),
+        layers=tuple(dict.fromkeys(layer.name for layer in layers(traced))),
         shapes={leaf: traced.shapes[n] for leaf, n in traced.leaves.items()},
         inputs=jax.tree.map(lambda x: _abstract(x) if is_array(x) else x, inputs),
         traced=traced,
         joined=joined,
+        reading=reading,
     )
-    group_of = np.full(len(solution.stuck), -1)
-    for i, channels in enumerate(channels_of):
-        group_of[channels] = i
     suppositions = [
-        Supposition(int(i), part, source, told)
-        for axis, part, source, told in labels.supposed
-        for i in np.unique(group_of[solution.of(axis)[1]])
+        Supposition(int(i), part, source)
+        for axis, part, source in labels.supposed
+        for i in np.unique(reading.group_of[solution.of(axis)[1]])
         if i >= 0 and found[int(i)].reason is None
     ]
     return found, suppositions
@@ -246,31 +147,64 @@ def _explain(reason: str, source: Any) -> str:
     return f"{reason} ({line})" if line else str(reason)
 
 
+def _roles_here(roles: Roles, slots: list[Slot], stuck: bool) -> dict[Slot, str]:
+    """Returns the roles of the axes that some channels run through.
+
+    Where none is known to produce them, it is a factor of a kernel that does, or a
+    table that is used as it is, or else a kernel that was not followed.
+
+    Args:
+      roles: of the model.
+      slots: the axes, in the order in which their leaves are first needed.
+      stuck: whether the channels cannot be pruned.
+    """
+    here = {slot: roles.of.get(slot, "along") for slot in slots}
+    if "produced" in here.values():
+        return here
+    makers = [slot for slot in slots if slot in roles.makers]
+    if not makers:
+        makers = [slot for slot in slots if slot in roles.lost]
+    if not makers and not stuck and "contracted" in here.values():
+        makers = [slot for slot in slots if here[slot] == "along"][:1]
+    return here | dict.fromkeys(makers, "produced")
+
+
 def label_axes(
-    traced: Trace, joined: tuple[tuple[Slot, Slot], ...] = ()
+    traced: Trace,
+    joined: tuple[tuple[Slot, Slot], ...] = (),
+    kinds: dict[str, str] | None = None,
 ) -> tuple[Labels, dict[int | None, list[np.ndarray]]]:
-    """Runs the rules over the whole computation; returns each value's labels."""
+    """Runs the rules over the whole computation; returns each value's labels.
+
+    Args:
+      traced: the computation.
+      joined: see :func:`read_groups`.
+      kinds: of a sliced model's convolutions, see
+        :func:`tpp_jax.pruning.roles.convolution_kinds`.
+    """
     labels = Labels()
     axes: dict[int | None, list[np.ndarray]] = {None: []}
     for value in traced.leaves.values():
         axes[value] = [labels.fresh(n) for n in traced.shapes[value]]
-    for value in traced.inputs:
-        axes[value] = [
-            labels.stuck(n, "an input of the model") for n in traced.shapes[value]
-        ]
+    inputs = _named("an input of the model", traced.input_names)
+    for value, reason in zip(traced.inputs, inputs, strict=True):
+        axes[value] = [labels.stuck(n, reason) for n in traced.shapes[value]]
     for value in traced.constants:
         axes[value] = [
             labels.stuck(n, "an array built into the model")
             for n in traced.shapes[value]
         ]
+    sure = {use.equation.outputs[0] for use in traced.uses if use.sure}
     for eqn in traced.equations:
         operands = [axes[n] for n in eqn.inputs]
         shapes = [traced.shapes[n] for n in eqn.outputs]
+        labels.kind = kind_of(eqn, traced, kinds) if kinds else None
         results = apply_rule(labels, eqn, operands, shapes)
-        if eqn.primitive == "dot_general" and not any(
-            n in traced.origin for n in eqn.inputs
+        if eqn.primitive in ("dot_general", "ragged_dot_general") and not (
+            eqn.outputs[0] in sure
+            or any(len(traced.origin.get(n, ())) == 1 for n in eqn.inputs)
         ):
-            (contracted, _), _ = eqn.params["dimension_numbers"]
+            _, contracted = kernel_axes(eqn, 0, len(operands[0]))
             labels.reduced += [operands[0][i] for i in contracted]
             # Functions of attention are particular about the sizes that they are given.
             for i, axis in enumerate(operands[0] + operands[1]):
@@ -279,77 +213,15 @@ def label_axes(
     labels.source = None
     for pair in joined:
         labels.tie(*(axes[traced.leaves[leaf]][axis] for leaf, axis in pair))
-    labels.fix_all([axes[n] for n in traced.outputs], "an output of the model")
+    outputs = _named("an output of the model", traced.output_names)
+    for value, reason in zip(traced.outputs, outputs, strict=True):
+        labels.fix_all([axes[value]], reason)
     return labels, axes
 
 
-def _roles(
-    layer_list: list[Layer], axes: dict[int | None, list[np.ndarray]], traced: Trace
-) -> dict[tuple[str, int], str]:
-    """Tells which axis of each kernel produces channels, which one contracts them."""
-    roles: dict[tuple[str, int], str] = {}
-    for layer in layer_list:
-        eqn = layer.equation
-        dims = eqn.params["dimension_numbers"]
-        if eqn.primitive == "conv_general_dilated":
-            width = traced.shapes[eqn.inputs[layer.operand]][dims.rhs_spec[1]]
-            depthwise = width == 1 and eqn.params["feature_group_count"] > 1
-            by_axis = {dims.rhs_spec[0]: "depthwise" if depthwise else "produced"}
-            by_axis |= {dims.rhs_spec[1]: "contracted"}
-        else:
-            contracted, batch = (side[layer.operand] for side in dims)
-            rank = len(traced.shapes[eqn.inputs[layer.operand]])
-            by_axis = dict.fromkeys(set(range(rank)) - set(batch), "produced")
-            by_axis |= dict.fromkeys(contracted, "contracted")
-        value = eqn.inputs[layer.operand]
-        if value == traced.leaves[layer.kernel]:
-            for i, role in by_axis.items():
-                roles.setdefault((layer.kernel, i), role)
-            continue
-        operand = axes[value]
-        # The kernel may have been transposed or reshaped on its way here: its own
-        # labels tell which of its axes ended up where.
-        for axis, own in enumerate(axes[traced.leaves[layer.kernel]]):
-            for i, role in by_axis.items():
-                if operand[i] is own or np.isin(operand[i], own).any():
-                    roles.setdefault((layer.kernel, axis), role)
-    # A table that the model's inputs are looked up in makes channels too, and before
-    # anything contracts them: an embedding whose transpose is the output layer.
-    for table, result in lookups(traced):
-        for axis, own in enumerate(axes[traced.leaves[table]]):
-            if any(np.isin(found, own).any() for found in axes[result]):
-                roles[table, axis] = "produced"
-    return roles
-
-
-def _orders(
-    traced: Trace, layer_list: list[Layer]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Numbers every parameter leaf by its layer in order of execution.
-
-    Returns:
-      ``(leaf → number of its layer, leaf → number of the equation that first needs
-      it)``; a kernel is needed by its layer, wherever it was transposed or cast.
-    """
-    orders: dict[str, int] = {}
-    first_use: dict[str, int] = {}
-    tables = {table for table, _ in lookups(traced)}
-    at = {layer.equation.outputs[0]: i for i, layer in enumerate(layer_list)}
-    current = 0
-    for i, eqn in enumerate(traced.equations):
-        for value in eqn.inputs:
-            leaf = traced.origin.get(value)
-            if leaf is not None:
-                orders.setdefault(leaf, current)
-                first_use.setdefault(leaf, i)
-        if eqn.outputs and eqn.outputs[0] in at:
-            current = at[eqn.outputs[0]]
-            # A kernel may have been cast long before its layer; but a tied embedding
-            # makes channels when it is first looked up in.
-            if layer_list[current].kernel not in tables:
-                first_use[layer_list[current].kernel] = i
-                orders[layer_list[current].kernel] = current
-    return orders, first_use
+def _named(what: str, names: tuple[str, ...]) -> list[str]:
+    """Says of several inputs or outputs which one is meant."""
+    return [f"{what} {name}" if len(names) > 1 else what for name in names]
 
 
 def _alike_channels(
@@ -459,24 +331,32 @@ def _with_unique_names(groups: list[Group]) -> tuple[Group, ...]:
         for member in group.members:
             if member.role == "produced":
                 through.setdefault(member.leaf, []).append((group, member))
-    taken: set[str] = set()
-    unique = []
+    named: dict[int, str] = {}
+    outer: dict[int, list[Group]] = {}
     for group in groups:
         own = next(member for member in group.members if member.role == "produced")
         grain = _grain(group, own.leaf)[:3]
-        outer = sum(
-            _grain(other, own.leaf)[:3] < grain
+        coarser = [
+            other
+            for other, member in through[own.leaf]
+            if _grain(other, own.leaf)[:3] < grain
             and (
                 member.axis != own.axis
                 or bool(np.isin(own.positions, member.positions).any())
             )
-            for other, member in through[own.leaf]
-        )
+        ]
         name = group.name
-        if outer:
-            name = f"{group.name}#{outer + 1}"
-        if name in taken:
+        if coarser:
+            name = f"{group.name}#{len(coarser) + 1}"
+        if name in named.values():
             name = f"{name}@{own.positions.min()}"
-        taken.add(name)
-        unique.append(group._replace(name=name, inner=outer > 0))
-    return tuple(unique)
+        named[id(group)] = name
+        outer[id(group)] = coarser
+    return tuple(
+        dataclasses.replace(
+            group,
+            name=named[id(group)],
+            outer=tuple(named[id(other)] for other in outer[id(group)]),
+        )
+        for group in groups
+    )

@@ -46,6 +46,8 @@ class Labels:
       reasons: texts with the sources of the equations that gave them; the fixed label
         ``-1 - i`` stands for ``reasons[i]``.
       source: that of the equation whose rule is at work.
+      kind: if that is a convolution of a sliced model, what the unpruned one's is:
+        ``"plain"``, ``"grouped"`` or ``"depthwise"``; None to go by its sizes.
     """
 
     def __init__(self) -> None:
@@ -54,10 +56,11 @@ class Labels:
         self.fixed: list[tuple[np.ndarray, int]] = []
         self.definitions: list[tuple[np.ndarray, np.ndarray]] = []
         self.pieces: dict[bytes, list[int]] = {}
-        self.supposed: list[tuple[np.ndarray, int, Any, tuple[int, int] | None]] = []
+        self.supposed: list[tuple[np.ndarray, int, Any]] = []
         self.reduced: list[np.ndarray] = []
         self.reasons: list[tuple[str, Any]] = []
         self.source: Any = None
+        self.kind: str | None = None
         self._numbers: dict[tuple[str, int], int] = {}
 
     def fresh(self, n: int) -> np.ndarray:
@@ -79,19 +82,15 @@ class Labels:
             for labels in axes:
                 self.fix(labels, reason)
 
-    def suppose(
-        self, labels: np.ndarray, part: int = 0, told: tuple[int, int] | None = None
-    ) -> None:
+    def suppose(self, labels: np.ndarray, part: int = 0) -> None:
         """Notes that the size of an axis is supposed to follow its channels.
 
         Args:
           labels: of the axis.
           part: which of the sizes that one operation is told.
-          told: the value, and the axis of it, whose size that is; None if it is not
-            one size of one axis.
         """
         if (labels >= 0).any():
-            self.supposed.append((labels, part, self.source, told))
+            self.supposed.append((labels, part, self.source))
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Ties two axes position by position; returns the joint labels."""

@@ -1,17 +1,30 @@
 """Running a Flax Linen module on sliced variables.
 
 Linen declares the width of every layer in the module, and checks it against the
-parameters. Here the arrays decide: a parameter that is there is taken as it is, and the
+parameters. Here the arrays decide: a parameter that exists is taken as it is, and the
 few sizes that a layer computes with follow it. Methods are intercepted for that
 (``flax.linen.intercept_methods``); the module itself is left untouched.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from flax import linen
+from flax import linen, nnx
+
+from tpp_jax.pruning.fields import Field, Values, is_size
+from tpp_jax.pruning.nnx_layers import NumGroups, Shape, follow_layers
+
+# The layer of each of Flax's recurrent cells whose kernel contracts the hidden state.
+_RECURRENT = {
+    linen.LSTMCell: "hi",
+    linen.OptimizedLSTMCell: "hi",
+    linen.GRUCell: "hr",
+    linen.MGUCell: "hf",
+    linen.SimpleCell: "h",
+    linen.ConvLSTMCell: "hh",
+}
 
 
 def linen_apply(module: linen.Module, plan: Any = None) -> Callable[..., Any]:
@@ -21,7 +34,7 @@ def linen_apply(module: linen.Module, plan: Any = None) -> Callable[..., Any]:
       module: a Linen module; for the variables that it was made with, the result is
         that of ``module.apply``.
       plan: the plan that the variables were sliced by; only a ``GroupNorm`` needs it,
-        to tell fewer groups from smaller ones.
+        since fewer groups and smaller ones look alike.
 
     Returns:
       A function with the arguments of ``module.apply``, for sliced variables too.
@@ -37,28 +50,88 @@ def linen_apply(module: linen.Module, plan: Any = None) -> Callable[..., Any]:
       >>> linen_apply(module)(small, jnp.ones((1, 4))).shape
       (1, 2)
     """
+    widths = (
+        arrays_decide()
+        if plan is None
+        else arrays_decide(plan.kept_blocks, plan.groups.shapes, plan.field_values())
+    )
 
     @functools.wraps(module.apply)
     def apply(*args: Any, **kwargs: Any) -> Any:
-        with linen.intercept_methods(functools.partial(_follow_arrays, plan)):
+        with linen.intercept_methods(widths):
             return module.apply(*args, **kwargs)
 
     return apply
 
 
-def _follow_arrays(
-    plan: Any,
-    method: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: linen.module.InterceptorContext,
-) -> Any:
-    module = context.module
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_attributes(module, param=_Param(module)))
-        for layer, sizes in _static_sizes(module, plan):
-            stack.enter_context(_attributes(layer, **sizes))
+def arrays_decide(
+    num_groups: NumGroups = lambda leaf, number: None,
+    shapes: Mapping[str, Shape] | None = None,
+    values: Values | None = None,
+) -> Callable[..., Any]:
+    """Returns an interceptor that gives Linen's layers the widths of their arrays.
+
+    Args:
+      num_groups: how many groups a ``GroupNorm`` has, see
+        :func:`tpp_jax.pruning.nnx_layers.follow_layers`.
+      shapes: variable name → its shape before the cut, where that is known.
+      values: path of a module → attribute → what it is set to.
+    """
+
+    def interceptor(
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: linen.module.InterceptorContext,
+    ) -> Any:
+        module = context.module
+        if module.scope is None:  # a helper without variables, not part of the network
+            return method(*args, **kwargs)
+        called = context.method_name == "__call__"
+        if called and isinstance(module, nnx.bridge.ToLinen):
+            kwargs = kwargs | {
+                "nnx_method": _following(module, kwargs, num_groups, shapes or {})
+            }
+        inputs = args[0] if called and args else kwargs.get("inputs")
+        with contextlib.ExitStack() as stack:
+            if values:
+                own = values.get(".".join(module.path), {})
+                stack.enter_context(_attributes(module, **own))
+            stack.enter_context(_attributes(module, param=_Param(module)))
+            for layer, sizes in _static_sizes(module, inputs, num_groups, shapes or {}):
+                stack.enter_context(_attributes(layer, **sizes))
+            return method(*args, **kwargs)
+
+    return interceptor
+
+
+def linen_fields(module: linen.Module, run: Callable[[], Any]) -> list[Field]:
+    """Lists the whole numbers that a model's own Linen modules keep.
+
+    Args:
+      module: the model.
+      run: runs the model; the modules that it meets are looked at.
+    """
+    found: dict[tuple[str, str], Field] = {}
+
+    def note(
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: linen.module.InterceptorContext,
+    ) -> Any:
+        inner = context.module
+        own = type(inner).__module__.partition(".")[0] != "flax"
+        if own and inner.scope is not None:  # those of Flax follow their arrays
+            path = ".".join(inner.path)
+            for name, value in vars(inner).items():  # fields, and what setup sets
+                if is_size(value) and not name.startswith("_"):
+                    found[path, name] = Field(path, name, value)
         return method(*args, **kwargs)
+
+    with linen.intercept_methods(note):
+        run()
+    return list(found.values())
 
 
 class _Param:
@@ -99,26 +172,100 @@ def _attributes(module: linen.Module, **values: Any) -> Iterator[None]:
 
 
 def _static_sizes(
-    module: linen.Module, plan: Any
+    module: linen.Module,
+    inputs: Any,
+    num_groups: NumGroups,
+    shapes: Mapping[str, Shape],
 ) -> Iterator[tuple[linen.Module, dict[str, Any]]]:
     """Yields layers and the sizes that they compute with, as their arrays have them."""
-    own = linen.meta.unbox(module.variables.get("params", {}))
     match module:
-        case linen.Conv(feature_group_count=groups) if groups > 1 and "kernel" in own:
-            *_, contracted, produced = own["kernel"].shape
-            if contracted == 1:  # depthwise: the groups are the channels
-                groups = produced * groups // module.features
-            yield module, {"feature_group_count": groups, "features": produced}
-        case linen.DenseGeneral(features=tuple(features)) if "kernel" in own:
-            yield module, {"features": own["kernel"].shape[-len(features) :]}
-        case linen.GroupNorm(num_groups=groups) if groups and plan is not None:
-            scale = ".".join((*module.path, "scale"))
-            yield module, {"num_groups": plan.kept_blocks(scale, groups)}
+        case linen.Conv(feature_group_count=groups) if groups > 1:
+            kernel = _shape(module, "kernel")
+            if kernel and inputs is not None and kernel[-2]:
+                groups = inputs.shape[-1] // kernel[-2]
+                yield module, {"feature_group_count": groups, "features": kernel[-1]}
+        case linen.DenseGeneral(features=features):
+            if kernel := _shape(module, "kernel"):
+                alone = isinstance(features, int)
+                last = kernel[-1] if alone else kernel[len(kernel) - len(features) :]
+                yield module, {"features": last}
+        case linen.Einsum():
+            if kernel := _shape(module, "kernel"):
+                yield module, {"shape": kernel}
+        case linen.Embed():
+            if table := _shape(module, "embedding"):
+                yield module, {"num_embeddings": table[0], "features": table[1]}
+        case linen.GroupNorm():
+            if sizes := _group_norm(module, num_groups, shapes):
+                yield module, sizes
         case linen.RNN(cell=cell) if cell.scope is not None:
-            recurrent = [
-                layer["kernel"]
-                for name, layer in cell.variables.get("params", {}).items()
-                if name.startswith("h")
-            ]
-            if recurrent:
-                yield cell, {"features": recurrent[0].shape[0]}
+            if features := _hidden_features(cell, shapes):
+                yield cell, {"features": features}
+
+
+def _shape(module: linen.Module, *path: str) -> Shape | None:
+    """Returns the shape of a parameter of a module, None if it has none such."""
+    value = module.scope.get_variable("params", path[0])
+    for key in path[1:]:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    value = linen.meta.unbox(value)
+    return None if value is None else tuple(value.shape)
+
+
+def _group_norm(
+    module: linen.GroupNorm, num_groups: NumGroups, shapes: Mapping[str, Shape]
+) -> dict[str, Any]:
+    array = "scale" if module.use_scale else "bias"
+    leaf = ".".join((*module.path, array))
+    old = module.num_groups
+    if old is None and leaf in shapes:
+        old = shapes[leaf][-1] // module.group_size
+    number = num_groups(leaf, old) if old else None
+    return {} if number is None else {"num_groups": number, "group_size": None}
+
+
+def _hidden_features(
+    cell: linen.RNNCellBase, shapes: Mapping[str, Shape]
+) -> int | None:
+    """Returns the width of a cell's state: what its recurrent kernels contract.
+
+    A cell of one's own is taken to be like Flax's only where that was true before the
+    cut: where it has kernels with the names of Flax's that contract its ``features``.
+    """
+    if name := _RECURRENT.get(type(cell)):
+        kernel = _shape(cell, name, "kernel")
+        return kernel and kernel[-2]
+    old = getattr(cell, "features", None)
+    for name in dict.fromkeys(_RECURRENT.values()):
+        before = shapes.get(".".join((*cell.path, name, "kernel")), ())
+        kernel = _shape(cell, name, "kernel")
+        if kernel and len(before) > 1 and before[-2] == old:
+            return kernel[-2]
+    return None
+
+
+def _following(
+    module: nnx.bridge.ToLinen,
+    kwargs: Mapping[str, Any],
+    num_groups: NumGroups,
+    shapes: Mapping[str, Shape],
+) -> Callable[..., Any]:
+    """Returns the method that an NNX module in a Linen one is to be called by.
+
+    ``ToLinen`` makes the module, gives it its arrays, and calls the method: here its
+    layers' sizes follow the arrays first.
+    """
+    method = kwargs.get("nnx_method") or "__call__"
+    prefix = "".join(f"{part}." for part in module.path)
+    own = {
+        name.removeprefix(prefix): shape
+        for name, shape in shapes.items()
+        if name.startswith(prefix)
+    }
+
+    def call(made: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        follow_layers(made, lambda leaf, n: num_groups(prefix + leaf, n), own)
+        function = getattr(type(made), method) if isinstance(method, str) else method
+        return function(made, *args, **kwargs)
+
+    return call

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from tpp_jax.pruning.labels import Axes, Labels, NotUnderstood
-from tpp_jax.pruning.tracing import Equation
+from tpp_jax.pruning.unfolding import Equation
 
 
 def broadcast_in_dim(
@@ -26,7 +26,7 @@ def broadcast_in_dim(
         else:
             out.append(labels.fresh(n))
             if n > 1:
-                labels.suppose(out[-1], told=(eqn.outputs[0], i))
+                labels.suppose(out[-1])
     return [out]
 
 
@@ -54,7 +54,7 @@ def reshape(
             whole = labels.product(block) if len(block) > 1 else block[0]
             parts = labels.split(whole, sizes)
             for i, part in enumerate(parts):
-                labels.suppose(part, i, (eqn.outputs[0], len(out) + i))
+                labels.suppose(part, i)
             out += parts
     return [out]
 

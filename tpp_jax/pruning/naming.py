@@ -39,6 +39,8 @@ def _key_name(key: Any) -> str:
     match key:
         case SequenceKey(idx=idx):
             return str(idx)
+        case DictKey(key=tuple(parts)):  # of flax.traverse_util.flatten_dict
+            return ".".join(map(str, parts))
         case DictKey(key=name) | FlattenedIndexKey(key=name):
             return str(name)
         case GetAttrKey(name=name):
@@ -79,11 +81,37 @@ def longest_known_suffix(name: str, known: Iterable[str]) -> str | None:
 
     An optimizer keeps copies of the parameters deeper in its own state
     (``0.trace.layer1.0.conv1.kernel``): the longest suffix names the parameter.
-    ``known`` must hold *every* parameter, also those that nothing is cut from, lest
-    ``layer1.0.conv1.kernel`` be taken for a pruned ``conv1.kernel``.
+    ``known`` must hold *every* parameter, also those that nothing is cut from, so that
+    ``layer1.0.conv1.kernel`` is not taken for a pruned ``conv1.kernel``.
+
+    Keys that hold a path of their own (``params/conv1/kernel``, as from
+    ``flax.traverse_util.flatten_dict(tree, sep="/")``) are read as that path, unless a
+    parameter's own name has such a key.
     """
+    found = _longest_suffix(name, known)
+    if found is None and "/" in name:
+        found = _longest_suffix(name.replace("/", "."), known)
+        if found is None:
+            plain = {one.replace("/", "."): one for one in known if "/" in one}
+            found = plain.get(_longest_suffix(name.replace("/", "."), plain) or "")
+    return found
+
+
+def _longest_suffix(name: str, known: Iterable[str]) -> str | None:
     while name:
         if name in known:
             return name
         name = name.partition(".")[2]
     return None
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """Returns the first of some names, for a message.
+
+    Example:
+      >>> some(["a", "b", "c"], most=2)
+      'a, b and 1 more'
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -17,9 +17,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tpp_jax.pruning import moving
+from tpp_jax.pruning import collectives, moving, randomness
 from tpp_jax.pruning.labels import Axes, Labels, NotUnderstood
-from tpp_jax.pruning.tracing import Equation
+from tpp_jax.pruning.unfolding import Equation
 
 Rule = Callable[[Labels, Equation, list[Axes], list[tuple[int, ...]]], list[Axes]]
 """``rule(labels, equation, operands' axes, results' shapes) -> results' axes``."""
@@ -73,16 +73,19 @@ def _convolution(
     out[out_batch] = images[batch]
     out[out_features] = kernel[produced]
     groups = eqn.params["feature_group_count"]
+    kind = labels.kind
+    if kind is None and groups > 1:
+        kind = "depthwise" if len(kernel[contracted]) == 1 else "grouped"
     if eqn.params["batch_group_count"] != 1:
         for axis in (images[batch], images[features], kernel[contracted]):
             labels.fix(axis, "a convolution in groups of the batch")
         labels.fix(kernel[produced], "a convolution in groups of the batch")
-    elif groups == 1:
-        labels.tie(images[features], kernel[contracted])
-    elif len(kernel[contracted]) == 1:
-        # Depthwise: each input channel makes its own one or more output channels.
+    elif kind == "depthwise":
+        # Each input channel makes its own one or more output channels.
         several = len(kernel[produced]) // groups
         labels.tie(np.repeat(images[features], several), kernel[produced])
+    elif groups == 1:
+        labels.tie(images[features], kernel[contracted])
     else:
         # Channels may go from all groups alike; the number of groups stays.
         group = labels.stuck(groups, f"the {groups} groups of a convolution")
@@ -110,6 +113,35 @@ def _dot_general(
     return [out]
 
 
+def _ragged_dot(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    """A product of rows with the matrix of their group: a mixture of experts."""
+    left, right, *sizes = operands
+    ragged = eqn.params["ragged_dot_dimension_numbers"]
+    dims, groups = ragged.dot_dimension_numbers, ragged.rhs_group_dimensions
+    (left_sum, right_sum), (left_batch, right_batch) = dims
+    reason = "the groups of a ragged product"
+    labels.fix_all(sizes, reason)
+    for j in groups:
+        labels.fix(right[j], reason)
+    for i in ragged.lhs_ragged_dimensions:
+        labels.fix(left[i], reason)
+    for i, j in zip(left_sum, right_sum, strict=True):
+        labels.tie(left[i], right[j])
+    out = [
+        labels.tie(left[i], right[j])
+        for i, j in zip(left_batch, right_batch, strict=True)
+    ]
+    if set(ragged.lhs_ragged_dimensions) <= set(left_sum):
+        out.insert(0, labels.stuck(shapes[0][0], reason))
+    gone = {*left_sum, *left_batch}
+    out += [axis for i, axis in enumerate(left) if i not in gone]
+    gone = {*right_sum, *right_batch, *groups}
+    out += [axis for j, axis in enumerate(right) if j not in gone]
+    return [out]
+
+
 def _reduce(
     labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
 ) -> list[Axes]:
@@ -119,22 +151,118 @@ def _reduce(
     return [[a for i, a in enumerate(operands[0]) if i not in gone]]
 
 
+def _reduce_several(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    """A reduction by a function of the user's, of one array or of several at once."""
+    joint = _joint(labels, operands[: len(shapes)])
+    gone = eqn.params["dimensions"]
+    for axis in gone:
+        labels.reduced.append(joint[axis][joint[axis] >= 0])
+    out = [a for i, a in enumerate(joint) if i not in gone]
+    return [out for _ in shapes]
+
+
+def _joint(labels: Labels, operands: list[Axes]) -> Axes:
+    """Ties arrays of one shape to each other."""
+    return [functools.reduce(labels.tie, axes) for axes in zip(*operands, strict=True)]
+
+
+def _untouched(eqn: Equation, axis: int) -> bool:
+    """Tells whether a window leaves an axis as it is."""
+    return (
+        eqn.params["window_dimensions"][axis] == 1
+        and eqn.params["window_strides"][axis] == 1
+        and tuple(eqn.params["padding"][axis]) == (0, 0)
+        and eqn.params.get("base_dilation", {axis: 1})[axis] == 1
+    )
+
+
 def _reduce_window(
     labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
 ) -> list[Axes]:
+    reason = "an axis that pooling runs over"
     out = []
-    for i, axis in enumerate(operands[0]):
-        untouched = (
-            eqn.params["window_dimensions"][i] == 1
-            and eqn.params["window_strides"][i] == 1
-            and tuple(eqn.params["padding"][i]) == (0, 0)
-        )
-        if untouched:
-            out.append(axis)
+    for i, axis in enumerate(_joint(labels, operands[: len(shapes)])):
+        if not _untouched(eqn, i):
+            labels.fix(axis, reason)
+            axis = labels.stuck(shapes[0][i], reason)
+        out.append(axis)
+    return [out for _ in shapes]
+
+
+def _of_windows(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    """The gradient of pooling: what is pooled meets what was pooled."""
+    reason = "an axis that pooling runs over"
+    out = []
+    for i, n in enumerate(shapes[0]):
+        met = [axes[i] for axes in operands]
+        if _untouched(eqn, i):
+            out.append(functools.reduce(labels.tie, met))
         else:
-            labels.fix(axis, "an axis that pooling runs over")
-            out.append(labels.stuck(shapes[0][i], "an axis that pooling runs over"))
+            labels.fix_all([met], reason)
+            out.append(labels.stuck(n, reason))
     return [out]
+
+
+def _fft(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    return _mixed(labels, eqn, operands, shapes, len(eqn.params["fft_lengths"]))
+
+
+def _of_matrices(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    """A decomposition: the last two axes are a matrix, those before them a batch."""
+    return _mixed(labels, eqn, operands, shapes, 2)
+
+
+def _mixed(
+    labels: Labels,
+    eqn: Equation,
+    operands: list[Axes],
+    shapes: list[tuple[int, ...]],
+    rank: int,
+) -> list[Axes]:
+    """Passes the first axes of the one operand on; each of the others is mixed."""
+    [axes] = operands
+    reason = _mixing(eqn)
+    batch, rest = axes[: len(axes) - rank], axes[len(axes) - rank :]
+    labels.fix_all([rest], reason)
+    return [
+        [*batch, *(labels.stuck(n, reason) for n in shape[len(batch) :])]
+        for shape in shapes
+    ]
+
+
+def _mixing(eqn: Equation) -> NotUnderstood:
+    return NotUnderstood(
+        f"the operation '{eqn.primitive}', which mixes the positions of an axis"
+    )
+
+
+def _triangular_solve(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    matrix, given = operands
+    reason = _mixing(eqn)
+    solved = len(given) - (2 if eqn.params["left_side"] else 1)
+    labels.fix_all([matrix[-2:], [given[solved]]], reason)
+    out = [
+        *(labels.tie(a, b) for a, b in zip(given[:-2], matrix[:-2], strict=True)),
+        *given[-2:],
+    ]
+    return [out]
+
+
+def _random_gamma(
+    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
+) -> list[Axes]:
+    _, shape_parameter = operands
+    return [list(shape_parameter)]
 
 
 def _cumulative(
@@ -149,7 +277,8 @@ def _top_k(
     labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
 ) -> list[Axes]:
     reason = "an axis of which the largest entries are taken"
-    axis = eqn.params.get("axis", -1) % len(shapes[0])
+    axis = eqn.params.get("reduction_dimension", eqn.params.get("axis", -1))
+    axis %= len(shapes[0])
     labels.fix(operands[0][axis], reason)
     out = list(operands[0])
     out[axis] = labels.stuck(shapes[0][axis], reason)
@@ -168,17 +297,11 @@ def _no_results(
     return []
 
 
-def _random(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    return [[labels.stuck(n, "random numbers") for n in shape] for shape in shapes]
-
-
 def _sort(
     labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
 ) -> list[Axes]:
     along = eqn.params["dimension"]
-    joint = [functools.reduce(labels.tie, axes) for axes in zip(*operands, strict=True)]
+    joint = _joint(labels, operands)
     labels.fix(joint[along], "an axis that is sorted")
     return [joint for _ in shapes]
 
@@ -199,24 +322,34 @@ def _iota(
 
 
 _ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz
-    complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv
-    erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p
-    logistic lt max min mul ne neg nextafter not or population_count pow real
-    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
+    cbrt ceil clamp clz complex conj convert_element_type copy copy_p cos cosh digamma
+    div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a
+    igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max
+    min mul mulhi ne neg nextafter not or polygamma population_count pow random_fold_in
+    random_gamma_grad real reduce_precision regularized_incomplete_beta rem round rsqrt
+    select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
+    square stop_gradient sub tan tanh xor zeros_like zeta
 """.split()
 
 _SAME = """
-    device_put mesh_cast name optimization_barrier pcast pvary reshard
+    device_put layout_constraint mesh_cast name optimization_barrier pbroadcast pcast
+    pmax pmin ppermute psum psum_invariant pvary random_clone random_seed reshard
     sharding_constraint
 """.split()
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    "all_gather": collectives.all_gather,
+    "all_gather_invariant": collectives.all_gather,
+    "all_to_all": collectives.all_to_all,
+    "approx_top_k": _top_k,
     "argmax": _arg_reduce,
     "argmin": _arg_reduce,
+    "axis_index": collectives.axis_index,
+    "bitcast_convert_type": randomness.bitcast,
     "broadcast_in_dim": moving.broadcast_in_dim,
+    "cholesky": _of_matrices,
     "concatenate": moving.concatenate,
     "conv_general_dilated": _convolution,
     **dict.fromkeys(
@@ -227,40 +360,64 @@ RULES: dict[str, Rule] = {
     "dot_general": _dot_general,
     "dynamic_slice": moving.dynamic_slice,
     "dynamic_update_slice": moving.dynamic_update_slice,
+    "eigh": _of_matrices,
+    "fft": _fft,
     "gather": moving.gather,
     "iota": _iota,
     "join": _elementwise,
     "loop_slice": moving.loop_slice,
     "loop_stack": moving.loop_stack,
+    "lu": _of_matrices,
     "pad": moving.pad,
-    "random_bits": _random,
+    "qr": _of_matrices,
+    "ragged_dot_general": _ragged_dot,
+    "random_bits": randomness.random_bits,
+    "random_gamma": _random_gamma,
+    "random_split": randomness.random_split,
+    "random_unwrap": randomness.random_unwrap,
+    "random_wrap": randomness.random_wrap,
+    "reduce": _reduce_several,
     "reduce_and": _reduce,
     "reduce_max": _reduce,
     "reduce_min": _reduce,
     "reduce_or": _reduce,
     "reduce_prod": _reduce,
+    "reduce_scatter": collectives.reduce_scatter,
     "reduce_sum": _reduce,
+    "reduce_window": _reduce_window,
     "reduce_window_max": _reduce_window,
+    "reduce_window_min": _reduce_window,
     "reduce_window_sum": _reduce_window,
+    "reduce_xor": _reduce,
     "reshape": moving.reshape,
     "rev": moving.reverse_rule,
+    "rng_bit_generator": randomness.rng_bit_generator,
+    "rng_uniform": randomness.rng_uniform,
     **dict.fromkeys(_SAME, _same),
     "scatter": moving.scatter,
     "scatter-add": moving.scatter,
     "scatter-max": moving.scatter,
     "scatter-min": moving.scatter,
     "scatter-mul": moving.scatter,
+    "scatter-sub": moving.scatter,
     "scatter_add": moving.scatter,
     "scatter_max": moving.scatter,
     "scatter_min": moving.scatter,
     "scatter_mul": moving.scatter,
+    "select_and_gather_add": _of_windows,
+    "select_and_scatter_add": _of_windows,
+    "shard": collectives.shard,
     "slice": moving.slice_rule,
     "sort": _sort,
     "split": moving.split,
     "squeeze": moving.squeeze,
     "stack": moving.stack,
+    "svd": _of_matrices,
+    "threefry2x32": randomness.threefry,
     "tile": moving.tile,
     "top_k": _top_k,
     "transpose": moving.transpose,
+    "triangular_solve": _triangular_solve,
+    "unshard": collectives.unshard,
     "unstack": moving.unstack,
 }

@@ -10,78 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.groups import Group, Member
-from tpp_jax.pruning.naming import longest_known_suffix, map_named
+from tpp_jax.pruning.arrays import cut, put_back
+from tpp_jax.pruning.copies import Copies, Copy, with_new_products
+from tpp_jax.pruning.fields import follow_fields
+from tpp_jax.pruning.functions import is_array
+from tpp_jax.pruning.masks import cut_shapes, keep_masks
+from tpp_jax.pruning.naming import leaf_name, map_named, named_leaves, some
 from tpp_jax.pruning.plan import Plan
-
-
-def keep_masks(plan: Plan, leaf: str) -> dict[int, tuple[Bool[Array, " n"], int]]:
-    """Tells which positions of a parameter's axes stay.
-
-    Args:
-      plan: what is pruned.
-      leaf: dotted name of the parameter.
-
-    Returns:
-      Axis → (bool ``[n]``, True where the position stays; how many stay), for the axes
-      that lose something.
-    """
-    cut = [
-        (group, member)
-        for group, member in plan.groups.members.get(leaf, ())
-        if plan.kept_count(group) < group.size
-    ]
-    masks: dict[int, tuple[Any, int]] = {}
-    for axis in dict.fromkeys(member.axis for _, member in cut):
-        n = plan.groups.shapes[leaf][axis]
-        here = [(group, member) for group, member in cut if member.axis == axis]
-        mask = np.ones(n, bool)
-        for group, member in here:
-            stays = _stays(plan.kept[group.name], group.size)[:, None]
-            if isinstance(mask, np.ndarray) and isinstance(stays, np.ndarray):
-                mask[member.positions] &= stays
-            else:
-                rows = jnp.ones(n, bool).at[member.positions].set(stays)
-                mask = jnp.asarray(mask) & rows
-        if isinstance(mask, np.ndarray):
-            masks[axis] = mask, int(mask.sum())
-        else:
-            masks[axis] = mask, _kept_positions(plan, n, here)
-    return masks
-
-
-def _stays(kept: Any, size: int) -> Any:
-    """Returns bool ``[size]``, True for the kept channels."""
-    if isinstance(kept, np.ndarray):
-        stays = np.zeros(size, bool)
-        stays[kept] = True
-        return stays
-    return jnp.zeros(size, bool).at[kept].set(True)
-
-
-def _kept_positions(plan: Plan, n: int, here: list[tuple[Group, Member]]) -> int:
-    """Counts the positions of an axis that stay, whichever channels they are.
-
-    Where several groups run through one position (the heads and the channels of a head
-    through an attention's projection), it stays if it stays for each of them: such
-    positions are all combinations of the groups' channels, so the shares multiply.
-    """
-    through = np.zeros((n, len(here)), bool)
-    for i, (_, member) in enumerate(here):
-        through[member.positions.reshape(-1), i] = True
-    total = 0
-    for row, positions in zip(
-        *np.unique(through, axis=0, return_counts=True), strict=True
-    ):
-        share = int(positions)
-        for i in np.flatnonzero(row):
-            group, _ = here[i]
-            share = share * plan.kept_count(group) // group.size
-        total += share
-    return total
+from tpp_jax.pruning.readiness import warn_if_early
 
 
 def slice_tree(plan: Plan, tree: Any) -> Any:
@@ -90,36 +28,51 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
     Args:
       plan: what is pruned; may be traced.
       tree: any pytree whose leaves are named like the model's parameters, or end in
-        such a name: ``nnx.State``, dicts, optax states. Leaves may also be
-        ``jax.ShapeDtypeStruct``.
+        such a name: ``nnx.State``, dicts, optax states, training states. Leaves may
+        also be ``jax.ShapeDtypeStruct``. Of optax's own optimizers that keep a
+        parameter's statistics in another shape, those of Adafactor, SM3, NovoGrad and
+        L-BFGS are cut along the axes that they keep.
 
     Returns:
       The same structure with smaller arrays. Kept channels stay in ascending order.
-      Leaves that are no copy of a parameter are returned as they are.
+      Leaves that are no copy of a parameter keep their values, and leaves that are no
+      arrays are the same objects. NumPy arrays stay NumPy arrays of the same dtype. JAX
+      arrays stay where they are: sharded ones by the same rule, but replicated along
+      those axes of the mesh that do not divide the new size. No array shares memory
+      with the given tree, so that either may be donated.
+
+    Warns:
+      UserWarning: the tree holds ``params`` and the state of TPP's transforms, and the
+        filters that are cut out are not zero.
 
     Raises:
-      TPPError: a leaf has a parameter's name and another shape.
+      TPPError: a leaf has a parameter's name and another shape, an optimizer's state
+        cannot be cut, or no array of the tree is named like a parameter.
     """
-
-    def cut(name: str, leaf: Any) -> Any:
-        parameter = _parameter(plan, name, leaf)
-        for axis, (mask, count) in keep_masks(plan, parameter).items():
-            if isinstance(leaf, jax.ShapeDtypeStruct):
-                shape = (*leaf.shape[:axis], count, *leaf.shape[axis + 1 :])
-                leaf = jax.ShapeDtypeStruct(shape, leaf.dtype)
-            elif isinstance(mask, np.ndarray) and not isinstance(leaf, jax.core.Tracer):
-                # On the host: on a device every new shape would be compiled for.
-                leaf = np.take(np.asarray(leaf), np.flatnonzero(mask), axis=axis)
-            else:
-                leaf = jnp.take(leaf, jnp.nonzero(mask, size=count)[0], axis=axis)
-        return leaf
-
-    # All at once, and not by jnp.asarray, which compiles a copy for every new shape.
-    leaves, structure = jax.tree.flatten(map_named(cut, tree))
-    host = [i for i, leaf in enumerate(leaves) if isinstance(leaf, np.ndarray)]
-    for i, leaf in zip(host, jax.device_put([leaves[i] for i in host]), strict=True):
-        leaves[i] = leaf
-    return jax.tree.unflatten(structure, leaves)
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names = [leaf_name(path) for path, _ in paths]
+    leaves = [leaf for _, leaf in paths]
+    named = dict(zip(names, leaves, strict=True))
+    copies = Copies(plan.groups, cut_shapes(plan), named)
+    _check_some_match(copies)
+    warn_if_early(plan, named)
+    small = []
+    for i, name in enumerate(names):
+        copy = copies.find(name)
+        if copy is not None:
+            if copy.source != name:
+                leaves[i] = named[copy.source]
+            small.append(cut(leaves[i], _cuts(plan, copy)))
+        else:
+            small.append(leaves[i])
+    small = put_back(small, leaves)
+    if copies.cut:
+        changed = with_new_products(copies, dict(zip(names, small, strict=True)))
+        small = [
+            changed.get(name, leaf) for name, leaf in zip(names, small, strict=True)
+        ]
+    whole = jax.tree.unflatten(structure, small)
+    return follow_fields(whole, plan.groups.sizes, plan.field_values())
 
 
 def mask_tree(plan: Plan, tree: Any) -> Any:
@@ -130,32 +83,49 @@ def mask_tree(plan: Plan, tree: Any) -> Any:
       tree: as for :func:`slice_tree`.
 
     Returns:
-      Arrays of the tree's shapes and dtypes (float32 for leaves that are not numbers).
+      Arrays of the tree's shapes and dtypes (float32 for leaves that are not numbers, a
+      single 1 for leaves that are no arrays), sharded as the tree is.
       ``tree * mask`` computes what the sliced tree computes, unless the network
       normalises over channels (layer norm, softmax).
+
+    Raises:
+      TPPError: as :func:`slice_tree`.
     """
+    copies = Copies(plan.groups, cut_shapes(plan), named_leaves(tree))
+    _check_some_match(copies)
 
     def mark(name: str, leaf: Any) -> Any:
+        if not is_array(leaf):
+            return np.float32(1)
         number = jnp.issubdtype(leaf.dtype, jnp.number)
         # On the host: on a device every new shape would be compiled for.
         mask: Any = np.ones(leaf.shape, leaf.dtype if number else np.float32)
-        for axis, (keep, _) in keep_masks(plan, _parameter(plan, name, leaf)).items():
+        copy = copies.find(name)
+        for axis, (keep, _) in (_cuts(plan, copy) if copy else {}).items():
             shape = [-1 if i == axis else 1 for i in range(mask.ndim)]
             mask = mask * keep.reshape(shape).astype(mask.dtype)
-        return jax.device_put(mask) if isinstance(mask, np.ndarray) else mask
+        if not isinstance(mask, np.ndarray):
+            return mask
+        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        placed = concrete and leaf.committed
+        return jax.device_put(mask, leaf.sharding if placed else None)
 
     return map_named(mark, tree)
 
 
-def _parameter(plan: Plan, name: str, leaf: Any) -> str:
-    """Returns the parameter that a leaf is a copy of, ``""`` if of none."""
-    parameter = longest_known_suffix(name, plan.groups.shapes)
-    if parameter is None or parameter not in plan.groups.members:
-        return ""
-    shape = plan.groups.shapes[parameter]
-    if np.shape(leaf) != shape:
+def _cuts(plan: Plan, copy: Copy) -> dict[int, tuple[Any, int]]:
+    """Returns the masks of :func:`keep_masks` for the axes of a copy."""
+    masks = keep_masks(plan, copy.parameter)
+    return {i: masks[axis] for i, axis in enumerate(copy.axes) if axis in masks}
+
+
+def _check_some_match(copies: Copies) -> None:
+    """Raises if a tree has arrays like parameters, and none has a parameter's name."""
+    if not copies.cut or not copies.numeric:
+        return
+    if not any(copies.is_named(name) for name in copies.shapes):
         raise TPPError(
-            f"cannot slice {name} of shape {np.shape(leaf)}: the parameter {parameter} "
-            f"of the planned model has shape {shape}"
+            f"nothing in the tree is named like a parameter that the plan cuts: it "
+            f"holds {some(copies.numeric)}, the plan cuts {some(copies.cut)}. Pass a "
+            "tree whose leaves have the parameters' names, or end in them"
         )
-    return parameter

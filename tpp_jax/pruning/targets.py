@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.flops import Costs
+from tpp_jax.pruning.flops import Costs, uncounted_work
 from tpp_jax.pruning.groups import Group, Groups
 
 SCOPES = ("local", "global", "isomorphic")
@@ -82,6 +82,7 @@ def kept_for_target(
     *,
     flops: float | None,
     params: float | None,
+    allow_uncounted: bool = False,
 ) -> dict[str, int]:
     """Returns how many channels of each group stay, to meet a target.
 
@@ -96,10 +97,13 @@ def kept_for_target(
       limits: what stays in any case.
       flops: share of the whole model's FLOPs to remain; None for any.
       params: likewise of its parameters.
+      allow_uncounted: whether a target of FLOPs may leave work out that is not counted.
 
     Raises:
-      TPPError: the target is out of reach.
+      TPPError: the target is out of reach, or of FLOPs that are not all counted.
     """
+    if flops is not None and not allow_uncounted:
+        _check_all_counted(uncounted_work(groups.traced))
     costs = Costs(groups)
     whole = costs({})
     wanted = params, flops
@@ -152,12 +156,13 @@ def pools_of(groups: Groups, matched: Sequence[Group], scope: str) -> list[list[
     alike: dict[object, list[Group]] = {}
     for group in matched:
         like = []
-        for leaf, axis, positions, role, _ in group.members:
+        for member in group.members:
+            leaf, axis = member.leaf, member.axis
             shape = tuple(
                 0 if i != axis and (leaf, i) in others else n
                 for i, n in enumerate(groups.shapes[leaf])
             )
-            like.append((role, axis, positions.shape, shape))
+            like.append((member.role, axis, member.positions.shape, shape))
         alike.setdefault(tuple(sorted(like)), []).append(group)
     return list(alike.values())
 
@@ -191,6 +196,16 @@ def _removals_of_all(
         which.append(before + _removals(pool, scores, limits))
         before += len(pool)
     return np.concatenate(which)[np.argsort(np.concatenate(when), kind="stable")]
+
+
+def _check_all_counted(left_out: Sequence[str]) -> None:
+    if left_out:
+        more = ", …" if len(left_out) > 3 else ""
+        raise TPPError(
+            f"a target of FLOPs needs all of them counted, and the work of "
+            f"{', '.join(left_out[:3])}{more} is not: give a target of parameters or "
+            "ratios, or pass allow_uncounted=True to meet it with the others alone"
+        )
 
 
 def _out_of_reach(

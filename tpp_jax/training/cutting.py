@@ -17,11 +17,11 @@ from jaxtyping import PRNGKeyArray
 from tpp_jax.method.isometry import reinitialize
 from tpp_jax.models.layers import uniform_bias_init
 from tpp_jax.pruning.channels import channel_groups
-from tpp_jax.pruning.functions import modules
+from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.groups import Groups
-from tpp_jax.pruning.modules import prune
+from tpp_jax.pruning.nnx_layers import modules
+from tpp_jax.saving import save_model
 from tpp_jax.training import hosts, measures
-from tpp_jax.training.checkpoints import save_model
 from tpp_jax.training.setup import plan_for, random_model
 from tpp_jax.training.stages import Stage
 

@@ -11,8 +11,8 @@ from flax import nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning.flops import count
+from tpp_jax.saving import load_model, load_model_info
 from tpp_jax.training import parallel
-from tpp_jax.training.checkpoints import load_model, load_model_info
 from tpp_jax.training.feeds import Resident, Streamed, open_data, open_feed
 from tpp_jax.training.step import StepConfig, graphdef_of, make_eval_step
 

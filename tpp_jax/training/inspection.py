@@ -18,10 +18,10 @@ from tpp_jax.analysis.groups_text import describe_groups, group_report
 from tpp_jax.data import sources
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning.channels import channel_groups
+from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.flops import count
 from tpp_jax.pruning.groups import Groups
-from tpp_jax.pruning.modules import prune
-from tpp_jax.training.checkpoints import load_model
+from tpp_jax.saving import load_model
 from tpp_jax.training.config import check_fields, check_values
 from tpp_jax.training.feeds import open_data
 from tpp_jax.training.setup import initial_model, plan_for, random_model

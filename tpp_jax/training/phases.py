@@ -17,7 +17,7 @@ from tpp_jax.method.rivals import (
 )
 from tpp_jax.method.schedule import GrowingSchedule, growing_schedule
 from tpp_jax.method.transforms import TPPState, add_tpp_penalties, zero_pruned
-from tpp_jax.pruning.functions import modules
+from tpp_jax.pruning.nnx_layers import modules
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training.optimizers import learning_rate, optimizer, sgd
 

@@ -15,8 +15,8 @@ from flax import nnx
 from tpp_jax.analysis.latency import Pair, as_json, compare, compare_layers
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning.channels import channel_groups
-from tpp_jax.pruning.modules import prune
-from tpp_jax.training.checkpoints import create_abstract, load_model, load_model_info
+from tpp_jax.pruning.cutting import prune
+from tpp_jax.saving import create_abstract, load_model, load_model_info
 from tpp_jax.training.config import check_fields, check_values
 from tpp_jax.training.inspection import abstract_model
 from tpp_jax.training.setup import plan_for

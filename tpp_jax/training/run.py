@@ -20,10 +20,11 @@ import optax
 from flax import nnx
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.modules import prune
+from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.plan import Plan
+from tpp_jax.saving import save_model, with_arrays
 from tpp_jax.training import cutting, hosts, measures, parallel, replicas
-from tpp_jax.training.checkpoints import Checkpoints, save_model, with_arrays
+from tpp_jax.training.checkpoints import Checkpoints
 from tpp_jax.training.config import differences
 from tpp_jax.training.evaluation import Evaluator
 from tpp_jax.training.feeds import open_feed

@@ -20,10 +20,11 @@ from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.criteria import STATISTICS
 from tpp_jax.pruning.groups import Groups
-from tpp_jax.pruning.plan import Plan, make_plan
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
+from tpp_jax.saving import load_model
 from tpp_jax.training import parallel, phases
-from tpp_jax.training.checkpoints import load_model
 from tpp_jax.training.config import check_fields, check_values
 from tpp_jax.training.feeds import open_data
 from tpp_jax.training.measures import report_layer
@@ -230,21 +231,25 @@ def plan_for(
             criterion = "l1"
         else:
             statistics = _statistics(config, model, dataset)
+    amount: dict[str, Any] = {"counts": counts}
+    if counts is None:
+        amount = dict(
+            ratios=None if target and not fields.ratios else fields.ratios,
+            flops=fields.flops or None,
+            params=fields.params or None,
+            skip=fields.skip,
+            scope=scope or fields.scope,
+            round_to=fields.round_to,
+            min_channels=fields.min_channels,
+        )
     return make_plan(
         groups,
         model,
-        None if target and not fields.ratios else fields.ratios,
-        counts=counts,
-        flops=fields.flops or None,
-        params=fields.params or None,
-        skip=fields.skip,
         criterion=criterion,
         statistics=statistics,
-        scope=scope or fields.scope,
         reduce=fields.reduce,
         seed=config.seed,
-        round_to=fields.round_to,
-        min_channels=fields.min_channels,
+        **amount,
     )
 
 

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from tpp_jax.pruning.naming import map_named, named_leaves
-from tpp_jax.training.checkpoints import with_arrays
+from tpp_jax.saving import with_arrays
 from tpp_jax.training.step import TrainState
 
 

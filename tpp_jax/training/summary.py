@@ -10,8 +10,8 @@ from tpp_jax.analysis import plots, report, tables
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning.flops import Count, count
 from tpp_jax.pruning.plan import Plan
+from tpp_jax.saving import save_model
 from tpp_jax.training import hosts, measures
-from tpp_jax.training.checkpoints import save_model
 from tpp_jax.training.history import read_history
 from tpp_jax.training.measures import trainability_accuracy
 from tpp_jax.training.setup import Setup

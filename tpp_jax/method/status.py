@@ -1,0 +1,120 @@
+"""Where a run of TPP stands, read off the optimizer's state and the parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from tpp_jax.errors import TPPError
+from tpp_jax.pruning.naming import named_leaves
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.readiness import UNDONE, at, find_states, measure
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """Where a run of TPP stands.
+
+    Attributes:
+      step: updates done.
+      strength: λ of the last update; None without ``add_tpp_penalties``.
+      gram: Gram energy: Σ over pruned layers of the Gram penalty at the last update,
+        unweighted; None without ``add_tpp_penalties``.
+      pruned_norm: Euclidean norm of the pruned filters, their biases and their norms'
+        scales and biases.
+      zeroed: number of layers whose pruned filters are exactly zero.
+      layers: number of layers that lose filters.
+      ready: whether the cut changes nothing: all that it removes is exactly zero where
+        it is produced, and no norm or softmax runs over channels that are removed. (An
+        activation that is not zero at zero, a sigmoid for instance, must not follow.)
+      reason: why it is not ready, None if it is.
+    """
+
+    step: int
+    strength: float | None
+    gram: float | None
+    pruned_norm: float
+    zeroed: int
+    layers: int
+    ready: bool
+    reason: str | None
+
+
+def status(opt_state: Any, plan: Plan, params: Any) -> Status:
+    """Returns where a run of TPP stands.
+
+    Args:
+      opt_state: state of an optimizer with :func:`tpp_jax.add_tpp_penalties` or
+        :func:`tpp_jax.zero_pruned` in it, at any depth: optax's chains and wrappers,
+        ``nnx.Optimizer``, a training state.
+      plan: what is pruned; concrete.
+      params: the parameters now, whole or cut, as the optimizer sees them.
+
+    Returns:
+      Numbers on the host; after the cut the norm is 0 and the run is ready.
+
+    Raises:
+      TPPError: there is no such state, or more than one; the transforms stand in a
+        wrong order in their chain; a planned parameter is missing; something is traced.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import tpp_jax as tpp
+      >>> def net(p, x):
+      ...     return x @ p["w1"] @ p["w2"]
+      >>> p = {"w1": jnp.eye(4), "w2": jnp.ones((4, 2))}
+      >>> groups = tpp.channel_groups(net, jnp.ones((1, 4)), params=p)
+      >>> plan = tpp.make_plan(groups, p, 0.5)
+      >>> schedule = tpp.growing_schedule(
+      ...     granularity=0.5, every=1, stabilize=1, zero_out_every=1)
+      >>> tx = optax.chain(
+      ...     tpp.add_tpp_penalties(plan, schedule), optax.sgd(0.1),
+      ...     tpp.zero_pruned(plan, schedule))
+      >>> state = tx.init(p)
+      >>> for _ in range(schedule.total_steps):
+      ...     updates, state = tx.update(p, state, p)
+      ...     p = optax.apply_updates(p, updates)
+      >>> now = status(state, plan, p)
+      >>> now.step, now.strength, f"{now.zeroed} of {now.layers}", now.ready
+      (4, 1.0, '1 of 1', True)
+    """
+    named = named_leaves(opt_state)
+    states = find_states(named)
+    path = states.zeroing if states.penalties is None else states.penalties
+    if path is None:
+        raise TPPError(
+            "there is no state of add_tpp_penalties or zero_pruned in the optimizer's "
+            "state: pass the state of the optimizer that they are chained into"
+        )
+    numbers = {"step": named[at(path, "step")]}
+    if states.penalties is not None:
+        for field in ("strength", "gram"):
+            numbers[field] = named[at(states.penalties, field)]
+    leaves = (numbers, jax.tree.leaves(params), jax.tree.leaves(plan))
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaves)):
+        raise TPPError("status returns numbers on the host: call it outside of jit")
+    if states.zeroing is not None and named[at(states.zeroing, "undone")]:
+        raise TPPError(UNDONE)
+    progress = measure(plan, params)
+    reduced = [group.name for group in plan.pruned_groups if group.reduced]
+    reason = None
+    if not progress.all_zero:
+        reason = (
+            f"the pruned filters are not zero: {progress.zeroed} of {progress.layers} "
+            "layers are"
+        )
+    elif reduced and not progress.cut:
+        reason = (
+            f"a norm, softmax or other reduction runs over channels of {reduced[0]}: "
+            "zeros in their place are not the same as their absence"
+        )
+    return Status(
+        step=int(numbers["step"]),
+        strength=float(numbers["strength"]) if "strength" in numbers else None,
+        gram=float(numbers["gram"]) if "gram" in numbers else None,
+        pruned_norm=progress.norm,
+        zeroed=progress.zeroed,
+        layers=progress.layers,
+        ready=reason is None,
+        reason=reason,
+    )

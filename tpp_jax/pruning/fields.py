@@ -1,0 +1,178 @@
+"""Sizes that a model's modules keep as attributes, and how they follow the channels.
+
+A module of one's own keeps a number of heads as an attribute; an Equinox module keeps
+all its sizes as static fields of dataclasses next to its arrays. If the model holds
+with fewer channels once such a number is set to what is left, it is set at every cut.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Values = Mapping[str, Mapping[str, Any]]
+"""Path of a module → name of a field → its value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A whole number, or a tuple of them, that a module keeps as an attribute.
+
+    Attributes:
+      path: dotted path of the module, ``""`` for the outermost.
+      name: the attribute's name, ``num_heads``.
+      value: what it is in the unpruned model.
+    """
+
+    path: str
+    name: str
+    value: int | tuple[int, ...]
+
+
+Parts = tuple[tuple[int, tuple[str, ...]], ...]
+"""A number that follows channels: pairs of positions and the groups they belong to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldSize:
+    """An attribute that has to follow the channels of groups.
+
+    Attributes:
+      field: the attribute.
+      parts: for the number, or each number of the tuple, how it follows; None for one
+        that stays.
+    """
+
+    field: Field
+    parts: tuple[Parts | None, ...]
+
+    def value(self, kept: Callable[[str], tuple[int, int]]) -> int | tuple[int, ...]:
+        """Returns the attribute's value in the pruned model.
+
+        Args:
+          kept: group name → (channels that stay, channels).
+        """
+        old = self.field.value
+        numbers = old if isinstance(old, tuple) else (old,)
+        new = tuple(
+            number if parts is None else size_of(parts, kept)
+            for number, parts in zip(numbers, self.parts, strict=True)
+        )
+        return new if isinstance(old, tuple) else new[0]
+
+
+def size_of(parts: Parts, kept: Callable[[str], tuple[int, int]]) -> int:
+    """Returns how many positions of an axis stay.
+
+    Positions that several groups run through are all combinations of their channels:
+    the shares that stay multiply.
+    """
+    total = 0
+    for positions, through in parts:
+        for name in through:
+            stay, size = kept(name)
+            positions = positions * stay // size
+        total += positions
+    return total
+
+
+def fields_of_tree(tree: Any, path: str = "") -> list[Field]:
+    """Lists the whole numbers in the dataclasses of a tree, with their paths.
+
+    Args:
+      tree: dataclasses, dicts, lists and tuples, nested.
+      path: of the tree itself.
+    """
+    found = []
+    for name, value in _items(tree):
+        if _is_dataclass(tree) and is_size(value):
+            found.append(Field(path, str(name), value))
+        else:
+            found += fields_of_tree(value, f"{path}.{name}" if path else str(name))
+    return found
+
+
+def follow_fields(tree: Any, sizes: Sequence[FieldSize], values: Values) -> Any:
+    """Sets attributes of a model in a tree that may hold it at any depth.
+
+    Args:
+      tree: the model, or dicts, lists, tuples and dataclasses around it.
+      sizes: attributes that follow the channels.
+      values: what they are to be.
+
+    Returns:
+      The tree with a changed copy of every model in it: of whatever has all of the
+      attributes, with the values of the unpruned model.
+    """
+    if not sizes:
+        return tree
+    if all(_find(tree, size.field) == size.field.value for size in sizes):
+        return set_fields_of_tree(tree, values)
+    changes = {}
+    for name, value in _items(tree):
+        changed = follow_fields(value, sizes, values)
+        if changed is not value:
+            changes[name] = changed
+    return _changed(tree, changes)
+
+
+def _find(tree: Any, field: Field) -> Any:
+    """Returns the value of an attribute, None if there is none."""
+    for key in (*field.path.split("."), field.name) if field.path else (field.name,):
+        found = [value for name, value in _items(tree) if str(name) == key]
+        if not found:
+            return None
+        tree = found[0]
+    return tree
+
+
+def set_fields_of_tree(tree: Any, values: Values, path: str = "") -> Any:
+    """Returns a copy of a tree with other numbers in the fields of its dataclasses.
+
+    Args:
+      tree: as for :func:`fields_of_tree`.
+      values: what to set; see :data:`Values`.
+      path: of the tree itself.
+    """
+    changes = dict(values.get(path, {})) if _is_dataclass(tree) else {}
+    for name, value in _items(tree):
+        inner = f"{path}.{name}" if path else str(name)
+        if any(p == inner or p.startswith(inner + ".") for p in values):
+            changes[name] = set_fields_of_tree(value, values, inner)
+    return _changed(tree, changes)
+
+
+def _changed(tree: Any, changes: Mapping[Any, Any]) -> Any:
+    if not changes:
+        return tree
+    if isinstance(tree, dict):
+        return {**tree, **changes}
+    if isinstance(tree, (list, tuple)):
+        items = [changes.get(i, value) for i, value in enumerate(tree)]
+        named = hasattr(tree, "_fields")
+        return type(tree)(*items) if named else type(tree)(items)
+    changed = copy.copy(tree)
+    for name, value in changes.items():
+        object.__setattr__(changed, name, value)
+    return changed
+
+
+def _items(node: Any) -> list[tuple[Any, Any]]:
+    if _is_dataclass(node):
+        names = [field.name for field in dataclasses.fields(node)]
+        return [(name, getattr(node, name)) for name in names if hasattr(node, name)]
+    if isinstance(node, dict):
+        return list(node.items())
+    if isinstance(node, (list, tuple)):
+        return list(enumerate(node))
+    return []
+
+
+def _is_dataclass(node: Any) -> bool:
+    return dataclasses.is_dataclass(node) and not isinstance(node, type)
+
+
+def is_size(value: Any) -> bool:
+    """Reports whether a field may hold sizes: a whole number, or a tuple of them."""
+    numbers = value if isinstance(value, tuple) and value else (value,)
+    return all(type(n) is int for n in numbers) and max(numbers) > 1

@@ -1,0 +1,368 @@
+"""From ratios to counts to the channels that stay: ``make_plan``."""
+
+import difflib
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tpp_jax.errors import TPPError
+from tpp_jax.pruning.criteria import (
+    REDUCTIONS,
+    STATISTICS,
+    Criterion,
+    find_criterion,
+    group_scores,
+)
+from tpp_jax.pruning.cutting import check_plan
+from tpp_jax.pruning.naming import longest_known_suffix, named_leaves
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.records import Group, Groups
+from tpp_jax.pruning.targets import Limits, kept_by_ratios, kept_for_target, pools_of
+
+Ratios = Mapping[str, float] | str | float
+
+
+def make_plan(
+    groups: Groups,
+    model: nnx.Module | Any,
+    ratios: Ratios | None = None,
+    *,
+    counts: Mapping[str, int] | None = None,
+    flops: float | None = None,
+    params: float | None = None,
+    skip: Sequence[str] | str = (),
+    criterion: str | Criterion = "l1",
+    statistics: Any = None,
+    scores: Mapping[str, Any] | None = None,
+    scope: str = "local",
+    reduce: str = "mean",
+    seed: int = 0,
+    round_to: int = 1,
+    min_channels: int = 1,
+    allow_uncounted: bool = False,
+    check: bool = True,
+) -> Plan:
+    """Chooses the channels to prune (method section 1: chosen once, from the weights).
+
+    How much goes is said by ratios, or by a target that the ratios are solved for.
+
+    Args:
+      groups: from :func:`tpp_jax.channel_groups`.
+      model: the model with its weights, or a parameter pytree; abstract if ``scores``
+        are given for every group that is pruned.
+      ratios: share of the channels to prune, in [0, 1): one number for every group that
+        can be pruned and is not inner (the dimensions within heads, if the heads can
+        be pruned), or pattern → share, as a dict or as the
+        original's string ``"*layer*.conv1:0.9,*layer3*:0.5"``. Patterns are
+        ``fnmatch`` globs over layer names; the last match wins, no match means 0. A
+        group is matched by any layer that produces it; an inner group (``layer#2``,
+        the dimensions within heads) by its own name only.
+      counts: group name → how many of its channels stay, in place of ratios, targets,
+        ``skip``, ``scope`` and limits.
+      flops: target: share of the model's FLOPs that is to *remain*, in (0, 1]. Ratios
+        are then relative: all are scaled by one number, as large as it takes. Without
+        ratios, all groups that a single number would prune get equal ones.
+      params: likewise, of its parameters. With both targets, both are met.
+      skip: patterns of layers that are left whole, whatever the ratios say.
+      criterion: a name in :data:`tpp_jax.pruning.criteria.CRITERIA`, ``"random"``, or a
+        function from filters ``[n, d]`` (and their statistics ``[n, d]``, if given) to
+        scores ``[n]``; the lowest scores go.
+      statistics: for a criterion that needs more than weights: a pytree named like the
+        parameters, from :mod:`tpp_jax.pruning.statistics`.
+      scores: scores of one's own: group name → float ``[group.size]``. They stand in
+        for the criterion's in the groups that they name.
+      scope: where scores compete. ``"local"``: each group loses its own share;
+        ``"global"``: as many channels in all, but the lowest scores among all matched
+        groups; ``"isomorphic"``: as many in all among groups of like shape.
+      reduce: how a channel's scores in the layers that produce it become one:
+        ``"mean"``, ``"sum"``, ``"max"``, or ``"first"``, the score in the first layer.
+      seed: of the random criterion.
+      round_to: kept counts are rounded up to a multiple of this.
+      min_channels: no group is left with fewer.
+      allow_uncounted: whether a target of FLOPs is met though the model holds work that
+        :func:`tpp_jax.count` does not count (see its ``uncounted``).
+      check: whether the plan is tried on the model that the groups were found with,
+        see :func:`tpp_jax.check_plan`; that traces the model once more.
+
+    Returns:
+      The plan. By ratios, ``ceil(ratio · n)`` channels of a group of n go, at most
+      ``floor(0.995 · n)``. For a target, as few go as meet it.
+
+    Raises:
+      TPPError: a ratio outside [0, 1), a pattern that matches no layer, a pattern
+        that matches only layers that cannot be pruned, a target that is out of reach,
+        an unknown criterion, scope or reduction, statistics that are missing, counts
+        next to something that they replace, scores of another group or shape, or a
+        plan that the model does not hold with.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from tpp_jax.pruning.channels import channel_groups
+      >>> def mlp(p, x):
+      ...     return x @ p["w1"] @ p["w2"]
+      >>> p = {"w1": jnp.arange(32.0).reshape(4, 8), "w2": jnp.ones((8, 2))}
+      >>> groups = channel_groups(mlp, jnp.ones((1, 4)), params=p)
+      >>> make_plan(groups, p, {"w1": 0.25}).to_dict()
+      {'w1': [2, 3, 4, 5, 6, 7]}
+      >>> make_plan(groups, p, flops=0.5).to_dict()
+      {'w1': [4, 5, 6, 7]}
+    """
+    _check_numbers(flops, params, round_to, min_channels)
+    if reduce not in REDUCTIONS:
+        raise TPPError(
+            f"unknown reduce {reduce!r}: choose one of {', '.join(REDUCTIONS)}"
+        )
+    if ratios is None and flops is None and params is None and counts is None:
+        raise TPPError(
+            "nothing says how much to prune: give ratios, or the share of the FLOPs or "
+            "parameters to remain, as in flops=0.5"
+        )
+    limits = Limits(min_channels, round_to)
+    if counts is not None:
+        others = dict(ratios=ratios, flops=flops, params=params, skip=skip, scope=scope)
+        _check_counts_alone(others, limits)
+        _check_counts(groups, counts)
+        matched = [groups[name] for name in counts]
+    else:
+        whole = 0.5 if ratios is None else ratios
+        asked = _ratios_of(groups, whole, parse_patterns(skip))
+        matched = [g for g in groups if asked.get(g.name) and limits.most(g.size)]
+        pools = pools_of(groups, matched, scope)
+    leaves = _by_parameter(
+        nnx.state(model) if isinstance(model, nnx.Module) else model, groups
+    )
+    ranks = _own_scores(groups, scores or {})
+    rest = [g for g in matched if g.name not in ranks]
+    _check_leaves(groups, leaves, rest)
+    if rest or not ranks:
+        score = find_criterion(criterion, seed, statistics is not None)
+        extra = None if statistics is None else _by_parameter(statistics, groups)
+        ranks |= {g.name: group_scores(g, leaves, score, reduce, extra) for g in rest}
+    elif not callable(criterion):  # not needed, but a wrong name is a mistake still
+        find_criterion(criterion, seed, criterion in STATISTICS)
+    if counts is not None:
+        pass
+    elif flops is None and params is None:
+        counts = kept_by_ratios(pools, asked, ranks, limits)
+    else:
+        counts = kept_for_target(
+            groups,
+            pools,
+            asked,
+            ranks,
+            limits,
+            flops=flops,
+            params=params,
+            allow_uncounted=allow_uncounted,
+        )
+    kept = {}
+    for group in groups:
+        if group.reason is None:
+            n_kept = counts.get(group.name, group.size)
+            # Stable sorting breaks ties by index, so that one seed gives one plan.
+            order = np.argsort(
+                ranks.get(group.name, np.arange(group.size)), kind="stable"
+            )
+            kept[group.name] = np.sort(order[group.size - n_kept :]).astype(np.int32)
+    plan = Plan(kept, groups)
+    if check and groups.source is not None:
+        check_plan(plan)
+    return plan
+
+
+def parse_ratios(ratios: Mapping[str, float] | str) -> dict[str, float]:
+    """Reads ratios: a dict, or the original's string ``"pattern:ratio,pattern:ratio"``.
+
+    Raises:
+      TPPError: text of another form, or a ratio outside [0, 1).
+
+    Example:
+      >>> parse_ratios("*layer*.conv1:0.9, *layer3*:0.5")
+      {'*layer*.conv1': 0.9, '*layer3*': 0.5}
+    """
+    if isinstance(ratios, str):
+        pairs = []
+        for part in parse_patterns(ratios):
+            pattern, colon, number = part.rpartition(":")
+            try:
+                pairs.append((pattern.strip(), float(number)))
+            except ValueError:
+                colon = ""
+            if not colon or not pattern.strip():
+                raise TPPError(
+                    f"cannot read the pruning ratio {part!r}: write pattern:ratio, as "
+                    "in '*layer*.conv1:0.5', several separated by commas"
+                )
+        ratios = dict(pairs)
+    for pattern, ratio in ratios.items():
+        _check_ratio(ratio, repr(pattern))
+    return dict(ratios)
+
+
+def _check_ratio(ratio: float, of: str) -> None:
+    if not 0 <= ratio < 1:
+        raise TPPError(
+            f"the pruning ratio {ratio} of {of} is not in [0, 1): it is the share of "
+            "filters to remove"
+        )
+
+
+def parse_patterns(patterns: Sequence[str] | str) -> list[str]:
+    """Reads patterns: a sequence, or one string with commas between them."""
+    if isinstance(patterns, str):
+        patterns = patterns.split(",")
+    return [pattern.strip() for pattern in patterns if pattern.strip()]
+
+
+def _check_numbers(
+    flops: float | None, params: float | None, round_to: int, min_channels: int
+) -> None:
+    for name, least in (("round_to", round_to), ("min_channels", min_channels)):
+        if least < 1:
+            raise TPPError(f"{name} is {least}, must be at least 1")
+    for name, share in (("flops", flops), ("params", params)):
+        if share is not None and not 0 < share <= 1:
+            raise TPPError(
+                f"the target {name}={share} is not in (0, 1]: it is the share of the "
+                f"model's {name} that is to remain"
+            )
+
+
+def _ratios_of(groups: Groups, ratios: Ratios, skip: list[str]) -> dict[str, float]:
+    """Returns group name → share to prune, for the prunable groups."""
+    for pattern in skip:
+        _check_pattern(groups, pattern, must_prune=False)
+    if isinstance(ratios, (int, float)):
+        _check_ratio(ratios, "every group")
+        asked = {g.name: ratios for g in groups if g.reason is None and not g.inner}
+    else:
+        ratios = parse_ratios(ratios)
+        for pattern, ratio in ratios.items():
+            _check_pattern(groups, pattern, must_prune=ratio > 0)
+        asked = {}
+        for group in groups:
+            matching = [ratio for p, ratio in ratios.items() if _matches(p, group)]
+            if group.reason is None and matching:
+                asked[group.name] = matching[-1]
+    for group in groups:
+        if any(_matches(pattern, group) for pattern in skip):
+            asked.pop(group.name, None)
+    return asked
+
+
+def _by_parameter(tree: Any, groups: Groups) -> dict[str, Any]:
+    """Returns the leaves of a tree by the parameters that they are named like."""
+    # A Linen module's variables have the collection's name in front of each leaf's.
+    found: dict[str, Any] = {}
+    for name, leaf in named_leaves(tree).items():
+        parameter = longest_known_suffix(name, groups.shapes) or name
+        # Of a parameter and its copy in another collection, the parameter counts.
+        if parameter not in found or name in (parameter, f"params.{parameter}"):
+            found[parameter] = leaf
+    return found
+
+
+def _matches(pattern: str, group: Group) -> bool:
+    names = (group.name,) if group.inner else (group.name, *group.producers)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def _check_pattern(groups: Groups, pattern: str, must_prune: bool) -> None:
+    matched = [group for group in groups if _matches(pattern, group)]
+    if not matched:
+        names = list(dict.fromkeys(name for g in groups for name in g.producers))
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:5]
+        raise TPPError(
+            f"the pattern {pattern!r} matches no layer; there are for example "
+            f"{', '.join(near)}"
+        )
+    if must_prune and all(group.reason for group in matched):
+        group = matched[0]
+        raise TPPError(
+            f"the pattern {pattern!r} asks to prune {group.name}, which cannot be "
+            f"pruned: its channels are tied to {group.reason}"
+        )
+
+
+def _check_counts_alone(others: Mapping[str, Any], limits: Limits) -> None:
+    """Refuses what says in another way how much goes, next to counts."""
+    defaults = {"skip": (), "scope": "local", "round_to": 1, "min_channels": 1}
+    given = [
+        name
+        for name, value in {**others, **limits._asdict()}.items()
+        if value is not None and value != defaults.get(name) and value not in ("", [])
+    ]
+    if given:
+        raise TPPError(
+            f"counts say how many channels stay, so {' and '.join(given)} would be "
+            "ignored: give one or the other. A group that counts do not name stays "
+            "unpruned"
+        )
+
+
+def _check_counts(groups: Groups, counts: Mapping[str, int]) -> None:
+    sizes = {g.name: g.size for g in groups if g.reason is None}
+    for name, count in counts.items():
+        if name not in sizes:
+            raise TPPError(f"no group {name!r} can be pruned: there are {list(sizes)}")
+        if not 1 <= count <= sizes[name] or count % 1:
+            raise TPPError(
+                f"{count} channels of {name} are to stay, but it has {sizes[name]}"
+            )
+
+
+def _own_scores(groups: Groups, scores: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the user's scores as arrays.
+
+    Raises:
+      TPPError: they name no group, or are not one number for each of its channels.
+    """
+    found = {}
+    for name, score in scores.items():
+        if name not in {group.name for group in groups}:
+            raise TPPError(
+                f"scores name {name!r}, which is no group: there are "
+                f"{', '.join(group.name for group in groups)}"
+            )
+        size = groups[name].size
+        abstract = isinstance(score, jax.ShapeDtypeStruct)
+        array = np.zeros(0) if abstract else np.asarray(score)
+        if array.dtype.kind not in "biuf" and not jnp.issubdtype(
+            array.dtype, jnp.floating
+        ):
+            raise TPPError(
+                f"the scores of {name} are of dtype {array.dtype}: give real numbers"
+            )
+        if array.shape != (size,):
+            raise TPPError(
+                f"the scores of {name} have shape {np.shape(score)}, but it has {size} "
+                f"channels: give an array of shape ({size},)"
+            )
+        if np.isnan(array).any():
+            raise TPPError(f"the scores of {name} hold nan: they cannot be ranked")
+        # Half precision and booleans would not sort, or not compare, as they should.
+        found[name] = array.astype(np.float64)
+    return found
+
+
+def _check_leaves(
+    groups: Groups, leaves: Mapping[str, Any], scored: Sequence[Group]
+) -> None:
+    needed = {m.leaf for group in scored for m in group.members}
+    for name, shape in groups.shapes.items():
+        found = np.shape(leaves[name]) if name in leaves else None
+        if found != shape and name in groups.members:
+            raise TPPError(
+                f"the groups are of another model: they were made with {name} of shape "
+                f"{shape}, here it is {found or 'missing'}"
+            )
+        if name in needed and isinstance(leaves[name], jax.ShapeDtypeStruct):
+            raise TPPError(
+                f"{name} is abstract: to choose channels, the weights are needed, or "
+                "scores for every group that is pruned"
+            )

@@ -1,0 +1,180 @@
+"""A model as it was given, remembered so that it can be traced again, cut.
+
+Groups are read off one trace. What they claim is tried on the model itself: it is
+traced once more with the narrower arrays that a plan leaves.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import linen, nnx
+from jax.sharding import NamedSharding
+
+from tpp_jax.pruning.bridge import follow_arrays
+from tpp_jax.pruning.fields import Field, fields_of_tree, is_size, set_fields_of_tree
+from tpp_jax.pruning.functions import (
+    Function,
+    apart,
+    as_function,
+    is_array,
+    merged_call,
+)
+from tpp_jax.pruning.linen import linen_apply, linen_fields
+from tpp_jax.pruning.nnx_layers import modules
+from tpp_jax.pruning.tracing import Trace, trace_function
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A model and the inputs that it is traced with.
+
+    Attributes:
+      model: the NNX module's structure, the Linen module or the function.
+      function: the model as a pure function, its parameters abstract.
+      tree: the parameter tree of a function as its user gave it, abstract; None for
+        Flax modules.
+      inputs: abstract example inputs; what is no array is there as it is.
+      kwargs: keyword arguments, like the inputs.
+    """
+
+    model: Any
+    function: Function
+    tree: Any
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, model: Any, params: Any, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> "Source":
+        """Remembers a model, without its arrays."""
+        function = as_function(model, params)
+        function = dataclasses.replace(function, params=abstract(function.params))
+        inputs, kwargs = abstract((inputs, dict(kwargs)))
+        if isinstance(model, nnx.Module):
+            return cls(nnx.graphdef(model), function, None, inputs, kwargs)
+        tree = None if isinstance(model, linen.Module) else abstract(params)
+        return cls(model, function, tree, inputs, kwargs)
+
+    @property
+    def given(self) -> Any:
+        """The parameter tree as the user gave it, abstract."""
+        return self.function.params if self.tree is None else self.tree
+
+    def trace(self) -> Trace:
+        """Traces the model as it is."""
+        return trace_function(self.function, self.inputs, self.kwargs)
+
+    def trace_cut(self, plan: Any, shapes: Mapping[str, tuple[int, ...]]) -> Trace:
+        """Traces the model with narrower arrays.
+
+        Args:
+          plan: what is pruned.
+          shapes: parameter leaf name → its shape after the cut.
+
+        Raises:
+          Exception: whatever the model raises of arrays of these shapes.
+        """
+        leaves, structure = jax.tree.flatten(self.function.params)
+        # A copy of a parameter in another collection is cut as the parameter is.
+        copies = self.function.namesakes
+        cut = [
+            _with_shape(leaf, shapes[name if name in shapes else copies[name]])
+            for name, leaf in zip(self.function.names, leaves, strict=True)
+        ]
+        function = dataclasses.replace(
+            self.function,
+            call=self._call_cut(plan),
+            params=jax.tree.unflatten(structure, cut),
+        )
+        return trace_function(function, self.inputs, self.kwargs)
+
+    def fields(self) -> list[Field]:
+        """Lists the whole numbers that the model's own classes keep as attributes."""
+        if isinstance(self.model, nnx.GraphDef):
+            merged = nnx.merge(self.model, self.function.params)
+            return list(_fields_of_nnx(merged))
+        if isinstance(self.model, linen.Module):
+            return linen_fields(self.model, lambda: self.trace())
+        return fields_of_tree(self.tree)
+
+    def _call_cut(self, plan: Any) -> Callable[..., Any]:
+        if isinstance(self.model, nnx.GraphDef):
+            return merged_call(self.model, lambda module: adapt(module, plan))
+        if isinstance(self.model, linen.Module):
+            return linen_apply(self.model, plan)
+        values = plan.field_values()
+        if not values:
+            return self.function.call
+        _, call = apart(
+            self.model, self.tree, lambda tree: set_fields_of_tree(tree, values)
+        )
+        return call
+
+
+def adapt(module: nnx.Module, plan: Any) -> None:
+    """Sets all static sizes of a cut NNX module, in place."""
+    follow_arrays(module, plan.kept_blocks, plan.groups.shapes)
+    values = plan.field_values()
+    if values:
+        for path, inner in modules(module):
+            for name, value in values.get(path, {}).items():
+                setattr(inner, name, value)
+
+
+def _fields_of_nnx(root: nnx.Module) -> Iterator[Field]:
+    for path, module in modules(root):
+        if type(module).__module__.partition(".")[0] == "flax":
+            continue  # the layers of Flax follow their arrays
+        for name, value in vars(module).items():
+            if not name.startswith("_") and is_size(value):
+                yield Field(path, name, value)
+
+
+def abstract(tree: Any) -> Any:
+    """Returns a tree's shapes and dtypes, and what else it holds as it is.
+
+    Arrays on a mesh with explicit axes keep their sharding, which is part of their type
+    there. An int64 of NumPy becomes what JAX makes of it.
+    """
+
+    def describe(leaf: Any) -> Any:
+        if not is_array(leaf):
+            return leaf
+        sharding = getattr(leaf, "sharding", None)
+        explicit = isinstance(sharding, NamedSharding) and any(
+            "Explicit" in str(kind) for kind in sharding.mesh.axis_types
+        )
+        return jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype if isinstance(leaf, jax.ShapeDtypeStruct) else _dtype(leaf),
+            sharding=sharding if explicit else None,
+        )
+
+    return jax.tree.map(describe, tree)
+
+
+def _dtype(leaf: Any) -> Any:
+    return jax.typeof(leaf).dtype
+
+
+def _with_shape(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Any:
+    if leaf.shape == shape:
+        return leaf
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, _divisible(sharding, shape))
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+
+def _divisible(sharding: NamedSharding, shape: tuple[int, ...]) -> Any:
+    """Returns the partition without the mesh axes that do not divide the shape."""
+    spec = []
+    for i, part in enumerate(sharding.spec):
+        names = part if isinstance(part, tuple) else (part,) if part else ()
+        size = math.prod(sharding.mesh.shape[name] for name in names)
+        spec.append(part if shape[i] % size == 0 else None)
+    return jax.sharding.PartitionSpec(*spec)

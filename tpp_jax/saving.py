@@ -1,0 +1,410 @@
+"""Models saved in a folder, with all that is needed to use them again.
+
+A saved model is a flat dict of named arrays and JSON, which Orbax writes. It says what
+it holds, so that loading one needs no config: only the architecture's name, or a module
+or tree of the same structure.
+"""
+
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import linen, nnx
+
+from tpp_jax import models
+from tpp_jax.errors import TPPError
+from tpp_jax.pruning.bridge import counted_groups, follow_arrays, group_counts
+from tpp_jax.pruning.naming import longest_known_suffix, named_leaves
+from tpp_jax.pruning.nnx_layers import modules
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.storage import folders, items, leaves
+from tpp_jax.training import hosts
+
+_META = {"model", "plan", "config", "metrics"}  # what is said of a saved model
+# Flags of a mode that may be None, which a call's argument then decides.
+_MODES = ("deterministic", "use_running_average", "decode")
+_SHOWN = 3  # differences that a message lists
+_FORMAT = 2
+_OF_THE_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
+
+
+def save_model(
+    path: str | pathlib.Path,
+    model: Any,
+    plan: Plan | None = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves a model with all that is needed to use it again.
+
+    A saved model that is there is replaced; whatever happens on the way, the old or the
+    new one can be loaded afterwards. Anything else that is there is left alone.
+
+    Args:
+      path: Folder of the model. It is made, and replaced if it holds a saved model and
+        nothing else.
+      model: A module made by ``tpp_jax.models.create`` (pruned or not); any NNX module,
+        which :func:`load_model` then has to be given in its unpruned form; or a tree of
+        arrays, such as the variables of a Linen module.
+      plan: The plan by which the model was pruned.
+      config: JSON-ready data to keep with the model.
+      metrics: Numbers, text or arrays to keep with the model, as JSON.
+
+    Raises:
+      TPPError: the path holds something else, the model holds something that cannot be
+        saved, or it could not be written.
+    """
+    is_leaf = jax.tree_util.all_leaves([model])
+    if isinstance(model, linen.Module) or is_leaf and callable(model):
+        raise TPPError(
+            f"save_model saves an nnx.Module or a tree of arrays, and not a "
+            f"{type(model).__name__}: for a Linen module pass its variables"
+        )
+    target = folders.resolved(path)
+    folders.check_replaceable(target)
+    tree = nnx.state(model) if _is_module(model) else model
+    names = leaves.unique_names(tree)
+    by_name = dict(zip(names, jax.tree.leaves(tree), strict=True))
+    arrays, notes = leaves.encode(by_name)
+    if not arrays:
+        raise TPPError(f"this {type(model).__name__} holds no arrays to save")
+    spec = getattr(model, "spec", None)
+    meta = {
+        "model": dataclasses.asdict(spec)
+        if isinstance(spec, models.ModelSpec)
+        else None,
+        "plan": None if plan is None else plan.to_dict(),
+        "config": dict(config or {}),
+        "metrics": jax.tree.map(_json_ready, dict(metrics or {})),
+        "num_groups": group_counts(model) if _is_module(model) else {},
+        "fields": {} if plan is None else plan.field_values(),
+        "contents": {
+            "format": _FORMAT,
+            "class": type(model).__name__,
+            "classes": _classes(model) if _is_module(model) else None,
+            "modes": _modes(model) if _is_module(model) else {},
+            "tree": None if _is_module(model) else leaves.describe(tree, names),
+            "leaves": notes,
+            "unpruned": {} if plan is None else _unpruned_shapes(plan, names),
+        },
+    }
+    _write(target, arrays, _as_json(meta))
+
+
+def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
+    """Loads what :func:`save_model` saved.
+
+    Args:
+      path: Folder of the saved model.
+      model: For a module, one of the saved one's class in its unpruned form (its arrays
+        are not used). Not needed if the saved model came from
+        ``tpp_jax.models.create``. For a tree, one of the same structure; needed only if
+        it has containers other than Python's and Flax's, or functions as leaves.
+
+    Returns:
+      The module, or the tree, with the saved arrays, pruned widths included. A module
+      is in the mode (training or evaluation) that it was saved in.
+
+    Raises:
+      TPPError: there is no readable model, it does not say what it is and ``model`` is
+        not given, or its classes, arrays, shapes or types are not those of ``model``.
+
+    Example:
+      >>> import tempfile
+      >>> folder = tempfile.mkdtemp()
+      >>> save_model(folder, {"w": jnp.ones(3)})
+      >>> load_model(folder)["w"].shape
+      (3,)
+    """
+    arrays, meta = _load(path)
+    contents = meta.get("contents", {})
+    saved = leaves.decode(arrays, contents.get("leaves", {}), exact=bool(contents))
+    if contents.get("tree") is not None:
+        return _filled_tree(path, saved, contents, model)
+    if model is None and meta["model"] is None:
+        raise TPPError(
+            f"the model at {path} is not one that tpp_jax.models.create makes: pass "
+            "load_model an unpruned module of its class"
+        )
+    if not contents and model is not None and not _is_module(model):
+        return _filled_tree(path, saved, contents, model)  # of the first version
+    given = create_abstract(**meta["model"]) if model is None else model
+    if not _is_module(given):
+        raise TPPError(
+            f"the model at {path} is a {contents.get('class', 'module')}: pass "
+            f"load_model an unpruned module of its class, and not a "
+            f"{type(given).__name__}"
+        )
+    _check_classes(contents, given)
+    if model is not None:
+        _check_leaves(saved, contents, nnx.state(given), type(given).__name__)
+    loaded = _filled_module(given, saved)
+    numbers = meta.get("num_groups") or {}
+    shapes = {name: leaf.shape for name, leaf in named_leaves(nnx.state(given)).items()}
+    follow_arrays(loaded, counted_groups(numbers), shapes)
+    for path, module in modules(loaded):
+        for name, value in (meta.get("fields") or {}).get(path, {}).items():
+            setattr(module, name, tuple(value) if isinstance(value, list) else value)
+    _set_modes(loaded, contents.get("modes", {}))
+    return loaded
+
+
+def load_model_info(path: str | pathlib.Path) -> dict[str, Any]:
+    """Returns what was saved with a model: its spec, plan, config and metrics.
+
+    Raises:
+      TPPError: there is no readable model.
+    """
+    meta = _load(path)[1]
+    return {key: value for key, value in meta.items() if key != "contents"}
+
+
+def create_abstract(
+    name: str, num_classes: int, image_shape: Sequence[int]
+) -> nnx.Module:
+    """Returns a network of ``tpp_jax.models`` without arrays, for its structure."""
+    return nnx.eval_shape(
+        lambda: models.create(
+            name,
+            num_classes=num_classes,
+            image_shape=tuple(image_shape),
+            rngs=nnx.Rngs(0),
+        )
+    )
+
+
+def with_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:
+    """Returns a model of the same structure that holds the given arrays by name.
+
+    Raises:
+      TPPError: the names are not those of the model's arrays.
+    """
+    return _filled_module(model, {n: jnp.asarray(x) for n, x in arrays.items()})
+
+
+# What is said of a model
+
+
+def _is_module(model: Any) -> bool:
+    return isinstance(model, nnx.Pytree)
+
+
+def _classes(model: nnx.Module) -> dict[str, str]:
+    return {path: _class_name(module) for path, module in modules(model)}
+
+
+def _class_name(module: nnx.Module) -> str:
+    # A pruned Linen module inside an NNX one is of a class of this library.
+    bridge = isinstance(module, nnx.bridge.ToNNX)
+    return "ToNNX" if bridge else type(module).__name__
+
+
+def _modes(model: nnx.Module) -> dict[str, dict[str, bool | None]]:
+    """Returns the settings of every module that are true or false, by its path."""
+    found = {}
+    for path, module in modules(model):
+        settings = {
+            name: value
+            for name, value in vars(module).items()
+            if isinstance(value, bool) or (value is None and name in _MODES)
+        }
+        if settings:
+            found[path] = settings
+    return found
+
+
+def _set_modes(model: nnx.Module, modes: Mapping[str, Mapping[str, Any]]) -> None:
+    for path, module in modules(model):
+        for name, value in modes.get(path, {}).items():
+            if isinstance(vars(module).get(name, ""), bool | None):
+                setattr(module, name, value)
+
+
+def _unpruned_shapes(plan: Plan, names: Sequence[str]) -> dict[str, list[int]]:
+    """Returns the shape before the cut of every leaf that the plan may cut."""
+    found = {}
+    for name in names:
+        parameter = longest_known_suffix(name, plan.groups.shapes)
+        if parameter is not None and parameter in plan.groups.members:
+            found[name] = list(plan.groups.shapes[parameter])
+    return found
+
+
+def _json_ready(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what JSON makes of it: as it will be read, so that it can be compared."""
+    try:
+        return json.loads(json.dumps(meta))
+    except (TypeError, ValueError) as error:
+        raise TPPError(
+            f"config and metrics are kept as JSON, which cannot hold this: {error}"
+        ) from error
+
+
+# Putting what was saved into what is given
+
+
+def _filled_module(model: nnx.Module, saved: Mapping[str, Any]) -> nnx.Module:
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, _filled(state, saved, type(model).__name__))
+
+
+def _filled(tree: Any, saved: Mapping[str, Any], what: str) -> Any:
+    names = leaves.unique_names(tree)
+    _check_names(names, saved, what)
+    given, structure = jax.tree.flatten(tree)
+    found = [
+        leaf if isinstance(saved[name], leaves.Other) else saved[name]
+        for name, leaf in zip(names, given, strict=True)
+    ]
+    return jax.tree.unflatten(structure, found)
+
+
+def _filled_tree(
+    path: str | pathlib.Path,
+    saved: Mapping[str, Any],
+    contents: Mapping[str, Any],
+    tree: Any,
+) -> Any:
+    if tree is None:
+        return leaves.rebuild(contents["tree"], saved)
+    if _is_module(tree) or isinstance(tree, linen.Module):
+        raise TPPError(
+            f"the model at {path} is a tree of arrays, and not a module: load it "
+            f"without the {type(tree).__name__}, or pass a tree of the same structure"
+        )
+    name = f"tree ({type(tree).__name__})"
+    _check_leaves(saved, contents, tree, name)
+    return _filled(tree, saved, name)
+
+
+def _check_classes(contents: Mapping[str, Any], model: nnx.Module) -> None:
+    saved, ours = contents.get("classes") or {}, _classes(model)
+    for path in saved.keys() & ours.keys():
+        if saved[path] != ours[path]:
+            where = f", at {path}," if path else ""
+            raise TPPError(
+                f"the saved arrays are not those of this {type(model).__name__}: "
+                f"the saved model{where} is a {saved[path]} and the given one a "
+                f"{ours[path]}"
+            )
+
+
+def _check_names(names: Sequence[str], saved: Mapping[str, Any], what: str) -> None:
+    if odd := sorted(set(names) ^ saved.keys()):
+        raise TPPError(
+            f"the saved arrays are not those of this {what}: "
+            f"{', '.join(odd[:5])} {'and more ' if len(odd) > 5 else ''}do not match"
+        )
+
+
+def _check_leaves(
+    saved: Mapping[str, Any], contents: Mapping[str, Any], tree: Any, what: str
+) -> None:
+    """Compares names, shapes and types with those of what is to be filled."""
+    names = leaves.unique_names(tree)
+    _check_names(names, saved, what)
+    unpruned = contents.get("unpruned") or None
+    problems = []
+    for name, leaf in zip(names, jax.tree.leaves(tree), strict=True):
+        has, has_type = leaves.shape_and_dtype(saved[name])
+        wants, wants_type = leaves.shape_and_dtype(leaf)
+        if has_type != wants_type:
+            problems.append(f"{name} was saved as {has_type} and is {wants_type} here")
+        elif has != wants and not _may_be_pruned(name, has, wants, unpruned):
+            problems.append(f"{name} was saved as {has} and is {wants} here")
+    if problems:
+        more = len(problems) - _SHOWN
+        raise TPPError(
+            f"the saved arrays are not those of this {what}: "
+            f"{'; '.join(problems[:_SHOWN])}{f'; and {more} more' if more > 0 else ''}"
+        )
+
+
+def _may_be_pruned(
+    name: str,
+    has: Sequence[int],
+    wants: Sequence[int],
+    unpruned: Mapping[str, Sequence[int]] | None,
+) -> bool:
+    """Tells whether an array of one shape may be what pruning left of another.
+
+    A plan that was saved with the model decides it. Otherwise every axis may be
+    shorter, but not the window of a convolution.
+    """
+    if unpruned is not None:
+        return name in unpruned and tuple(unpruned[name]) == tuple(wants)
+    if len(has) != len(wants):
+        return False
+    window = len(has) - 2 if len(has) > 3 and name.endswith("kernel") else 0
+    return tuple(has[:window]) == tuple(wants[:window]) and all(
+        0 < n <= most for n, most in zip(has, wants, strict=True)
+    )
+
+
+# Reading and writing
+
+
+def _write(
+    target: pathlib.Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]
+) -> None:
+    first, shared = hosts.is_first(), jax.process_count() > 1
+    try:
+        with folders.work_folder(target, shared, make=first) as work:
+            new = work / folders.NEW
+            hosts.wait_for_all(f"saving {target.name}")
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
+                saver.save(new, items.to_save(dict(arrays), meta))
+            if first:
+                manifest = {"format": _FORMAT, "files": folders.files_in(new)}
+                (new / folders.MANIFEST).write_text(json.dumps(manifest, indent=1))
+                folders.swap(work, target)
+            hosts.wait_for_all(f"saved {target.name}")
+    except TPPError:
+        raise
+    except Exception as error:  # orbax and tensorstore raise of every kind here
+        raise TPPError(
+            f"the model could not be saved at {target} ({_reason(error)}); what was "
+            "there before is unchanged"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Returns what the system said, which tensorstore wraps in long texts."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    known = (os.strerror(code) for code in _OF_THE_DISK)
+    return next((words for words in known if words in text), text[:200])
+
+
+def _load(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    folder = folders.whereabouts(folders.resolved(path))
+    if not folder.is_dir():
+        raise TPPError(f"there is no saved model at {folder}")
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as loader:
+            restored = loader.restore(folder, items.to_restore())
+        arrays, meta = items.checked(restored)
+    except Exception as error:  # orbax and tensorstore raise of every kind here
+        raise TPPError(
+            f"the saved model at {folder} cannot be read ({type(error).__name__}): it "
+            "is damaged or not one of tpp_jax"
+        ) from error
+    if missing := _META - set(meta):
+        raise TPPError(
+            f"the saved model at {folder} is not one of tpp_jax: it does not tell its "
+            f"{sorted(missing)[0]}"
+        )
+    return arrays, meta

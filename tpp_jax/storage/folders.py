@@ -1,0 +1,219 @@
+"""Folders that are replaced as a whole: after any interruption the old or the new one.
+
+A new folder is written inside a hidden work folder in the same parent, and takes the
+place of the old one by two renames. Between the two, the old one is in the work folder,
+where :func:`whereabouts` finds it.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+
+from tpp_jax.errors import TPPError
+
+MANIFEST = "saved_model.json"
+"""File of a saved model that lists all its files, itself excepted."""
+
+NEW = "new"
+"""Name in a work folder of what is to take the target's place."""
+
+# What Orbax writes at the top of a saved model; those of older versions of this library
+# hold nothing else, and no manifest.
+_OF_ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt", "_METADATA", "_sharding"}
+_DAY = 86_400  # seconds
+
+
+def resolved(path: str | pathlib.Path) -> pathlib.Path:
+    """Returns the absolute path that a path leads to, links followed.
+
+    Raises:
+      TPPError: it leads in a circle.
+    """
+    try:
+        return pathlib.Path(path).resolve()
+    except (OSError, RuntimeError) as error:
+        raise TPPError(f"{path} is a link that leads in a circle") from error
+
+
+def whereabouts(target: pathlib.Path) -> pathlib.Path:
+    """Returns where the content of a folder is: at its path, unless a swap was cut off.
+
+    Args:
+      target: resolved path.
+    """
+    if not target.exists():
+        for work in _work_folders(target):
+            if (work / "old").is_dir() and (work / NEW).is_dir():
+                return work / "old"
+    return target
+
+
+def check_replaceable(target: pathlib.Path) -> None:
+    """Refuses a target that holds anything but a saved model.
+
+    Raises:
+      TPPError: it is a file, or a folder with files that are not of a saved model.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise TPPError(
+            f"{target} is a file, which save_model does not replace: give a folder of "
+            "its own for the model"
+        )
+    try:
+        foreign = _foreign(target)
+    except OSError as error:
+        raise TPPError(
+            f"{target} cannot be read ({error.strerror}), so save_model does not "
+            "replace it"
+        ) from error
+    if foreign is not None:
+        raise TPPError(
+            f"{target} is not replaced, since it holds more than a saved model: "
+            f"{foreign!r}. Give save_model a folder of its own, or remove that one"
+        )
+
+
+def _foreign(folder: pathlib.Path) -> str | None:
+    """Returns something in a folder that no saved model has; None if there is none."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not names:
+        return None
+    there = files_in(folder)
+    if MANIFEST in names:
+        try:
+            known = {MANIFEST, *json.loads((folder / MANIFEST).read_text())["files"]}
+        except (ValueError, KeyError, TypeError):
+            return MANIFEST
+        return next((name for name in there if name not in known), None)
+    odd = [name for name in names if name not in {"arrays", "meta", *_OF_ORBAX}]
+    if odd:
+        return odd[0]
+    try:
+        meta = json.loads((folder / "meta" / "metadata").read_text())
+        ours = {"model", "plan", "config", "metrics"} <= set(meta)
+    except (OSError, ValueError, TypeError):
+        ours = False
+    return None if ours else names[0]
+
+
+def files_in(folder: pathlib.Path) -> list[str]:
+    """Returns the paths of all that is in a folder and no folder itself, sorted."""
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        found += [os.path.join(parent, name) for name in files + links]
+    return sorted(pathlib.Path(file).relative_to(folder).as_posix() for file in found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+@contextlib.contextmanager
+def work_folder(
+    target: pathlib.Path, shared: bool = False, make: bool = True
+) -> Iterator[pathlib.Path]:
+    """Makes a folder to write in, next to a target; gone afterwards whatever happens.
+
+    What killed processes have left there is put right first: a target that one of them
+    had moved away comes back, and their work folders are removed.
+
+    Args:
+      target: resolved path of what is to be replaced.
+      shared: whether several processes write into the one work folder together.
+      make: whether this process is the one that makes and removes it.
+    """
+    tag = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    work = target.parent / f"{_prefix(target)}{'shared' if shared else tag}"
+    if not make:
+        yield work
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    there = whereabouts(target)
+    if there != target:
+        there.rename(target)
+    for left in _work_folders(target):
+        if left == work or _is_abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def swap(work: pathlib.Path, target: pathlib.Path) -> None:
+    """Puts the new folder that is in a work folder in the place of the target.
+
+    Args:
+      work: with the complete folder ``new``; the old target is moved here.
+      target: resolved path; a folder, or nothing.
+    """
+    new, old = work / NEW, work / "old"
+    _to_disk(new)
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    _to_disk(target.parent, deep=False)
+
+
+def _prefix(target: pathlib.Path) -> str:
+    return f".{target.name}.saving-"
+
+
+def _work_folders(target: pathlib.Path) -> list[pathlib.Path]:
+    if not target.parent.is_dir():
+        return []
+    prefix = _prefix(target)
+    return sorted(f for f in target.parent.iterdir() if f.name.startswith(prefix))
+
+
+def _is_abandoned(work: pathlib.Path) -> bool:
+    """Tells whether the process that made a work folder is gone.
+
+    That of another machine cannot be asked: after a day it is taken to be.
+    """
+    host, _, rest = (
+        work.name.partition(".saving-")[2].rpartition("-")[0].rpartition("-")
+    )
+    if host == socket.gethostname() and rest.isdigit():
+        try:
+            os.kill(int(rest), 0)
+        except ProcessLookupError:
+            return True
+        except (PermissionError, OverflowError):
+            pass
+        return False
+    try:
+        return time.time() - work.stat().st_mtime > _DAY
+    except OSError:
+        return False
+
+
+def _to_disk(folder: pathlib.Path, deep: bool = True) -> None:
+    """Has the system write a folder out, so that a rename never comes before it."""
+    entries = [folder, *(folder.rglob("*") if deep else ())]
+    for entry in entries:
+        try:
+            file = os.open(entry, os.O_RDONLY)
+        except OSError:
+            continue  # not every system opens folders
+        try:
+            os.fsync(file)
+        except OSError:
+            pass  # nor can every one wait for the disk
+        finally:
+            os.close(file)
