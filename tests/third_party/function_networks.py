@@ -29,7 +29,7 @@ def mlp():
     return _equinox(model, images(3, 6))
 
 
-@network("equimo", heads=2)
+@network("equimo", heads=("*.qkv",))
 def vision_transformer():
     from equimo.models import VisionTransformer
 
@@ -54,24 +54,7 @@ def convnext():
     return _equinox(model, images(2, 3, 16, 16))
 
 
-@network("equimo")
-def shvit():
-    from equimo.models import SHViT
-
-    model = SHViT(
-        3,
-        dim=[32, 48, 64],
-        pdim=[8, 16, 16],
-        qk_dim=[8, 8, 8],
-        depths=[1, 1, 1],
-        block_type=["s", "s", "s"],
-        num_classes=5,
-        key=KEY,
-    )
-    return _equinox(model, images(2, 3, 64, 64))
-
-
-@network("equimo", heads=2)
+@network("equimo", heads=("*.attn*",))
 def mlla():
     from equimo.models import Mlla
 
@@ -85,26 +68,6 @@ def mlla():
         key=KEY,
     )
     return _equinox(model, images(2, 3, 32, 32))
-
-
-@network("equimo", heads=2)
-def fastervit():
-    from equimo.models import FasterViT
-
-    model = FasterViT(
-        img_size=64,
-        in_channels=3,
-        dim=16,
-        in_dim=16,
-        depths=[1, 1, 1, 1],
-        num_heads=[2, 2, 4, 4],
-        window_size=[4, 4, 4, 2],
-        hat=[False, False, True, False],
-        ct_size=2,
-        num_classes=5,
-        key=KEY,
-    )
-    return _equinox(model, images(2, 3, 64, 64))
 
 
 @network("pdequinox")
@@ -158,7 +121,7 @@ def language_model():
     return Network(lambda model, x: model(x)[0], (tokens(2, 16, vocabulary=50),), model)
 
 
-@network("transformer-flows", heads=2)
+@network("transformer-flows", heads=("*attn*",))
 def flow():
     from transformer_flows import TransformerFlow
 
@@ -255,7 +218,7 @@ def mobilenet():
     return _haiku_with_state(build, images(2, 16, 16, 3))
 
 
-@network("dm-haiku", "haiku", heads=1)
+@network("dm-haiku", "haiku", heads=("layer/multi_head_attention/query",))
 def transformer_layer():
     import haiku as hk
 

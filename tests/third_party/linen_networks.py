@@ -4,9 +4,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen
 
 from tests.third_party.networks import Network, images, network, tokens
+
+
+class Output(linen.Module):
+    """One output of a module that also returns what it carries on."""
+
+    module: linen.Module
+    index: int
+
+    def __call__(self, *inputs, **kwargs):
+        return self.module(*inputs, **kwargs)[self.index]
 
 
 def _linen(module, *inputs, **kwargs):
@@ -15,7 +26,7 @@ def _linen(module, *inputs, **kwargs):
     return Network(module, inputs, variables, kwargs)
 
 
-@network("nano-moe-jax", "nano_moe", heads=2)
+@network("nano-moe-jax", "nano_moe")
 def mixture_of_experts():
     from nano_moe.config import NanoMoEConfig
     from nano_moe.model import NanoMoE
@@ -47,46 +58,12 @@ def lru():
     return _sequence(functools.partial(LRULayer, state_dim=8))
 
 
-@network("bidirectional-cross-attention-jax", heads=1)
+@network("bidirectional-cross-attention-jax", heads=("Dense_0",))
 def cross_attention():
     from bidirectional_cross_attention_jax import bidirectional_cross_attention_jax as m
 
     module = m.BidirectionalCrossAttention(dim=32, heads=4, dim_head=8, context_dim=24)
     return _linen(module, images(2, 7, 32), images(2, 5, 24))
-
-
-@network("perceiver-jax", heads=4)
-def perceiver():
-    from perceiver_jax.perceiver_jax import Perceiver
-
-    module = Perceiver(
-        n_fourier_features=2,
-        n_latents=8,
-        latent_n_heads=4,
-        latent_head_features=8,
-        cross_n_heads=2,
-        cross_head_features=8,
-        ff_mult=2,
-    )
-    return _linen(module, images(2, 10, 8))
-
-
-@network("vanilla-transformer-jax", "vtransformer")
-def encoder_decoder():
-    from vtransformer.model import Transformer
-
-    module = Transformer(
-        output_dim=40,
-        src_vocab_size=40,
-        trg_vocab_size=40,
-        max_length=16,
-        n_enc_layers=1,
-        n_dec_layers=1,
-    )
-    mask = jnp.tril(jnp.ones((8, 8)))
-    return _linen(
-        module, tokens(2, 8, vocabulary=40), tokens(2, 8, vocabulary=40), mask
-    )
 
 
 def _memorax(torso, head=None):
@@ -95,11 +72,11 @@ def _memorax(torso, head=None):
     module = m.Network(
         m.FeatureExtractor(observation_extractor=m.MLP(features=(16, 32))),
         torso,
-        head or m.heads.DiscreteQNetwork(action_dim=5),
+        head or m.heads.VNetwork(),
     )
     batch = 2, 6
     return _linen(
-        module,
+        Output(module, 1),
         images(*batch, 8),
         jnp.zeros(batch),
         tokens(*batch, vocabulary=5),
@@ -122,7 +99,7 @@ def lstm():
     return _memorax(m.RNN(cell=linen.OptimizedLSTMCell(32)))
 
 
-@network("memorax", heads=2)
+@network("memorax", heads=("*.query",))
 def gated_transformer():
     from memorax import networks as m
 
@@ -160,7 +137,7 @@ def mamba():
     return _memorax(m.Memoroid(cell=m.MambaCell(features=32)))
 
 
-@network("memorax", heads=2)
+@network("memorax", heads=("*.query",))
 def vision_transformer():
     from memorax import networks as m
 
@@ -200,7 +177,7 @@ def _text_inputs(*names):
     return [made[name] for name in names]
 
 
-@network("transformers", heads=2)
+@network("transformers", heads=("*.self.query",))
 def bert():
     inputs = _text_inputs("ids", "mask", "types", "positions", "none")
     return _transformers(
@@ -208,7 +185,7 @@ def bert():
     )
 
 
-@network("transformers", heads=2)
+@network("transformers", heads=("*.attn.c_attn",))
 def gpt2():
     inputs = _text_inputs("ids", "mask", "positions")
     return _transformers(
@@ -223,14 +200,14 @@ def gpt2():
     )
 
 
-@network("transformers", heads=2)
+@network("transformers", heads=("*.self_attn.q_proj",))
 def llama():
     inputs = _text_inputs("ids", "mask", "positions")
     settings = _TEXT | {"num_key_value_heads": 2}
     return _transformers("FlaxLlamaForCausalLM", "LlamaConfig", *inputs, **settings)
 
 
-@network("transformers", heads=2)
+@network("transformers", heads=("*.query",))
 def vit():
     return _transformers(
         "FlaxViTForImageClassification",
@@ -258,27 +235,7 @@ def resnet():
     )
 
 
-@network("transformers", heads=6)
-def t5():
-    ids = tokens(2, 8, vocabulary=50)
-    ones = jnp.ones((2, 8), "i4")
-    return _transformers(
-        "FlaxT5ForConditionalGeneration",
-        "T5Config",
-        ids,
-        ones,
-        ids,
-        ones,
-        vocab_size=50,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-    )
-
-
-@network("transformers", heads=2)
+@network("transformers", heads=("*.attention.q_proj",))
 def wav2vec2():
     return _transformers(
         "FlaxWav2Vec2ForCTC",
@@ -304,14 +261,28 @@ def autoencoder():
     from diffusers.models.vae_flax import FlaxAutoencoderKL
 
     module = FlaxAutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=2,
         norm_num_groups=8,
         sample_size=16,
     )
-    return _linen(module, images(1, 3, 16, 16))
+    image = images(1, 3, 16, 16)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), image)
+    return Network(module, (image,), _drawn(shapes))
+
+
+def _drawn(shapes):
+    """Draws weights of large modules, which takes minutes to compile."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 100
+        value = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
+        return jnp.asarray(value + (path[-1].key == "scale"), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @network("flaxmodels")

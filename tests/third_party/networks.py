@@ -5,6 +5,7 @@ sizes and random weights, and says how it is called. The functions are in files 
 framework: ``nnx_networks``, ``linen_networks``, ``function_networks``.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 from collections.abc import Callable
@@ -24,12 +25,14 @@ class Network:
       inputs: Example inputs, concrete.
       params: Variables of a Linen module or parameters of a function.
       kwargs: Keyword arguments of the call.
+      context: Makes the context that the model wants to be traced in.
     """
 
     model: Any
     inputs: tuple[Any, ...]
     params: Any = None
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    context: Callable[[], Any] = contextlib.nullcontext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +44,15 @@ class Entry:
       module: Name of the module that is imported from it.
       name: Name of the network, unique in its package.
       build: Makes the network.
-      heads: How many groups of attention heads it has that are written as attributes
-        of its modules: each must be prunable.
+      heads: Patterns of the names of its groups of attention heads whose number is an
+        attribute, or follows the arrays: they must be prunable.
     """
 
     package: str
     module: str
     name: str
     build: Callable[[], Network]
-    heads: int = 0
+    heads: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.package}:{self.name}"
@@ -62,7 +65,7 @@ NETWORKS: list[Entry] = []
 
 
 def network(
-    package: str, module: str | None = None, *, heads: int = 0
+    package: str, module: str | None = None, *, heads: tuple[str, ...] = ()
 ) -> Callable[[Callable[[], Network]], Callable[[], Network]]:
     """Registers the function that it decorates; its name is the network's."""
 

