@@ -12,6 +12,7 @@ continues an interrupted run. This file reads flags, and asks for memory in huge
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -37,24 +38,17 @@ from ml_collections import config_flags  # noqa: E402
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turns what ml_collections raises of a wrong config into one line."""
+    """Turns what is raised while flags and a config are read into one line."""
     try:
         yield
-    except (AttributeError, KeyError) as error:
-        text = " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
-        if "has no attribute" in text:  # of the file's own code, or no get_config
-            sys.exit(f"error: the config cannot be read: {text}")
-        from tpp_jax.training.config import near_fields
+    except Exception as error:
+        if isinstance(error, flags.Error) and "Traceback" not in str(error):
+            sys.exit(f"error: {str(error).strip()}")
+        from tpp_jax.training.config_errors import explain
 
-        name = text.strip("\"'").partition("'")[0]
-        sys.exit(f"error: the config has no field '{name}'{near_fields(name)}")
-    except (OSError, SyntaxError) as error:
-        text = " ".join(str(error).split())
-        sys.exit(
-            f"error: the config cannot be read: {text[max(text.find('[Errno'), 0) :]}"
-        )
-    except flags.Error as error:  # a config's own is the last line of its trace
-        sys.exit(f"error: {str(error).strip().rpartition('TPPError: ')[2]}")
+        if (line := explain(error)) is None:
+            raise
+        sys.exit(f"error: {line}")
 
 
 with plain_errors():  # reads --config.… already here, to make its default
@@ -94,6 +88,7 @@ def main(argv: list[str]) -> None:
         profiling,
         run,
         sweep,
+        terminal,
     )
 
     compilation.keep_compiled_programs()
@@ -101,16 +96,19 @@ def main(argv: list[str]) -> None:
         if _COORDINATOR.value:
             numbers = _PROCESSES.value, _PROCESS.value, _TIMEOUT.value
             hosts.connect(_COORDINATOR.value, *numbers)
+        elif _PROCESSES.value is not None or _PROCESS.value is not None:
+            raise TPPError("--num_processes and --process_id need --coordinator too")
         if mode == "evaluate":  # data.dir, if given: where it has moved to
             print(json.dumps(evaluation.evaluate(workdir, config.data.dir)))
         elif mode == "report":
-            print(f"{sweep.write_report(workdir)} shows it.")
+            terminal.say(f"{sweep.write_report(workdir)} shows it.")
         else:
+            given = any(word.lstrip("-").startswith("config") for word in sys.argv)
             jobs = {
                 "train": run.train,
                 "sweep": sweep.sweep,
-                "inspect": inspection.inspect,
-                "profile": profiling.profile,
+                "inspect": functools.partial(inspection.inspect, given=given),
+                "profile": functools.partial(profiling.profile, given=given),
             }
             jobs[mode](config, workdir)
     except TPPError as error:

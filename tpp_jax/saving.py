@@ -21,10 +21,12 @@ from flax import linen, nnx
 from tpp_jax import models
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning.bridge import counted_groups, follow_arrays, group_counts
+from tpp_jax.pruning.fields import with_values
 from tpp_jax.pruning.naming import longest_known_suffix, named_leaves
 from tpp_jax.pruning.nnx_layers import modules
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.storage import folders, items, leaves
+from tpp_jax.storage.paths import plain
 from tpp_jax.training import hosts
 
 _META = {"model", "plan", "config", "metrics"}  # what is said of a saved model
@@ -151,7 +153,8 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
     shapes = {name: leaf.shape for name, leaf in named_leaves(nnx.state(given)).items()}
     follow_arrays(loaded, counted_groups(numbers), shapes)
     for path, module in modules(loaded):
-        for name, value in (meta.get("fields") or {}).get(path, {}).items():
+        saved_fields = (meta.get("fields") or {}).get(path, {})
+        for name, value in with_values(module, saved_fields).items():
             setattr(module, name, tuple(value) if isinstance(value, list) else value)
     _set_modes(loaded, contents.get("modes", {}))
     return loaded
@@ -364,8 +367,11 @@ def _write(
         with folders.work_folder(target, shared, make=first) as work:
             new = work / folders.NEW
             hosts.wait_for_all(f"saving {target.name}")
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
-                saver.save(new, items.to_save(dict(arrays), meta))
+            with (
+                plain(new, new=True) as place,
+                ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver,
+            ):
+                saver.save(place, items.to_save(dict(arrays), meta))
             if first:
                 manifest = {"format": _FORMAT, "files": folders.files_in(new)}
                 (new / folders.MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -394,8 +400,11 @@ def _load(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not folder.is_dir():
         raise TPPError(f"there is no saved model at {folder}")
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as loader:
-            restored = loader.restore(folder, items.to_restore())
+        with (
+            plain(folder) as place,
+            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as loader,
+        ):
+            restored = loader.restore(place, items.to_restore())
         arrays, meta = items.checked(restored)
     except Exception as error:  # orbax and tensorstore raise of every kind here
         raise TPPError(

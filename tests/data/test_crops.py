@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from tpp_jax.data import crops
+from tpp_jax.data import crops, open_stream
+from tpp_jax.errors import TPPError
 
 RECORDED = pathlib.Path(__file__).parent / "images" / "torchvision_crops.npz"
 TEST_SIZES = [(256, 224), (36, 32), (32, 32), (33, 24), (25, 31)]
@@ -195,9 +196,123 @@ def test_half_of_the_training_crops_are_mirrored_and_are_the_same_crops():
     assert 120 < mirrored < 180
 
 
-def test_what_is_damaged_is_told_by_few_kinds_of_errors():
+# Kinds of images
+
+GREYS = np.array([[0, 128, 129, 30000], [60000, 65279, 65406, 65535]])
+
+
+def read(image, form="png", **options):
+    return np.asarray(crops.decode(encoded(image, form, **options)))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_greys_of_16_bits_are_scaled(mode):
+    greys = np.rint(GREYS / 257).astype(np.uint8)
+    raw = GREYS.astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]).tobytes()
+    image = Image.frombytes(mode, (4, 2), raw)
+    found = np.asarray(crops._to_rgb(image))
+    np.testing.assert_array_equal(found, np.repeat(greys[..., None], 3, -1))
+    if mode == "I;16":
+        np.testing.assert_array_equal(read(image), found)
+
+
+COLOURS = [(250, 0, 10), (0, 200, 20), (30, 0, 90), (255, 255, 255)]
+
+
+def palette_image(**info):
+    image = Image.fromarray(np.arange(4, dtype=np.uint8).reshape(2, 2), "P")
+    image.putpalette(sum(COLOURS, ()))
+    image.info |= info
+    return image
+
+
+@pytest.mark.parametrize("transparency", [None, 2, b"\x00\x80\xff\x10"])
+def test_a_palette_gives_its_colours_transparent_or_not(transparency):
+    options = {} if transparency is None else {"transparency": transparency}
+    found = read(palette_image(), **options)
+    np.testing.assert_array_equal(found.reshape(4, 3), COLOURS)
+
+
+@pytest.mark.parametrize("form", ["png", "webp"])
+def test_transparency_is_left_out(form):
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[..., 0], pixels[..., 3] = 200, 255
+    pixels[0, :, 3] = 10
+    options = {"lossless": True, "exact": True} if form == "webp" else {}
+    found = read(Image.fromarray(pixels), form, **options)
+    np.testing.assert_array_equal(found, pixels[..., :3])
+
+
+def test_greys_with_transparency_and_of_one_bit_are_read():
+    levels = np.array([[7, 80], [160, 250]], np.uint8)
+    both = np.stack([levels, 255 - levels], -1)
+    found = read(Image.fromarray(both, "LA"))
+    np.testing.assert_array_equal(found, np.repeat(levels[..., None], 3, -1))
+    found = read(Image.fromarray(levels), transparency=80)
+    np.testing.assert_array_equal(found, np.repeat(levels[..., None], 3, -1))
+    bits = Image.fromarray(levels > 100)
+    assert bits.mode == "1"
+    for form in ("png", "bmp"):
+        np.testing.assert_array_equal(read(bits, form)[..., 0], 255 * (levels > 100))
+
+
+def test_cmyk_is_read_as_its_colours():
+    colours = Image.new("RGB", (16, 16), (200, 40, 90))
+    found = read(colours.convert("CMYK"), "jpeg", quality=100)
+    assert abs(found.astype(int) - (200, 40, 90)).max() < 6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp"])
+def test_an_image_is_turned_as_exif_says(orientation, form):
+    """Pillow's own ImageOps.exif_transpose says what is upright."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(picture(20, 30), form, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    found = crops.decode(content)
+    assert found.size == ((30, 20) if orientation < 5 else (20, 30))
+    np.testing.assert_array_equal(found, expected.convert("RGB"))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, as it opens one
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_damaged_exif_costs_no_image(exif):
+    plain = encoded(picture(20, 30), "jpeg")
+    content = encoded(picture(20, 30), "jpeg", exif=exif)
+    np.testing.assert_array_equal(crops.decode(content), crops.decode(plain))
+
+
+@pytest.mark.parametrize(
+    ("form", "described"),
+    [("gif", "a GIF"), ("tiff", "a TIFF"), ("pdf", "a PDF"), ("ppm", "no image$")],
+)
+def test_other_kinds_of_content_are_refused_whatever_the_ending(form, described):
+    with pytest.raises(OSError, match=f"its content is .*{described}"):
+        crops.decode(encoded(picture(20, 30), form))
+
+
+def test_of_those_that_are_read_the_content_counts_and_not_the_ending(tmp_path):
+    """ImageNet has a PNG whose name ends in JPEG."""
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        content = encoded(picture(20, 30), "png")
+        (tmp_path / split / "a" / "0.JPEG").write_bytes(content)
+    stream = open_stream("folder", str(tmp_path), image_size=20, resize=20)
+    [(images, _)] = stream.test_batches(1)
+    np.testing.assert_array_equal(
+        images[0], crops.crop_to_test(picture(20, 30), 20, 20)
+    )
+    (tmp_path / "val" / "a" / "0.JPEG").write_bytes(encoded(picture(9, 9), "gif"))
+    message = "0.JPEG cannot be read .its content is no image that is read here, but a"
+    with pytest.raises(TPPError, match=message):
+        list(stream.test_batches(1))
+
+
+@pytest.mark.parametrize("form", ["png", "bmp", "webp", "jpeg"])
+def test_what_is_damaged_is_told_by_few_kinds_of_errors(form):
     rng = np.random.default_rng(0)
-    whole = encoded(picture(40, 60), "jpeg")
+    whole = encoded(picture(40, 60), form)
     for _ in range(300):
         content = bytearray(whole[: rng.integers(len(whole))])
         for place in rng.integers(0, len(content) or 1, 3 if content else 0):

@@ -188,3 +188,74 @@ def test_boxed_parameters_keep_their_boxes():
 def test_a_linen_module_without_variables_is_refused():
     with pytest.raises(TypeError, match="Linen module needs its variables"):
         tpp.channel_groups(Text(), *tokens())
+
+
+class Averaged(nn.Module):
+    """Keeps a moving average of a parameter under the parameter's own path."""
+
+    reads: str = "params"
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(), (4, 8))
+        average = self.variable("average", "kernel", lambda: kernel)
+        if self.reads == "average":
+            x = x @ average.value
+        elif self.reads == "both":
+            x = nn.relu(x @ kernel) + nn.relu(x @ average.value)
+        else:
+            x = x @ kernel
+        x = nn.BatchNorm(use_running_average=True, name="norm")(nn.relu(x))
+        return nn.Dense(2, name="last")(x)
+
+
+@pytest.mark.parametrize("reads", ["params", "average", "both"])
+def test_collections_with_equal_paths_are_cut_alike(reads):
+    module, x = Averaged(reads), jnp.ones((3, 4))
+    variables = dict(drawn(module, x))
+    # Never read by the model; those that are not in the order of the alphabet, too.
+    variables["target"] = jax.tree.map(jnp.zeros_like, variables["params"])
+    variables["old_stats"] = variables["batch_stats"]
+    groups = tpp.channel_groups(module, x, params=variables)
+    [group] = [group for group in groups if group.reason is None]
+    assert group.name == "kernel"
+    names = {member.leaf for member in group.members}
+    assert {"norm.mean", "norm.scale", "last.kernel"} < names
+    assert ("average.kernel" in names) == (reads == "both")
+
+    plan = tpp.make_plan(groups, variables, 0.5)
+    scores = np.abs(np.asarray(variables["params"]["kernel"])).sum(0)
+    if reads != "both":
+        np.testing.assert_array_equal(
+            plan.kept["kernel"], np.sort(scores.argsort()[4:])
+        )
+    small = tpp.slice_tree(plan, variables)
+    assert jax.tree.map(jnp.shape, small["params"]) == {
+        "kernel": (4, 4),
+        "norm": {"scale": (4,), "bias": (4,)},
+        "last": {"kernel": (4, 2), "bias": (2,)},
+    }
+    assert jax.tree.map(jnp.shape, small["target"]) == jax.tree.map(
+        jnp.shape, small["params"]
+    )
+    assert small["average"]["kernel"].shape == (4, 4)
+    assert small["old_stats"]["norm"]["mean"].shape == (4,)
+    checks = tpp.check_groups(module, x, params=variables, groups=groups)
+    assert checks.masked < 1e-5 and not checks.unproved
+    apply = tpp.linen_apply(module, plan)
+    masked = jax.tree.map(jnp.multiply, variables, tpp.mask_tree(plan, variables))
+    np.testing.assert_allclose(apply(small, x), module.apply(masked, x), rtol=1e-5)
+    # The moments of an optimizer are named by the parameters alone.
+    state = optax.adam(1e-3).init(variables["params"])
+    assert tpp.slice_tree(plan, state)[0].mu["kernel"].shape == (4, 4)
+
+
+def test_a_collection_with_equal_paths_and_other_shapes_is_left_alone():
+    module, x = Averaged(), jnp.ones((3, 4))
+    variables = dict(drawn(module, x))
+    variables["sizes"] = {"last": {"kernel": jnp.ones(3)}}
+    groups = tpp.channel_groups(module, x, params=variables)
+    plan = tpp.make_plan(groups, variables, 0.5)
+    small = tpp.slice_tree(plan, variables)
+    assert small["sizes"]["last"]["kernel"].shape == (3,)
+    assert small["params"]["last"]["kernel"].shape == (4, 2)

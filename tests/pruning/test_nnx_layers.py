@@ -469,3 +469,19 @@ def test_sizes_follow_arrays_of_which_no_plan_is_known():
     assert (network.in_features, network.out_features) == (5, 5)
     assert network.feature_group_count == 5
     assert network(jnp.ones((1, 4, 5))).shape == (1, 4, 5)
+
+
+@pytest.mark.parametrize("norm", [nnx.LayerNorm, nnx.RMSNorm, nnx.InstanceNorm])
+def test_a_norm_without_arrays_is_as_wide_as_its_input(norm, tmp_path):
+    bare = {"use_scale": False}
+    if norm is not nnx.RMSNorm:
+        bare["use_bias"] = False
+    network = drawn(lambda: Between(norm(8, **bare, rngs=rngs()), 8, 8))
+    groups = tpp.channel_groups(network, inputs_of(STEPS))
+    plan = halves(groups, network)
+    small = tpp.prune(network, plan)
+    assert small.layer.num_features == small.last.in_features == 4
+    assert network.layer.num_features == 8
+    assert small.layer.promote_dtype is network.layer.promote_dtype
+    tpp.save_model(tmp_path / "model", small, plan)
+    assert tpp.load_model(tmp_path / "model", network).layer.num_features == 4

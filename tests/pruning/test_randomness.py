@@ -115,3 +115,16 @@ def test_bits_read_as_a_wider_or_narrower_type_stay():
         )
 
     assert group_of(pairs_of_channels).reason is not None
+
+
+def test_noise_is_no_fault_of_a_group_and_no_proof_of_it():
+    def fn(p, x, key):
+        mean = x @ p["mean"]
+        z = mean + jax.random.normal(key, mean.shape)
+        return jax.nn.relu(z @ p["hidden"]) @ p["decode"]
+
+    params = {"mean": shape(6, 16), "hidden": shape(16, 8), "decode": shape(8, 6)}
+    checks = tpp.check_groups(fn, shape(2, 6), jax.random.key(0), params=params)
+    assert checks.unproved == ("mean",)
+    assert [one.name for one in checks.groups] == ["hidden"]
+    assert checks.masked < 1e-5

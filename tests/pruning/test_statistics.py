@@ -237,3 +237,49 @@ def test_all_criteria_make_plans_of_a_network_with_data():
     assert {k: len(v) for k, v in kept["taylor"].items()} == {
         k: len(v) for k, v in kept["activation"].items()
     }
+
+
+def test_activations_of_kernels_that_are_computed_from_several_leaves():
+    x = jnp.array([[1.0, -2.0], [3.0, 1.0]])
+    way = jnp.array([[3.0, 0.0, 1.0], [4.0, 2.0, 0.0]])
+    params = {"way": way, "length": jnp.array([1.0, 2.0, 3.0]), "seen": way > 0}
+
+    def normed(p, x):
+        return x @ (p["way"] / jnp.linalg.norm(p["way"], axis=0) * p["length"])
+
+    kernel = way / jnp.array([5.0, 2.0, 1.0]) * params["length"]
+    got = activation_means(normed, [x], params=params)
+    expected = jnp.abs(x @ kernel).mean(0, keepdims=True)
+    np.testing.assert_allclose(got["way"], expected, rtol=1e-6)
+    assert got.keys() == {"way"}
+
+    def masked(p, x):
+        return x @ jnp.where(p["seen"], p["way"], 0)
+
+    got = activation_means(masked, [x], params=params)
+    assert got.keys() == {"way", "seen"}
+    np.testing.assert_allclose(got["way"], jnp.abs(x @ way).mean(0, keepdims=True))
+
+    def adapted(p, x):
+        return x @ (p["way"] + p["down"] @ p["up"])
+
+    params = {"way": way, "down": jnp.ones((2, 1)), "up": jnp.ones((1, 3))}
+    got = activation_means(adapted, [x], params=params)
+    expected = jnp.abs(x @ (way + 1)).mean(0, keepdims=True)
+    np.testing.assert_allclose(got["way"], expected)
+    np.testing.assert_allclose(got["up"], expected)
+
+
+def test_activations_choose_the_channels_of_a_normed_kernel():
+    net = nnx.Sequential(
+        nnx.WeightNorm(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)),
+        nnx.relu,
+        nnx.Linear(6, 2, rngs=nnx.Rngs(1)),
+    )
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    groups = tpp.channel_groups(net, x)
+    means = activation_means(net, [x])
+    plan = tpp.make_plan(groups, net, 0.5, criterion="activation", statistics=means)
+    [kept] = plan.kept.values()
+    size = means["layers.0.layer_instance.kernel"].reshape(-1)
+    assert sorted(np.argsort(size)[3:].tolist()) == kept.tolist()

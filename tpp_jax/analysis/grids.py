@@ -3,6 +3,7 @@
 import csv as csv_format
 import io
 import math
+import re
 import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -93,15 +94,25 @@ def entry(grid: Grid, row: str, column: str, metric: str) -> Entry:
 
 def markdown(grid: Grid) -> str:
     """Returns the tables, one for each metric."""
-    lines = [f"# {grid.title}", "", explanation(grid)]
+    lines = [f"# {literal(grid.title)}", "", explanation(grid)]
     for metric in grid.metrics:
         lines += ["", f"## {heading(metric)}", ""]
-        lines.append(f"| | {' | '.join(grid.columns)} |")
+        lines.append(f"| | {' | '.join(map(literal, grid.columns))} |")
         lines.append(f"|---|{'---|' * len(grid.columns)}")
         for row in grid.rows:
             texts = [text(grid, row, column, metric) for column in grid.columns]
-            lines.append(f"| {row} | {' | '.join(texts)} |")
+            lines.append(f"| {literal(row)} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
+
+
+def literal(text: str) -> str:
+    r"""Returns what Markdown shows as the given text, within a table too.
+
+    Example:
+      >>> print(literal("$L_1$ | half"))
+      \$L_1\$ \| half
+    """
+    return re.sub(r"([\\|$*<`])", r"\\\1", " ".join(text.split()))
 
 
 def heading(metric: str) -> str:

@@ -108,7 +108,7 @@ def group_report(groups: Groups, plan: Plan | None, width: int) -> rich.console.
         ]
         table.add_row(*cells, style="dim" if fixed else "")
     legend = "; ".join(text for mark, text in _LEGEND.items() if mark in shown)
-    parts = [headline(groups) + "\n", table]
+    parts = [rich.text.Text(headline(groups) + "\n"), table]
     parts += [rich.text.Text(f"\n{legend}.", style="dim")] if legend else []
     left = _left_out(groups)
     parts += [rich.text.Text("\n" + "\n".join(left))] if left else []

@@ -58,6 +58,7 @@ def jacobian_singular_values(
     at_once: int = 128,
     iterations: int = 32,
     seed: int = 0,
+    **kwargs: Any,
 ) -> Float[Array, "b k"]:
     """Returns the singular values of ∂logits/∂image, image by image, in falling order.
 
@@ -85,6 +86,7 @@ def jacobian_singular_values(
         of a gradient of as many images. One image's whole Jacobian is held besides.
       iterations: steps of ``"extremes"``.
       seed: of its starting vector.
+      **kwargs: keyword arguments of the model.
 
     Returns:
       float, k = min(logits, numbers in an image) values; with ``"extremes"`` two: the
@@ -117,8 +119,11 @@ def jacobian_singular_values(
             "floating-point numbers, normalised as in training"
         )
     function = as_function(model, params, plan)
-    logits, params = _Logits(function.call, _identity(model)), function.params
-    outputs = _count_outputs(function.call, params, images)
+    call, identity = function.call, _identity(model)
+    if kwargs:  # of one call: the next may have others
+        call, identity = functools.partial(call, **kwargs), object()
+    logits, params = _Logits(call, identity), function.params
+    outputs = _count_outputs(call, params, images)
     inputs = math.prod(images.shape[1:])
     if method == "extremes" and iterations < outputs <= inputs:
         start = jax.random.normal(jax.random.key(seed), (iterations, outputs))

@@ -3,6 +3,7 @@
 import functools
 import io
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,9 @@ _INKED += ("ytick.color",)
 _SETTINGS = {
     **dict.fromkeys(_INKED, _INK),
     "axes.facecolor": "none",
+    # Names are text: `literal` undoes what would make a formula of them.
+    "text.usetex": False,
+    "text.parse_math": True,
     # Letters stay letters, and the same picture is the same file.
     "svg.fonttype": "none",
     "svg.hashsalt": "tpp_jax",
@@ -44,7 +48,8 @@ def of_run(
     """Returns how to draw the pictures of a run, by name.
 
     Args:
-      history: rows of metrics with ``step`` and ``phase``.
+      history: rows of metrics with ``step`` and ``phase``; others are left out, and so
+        is what is no finite number.
       summary: of the run.
       grams: from ``gram.npz``, empty if there is none.
     """
@@ -75,8 +80,21 @@ def save(drawings: Mapping[str, Drawing], folder: pathlib.Path) -> dict[str, str
                 text, format="svg", facecolor="none", metadata={"Date": None}
             )
         found[name] = text.getvalue()
-        (folder / f"{name}.svg").write_text(found[name])
+        (folder / f"{name}.svg").write_text(found[name], encoding="utf-8")
     return found
+
+
+def literal(text: str) -> str:
+    r"""Returns what Matplotlib shows as the given text: no ``$`` begins a formula.
+
+    Characters that cannot be seen, and that no SVG may hold, become ``�``.
+
+    Example:
+      >>> literal(r"$\frac$")
+      '\\$\\frac\\$'
+    """
+    seen = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return seen.replace("$", r"\$")
 
 
 def on_dark(svg: str) -> str:
@@ -89,6 +107,7 @@ def _curves(
 ) -> matplotlib.figure.Figure:
     """Accuracy, loss, strength λ, Gram penalty and the norm of what is to be pruned."""
     ink = matplotlib.rcParams["text.color"]
+    history = [row for row in history if isinstance(row.get("phase"), str)]
     norms = _series(history, "pruned_norm")
     ratios = (3, 2, 2, 1.4)[: 4 if norms[1] else 3]
     size = 9, 1.15 * sum(ratios)
@@ -101,7 +120,9 @@ def _curves(
         steps, accuracy = _series(rows, "accuracy")
         axes[0].plot(steps, accuracy, color=color, alpha=0.35, linewidth=1)
         steps, accuracy = _series(rows, "test_accuracy")
-        axes[0].plot(steps, accuracy, "o-", color=color, markersize=3, label=name)
+        axes[0].plot(
+            steps, accuracy, "o-", color=color, markersize=3, label=literal(name)
+        )
         axes[1].semilogy(*_series(rows, "loss"), color=color, linewidth=1)
         steps, strength = _series(rows, "strength")
         axes[2].plot(steps, strength, color=color, linewidth=1.5)
@@ -126,8 +147,7 @@ def _curves(
     dense = summary["dense"]["accuracy"]
     if dense is not None:
         axes[0].axhline(dense, color="0.6", linestyle=":", label="dense")
-    shown = [row["test_accuracy"] for row in history if "test_accuracy" in row]
-    low = min([*shown, 100.0])
+    low = min([*_series(history, "test_accuracy")[1], 100.0])
     axes[0].set_ylim(max(low - 5, 0), 100.5)
     if seen or dense is not None:
         columns = min(len(seen) + 1, 5)
@@ -145,7 +165,8 @@ def _curves(
     pruned = summary["pruned"] and summary["pruned"]["accuracy"]
     accuracies = " → ".join(f"{x:.2f} %" for x in (dense, pruned) if x is not None)
     figure.suptitle(
-        f"{model} on {data}: {summary['speedup']:.2f}× fewer FLOPs, {accuracies}"
+        f"{literal(model)} on {literal(data)}: {summary['speedup']:.2f}× fewer FLOPs, "
+        f"{accuracies}"
     )
     for one in axes:
         one.grid(alpha=0.25)
@@ -175,7 +196,7 @@ def _channels(layers: Mapping[str, Mapping[str, int]]) -> matplotlib.figure.Figu
     for place, k, t in zip(places, kept, total, strict=True):
         text = f" {k}/{t}" if k != t else f" {t}"
         axes.text(t, place, text, va="center", fontsize=7)
-    axes.set_yticks(places, names, fontsize=7)
+    axes.set_yticks(places, [literal(name) for name in names], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("channels")
     axes.margins(x=0.12, y=0.01)
@@ -203,9 +224,10 @@ def _jacobians(phases: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
         )
         condition = jacobian["condition"]
         condition = "∞" if condition is None else f"{condition:.3g}"
+        low, high, name = jacobian["min"], jacobian["max"], literal(stage["name"])
         one.set_title(
-            f"{stage['name']}: mean {jacobian['mean']:.4g}, std {jacobian['std']:.3g}, "
-            f"{jacobian['min']:.3g} to {jacobian['max']:.3g}, condition {condition}",
+            f"{name}: mean {jacobian['mean']:.4g}, std {jacobian['std']:.3g}, "
+            f"{low:.3g} to {high:.3g}, condition {condition}",
             fontsize="small",
             loc="left",
         )
@@ -247,7 +269,7 @@ def _grams(grams: Mapping[str, np.ndarray]) -> matplotlib.figure.Figure:
         one.set_yticks([])
     figure.colorbar(image, ax=figure.axes, shrink=0.8)
     figure.suptitle(
-        f"W Wᵀ of {grams['layer']}: {kept} filters that stay, then "
+        f"W Wᵀ of {literal(str(grams['layer']))}: {kept} filters that stay, then "
         f"{len(pruned) - kept} to prune"
     )
     return figure
@@ -277,11 +299,11 @@ def _rows(grid: grids.Grid, metric: str) -> matplotlib.figure.Figure:
             markersize=5,
             capsize=3,
             color=color,
-            label=row,
+            label=str(i),  # see the legend
         )
         published = [np.nan if e.paper is None else e.paper for e in entries]
         axes.plot(places, published, "x", color=color, markersize=6)
-    axes.set_xticks(range(len(grid.columns)), grid.columns)
+    axes.set_xticks(range(len(grid.columns)), [literal(x) for x in grid.columns])
     axes.set_xlim(-0.5, len(grid.columns) - 0.5)
     axes.set_title(grids.heading(metric), fontsize="medium")
     low, high = axes.dataLim.intervaly
@@ -289,7 +311,11 @@ def _rows(grid: grids.Grid, metric: str) -> matplotlib.figure.Figure:
         axes.set_yscale("log")
     if any(m == metric for _, _, m in grid.paper):
         axes.plot([], [], "x", color="0.5", label="published")
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    legend = axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    # Only now: as a label, a name that begins with _ would leave the row out of it.
+    names = {str(i): row for i, row in enumerate(grid.rows)}
+    for shown in legend.get_texts():
+        shown.set_text(literal(names.get(shown.get_text(), shown.get_text())))
     axes.grid(alpha=0.25)
     return figure
 
@@ -297,5 +323,11 @@ def _rows(grid: grids.Grid, metric: str) -> matplotlib.figure.Figure:
 def _series(
     rows: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[list[int], list[float]]:
-    chosen = [row for row in rows if name in row]
+    chosen = [
+        row for row in rows if _finite(row.get("step")) and _finite(row.get(name))
+    ]
     return [row["step"] for row in chosen], [row[name] for row in chosen]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max

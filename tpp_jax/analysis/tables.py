@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import rich.table
+import rich.text
 
 from tpp_jax.pruning.flops import Count
 
@@ -18,7 +19,7 @@ def layer_table(dense: Count, pruned: Count) -> rich.table.Table:
       pruned: the network after slicing, with the same layers.
     """
     table = rich.table.Table(title="Before → after pruning")
-    table.add_column("layer")
+    table.add_column("layer", overflow="fold")
     for column in ("channels", "params", "FLOPs"):
         table.add_column(column, justify="right")
     rows = [
@@ -26,7 +27,7 @@ def layer_table(dense: Count, pruned: Count) -> rich.table.Table:
     ]
     for name, before, after in rows:
         table.add_row(
-            name,
+            rich.text.Text(name),  # a plain string would be read as markup
             _change(before.channels, after.channels),
             _change(before.params, after.params),
             _change(before.flops, after.flops),
@@ -47,11 +48,11 @@ def result_table(summary: Mapping[str, Any]) -> rich.table.Table:
         title=f"{summary['speedup']:.2f}× fewer FLOPs, "
         f"{100 * summary['sparsity']:.1f} % of the parameters gone"
     )
-    table.add_column("network")
+    table.add_column("network", overflow="fold")
     table.add_column("test accuracy", justify="right")
     for label, accuracy in accuracies(summary):
         if accuracy is not None:
-            table.add_row(label, f"{accuracy:.2f} %")
+            table.add_row(rich.text.Text(label), f"{accuracy:.2f} %")
     return table
 
 

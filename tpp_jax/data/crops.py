@@ -18,23 +18,78 @@ DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _BILINEAR = Image.Resampling.BILINEAR  # Pillow's is antialiased
 
 
-def decode(content: bytes) -> Image.Image:
-    """Decodes an image file of any kind to RGB.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+"""What Pillow is asked to open. It knows many more, some by programs of others."""
 
-    Greyscale, palette and CMYK images, which ImageNet has some of, are converted.
+# Content of other kinds, by how it begins, for a message.
+_OTHERS = {
+    b"GIF8": "a GIF",
+    b"II*\0": "a TIFF",
+    b"MM\0*": "a TIFF",
+    b"%PDF": "a PDF",
+    b"%!PS": "PostScript",
+    b"<": "text (a web page or SVG)",
+    b"\0\0\1\0": "an icon",
+}
+
+# EXIF's orientation → what puts the image upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+
+
+def decode(content: bytes) -> Image.Image:
+    """Decodes a JPEG, PNG, BMP or WebP file to RGB, upright.
+
+    Greyscale, palette and CMYK images, which ImageNet has some of, are converted; greys
+    of 16 bits are scaled to 8. Transparency is left out, as by torchvision: a pixel
+    keeps its colour. An image that EXIF says was taken with the camera turned is turned
+    back, which torchvision leaves to the user.
 
     Raises:
-      One of `DAMAGED`: it is not an image, or cut short.
+      One of `DAMAGED`: it is not such an image, or cut short.
     """
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
     except UnidentifiedImageError as error:  # it speaks of the BytesIO
-        raise OSError("its content is no image") from error
-    if isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # of a palette; Pillow warns if it is left out
+        raise OSError(f"its content is {_described(content)}") from error
+    upright = _UPRIGHT.get(_orientation(image))
+    image = _to_rgb(image)
+    return image if upright is None else image.transpose(upright)
+
+
+def _described(content: bytes) -> str:
+    for start, what in _OTHERS.items():
+        if content.startswith(start):
+            return f"no image that is read here, but {what}"
+    if content[4:8] == b"ftyp":
+        return "no image that is read here, but HEIC, AVIF or a film"
+    return "no image"
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # of any kind; the pixels are whole where this text is not
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image  # convert would copy it
+    if image.mode.startswith("I"):  # 16 bits, by Pillow's version in 16 or 32
+        greys = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((greys + 128) // 257).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns if it is left out
     return image.convert("RGB")
 
 

@@ -159,7 +159,9 @@ def _load_tfds(name: str, data_dir: str | None) -> Dataset:
     builder = open_builder(name, data_dir)
     with explained(name, builder, data_dir):
         sources = [builder.as_data_source(split=split) for split in ("train", "test")]
-    (train_images, train_labels), (test_images, test_labels) = map(_read, sources)
+    (train_images, train_labels), (test_images, test_labels) = (
+        _read(source, name, builder, data_dir) for source in sources
+    )
     return Dataset(train_images, train_labels, test_images, test_labels, *_TFDS[name])
 
 
@@ -167,7 +169,7 @@ def open_builder(name: str, data_dir: str | None) -> Any:
     """Returns TFDS's builder of a data set.
 
     Raises:
-      TPPError: a package is missing.
+      TPPError: a package is missing, or what is prepared cannot be understood.
     """
     try:
         import array_record  # noqa: F401  (tfds imports it late, with a poorer message)
@@ -179,7 +181,15 @@ def open_builder(name: str, data_dir: str | None) -> Any:
             "pip install tensorflow-datasets array_record pillow"
         ) from error
     data_dir = os.path.expanduser(data_dir) if data_dir else None
-    return tfds.builder(name, data_dir=data_dir)
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except Exception as error:  # TFDS raises of every kind where its files are damaged
+        where = data_dir or "TFDS's own folder"
+        raise TPPError(
+            f"the prepared data of {name} in {where} cannot be opened "
+            f"({_in_short(error)}). Delete its folder there and prepare it again: "
+            f"{prepare_command(name, data_dir)}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -192,7 +202,7 @@ def explained(name: str, builder: Any, data_dir: str | None) -> Iterator[None]:
 
 
 def _read(
-    source: Any,
+    source: Any, name: str, builder: Any, data_dir: str | None
 ) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"]]:
     """All examples of a data source; decoding takes about 0.2 ms an image."""
     labels = np.empty(len(source), np.int32)
@@ -200,7 +210,14 @@ def _read(
     for i in range(len(source)):
         # One by one: TFDS's batched read is no faster (decoding is what costs), and
         # its mock of a data source does not support it.
-        example = source[i]
+        try:
+            example = source[i]
+        except Exception as error:  # array_record and the decoders raise of every kind
+            raise TPPError(
+                f"example {i} of {name} in {builder.data_dir} cannot be read "
+                f"({_in_short(error)}): the data is damaged. Delete that folder and "
+                f"prepare it again: {prepare_command(name, data_dir)}"
+            ) from error
         if images is None:
             images = np.empty((len(source), *example["image"].shape), np.uint8)
         images[i] = example["image"]
@@ -210,6 +227,10 @@ def _read(
             f"The data source {source!r} holds no examples: prepare it anew."
         )
     return images, labels
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _why_unreadable(

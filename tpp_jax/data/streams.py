@@ -8,24 +8,21 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
-import pathlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 from absl import flags
 from jaxtyping import Int32, UInt8
 
-from tpp_jax.data import sources
+from tpp_jax.data import folders, sources
 from tpp_jax.errors import TPPError
 
 STREAMED = ("folder", "imagenet2012")
 """The data sets that `open_stream` knows."""
 
-_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-_TRAIN, _TEST = ("train",), ("val", "validation", "test")
 _ENDLESS = 2**48  # batches, more than any run reads
 
 Batches = Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]]
@@ -288,42 +285,6 @@ def _copied(batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarra
     return np.array(images), np.array(labels)
 
 
-class _InFolders:
-    """The files of a folder of classes, in the order of their names."""
-
-    def __init__(self, folder: pathlib.Path) -> None:
-        self._folder = folder
-        self.classes = sorted(f.name for f in folder.iterdir() if f.is_dir())
-        names: list[bytes] = []
-        labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            found = sorted(
-                os.path.relpath(os.path.join(parent, file), folder)
-                for parent, _, files in os.walk(folder / name, followlinks=True)
-                for file in files
-                if os.path.splitext(file)[1].lower() in _ENDINGS
-            )
-            if not found:
-                raise TPPError(f"the class folder {folder / name} holds no images")
-            names += map(os.fsencode, found)
-            labels += [label] * len(found)
-        if not labels:
-            raise TPPError(
-                f"{folder} holds no folders: it needs one for each class, with images"
-            )
-        # As an array: ImageNet's names take 40 MB in each process, in a list 100 MB.
-        self._names, self._labels = np.asarray(names), np.asarray(labels, np.int32)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, i: int) -> tuple[bytes, int]:
-        return pathlib.Path(self.name(i)).read_bytes(), int(self._labels[i])
-
-    def name(self, i: int) -> str:
-        return str(self._folder / os.fsdecode(self._names[i].item()))
-
-
 class _InTFDS:
     """The images of a split that TensorFlow Datasets has prepared, undecoded."""
 
@@ -360,7 +321,8 @@ def open_stream(
 
     Args:
       name: ``"folder"`` for ``data_dir/train`` and ``data_dir/val`` with a folder of
-        JPEG (PNG…) files for each class, classes numbered in the order of their names;
+        JPEG (PNG…) files for each class, classes numbered in the order of their names.
+        What is left out there, hidden files for example, is counted in a warning;
         ``"imagenet2012"`` as TensorFlow Datasets prepares it, as array_record.
       data_dir: where it is; for TFDS None is its own default.
       image_size: height and width of the images it gives, in pixels.
@@ -376,7 +338,7 @@ def open_stream(
       TPPError: there is no such data set, or it is not as it should be.
     """
     if name == "folder":
-        train, test, num_classes = _folders(data_dir)
+        train, test, num_classes = folders.open_folders(data_dir)
     elif name == "imagenet2012":
         train, test, num_classes = _imagenet(data_dir)
     else:
@@ -407,33 +369,6 @@ def _cores() -> int:
     has_affinity = hasattr(os, "sched_getaffinity")  # macOS has not
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return min(cores, 16)
-
-
-def _folders(data_dir: str | None) -> tuple[Files, Files, int]:
-    if not data_dir:
-        raise TPPError(
-            "data set 'folder' needs to know where: give the folder that holds train/ "
-            "and val/ by --config.data.dir"
-        )
-    root = pathlib.Path(data_dir).expanduser()
-    train, test = (_split_folder(root, names) for names in (_TRAIN, _TEST))
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise TPPError(
-            f"train and val of {root} do not have the same classes: "
-            f"{', '.join(odd[:5])}{' and more' if len(odd) > 5 else ''} in one only"
-        )
-    return train, test, len(train.classes)
-
-
-def _split_folder(root: pathlib.Path, names: Sequence[str]) -> _InFolders:
-    for name in names:
-        if (root / name).is_dir():
-            return _InFolders(root / name)
-    raise TPPError(
-        f"there is no folder {root / names[0]}: --config.data.dir must hold train/ and "
-        "val/, each with a folder of images for every class"
-    )
 
 
 def _imagenet(data_dir: str | None) -> tuple[Files, Files, int]:

@@ -1,22 +1,31 @@
 """A module's layers in PyTorch's words: enough to build them there, at any width."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
+from tpp_jax.interop.convolutions import describe_convolution
+from tpp_jax.interop.places import LAYERS
+from tpp_jax.models.layers import BatchNorm
 from tpp_jax.models.vit import SelfAttention
 from tpp_jax.pruning.nnx_layers import modules
 
+Described = tuple[dict[str, Any], list[str]]  # a layer, and what it cannot say
+
+_OURS = (BatchNorm,)  # classes of this library that compute what Flax's do
+
 
 def describe_layers(model: nnx.Module) -> dict[str, Any]:
-    """Tells what a model is and, of each layer, its type and its sizes; JSON-ready.
+    """Describes a model and the type and sizes of each of its layers; JSON-ready.
 
     Returns:
       ``model``, how ``tpp_jax.models.create`` makes it unpruned (None for others);
       ``class``; and ``layers``, by name: the ``type`` of ``torch.nn`` and the arguments
-      that make it, widths as they are after pruning.
+      that make it, widths as they are after pruning. Where PyTorch's layer does not
+      compute the same, a ``note`` says what differs; ``torch.nn`` refuses it as an
+      argument, so that nothing else is built by mistake.
 
     Example:
       >>> from tpp_jax.models.layers import conv
@@ -46,83 +55,135 @@ def _is_attention(module: nnx.Module) -> bool:
 
 
 def _describe(module: nnx.Module) -> dict[str, Any] | None:
-    match module:
-        case SelfAttention():
-            width, projected = module.in_proj.kernel.shape
-            heads = projected // 3 // module.size
-            # PyTorch's attention is as wide as its stream: pruned heads tell their
-            # size, which it takes for a mistake.
-            pruned = {} if heads * module.size == width else {"head_dim": module.size}
-            return {
-                "type": "MultiheadAttention",
-                "embed_dim": width,
-                "num_heads": heads,
-                "batch_first": True,
-                **pruned,
-            }
-        case nnx.Conv():
-            *kernel, inner, outer = module.kernel.shape
-            return {
-                "type": f"Conv{len(kernel)}d",
-                "in_channels": inner * module.feature_group_count,
-                "out_channels": outer,
-                "kernel_size": kernel,
-                "stride": _per_axis(module.strides, len(kernel)),
-                "padding": _padding(module.padding, len(kernel)),
-                "dilation": _per_axis(module.kernel_dilation, len(kernel)),
-                "groups": module.feature_group_count,
-                "bias": module.use_bias,
-            }
-        case nnx.Linear():
-            before, after = module.kernel.shape
-            return {
-                "type": "Linear",
-                "in_features": before,
-                "out_features": after,
-                "bias": module.use_bias,
-            }
-        case nnx.BatchNorm():
-            return {
-                "type": "BatchNorm2d",
-                "num_features": module.mean.shape[0],
-                "eps": module.epsilon,
-                "momentum": round(1 - module.momentum, 9),  # PyTorch's is of the new
-            }
-        case nnx.LayerNorm() if module.scale is not None:
-            return {
-                "type": "LayerNorm",
-                "normalized_shape": list(module.scale.shape),
-                "eps": module.epsilon,
-            }
-        case nnx.GroupNorm() if module.scale is not None:
-            return {
-                "type": "GroupNorm",
-                "num_groups": module.num_groups,
-                "num_channels": module.scale.shape[0],
-                "eps": module.epsilon,
-            }
-        case nnx.Embed():
-            number, width = module.embedding.shape
-            return {
-                "type": "Embedding",
-                "num_embeddings": number,
-                "embedding_dim": width,
-            }
-    return None
+    if isinstance(module, SelfAttention):
+        return _attention(module)
+    base = next((kind for kind in LAYERS if isinstance(module, kind)), None)
+    if base is None:
+        return None
+    layer, notes = _DESCRIBED[base](module)
+    own = type(module)
+    if own.__call__ is not base.__call__ and not issubclass(own, _OURS):
+        notes.append(f"it is a {own.__name__}, which computes in a way of its own")
+    return {**layer, "note": "; ".join(notes)} if notes else layer
 
 
-def _per_axis(value: int | Sequence[int] | None, axes: int) -> list[int]:
-    if value is None or isinstance(value, int):
-        return [1 if value is None else value] * axes
-    return list(value)
+def _attention(module: SelfAttention) -> dict[str, Any]:
+    width, projected = module.in_proj.kernel.shape
+    heads = projected // 3 // module.size
+    # PyTorch's attention is as wide as its stream: pruned heads give their size, which
+    # it refuses.
+    pruned = {} if heads * module.size == width else {"head_dim": module.size}
+    return {
+        "type": "MultiheadAttention",
+        "embed_dim": width,
+        "num_heads": heads,
+        "batch_first": True,
+        **pruned,
+    }
 
 
-def _padding(padding: Any, axes: int) -> Any:
-    """One number for each axis where both sides are alike, as PyTorch has it."""
-    if isinstance(padding, str):
-        return padding.lower()
-    if isinstance(padding, int):
-        return [padding] * axes
-    pairs = [(pad, pad) if isinstance(pad, int) else tuple(pad) for pad in padding]
-    same = all(before == after for before, after in pairs)
-    return [before for before, _ in pairs] if same else pairs
+def _linear(module: nnx.Linear) -> Described:
+    before, after = module.kernel.shape
+    plain = module.dot_general is jax.lax.dot_general
+    return {
+        "type": "Linear",
+        "in_features": before,
+        "out_features": after,
+        "bias": module.bias is not None,
+    }, [] if plain else ["it computes by a function of its own (dot_general)"]
+
+
+def _batch_norm(module: nnx.BatchNorm) -> Described:
+    affine, notes = _affine(module)
+    if module.mean.ndim != 1 or module.axis != -1:
+        notes.append(f"its channels are along the axes {module.axis}, not the last")
+    return {
+        "type": "BatchNorm2d",
+        "num_features": module.mean.shape[0],
+        "eps": module.epsilon,
+        "momentum": round(1 - module.momentum, 9),  # PyTorch's is of the new
+        **affine,
+    }, notes
+
+
+def _layer_norm(module: nnx.LayerNorm) -> Described:
+    has_scale, has_bias = module.scale is not None, module.bias is not None
+    layer = {
+        "type": "LayerNorm",
+        "normalized_shape": [_width(module)],
+        "eps": module.epsilon,
+    }
+    notes = _over_other_axes(module)
+    if has_scale and not has_bias:
+        layer["bias"] = False
+    elif not has_scale:
+        layer["elementwise_affine"] = False
+        if has_bias:
+            notes.append("it has a bias and no scale")
+    return layer, notes
+
+
+def _rms_norm(module: nnx.RMSNorm) -> Described:
+    plain = {"elementwise_affine": False} if module.scale is None else {}
+    return {
+        "type": "RMSNorm",
+        "normalized_shape": [_width(module)],
+        "eps": module.epsilon,
+        **plain,
+    }, _over_other_axes(module)
+
+
+def _group_norm(module: nnx.GroupNorm) -> Described:
+    affine, notes = _affine(module)
+    if module.reduction_axes is not None:
+        notes.append(f"it normalises over the axes {module.reduction_axes}")
+    return {
+        "type": "GroupNorm",
+        "num_groups": module.num_groups,
+        "num_channels": module.num_groups * module.group_size,
+        "eps": module.epsilon,
+        **affine,
+    }, notes
+
+
+def _embedding(module: nnx.Embed) -> Described:
+    number, width = module.embedding.shape
+    return {
+        "type": "Embedding",
+        "num_embeddings": number,
+        "embedding_dim": width,
+    }, []
+
+
+_DESCRIBED = {
+    nnx.Conv: describe_convolution,
+    nnx.Linear: _linear,
+    nnx.Embed: _embedding,
+    nnx.BatchNorm: _batch_norm,
+    nnx.LayerNorm: _layer_norm,
+    nnx.GroupNorm: _group_norm,
+    nnx.RMSNorm: _rms_norm,
+}
+
+
+def _affine(module: Any) -> Described:
+    """Returns ``affine``, where it is not PyTorch's default of scale and bias."""
+    has = [module.scale is not None, module.bias is not None]
+    if all(has):
+        return {}, []
+    if not any(has):
+        return {"affine": False}, []
+    only = "scale and no bias" if has[0] else "bias and no scale"
+    return {}, [f"it has a {only}, and PyTorch's has both or neither"]
+
+
+def _width(module: nnx.LayerNorm | nnx.RMSNorm) -> int:
+    arrays = [module.scale, getattr(module, "bias", None)]
+    return next((a.shape[-1] for a in arrays if a is not None), module.num_features)
+
+
+def _over_other_axes(module: Any) -> list[str]:
+    axes = [module.reduction_axes, module.feature_axes]
+    if all(axis in (-1, (-1,), [-1]) for axis in axes):
+        return []
+    return [f"it normalises over the axes {axes[0]}, with its scale along {axes[1]}"]

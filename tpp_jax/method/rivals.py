@@ -161,7 +161,11 @@ def _norms(
 
 def _kernels(plan: Plan) -> dict[str, Filters]:
     """Returns the kernels that make the channels of the pruned groups."""
-    return {n: one for n, one in pruned_filters(plan).items() if one.kernel is not None}
+    return {
+        name: one
+        for name, one in pruned_filters(plan).items()
+        if any(member.role == "produced" for member in one.members)
+    }
 
 
 def _filters(plan: Plan, kernel: Filters | None) -> list[Member]:

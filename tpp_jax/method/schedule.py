@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tpp_jax.errors import TPPError
+
+_MOST_INTERVALS = 1_000_000  # each is an entry of a table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,27 +105,40 @@ def growing_schedule(
             raise TPPError(
                 f"the schedule's {name} is {value}, must be a whole number of steps"
             )
+    power = re.fullmatch("poly([0-9]{1,3})", kind)
     if kind == "linear":
         if regularize_steps is not None:
             raise TPPError(
                 "a linear schedule's length follows from granularity, every and "
                 "ceiling: leave regularize_steps out, or use a poly schedule"
             )
+        _check_length(ceiling / granularity)
         strengths = _until_ceiling(granularity, ceiling)
-    elif kind.removeprefix("poly").isdigit() and kind.startswith("poly"):
+    elif power:
         if not regularize_steps or regularize_steps < 0 or regularize_steps % every:
             raise TPPError(
                 f"a {kind} schedule needs regularize_steps, a multiple of every "
                 f"({every}); it is {regularize_steps}"
             )
         intervals = regularize_steps // every
-        power = int(kind.removeprefix("poly"))
-        strengths = [ceiling * (k / intervals) ** power for k in range(intervals + 1)]
+        _check_length(intervals)
+        exponent = int(power[1])
+        strengths = [
+            ceiling * (k / intervals) ** exponent for k in range(intervals + 1)
+        ]
     else:
         raise TPPError(
             f"unknown schedule {kind!r}: choose 'linear', or 'poly' and a power (poly2)"
         )
     return GrowingSchedule(tuple(strengths), every, stabilize, zero_out_every)
+
+
+def _check_length(intervals: float) -> None:
+    if intervals > _MOST_INTERVALS:
+        raise TPPError(
+            f"the schedule would raise the strength {intervals:.3g} times, at most "
+            f"{_MOST_INTERVALS:,} times will do: raise granularity or every"
+        )
 
 
 def _until_ceiling(granularity: float, ceiling: float) -> list[float]:

@@ -128,8 +128,7 @@ def add_tpp_penalties(
             here = found[name]
             factor, kernel = strength.astype(gradient.dtype), here.kernel
             if kernel is not None and (gram_weight or kept_weight):
-                axes = {"filters": kernel.filters or (kernel.axis,)}
-                axes["batch"] = kernel.batch
+                axes = {"filters": kernel.filters, "batch": kernel.batch}
                 shape = [parameter.shape[axis] for axis in axes["filters"]]
                 mask = here.mask(parameter.ndim, axes["filters"])
                 mask = jnp.broadcast_to(jnp.asarray(mask), shape)
@@ -213,6 +212,8 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
                 return change
             first = schedule.zero_out_step(found[name].order)
             pruned = found[name].mask(parameter.ndim)
+            # A mask of the parameter's own shape has to be sharded as it is.
+            pruned = pruned & jnp.ones_like(parameter, bool)
             was_zero = state.cleared >= first
             undone |= was_zero & jnp.any(pruned & (parameter != 0))
             return jnp.where((state.step >= first) & pruned, -parameter, change)

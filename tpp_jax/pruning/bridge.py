@@ -7,8 +7,10 @@ pruned model it is run with those of its arrays.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import linen, nnx
 
+from tpp_jax.pruning.functions import is_array, set_evaluation
 from tpp_jax.pruning.linen import arrays_decide
 from tpp_jax.pruning.naming import named_leaves
 from tpp_jax.pruning.nnx_layers import NumGroups, Shape, follow_layers, modules
@@ -53,6 +55,63 @@ def follow_arrays(
             _follow_linen(module, f"{path}." if path else "", num_groups, shapes)
 
 
+def follow_inputs(model: nnx.Module, *inputs: Any, **kwargs: Any) -> None:
+    """Sets ``num_features`` of the norms that have no arrays, in place.
+
+    Such a norm computes with the width of its input alone, which is found by running
+    the model abstractly. Nothing is run where there is no such norm.
+
+    Args:
+      model: as pruned, with all other sizes following its arrays.
+      *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``, as the model takes
+        them.
+      **kwargs: keyword arguments of the same kinds.
+    """
+    if not any(_is_bare(module) for _, module in modules(model)):
+        return
+    widths: dict[str, int] = {}
+    graphdef, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten((inputs, kwargs))
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+
+    def run(state: Any, arrays: list[Any]) -> Any:
+        copy = nnx.merge(graphdef, state)
+        set_evaluation(copy)
+        for path, module in modules(copy):
+            if _is_bare(module):
+                module.promote_dtype = _noting(widths, path, module.promote_dtype)
+        given = iter(arrays)
+        whole = [next(given) if is_array(leaf) else leaf for leaf in leaves]
+        inputs, kwargs = jax.tree.unflatten(structure, whole)
+        return jax.tree.leaves(copy(*inputs, **kwargs))
+
+    jax.eval_shape(run, state, arrays)
+    for path, module in modules(model):
+        if path in widths and module.num_features != widths[path]:
+            module.num_features = widths[path]
+
+
+def _is_bare(module: nnx.Module) -> bool:
+    """Tells whether a module is a norm over its last axis that has no arrays."""
+    norms = (nnx.LayerNorm, nnx.RMSNorm, nnx.InstanceNorm)
+    return (
+        isinstance(module, norms)
+        and module.feature_axes == -1
+        and module.scale is None
+        and getattr(module, "bias", None) is None
+    )
+
+
+def _noting(widths: dict[str, int], path: str, promote: Any) -> Any:
+    """Returns a norm's ``promote_dtype`` that notes the width of the norm's input."""
+
+    def promote_dtype(arrays: tuple[Any, ...], /, **kwargs: Any) -> Any:
+        widths[path] = arrays[0].shape[-1]
+        return promote(arrays, **kwargs)
+
+    return promote_dtype
+
+
 def _follow_linen(
     module: nnx.bridge.ToNNX,
     prefix: str,
@@ -80,7 +139,9 @@ def _follow_linen(
 
 
 def group_counts(model: nnx.Module) -> dict[str, Any]:
-    """Returns the numbers of groups in a model that its arrays do not tell.
+    """Returns the numbers in a model that its arrays do not tell.
+
+    They are the numbers of groups, and the widths of norms without arrays.
 
     Returns:
       Layer path → number, or for the layers of a Linen module inside → a dict from the
@@ -93,6 +154,8 @@ def group_counts(model: nnx.Module) -> dict[str, Any]:
                 counts[path] = number
             case nnx.Conv(feature_group_count=number) if number > 1:
                 counts[path] = number
+            case nnx.Module() if _is_bare(module):
+                counts[path] = module.num_features
             case SlicedToNNX(to_nnx__kept=kept):
                 for name, numbers in kept:
                     layer = f"{path}.{name}".strip(".").rpartition(".")[0]

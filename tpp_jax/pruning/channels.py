@@ -8,8 +8,8 @@ from flax import linen, nnx
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning.groups import read_groups
 from tpp_jax.pruning.records import Groups
+from tpp_jax.pruning.search import try_groups
 from tpp_jax.pruning.source import Source
-from tpp_jax.pruning.trial import try_groups
 
 
 def channel_groups(

@@ -131,8 +131,10 @@ def check_groups(
         longest_known_suffix(name, groups.shapes) or name for name in function.names
     )
     checks = []
-    for group in groups:
-        if group.reason is not None or group.size < 2:
+    # Random numbers do not change places with the channels that they are drawn for.
+    noisy = groups.reading.noisy if groups.reading is not None else frozenset()
+    for i, group in enumerate(groups):
+        if group.reason is not None or group.size < 2 or i in noisy:
             continue
         # One cycle through all channels leaves none where it was.
         cycle = rng.permutation(group.size)
@@ -163,6 +165,7 @@ def check_groups(
         )
     check_plan(_half(groups, rng, lambda group: True), model, params)
     unproved = {one.name: None for one in checks if one.influence <= tolerance}
+    unproved |= {groups[i].name: None for i in noisy if groups[i].reason is None}
     for group in groups:
         if group.reduced and group.reason is None and group.size > 1:
             plan = _share(groups, rng, group)
@@ -270,6 +273,8 @@ def _drawn(leaf: Any, rng: Any) -> Any:
         size = np.sqrt(np.mean(np.square(value))) if value.size else 0.0
         near = value * (1 + 0.3 * noise)
         near += 0.1 * (size or 1.0) * rng.uniform(-1, 1, leaf.shape)
+        if value.min(initial=0.0) >= 0:  # a variance, perhaps
+            near = np.abs(near)
     return np.asarray(near, leaf.dtype)
 
 

@@ -44,6 +44,13 @@ class Reading:
         return found
 
     @functools.cached_property
+    def noisy(self) -> frozenset[int]:
+        """The groups whose channels random numbers are drawn for."""
+        channels = [self.solution.of(axis)[1] for axis in self.labels.noise]
+        groups = np.concatenate([self.group_of[one] for one in channels] or [[]])
+        return frozenset(int(i) for i in groups if i >= 0)
+
+    @functools.cached_property
     def _distinct(self) -> tuple[dict[int, list[int]], list[np.ndarray], np.ndarray]:
         """Value number → numbers of its axes' labels; these labels; where each ends."""
         numbers: dict[int, int] = {}
@@ -274,13 +281,17 @@ _SIZES = {
     "broadcast_in_dim": ("shape",),
     "iota": ("shape",),
     "random_bits": ("shape",),
+    "rng_bit_generator": ("shape",),
+    "rng_uniform": ("shape",),
     "split": ("sizes",),
     "tile": ("reps",),
     "slice": ("start_indices", "limit_indices", "strides"),
     "dynamic_slice": ("slice_sizes",),
     "gather": ("slice_sizes",),
     "conv_general_dilated": ("feature_group_count",),
+    "reduce_window": ("window_dimensions",),
     "reduce_window_max": ("window_dimensions",),
+    "reduce_window_min": ("window_dimensions",),
     "reduce_window_sum": ("window_dimensions",),
 }
 

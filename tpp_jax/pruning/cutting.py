@@ -5,15 +5,19 @@ the widths that the plan leaves and must do the same operations on them.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, overload
 
+import jax
 from flax import linen, nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning import linen as linen_modules
+from tpp_jax.pruning.bridge import follow_inputs
 from tpp_jax.pruning.groups import read_groups
 from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.readiness import check_ready, measure
 from tpp_jax.pruning.records import Groups
 from tpp_jax.pruning.slicing import slice_tree
 from tpp_jax.pruning.source import Source, adapt
@@ -21,14 +25,22 @@ from tpp_jax.pruning.trial import blamed
 
 
 @overload
-def prune(model: nnx.Module, plan: Plan) -> nnx.Module: ...
+def prune(
+    model: nnx.Module, plan: Plan, params: None = None, *, opt_state: Any = None
+) -> nnx.Module: ...
 
 
 @overload
-def prune(model: linen.Module | Callable[..., Any], plan: Plan, params: Any) -> Any: ...
+def prune(
+    model: linen.Module | Callable[..., Any],
+    plan: Plan,
+    params: Any,
+    *,
+    opt_state: Any = None,
+) -> Any: ...
 
 
-def prune(model: Any, plan: Plan, params: Any = None) -> Any:
+def prune(model: Any, plan: Plan, params: Any = None, *, opt_state: Any = None) -> Any:
     """Returns a smaller model; the given one is untouched.
 
     The cut is tried first, see :func:`check_plan`: so a size that a layer has written
@@ -40,6 +52,8 @@ def prune(model: Any, plan: Plan, params: Any = None) -> Any:
         function ``fn(params, *inputs)``.
       plan: what is pruned; concrete.
       params: the variables of a Linen module, the parameter tree of a function.
+      opt_state: the state of the optimizer that TPP's transforms are chained into, if
+        the cut is to be checked against it; it is not changed.
 
     Returns:
       For an NNX module a new one of the same class with narrower layers, whose static
@@ -49,14 +63,54 @@ def prune(model: Any, plan: Plan, params: Any = None) -> Any:
     Raises:
       TPPError: the sliced model does not run or computes something else; the groups at
         fault are named.
+
+    Warns:
+      UserWarning: by ``opt_state`` the filters that are cut should be zero and are not;
+        or they are zero, but a norm or another reduction over their channels takes
+        their absence for something else.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import tpp_jax as tpp
+      >>> def net(p, x):
+      ...     return jax.nn.relu(x @ p["w1"]) @ p["w2"]
+      >>> p = {"w1": jnp.arange(32.0).reshape(4, 8), "w2": jnp.ones((8, 2))}
+      >>> groups = tpp.channel_groups(net, jnp.ones((1, 4)), params=p)
+      >>> plan = tpp.make_plan(groups, p, 0.5)
+      >>> small = prune(net, plan, p)
+      >>> small["w1"].shape, net(small, jnp.ones((1, 4))).shape
+      ((4, 4), (1, 2))
     """
     check_plan(plan, model, params)
     if not isinstance(model, nnx.Module):
+        _warn(plan, params, opt_state)
         return slice_tree(plan, params)
     graphdef, state = nnx.split(model)
+    _warn(plan, state, opt_state)
     small = nnx.merge(graphdef, slice_tree(plan, state))
     adapt(small, plan)
+    follow_inputs(small, *plan.groups.inputs, **plan.groups.kwargs)
     return small
+
+
+def _warn(plan: Plan, params: Any, opt_state: Any) -> None:
+    """Warns where TPP was to make a cut free that is not."""
+    if opt_state is not None:
+        check_ready(opt_state, plan, params)
+    reduced = [group.name for group in plan.pruned_groups if group.reduced]
+    leaves = [*jax.tree.leaves(params), *plan.kept.values()]
+    if not reduced or any(
+        isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in leaves
+    ):
+        return
+    if measure(plan, params).all_zero:
+        warnings.warn(
+            f"the filters to be cut are zero, but a norm, softmax or other reduction "
+            f"runs over the channels of {', '.join(reduced[:3])}: it does not take "
+            "their absence for zeros, so the cut changes what the network computes",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def check_plan(

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 Values = Mapping[str, Mapping[str, Any]]
 """Path of a module → name of a field → its value."""
 
@@ -20,7 +22,8 @@ class Field:
 
     Attributes:
       path: dotted path of the module, ``""`` for the outermost.
-      name: the attribute's name, ``num_heads``.
+      name: the attribute's name, ``num_heads``, or ``config.num_heads`` for one of a
+        configuration that the module keeps.
       value: what it is in the unpruned model.
     """
 
@@ -76,6 +79,49 @@ def size_of(parts: Parts, kept: Callable[[str], tuple[int, int]]) -> int:
     return total
 
 
+def own_fields(path: str, attributes: Mapping[str, Any]) -> list[Field]:
+    """Lists the whole numbers among a module's attributes.
+
+    Args:
+      path: of the module.
+      attributes: its attributes; those of a configuration among them are looked at too.
+    """
+    found = []
+    for name, value in attributes.items():
+        if name.startswith("_"):
+            continue
+        if is_size(value):
+            found.append(Field(path, name, value))
+        elif _is_config(value):
+            found += [
+                Field(path, f"{name}.{inner}", number)
+                for inner, number in _attributes(value).items()
+                if is_size(number)
+            ]
+    return found
+
+
+def with_values(module: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the attributes of a module that are to be set.
+
+    Args:
+      module: the module.
+      values: name of a :class:`Field` → its value. Configurations are copied: other
+        modules may share them.
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        outer, _, inner = name.partition(".")
+        if inner:
+            config = found.get(outer)
+            if config is None:
+                config = found[outer] = copy.copy(getattr(module, outer))
+            object.__setattr__(config, inner, value)
+        else:
+            found[outer] = value
+    return found
+
+
 def fields_of_tree(tree: Any, path: str = "") -> list[Field]:
     """Lists the whole numbers in the dataclasses of a tree, with their paths.
 
@@ -84,10 +130,10 @@ def fields_of_tree(tree: Any, path: str = "") -> list[Field]:
       path: of the tree itself.
     """
     found = []
+    if _is_dataclass(tree):
+        found += own_fields(path, dict(_items(tree)))
     for name, value in _items(tree):
-        if _is_dataclass(tree) and is_size(value):
-            found.append(Field(path, str(name), value))
-        else:
+        if not _is_config(value):
             found += fields_of_tree(value, f"{path}.{name}" if path else str(name))
     return found
 
@@ -118,7 +164,7 @@ def follow_fields(tree: Any, sizes: Sequence[FieldSize], values: Values) -> Any:
 
 def _find(tree: Any, field: Field) -> Any:
     """Returns the value of an attribute, None if there is none."""
-    for key in (*field.path.split("."), field.name) if field.path else (field.name,):
+    for key in f"{field.path}.{field.name}".strip(".").split("."):
         found = [value for name, value in _items(tree) if str(name) == key]
         if not found:
             return None
@@ -134,7 +180,9 @@ def set_fields_of_tree(tree: Any, values: Values, path: str = "") -> Any:
       values: what to set; see :data:`Values`.
       path: of the tree itself.
     """
-    changes = dict(values.get(path, {})) if _is_dataclass(tree) else {}
+    changes: dict[Any, Any] = {}
+    if _is_dataclass(tree):
+        changes |= with_values(tree, values.get(path, {}))
     for name, value in _items(tree):
         inner = f"{path}.{name}" if path else str(name)
         if any(p == inner or p.startswith(inner + ".") for p in values):
@@ -170,6 +218,20 @@ def _items(node: Any) -> list[tuple[Any, Any]]:
 
 def _is_dataclass(node: Any) -> bool:
     return dataclasses.is_dataclass(node) and not isinstance(node, type)
+
+
+def _attributes(node: Any) -> dict[str, Any]:
+    return dict(_items(node)) if _is_dataclass(node) else vars(node)
+
+
+def _is_config(value: Any) -> bool:
+    """Reports whether an attribute is a collection of settings, and no module."""
+    if callable(value) or isinstance(value, (dict, list, tuple, str)):
+        return False
+    if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value)):
+        return False
+    named = type(value).__name__.endswith(("Config", "Args", "Spec", "Params"))
+    return _is_dataclass(value) or (named and hasattr(value, "__dict__"))
 
 
 def is_size(value: Any) -> bool:

@@ -41,8 +41,8 @@ class Filters:
 
     @property
     def kernel(self) -> Member | None:
-        """The member that says how the filters of a kernel lie, None for others."""
-        return next((m for m in self.members if m.role == "produced"), None)
+        """The member that says how filters lie in a kernel some of which are pruned."""
+        return next((m for m in self.members if m.axis in m.filters), None)
 
     @property
     def order(self) -> int:
@@ -112,14 +112,15 @@ def find_filters(
         return {}
     shapes: dict[str, tuple[int, ...]] = {}
     candidates: dict[str, list[str]] = {}
-    hidden: set[str | None] = set()
+    hidden: set[str] = set()
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
     for path, leaf in leaves:
         name = leaf_name(path)
-        parameter = longest_known_suffix(name, plan.groups.shapes)
         if _is_masked(leaf):
-            hidden.add(parameter)
-        elif parameter in filters:
+            hidden.update(p for p in filters if _covers(name, p))
+            continue
+        parameter = longest_known_suffix(name, plan.groups.shapes)
+        if parameter in filters:
             shapes[name] = np.shape(leaf)
             candidates.setdefault(parameter, []).append(name)
     missing = [p for p in filters if p not in candidates and p not in hidden]
@@ -173,6 +174,16 @@ def _the_parameter(parameter: str, names: list[str]) -> str:
         f"as {some(names)}: give it those alone that are trained, or leave the others "
         "out with optax.masked"
     )
+
+
+def _covers(name: str, parameter: str) -> bool:
+    """Tells whether a parameter may lie in a subtree: whether it starts as its name
+    ends."""
+    while name:
+        if f"{parameter}.".startswith(f"{name}."):
+            return True
+        name = name.partition(".")[2]
+    return False
 
 
 def _is_masked(leaf: Any) -> bool:

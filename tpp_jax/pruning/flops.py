@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
-from tpp_jax.pruning.groups import Groups, label_axes
-from tpp_jax.pruning.labels import Channels, solve
+from tpp_jax.pruning.labels import Channels
 from tpp_jax.pruning.layers import Layer, kernel_axes
+from tpp_jax.pruning.records import Groups
 from tpp_jax.pruning.rules import RULES
 from tpp_jax.pruning.tracing import Trace, layer_names, layers, source_line, trace
 
@@ -54,15 +54,19 @@ class Count(NamedTuple):
 
 
 def count(
-    model: nnx.Module | Callable[..., Any], *inputs: Any, params: Any = None
+    model: nnx.Module | linen.Module | Callable[..., Any],
+    *inputs: Any,
+    params: Any = None,
+    **kwargs: Any,
 ) -> Count:
     """Counts trainable parameters and FLOPs, by the convention of the pruning papers.
 
     Args:
-      model: an NNX module or a function ``fn(params, *inputs)``.
+      model: an NNX module, a Linen module or a function ``fn(params, *inputs)``.
       *inputs: example inputs, abstract will do; give a batch of one for the usual
         figure per image.
-      params: for a function, its parameters.
+      params: for a function, its parameters, for a Linen module its variables.
+      **kwargs: keyword arguments of the model, like ``inputs``.
 
     Returns:
       The totals and each layer's part. A layer is a product of activations with
@@ -74,12 +78,12 @@ def count(
       (see :attr:`Count.uncounted`), of a ``shard_map`` what all devices do together.
 
     Example:
-      >>> from flax import nnx
+      >>> from flax import linen, nnx
       >>> import jax.numpy as jnp
       >>> count(nnx.Linear(3, 5, rngs=nnx.Rngs(0)), jnp.ones((1, 3))).flops
       30
     """
-    traced = trace(model, *inputs, params=params)
+    traced = trace(model, *inputs, params=params, **kwargs)
     name_of = layer_names(traced)
     sizes: dict[str, int] = {}
     for leaf in traced.trainable:
@@ -90,7 +94,7 @@ def count(
         for layer in layers(traced)
     }
     # A layer that runs twice costs twice: FLOPs are summed over uses, not layers.
-    uses = layers(traced, repeated=True)
+    uses = _read_uses(traced)
     costs = [
         factor * math.prod(traced.shapes[value][axis] for value, axis in along)
         for factor, along in (_work(traced, use) for use in uses)
@@ -107,11 +111,19 @@ def count(
     )
 
 
+def _read_uses(traced: Trace) -> list[Layer]:
+    """Lists the uses of layers that lead to an output; XLA leaves the others out."""
+    uses = layers(traced, repeated=True)
+    return [use for use in uses if traced.unread.isdisjoint(use.equation.outputs)]
+
+
 def uncounted_work(traced: Trace) -> tuple[str, ...]:
     """Names the operations whose work is not counted; see :attr:`Count.uncounted`."""
     in_loops = {use.equation.outputs for use in traced.uses if use.equation.endless}
     found: dict[str, None] = {}
     for eqn in traced.equations:
+        if not traced.unread.isdisjoint(eqn.outputs):
+            continue
         line = source_line(eqn.source)
         where = f" ({line})" if line else ""
         if eqn.primitive not in RULES or eqn.primitive in _HEAVY:
@@ -241,8 +253,8 @@ class Costs:
 
     def __init__(self, groups: Groups) -> None:
         traced = groups.traced
-        labels, axes = label_axes(traced, groups.joined)
-        self._channels = solve(labels)
+        axes = groups.reading.axes
+        self._channels = groups.reading.solution
         self._groups = groups
         self._group_of = _groups_of_channels(groups, axes, self._channels)
         self._known: dict[bytes, int] = {}
@@ -252,7 +264,7 @@ class Costs:
         self._params = [
             self._product(1, axes[traced.leaves[leaf]]) for leaf in traced.trainable
         ]
-        uses = layers(traced, repeated=True)
+        uses = _read_uses(traced)
         self._branches = [use.equation.branches for use in uses]
         self._flops = []
         for use in uses:

@@ -51,8 +51,15 @@ def as_function(
 
     Raises:
       TPPTypeError: a function without ``params`` or with a bare array, which has no
-        name, or an object that is neither.
+        name, or an object that is neither; an ``nnx.bridge.Module``, which is in
+        between.
     """
+    if isinstance(model, nnx.bridge.Module):
+        raise TPPTypeError(
+            f"{type(model).__name__} is an nnx.bridge.Module, which holds no arrays: "
+            "pass the function lambda variables, *inputs: model.apply(variables, "
+            "*inputs) in its place, and params=variables"
+        )
     if isinstance(model, nnx.Module):
         graphdef, state = nnx.split(model)
         call = merged_call(graphdef)

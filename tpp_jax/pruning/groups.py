@@ -58,8 +58,6 @@ def read_groups(
     labels, axes = label_axes(traced, joined, kinds)
     solution = solve(labels)
     roles = read_roles(traced, kinds)
-    stacked = read_stacks(traced)
-    filters = read_filters(traced, roles, stacked)
     orders, first_use = read_orders(traced)
     kernels = {use.kernel for use in traced.uses if not use.inner}
     name_of = layer_names(traced)
@@ -70,6 +68,9 @@ def read_groups(
         for axis in range(len(traced.shapes[value]))
     ]
     rows = [solution.of(axes[traced.leaves[leaf]][axis]) for leaf, axis in slots]
+    channels_at = {slot: row[1] for slot, row in zip(slots, rows, strict=True)}
+    stacked = read_stacks(traced, roles, channels_at)
+    filters = read_filters(traced, roles, stacked)
     groups: list[tuple[tuple[int, ...], Group]] = []
     channels_of: list[np.ndarray] = []
     for channels, members_at in _alike_channels(rows, solution.stuck):
@@ -85,10 +86,8 @@ def read_groups(
             positions = _positions_of(channels, *rows[slot])
             role = here[leaf, axis]
             member = Member(leaf, axis, positions, role, orders.get(leaf, 0))
-            if role in ("produced", "depthwise"):
-                batch = tuple(i for i in stacked.get(leaf, ()) if i != axis)
-                own = filters.get(leaf, ()) if role == "produced" else ()
-                own = own if axis in own or role != "produced" else (axis,)
+            if role == "produced":
+                batch, own = stacked.get(leaf, ()), filters.get(leaf, ())
                 member = dataclasses.replace(member, batch=batch, filters=own)
             members.append(member)
         # A kernel comes before what else its layer is computed from.

@@ -27,9 +27,6 @@ class NotUnderstood(str):
     """A reason to keep positions: what happens to them is not known."""
 
 
-_DEPTH = 16  # of definitions within definitions; real networks need three or four
-
-
 class Labels:
     """Gives out labels and collects what is found out about them.
 
@@ -43,6 +40,7 @@ class Labels:
         apart what one operation is told, and the operation's source. That the size
         follows the channels is a supposition, to be tried.
       reduced: labels of axes that a reduction runs over.
+      noise: labels of axes of random numbers.
       reasons: texts with the sources of the equations that gave them; the fixed label
         ``-1 - i`` stands for ``reasons[i]``.
       source: that of the equation whose rule is at work.
@@ -58,6 +56,7 @@ class Labels:
         self.pieces: dict[bytes, list[int]] = {}
         self.supposed: list[tuple[np.ndarray, int, Any]] = []
         self.reduced: list[np.ndarray] = []
+        self.noise: list[np.ndarray] = []
         self.reasons: list[tuple[str, Any]] = []
         self.source: Any = None
         self.kind: str | None = None
@@ -132,6 +131,17 @@ class Labels:
         """Returns the labels of the axes that one axis is split into."""
         if (axis < 0).all():
             return [np.full(n, axis[0]) for n in sizes]
+        grid = axis.reshape(sizes)
+        varying = [i for i in range(len(sizes)) if np.ptp(grid, axis=i).any()]
+        if len(varying) == 1:
+            # The same channels again and again, as when places were put beside them.
+            [along] = varying
+            own = np.moveaxis(grid, along, 0).reshape(sizes[along], -1)[:, 0]
+            repeat = "an axis along which channels are repeated"
+            return [
+                own if i == along else self.stuck(n, repeat)
+                for i, n in enumerate(sizes)
+            ]
         if (axis < 0).any():
             reason = NotUnderstood("a reshape that splits an axis that is partly fixed")
             self.fix(axis, reason)
@@ -194,10 +204,7 @@ class Channels(NamedTuple):
         """
         positions = np.flatnonzero(labels >= 0)
         channels = self.component[labels[positions]]
-        for _ in range(_DEPTH):
-            defined = self.defined[channels]
-            if not defined.any():
-                break
+        while (defined := self.defined[channels]).any():
             parts = self.parts[channels]
             more_positions, which = np.nonzero((parts >= 0) & defined[:, None])
             positions = np.concatenate([positions[~defined], positions[more_positions]])
@@ -220,6 +227,7 @@ def solve(labels: Labels) -> Channels:
             stuck[component[fixed]] = reason
         before = len(labels.ties), len(labels.fixed)
         parts = _agree(labels, component, stuck)
+        _fix_circles(labels, component, stuck, parts)
         if (len(labels.ties), len(labels.fixed)) == before:
             break
     _undo_fixed(parts, stuck)
@@ -227,6 +235,27 @@ def solve(labels: Labels) -> Channels:
     for summed in labels.reduced:
         reduced[component[summed[summed >= 0]]] = True
     return Channels(component, stuck, reduced, parts, (parts >= 0).any(axis=1))
+
+
+def _fix_circles(
+    labels: Labels, component: np.ndarray, stuck: np.ndarray, parts: np.ndarray
+) -> None:
+    """Fixes labels that are, in the end, parts of themselves.
+
+    So they are where an axis of heads and dimensions is added to one of the two.
+    """
+    open_ = (parts >= 0).any(axis=1) & (stuck < 0)
+    if not open_.any():
+        return
+    while True:
+        # What has only parts that are no definitions any more is none of a circle.
+        still = open_ & ((parts >= 0) & open_[parts]).any(axis=1)
+        if (still == open_).all():
+            break
+        open_ = still
+    if open_.any():
+        reason = NotUnderstood("reshapes by which an axis is a part of itself")
+        labels.fix(np.flatnonzero(open_[component]), reason)
 
 
 def _undo_fixed(parts: np.ndarray, stuck: np.ndarray) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from flax import linen, nnx
 
-from tpp_jax.pruning.fields import Field, Values, is_size
+from tpp_jax.pruning.fields import Field, Values, own_fields, with_values
 from tpp_jax.pruning.nnx_layers import NumGroups, Shape, follow_layers
 
 # The layer of each of Flax's recurrent cells whose kernel contracts the hidden state.
@@ -96,7 +96,7 @@ def arrays_decide(
         with contextlib.ExitStack() as stack:
             if values:
                 own = values.get(".".join(module.path), {})
-                stack.enter_context(_attributes(module, **own))
+                stack.enter_context(_attributes(module, **with_values(module, own)))
             stack.enter_context(_attributes(module, param=_Param(module)))
             for layer, sizes in _static_sizes(module, inputs, num_groups, shapes or {}):
                 stack.enter_context(_attributes(layer, **sizes))
@@ -124,9 +124,8 @@ def linen_fields(module: linen.Module, run: Callable[[], Any]) -> list[Field]:
         own = type(inner).__module__.partition(".")[0] != "flax"
         if own and inner.scope is not None:  # those of Flax follow their arrays
             path = ".".join(inner.path)
-            for name, value in vars(inner).items():  # fields, and what setup sets
-                if is_size(value) and not name.startswith("_"):
-                    found[path, name] = Field(path, name, value)
+            for field in own_fields(path, vars(inner)):  # and what setup sets
+                found[path, field.name] = field
         return method(*args, **kwargs)
 
     with linen.intercept_methods(note):

@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from tpp_jax.pruning.labels import Axes, Labels, NotUnderstood
+from tpp_jax.pruning.labels import Axes, Labels
 from tpp_jax.pruning.unfolding import Equation
 
 
@@ -150,8 +150,8 @@ def slice_rule(
         elif size == 1 and n > 1:
             labels.fix(axis, "an axis that is indexed")
         elif len(part) != n:
-            reason = f"a slice with fixed bounds [{start}:{limit}:{stride}]"
-            labels.fix(axis, NotUnderstood(reason))
+            # The bounds may follow the channels of each part, or be written down.
+            labels.suppose(axis)
         out.append(part)
     return [out]
 
@@ -194,12 +194,9 @@ def split(
 ) -> list[Axes]:
     along, sizes = eqn.params["axis"], eqn.params["sizes"]
     axis = operands[0][along]
-    if len(set(sizes)) > 1:
-        reason = f"a split into the fixed sizes {tuple(map(int, sizes))}"
-        labels.fix(axis, NotUnderstood(reason))
-    else:
+    labels.suppose(axis)
+    if len(set(sizes)) == 1:
         # Equal parts stay equal only if they lose the same positions.
-        labels.suppose(axis)
         functools.reduce(labels.tie, np.split(axis, len(sizes)))
     results = []
     for part in np.split(axis, np.cumsum(sizes)[:-1]):

@@ -50,7 +50,8 @@ def follow_layers(
         axis of an array falls into, which the array does not tell: those of a
         ``GroupNorm``, by its scale's name, or of a grouped convolution, by its
         kernel's. Given are the array's name and the old number; ``None`` is returned
-        where it is not known.
+        where it is not known. A norm without arrays asks in the same way how many
+        features it has, by its name and ``num_features``.
       shapes: array name → its shape before the cut. If given, only sizes that agreed
         with the arrays before are set: a class of one's own may mean something else.
     """
@@ -190,7 +191,10 @@ def _sizes(layer: _Layer) -> dict[str, Any]:
         case nnx.BatchNorm():
             return {"num_features": layer.last("mean")}
         case nnx.LayerNorm() | nnx.RMSNorm() | nnx.InstanceNorm():
-            return {"num_features": layer.last("scale", "bias")}
+            width = layer.last("scale", "bias")
+            if width is None:  # it has no arrays
+                width = layer.groups("num_features", module.num_features)
+            return {"num_features": width}
         case nnx.GroupNorm() if width := layer.last("scale", "bias"):
             array = "scale" if shape("scale") else "bias"
             number = layer.groups(array, module.num_groups) or module.num_groups

@@ -63,6 +63,7 @@ def _noise(
         if n > 1:
             labels.suppose(own, axis)
             labels.reduced.append(own)
+            labels.noise.append(own)
         found.append(own)
     return found
 

@@ -226,7 +226,9 @@ def _sums(leaves: dict[str, Any], masks: dict[str, Any]) -> tuple[Any, Any]:
     zero (its square may be)."""
     squares, nonzero = {}, {}
     for name, leaf in leaves.items():
-        size = jnp.where(masks[name], jnp.abs(leaf), 0)
+        # A mask of the leaf's own shape has to be sharded as it is.
+        mask = masks[name] & jnp.ones_like(leaf, bool)
+        size = jnp.where(mask, jnp.abs(leaf), 0)
         wide = size.astype(jnp.promote_types(size.dtype, jnp.float32))
         squares[name] = jnp.sum(jnp.square(wide))
         nonzero[name] = jnp.any(size != 0)

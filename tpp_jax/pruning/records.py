@@ -38,9 +38,10 @@ class Member:
         that of the layer run last before it.
       batch: axes of a kernel along which kernels of their own are stacked: the axis
         that a loop over layers runs along, the experts of a batched product.
-      filters: axes of a kernel that index its filters together, this one among them:
-        heads and the dimensions of a head in a kernel ``[width, heads, size]``. Empty
-        unless the role is ``"produced"``.
+      filters: axes of a kernel that index its filters together: heads and the
+        dimensions of a head in a kernel ``[width, heads, size]``. Like ``batch`` empty
+        unless the role is ``"produced"``; the axis itself is in one of the two, unless
+        it holds the words of a table.
     """
 
     leaf: str

@@ -4,7 +4,9 @@ Read off the uses of kernels (layers.py); channels.py and the criteria know role
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+import numpy as np
 
 from tpp_jax.pruning.layers import Layer, kernel_axes
 from tpp_jax.pruning.records import Slot
@@ -111,11 +113,18 @@ def kind_of(eqn: Equation, traced: Trace, kinds: dict[str, str]) -> str:
     return "depthwise" if width == 1 else "grouped"
 
 
-def read_stacks(traced: Trace) -> dict[str, tuple[int, ...]]:
+def read_stacks(
+    traced: Trace, roles: Roles, channels_at: Mapping[Slot, np.ndarray]
+) -> dict[str, tuple[int, ...]]:
     """Finds the axes of each kernel along which kernels of their own are stacked.
 
     Such an axis is gone before the layer, since a loop runs along it or one kernel is
     taken out by its index; or the product is one of batches along it.
+
+    Args:
+      traced: the computation.
+      roles: from :func:`read_roles`.
+      channels_at: axis of a leaf → the channels that run through it.
     """
     found: dict[str, tuple[int, ...]] = {}
     for layer in traced.uses:
@@ -128,7 +137,30 @@ def read_stacks(traced: Trace) -> dict[str, tuple[int, ...]]:
         there = {axes for i, axes in enumerate(layer.axes) if i not in batch}
         own = {axis for of, axis in frozenset().union(*there) if of == leaf}
         found[leaf] = tuple(axis for axis in range(rank) if axis not in own)
-    return found
+    return found | _alike_stacks(found, roles, channels_at)
+
+
+def _alike_stacks(
+    stacked: dict[str, tuple[int, ...]],
+    roles: Roles,
+    channels_at: Mapping[Slot, np.ndarray],
+) -> dict[str, tuple[int, ...]]:
+    """Finds the experts of a layer that all experts' inputs are the same for.
+
+    Its product is not one of batches, but that of the layer after it is.
+    """
+    along = [channels_at[leaf, i] for leaf, found in stacked.items() for i in found]
+    if not along:
+        return {}
+    experts = np.concatenate(along)
+    produced = [slot for slot, role in roles.of.items() if role == "produced"]
+    more = {}
+    for leaf, axis in produced:
+        channels = channels_at[leaf, axis]
+        alone = sum(other == leaf for other, _ in produced) == 1
+        if channels.size and not alone and np.isin(channels, experts).all():
+            more[leaf] = tuple(sorted({*stacked.get(leaf, ()), axis}))
+    return more
 
 
 def read_filters(

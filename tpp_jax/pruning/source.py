@@ -14,7 +14,13 @@ from flax import linen, nnx
 from jax.sharding import NamedSharding
 
 from tpp_jax.pruning.bridge import follow_arrays
-from tpp_jax.pruning.fields import Field, fields_of_tree, is_size, set_fields_of_tree
+from tpp_jax.pruning.fields import (
+    Field,
+    fields_of_tree,
+    own_fields,
+    set_fields_of_tree,
+    with_values,
+)
 from tpp_jax.pruning.functions import (
     Function,
     apart,
@@ -121,7 +127,7 @@ def adapt(module: nnx.Module, plan: Any) -> None:
     values = plan.field_values()
     if values:
         for path, inner in modules(module):
-            for name, value in values.get(path, {}).items():
+            for name, value in with_values(inner, values.get(path, {})).items():
                 setattr(inner, name, value)
 
 
@@ -129,9 +135,7 @@ def _fields_of_nnx(root: nnx.Module) -> Iterator[Field]:
     for path, module in modules(root):
         if type(module).__module__.partition(".")[0] == "flax":
             continue  # the layers of Flax follow their arrays
-        for name, value in vars(module).items():
-            if not name.startswith("_") and is_size(value):
-                yield Field(path, name, value)
+        yield from own_fields(path, vars(module))
 
 
 def abstract(tree: Any) -> Any:

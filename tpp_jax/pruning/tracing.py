@@ -24,7 +24,7 @@ from tpp_jax.pruning.naming import layer_name
 from tpp_jax.pruning.unfolding import Builder, Equation, check_length
 
 # Libraries of layers: a line of theirs is named where there is none of the user's.
-_LAYERS = ("flax", "equinox", "haiku")
+_LAYERS = ("flax", "equinox", "haiku", "einops")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +39,8 @@ class Trace:
       constants: value numbers of the arrays that the function closed over.
       outputs: value numbers of the results, ``None`` for scalar literals.
       equations: the primitives in order of execution.
+      unread: value numbers of what layers compute for nothing: it is no part of the
+        outputs. XLA leaves it out, but the model's own code does it with any widths.
       shapes: shape of every value, by number.
       origin: for a value computed from parameter leaves alone (by casts, transposes,
         a normalisation of the weight, a product with a mask…), these leaves' names.
@@ -55,6 +57,7 @@ class Trace:
     constants: tuple[int, ...]
     outputs: tuple[int | None, ...]
     equations: tuple[Equation, ...]
+    unread: frozenset[int]
     shapes: tuple[tuple[int, ...], ...]
     origin: dict[int, tuple[str, ...]]
     input_names: tuple[str, ...]
@@ -111,7 +114,7 @@ def trace_function(
     scope = dict(zip(variables, [*numbers, *constants], strict=True))
     outputs = builder.unfold(jaxpr, scope)
     others = tuple(numbers[len(leaves) :])
-    equations = _needed(builder.equations, outputs)
+    equations, unread = _needed(builder.equations, outputs, builder.origin)
     shapes = tuple(builder.shapes)
     used = {n for eqn in equations for n in eqn.inputs} | set(outputs)
     own = _without_copies(leaves, function.namesakes, used, shapes)
@@ -124,9 +127,10 @@ def trace_function(
         constants=tuple(constants) + tuple(builder.constants),
         outputs=tuple(outputs),
         equations=equations,
+        unread=unread,
         shapes=shapes,
         origin=origin,
-        input_names=_places(inputs, is_array),
+        input_names=_places(inputs, is_array) + _places(dict(kwargs), is_array),
         output_names=_places(returned, lambda leaf: True),
         uses=find_layers(*read, function.trainable),
         lookups=find_lookups(others, *read),
@@ -181,18 +185,38 @@ def _without_copies(
 
 
 def _needed(
-    equations: list[Equation], outputs: list[int | None]
-) -> tuple[Equation, ...]:
+    equations: list[Equation],
+    outputs: list[int | None],
+    origin: Mapping[int, tuple[str, ...] | None],
+) -> tuple[tuple[Equation, ...], frozenset[int]]:
     """Leaves out what is computed for nothing, as a slice of which only the shape is
-    asked for. What a loop carries from step to step is kept.
+    asked for. What a loop carries from step to step is kept, and so is whatever
+    parameters do to activations.
+
+    Returns:
+      The equations that are kept, and the results of those that lead to no output.
     """
-    needed = {n for n in outputs if n is not None}
-    kept = []
-    for eqn in reversed(equations):
-        if eqn.primitive == "join" or not needed.isdisjoint(eqn.outputs):
-            needed.update(n for n in eqn.inputs if n is not None)
-            kept.append(eqn)
-    return tuple(reversed(kept))
+
+    def leading_to(ends: set[int]) -> set[int]:
+        found = set(ends)
+        for eqn in reversed(equations):
+            if eqn.primitive == "join" or not found.isdisjoint(eqn.outputs):
+                found.update(n for n in eqn.inputs if n is not None)
+                found.update(eqn.outputs)
+        return found
+
+    read = leading_to({n for n in outputs if n is not None})
+    meetings = set()
+    for eqn in equations:
+        if read.isdisjoint(eqn.outputs):
+            kinds = {bool(origin[n]) for n in eqn.inputs if n is not None}
+            if len(kinds) == 2:
+                meetings.update(eqn.outputs)
+    kept = leading_to(read | meetings) if meetings else read
+    return (
+        tuple(eqn for eqn in equations if not kept.isdisjoint(eqn.outputs)),
+        frozenset(kept - read),
+    )
 
 
 def layers(traced: Trace, repeated: bool = False) -> list[Layer]:

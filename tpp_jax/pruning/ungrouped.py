@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from tpp_jax.pruning.groups import Groups, label_axes
-from tpp_jax.pruning.labels import solve
+from tpp_jax.pruning.records import Groups
 from tpp_jax.pruning.tracing import source_line
 
 
@@ -26,15 +25,17 @@ def ungrouped(groups: Groups) -> dict[str, str]:
       >>> ungrouped(channel_groups(scaled, jnp.ones((1, 4)), params=p))
       {'shift': 'an input of the model (axis 1)'}
     """
-    traced = groups.traced
     listed = {member.leaf for group in groups for member in group.members}
-    trained = [leaf for leaf in traced.leaves if leaf in traced.trainable]
+    trained = [leaf for leaf in groups.shapes if leaf in groups.trainable]
     left = [leaf for leaf in trained if leaf not in listed]
     if not left:
         return {}
+    if groups.reading is None:
+        return dict.fromkeys(left, "a pickle of groups does not say why")
+    traced = groups.traced
     used = {n for eqn in traced.equations for n in eqn.inputs} | {*traced.outputs}
-    labels, axes = label_axes(traced, groups.joined)
-    solution = solve(labels)
+    reading = groups.reading
+    labels, axes, solution = reading.labels, reading.axes, reading.solution
     found = {}
     for leaf in left:
         value = traced.leaves[leaf]

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from tpp_jax.errors import TPPError
 from tpp_jax.storage import items
 from tpp_jax.storage.items import Arrays
+from tpp_jax.storage.paths import plain
 from tpp_jax.training import hosts
 
 
@@ -21,8 +22,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True
         )
+        self._folder = pathlib.Path(folder).absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._link = contextlib.ExitStack()
         self._manager = ocp.CheckpointManager(
-            pathlib.Path(folder).absolute(),
+            self._link.enter_context(plain(self._folder)),
             options=options,
             item_names=("arrays", "meta"),
         )
@@ -65,18 +69,17 @@ class Checkpoints:
             return arrays, meta, [self._put_aside(*one) for one in damaged]
         if damaged:
             raise TPPError(
-                f"none of the checkpoints in {self._manager.directory} can be read "
+                f"none of the checkpoints in {self._folder} can be read "
                 f"({items.kind(damaged[0][1])}). Remove that folder to begin anew"
             ) from damaged[0][1]
         return None
 
     def _put_aside(self, step: int, error: Exception) -> str:
-        folder = pathlib.Path(self._manager.directory)
-        aside = folder / f"damaged-{step}"
+        aside = self._folder / f"damaged-{step}"
         hosts.wait_for_all(f"damaged {step}")  # all have read it
         if hosts.is_first():
             shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
-            (folder / str(step)).rename(aside)
+            (self._folder / str(step)).rename(aside)
         hosts.wait_for_all(f"aside {step}")
         self._manager.reload()
         what = items.kind(error)
@@ -91,6 +94,7 @@ class Checkpoints:
         with self._explained():
             self._manager.wait_until_finished()
         self._manager.close()
+        self._link.close()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -100,7 +104,7 @@ class Checkpoints:
             latest = self.latest()
             kept = "none was written before" if latest is None else f"{latest} is whole"
             raise TPPError(
-                f"a checkpoint could not be written to {self._manager.directory} "
+                f"a checkpoint could not be written to {self._folder} "
                 f"({' '.join(str(error).split())[:200]}). Of those there {kept}: make "
                 "room on the disk, and the same command goes on from it"
             ) from error

@@ -3,6 +3,7 @@
 import difflib
 import math
 import operator
+import pathlib
 import typing
 from typing import Any
 
@@ -12,13 +13,18 @@ from tpp_jax.errors import TPPError
 from tpp_jax.method.gram import Target
 from tpp_jax.method.isometry import RECIPES
 from tpp_jax.training import parallel
-from tpp_jax.training.optimizers import OPTIMIZERS, ORTHOGONALITY, SCHEDULES
+from tpp_jax.training.optimizers import (
+    MOST_STEPS,
+    OPTIMIZERS,
+    ORTHOGONALITY,
+    SCHEDULES,
+)
 from tpp_jax.training.stages import METHODS
 
 _PHASES = ("pretrain", "finetune")
 
 # The least that makes sense of a number; no number may be infinite or not a number.
-_LEAST = {
+_LEAST: dict[str, float] = {
     "seed": 0,
     "num_devices": 0,
     "accumulate": 1,
@@ -27,6 +33,7 @@ _LEAST = {
     "eval_every": 1,
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
+    "data.batch_size": 1,
     "data.pad_to": 0,
     "data.crop_padding": 0,
     "data.image_size": 1,
@@ -60,9 +67,32 @@ _LEAST_OF_A_PHASE = {
 _LEAST |= {f"{p}.{name}": n for p in _PHASES for name, n in _LEAST_OF_A_PHASE.items()}
 
 # What must stay below 1: a momentum of 1 forgets nothing, an average of 1 learns none.
-_BELOW_ONE = tuple(
-    f"{p}.{name}" for p in _PHASES for name in ("momentum", "label_smoothing", "ema")
+_BELOW_ONE = (
+    "prune.momentum",
+    *(f"{p}.{n}" for p in _PHASES for n in ("momentum", "label_smoothing", "ema")),
 )
+
+# The most of a number where that is not what 32 bits hold, in which steps are counted
+# and parameters computed. JAX takes the lower 32 bits of a seed.
+_MOST: dict[str, float] = {
+    "seed": 2**32 - 1,
+    "data.pad_to": 2**14,
+    "data.crop_padding": 2**14,
+    "data.image_size": 2**14,
+    "data.resize": 2**14,
+    "data.workers": 1000,
+    "prune.rounds": 1000,
+}
+_MOST_FLOAT = 3e38
+
+# Text that may be given as the number it says.
+_TEXT_OR_NUMBER = tuple(f"{p}.learning_rate" for p in _PHASES)
+_TYPES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+}
 
 _CHOICES = {
     "parallel": typing.get_args(parallel.Kind),
@@ -225,15 +255,28 @@ def near_fields(name: str) -> str:
 
 def check_values(config: ml_collections.ConfigDict) -> None:
     """Raises a TPPError if a field holds what no run can use, whatever its data."""
+    for name, default in _values(default_config()).items():
+        _check_type(name, operator.attrgetter(name)(config), type(default))
     for name, least in _LEAST.items():
         value = operator.attrgetter(name)(config)
         if not least <= value < math.inf:
             what = "at least" if math.isfinite(value) else "finite and at least"
-            raise TPPError(f"config.{name} is {value}, must be {what} {least}")
+            raise TPPError(f"config.{name} is {_short(value)}, must be {what} {least}")
     for name in _BELOW_ONE:
         value = operator.attrgetter(name)(config)
         if value >= 1:
             raise TPPError(f"config.{name} is {value}, must be below 1")
+    for name in (f"{p}.{mix}" for p in _PHASES for mix in ("mixup", "cutmix")):
+        value = operator.attrgetter(name)(config)
+        if 0 < value < 1e-6:  # no number is drawn from such a distribution
+            raise TPPError(f"config.{name} is {value}, must be 0 or at least 1e-06")
+    for name, value in _values(config).items():
+        if isinstance(value, str | bool) or name in _BELOW_ONE:
+            continue
+        most = _MOST.get(name, _MOST_FLOAT if isinstance(value, float) else MOST_STEPS)
+        if not -most <= value <= most:
+            what = f"at most {most}" if math.isfinite(value) else "finite"
+            raise TPPError(f"config.{name} is {_short(value)}, must be {what}")
     for name, choices in _CHOICES.items():
         value = operator.attrgetter(name)(config)
         if value not in choices:
@@ -246,6 +289,15 @@ def check_values(config: ml_collections.ConfigDict) -> None:
             f"config.data.resize is {config.data.resize}, too small to cut images of "
             f"config.data.image_size={config.data.image_size} from"
         )
+    for name in ("init.model", "init.torch", "data.dir"):
+        path = operator.attrgetter(name)(config)
+        try:
+            pathlib.Path(path).exists()
+            bad = "it holds a zero byte" if "\0" in path else ""
+        except (OSError, ValueError) as error:
+            bad = getattr(error, "strerror", None) or str(error)
+        if bad:
+            raise TPPError(f"config.{name} is {_short(path)}, which is no path: {bad}")
     if config.init.model and config.init.torch:
         raise TPPError(
             "config.init.model and config.init.torch are both set: a run starts from "
@@ -253,14 +305,36 @@ def check_values(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _fields(config: ml_collections.ConfigDict, prefix: str = "") -> set[str]:
-    names: set[str] = set()
+def _check_type(name: str, value: Any, wanted: type) -> None:
+    """Raises a TPPError unless a value is of its field's type; True is no number."""
+    fits = isinstance(value, int | float if wanted is float else wanted)
+    if name in _TEXT_OR_NUMBER:
+        fits |= isinstance(value, int | float)
+    if not fits or (isinstance(value, bool) and wanted is not bool):
+        raise TPPError(f"config.{name} is {_short(value)}, must be {_TYPES[wanted]}")
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _fields(config: ml_collections.ConfigDict) -> set[str]:
+    return set(_values(config))
+
+
+def _values(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Returns the value of each field, by its full name."""
+    found: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
-            names |= _fields(value, f"{prefix}{name}.")
+            found |= _values(value, f"{prefix}{name}.")
         else:
-            names.add(f"{prefix}{name}")
-    return names
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -59,6 +59,11 @@ def choose(run: "Run", stage: Stage) -> None:
         # A group that is down to one channel may no longer be seen as one.
         there = [group.name for group in groups if group.name in counts]
         plan = plan_for(*arguments, counts={name: counts[name] for name in there})
+        if not plan.pruned_groups:
+            run.progress.say(
+                f"Round {stage.round} of {rounds} removes nothing, since its share is "
+                "less than half a channel of every group; its fine-tuning goes on."
+            )
     run.plans.append(plan)
     run.meta["plans"] = [plan.to_dict() for plan in run.plans]
     run.phases = setup.phases(plan)
@@ -101,10 +106,11 @@ def cut(run: "Run", stage: Stage) -> None:
 
 
 def save_gram(run: "Run", moment: str, model: nnx.Module) -> None:
-    """Keeps a Gram matrix for the report, in the first round."""
+    """Keeps a Gram matrix for the report, in a first round that prunes the layer."""
     if len(run.plans) == 1 and hosts.is_first():
         [plan] = run.plans
-        member = measures.report_layer(run.setup.config, plan)
+        if (member := measures.find_report_layer(run.setup.config, plan)) is None:
+            return
         measures.save_gram(run.workdir / "gram.npz", moment, model, member, plan)
 
 

@@ -1,48 +1,99 @@
 """The metrics of a run, a line of JSON each: what the plots are drawn from."""
 
 import json
+import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tpp_jax.errors import TPPError
+
+Row = dict[str, Any]
+
 
 class History:
-    """A growing file of metrics that forgets what a resumed run will do again."""
+    """A growing file of metrics that forgets what a resumed run will do again.
+
+    Attributes:
+      odd: numbers of the lines that are no rows of metrics, from 1. They stay in the
+        file, and are left out of what is read.
+    """
 
     def __init__(self, file: pathlib.Path, step: int, *, quiet: bool = False) -> None:
         """Opens ``file``, dropping what was recorded after ``step``.
 
         With ``quiet`` nothing is ever written.
+
+        Raises:
+          TPPError: something other than a file is in its place.
         """
         self._file, self._quiet = file, quiet
+        self.odd: list[int] = []
         if quiet:
             return
-        kept = [row for row in self.read() if row["step"] <= step]
-        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        kept = []
+        for number, (line, row, whole) in enumerate(_lines(file), start=1):
+            if row is None and (not whole or not line.strip()):
+                continue  # a kill cut it short, or it is empty
+            if row is None:
+                self.odd.append(number)
+            if row is None or row["step"] <= step:
+                kept.append(line)
+        partial = file.with_name(file.name + ".partial")
+        partial.write_bytes(b"".join(line + b"\n" for line in kept))
+        os.replace(partial, file)
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append(self, row: Row) -> None:
         """Adds a row; ``step`` counts over the whole run."""
         if self._quiet:
             return
-        with self._file.open("a") as lines:
+        with self._file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[Row]:
         """Returns all rows."""
         return read_history(self._file)
 
 
-def read_history(file: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's metrics, but a last one that a kill cut short."""
+def read_history(file: pathlib.Path) -> list[Row]:
+    """Returns the rows of a run's metrics, without the lines that are none.
+
+    A row is an object of JSON with a number as ``step``. Other lines come from a kill
+    that cut the last one short, or from somebody's edit.
+
+    Raises:
+      TPPError: something other than a file is in its place.
+    """
+    return [row for _, row, _ in _lines(file) if row is not None]
+
+
+def _lines(file: pathlib.Path) -> list[tuple[bytes, Row | None, bool]]:
+    """Reads lines: each, the row that it is if any, and whether it has an end."""
     if not file.exists():
         return []
-    rows = []
-    for line in file.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    if not file.is_file():
+        raise TPPError(
+            f"{file} is to be the file of a run's metrics, and is a folder or device: "
+            "move it away"
+        )
+    *lines, last = file.read_bytes().split(b"\n")
+    return [(x, _row(x), True) for x in lines] + [(last, _row(last), False)]
+
+
+def _row(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, a number without end
+        return None
+    return row if isinstance(row, dict) and is_number(row.get("step")) else None
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value that was read is a number, and a finite one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def means(recent: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:

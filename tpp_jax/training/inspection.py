@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import rich.console
 from flax import nnx
 
 from tpp_jax import data
@@ -24,13 +23,18 @@ from tpp_jax.pruning.groups import Groups
 from tpp_jax.saving import load_model
 from tpp_jax.training.config import check_fields, check_values
 from tpp_jax.training.feeds import open_data
+from tpp_jax.training.folders import config_of
 from tpp_jax.training.setup import initial_model, plan_for, random_model
+from tpp_jax.training.terminal import Terminal, say
 
 _WIDTHS = 80, 120  # of the table on a terminal: the least and the most
 
 
 def inspect(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path | None = None
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path | None = None,
+    *,
+    given: bool = True,
 ) -> None:
     """Prints the groups of a config's model and what its ratios would leave.
 
@@ -38,13 +42,15 @@ def inspect(
 
     Args:
       config: as for training.
-      workdir: folder that ``groups.svg`` is drawn into, made if missing.
+      workdir: folder that ``groups.svg`` is drawn into, made if missing. If it is that
+        of a run, the run's own config is used.
+      given: whether somebody asked for ``config``: then it is said if another is used.
 
     Raises:
       TPPError: whatever is wrong with the config.
     """
     try:
-        _inspect(config, workdir)
+        _inspect(config_of(workdir, config, given), workdir)
         sys.stdout.flush()
     except BrokenPipeError:  # piped into a reader that has seen enough, as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,16 +75,16 @@ def _inspect(
             raise TPPError(f"the picture cannot be written: {error}") from error
 
     name, classes = model.spec.name, model.spec.num_classes
-    print(f"{name}, images {'×'.join(map(str, example.shape[1:]))}, {classes} classes")
-    console = rich.console.Console(highlight=False)
+    say(f"{name}, images {'×'.join(map(str, example.shape[1:]))}, {classes} classes")
+    console = Terminal()
     if console.is_terminal:
         console.width = min(max(console.width, _WIDTHS[0]), _WIDTHS[1])
         console.print(group_report(groups, plan, console.width))
     else:
-        print(describe_groups(groups, plan))
+        say(describe_groups(groups, plan))
     prune_fields = {key: config.prune[key] for key in ("ratios", "flops", "params")}
     asked = [f"config.prune.{key}={v!r}" for key, v in prune_fields.items() if v]
-    print(
+    say(
         f"\nwith {', '.join(asked) or 'no ratio and no target'}:\n"
         f"params {before.params:,} → {after.params:,} "
         f"({1 - after.params / before.params:.1%} gone), "
@@ -86,9 +92,9 @@ def _inspect(
         f"({before.flops / after.flops:.2f}× fewer)"
     )
     if config.prune.scope != "local" and not (config.init.model or config.init.torch):
-        print("(ranked by untrained weights: trained ones share the cuts otherwise)")
+        say("(ranked by untrained weights: trained ones share the cuts otherwise)")
     if workdir is not None:
-        print(f"drawn in {picture}")
+        say(f"drawn in {picture}")
 
 
 def abstract_model(config: ml_collections.ConfigDict) -> nnx.Module:
@@ -122,9 +128,7 @@ def _shapes(settings: ml_collections.ConfigDict) -> tuple[int, tuple[int, int, i
     if settings.name == "digits" or settings.name not in sources.NAMES:
         dataset = open_data(settings)  # or the error
         return dataset.num_classes, dataset.image_shape
-    import tensorflow_datasets as tfds  # late: digits does not need it
-
-    features = tfds.builder(settings.name, data_dir=settings.dir or None).info.features
+    features = sources.open_builder(settings.name, settings.dir or None).info.features
     height, width, channels = features["image"].shape
     size = sources.padded_size(settings.name, height, width, settings.pad_to)
     return features["label"].num_classes, (*size, channels)

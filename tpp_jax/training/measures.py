@@ -25,6 +25,7 @@ from tpp_jax.pruning.groups import Member
 from tpp_jax.pruning.naming import layer_name, named_leaves
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import keep_masks
+from tpp_jax.training.history import is_number
 from tpp_jax.training.phases import Phase
 
 _BINS = 50
@@ -98,20 +99,26 @@ def report_layer(config: ml_collections.ConfigDict, plan: Plan) -> Member:
     Raises:
       TPPError: the config names a layer that no filter is pruned of.
     """
-    members = [
-        member
-        for group in plan.pruned_groups
-        for member in group.members
-        if member.role == "produced"
-    ]
-    for member in members:
-        if config.report_layer in ("", layer_name(member.leaf)):
-            return member
-    names = ", ".join(dict.fromkeys(layer_name(member.leaf) for member in members))
+    if member := find_report_layer(config, plan):
+        return member
+    names = dict.fromkeys(layer_name(member.leaf) for member in _pruned_filters(plan))
     raise TPPError(
         f"config.report_layer is {config.report_layer!r}, but filters are pruned of "
-        f"{names}: choose one of those"
+        f"{', '.join(names)}: choose one of those"
     )
+
+
+def find_report_layer(config: ml_collections.ConfigDict, plan: Plan) -> Member | None:
+    """Returns what :func:`report_layer` does; None if the plan prunes none of it."""
+    for member in _pruned_filters(plan):
+        if config.report_layer in ("", layer_name(member.leaf)):
+            return member
+    return None
+
+
+def _pruned_filters(plan: Plan) -> list[Member]:
+    members = [member for group in plan.pruned_groups for member in group.members]
+    return [member for member in members if member.role == "produced"]
 
 
 def save_gram(
@@ -152,7 +159,7 @@ def read_grams(file: pathlib.Path) -> dict[str, Any]:
     try:
         with np.load(file) as saved:
             return dict(saved)
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return {}
 
 
@@ -188,8 +195,8 @@ def trainability_accuracy(
     found = [
         row["test_accuracy"]
         for row in history
-        if row["phase"] == name
-        and "test_accuracy" in row
+        if row.get("phase") == name
+        and is_number(row.get("test_accuracy"))
         and row["step"] <= start + end
     ]
     return float(np.mean(found)) if found else None

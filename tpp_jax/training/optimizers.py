@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tpp_jax.errors import TPPError
@@ -12,6 +13,11 @@ from tpp_jax.errors import TPPError
 SCHEDULES = ("step", "cosine")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
 ORTHOGONALITY = ("", "kernel", "convolution")
+MOST_STEPS = 2**31 - 1
+"""What steps are counted to, in optax and here: as many as 32 bits hold."""
+
+
+_LARGEST = float(np.finfo(np.float32).max)  # that rates are computed with
 
 
 def learning_rate(
@@ -54,6 +60,12 @@ def learning_rate(
     peak, *later = stages.values()
     boundaries = [round(epoch * steps_per_epoch) for epoch in list(stages)[1:]]
     warmup = round(warmup_epochs * steps_per_epoch)
+    if max([epochs * steps_per_epoch, warmup, *boundaries]) > MOST_STEPS:
+        raise TPPError(
+            f"a phase of {epochs} epochs with the learning rate {text!r} and "
+            f"warmup_epochs={warmup_epochs} has more than the {MOST_STEPS:,} steps "
+            "that are counted: make it shorter"
+        )
     if kind == "cosine" and later:
         raise TPPError(f"a cosine schedule takes one peak learning rate, not {text!r}")
     # A phase of no epochs is never run, so that its warm-up does not matter.
@@ -88,7 +100,7 @@ def _stages(text: str) -> dict[float, float]:
         ) from None
     starts = list(stages)
     ascending = starts == sorted(starts) and len(starts) == len(pairs)
-    finite = all(math.isfinite(number) for pair in stages.items() for number in pair)
+    finite = all(x <= _LARGEST for pair in stages.items() for x in pair)
     if not (finite and ascending and starts[0] == 0 and min(stages.values()) >= 0):
         raise TPPError(
             f"the learning rate {text!r} must start at epoch 0, with epochs ascending "

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from tpp_jax.errors import TPPError
 from tpp_jax.method.orthogonality import OrthogonalityState, add_orthogonality
 from tpp_jax.method.rivals import (
     GroupLassoState,
@@ -19,7 +20,12 @@ from tpp_jax.method.schedule import GrowingSchedule, growing_schedule
 from tpp_jax.method.transforms import TPPState, add_tpp_penalties, zero_pruned
 from tpp_jax.pruning.nnx_layers import modules
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.training.optimizers import learning_rate, optimizer, sgd
+from tpp_jax.training.optimizers import (
+    MOST_STEPS,
+    learning_rate,
+    optimizer,
+    sgd,
+)
 
 
 class Phase(NamedTuple):
@@ -68,13 +74,19 @@ def training_phase(
         epochs=config.epochs,
         warmup_epochs=config.warmup_epochs,
     )
+    steps = config.epochs * steps_per_epoch
+    if 0 < steps < rounds:
+        raise TPPError(
+            f"config.prune.rounds is {rounds}, but {kind} has only {steps} steps to "
+            "divide among them: take fewer rounds, or more epochs"
+        )
     if rounds > 1:
         rate = _faster(rate, rounds)
     tx = optimizer(config, rate)
     if config.orthogonality:
         weight = config.orthogonality_weight
         tx = optax.chain(*_orthogonal(config.orthogonality, weight, model), tx)
-    return Phase(kind, config.epochs * steps_per_epoch // rounds, tx, rate)
+    return Phase(kind, steps // rounds, tx, rate)
 
 
 def _faster(rate: optax.Schedule, times: int) -> optax.Schedule:
@@ -115,7 +127,16 @@ def strength_schedule(config: Any) -> GrowingSchedule:
     """Returns the schedule of the penalties from ``config.prune.schedule``."""
     fields = config.to_dict()
     fields["regularize_steps"] = fields["regularize_steps"] or None
-    return growing_schedule(**fields)
+    return _countable(growing_schedule(**fields), "config.prune.schedule")
+
+
+def _countable(schedule: GrowingSchedule, fields: str) -> GrowingSchedule:
+    if schedule.total_steps > MOST_STEPS:
+        raise TPPError(
+            f"{fields} has {schedule.total_steps} steps, more than the {MOST_STEPS:,} "
+            "that are counted: make it shorter"
+        )
+    return schedule
 
 
 def tpp_phases(
@@ -181,6 +202,7 @@ def grow_phase(config: Any, plan: Plan, schedule: GrowingSchedule) -> Phase:
         growth = growing_schedule(
             "linear", fields.granularity, fields.every, fields.ceiling
         )
+        _countable(growth, "config.prune.grow")
         penalty, steps = add_growing_l2(plan, growth), growth.regularize_steps
     else:
         penalty = add_group_lasso(plan, fields.weight)

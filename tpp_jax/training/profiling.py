@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import rich.console
 import rich.table
+import rich.text
 from flax import nnx
 
 from tpp_jax.analysis.latency import Pair, as_json, compare, compare_layers
@@ -18,22 +18,28 @@ from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import prune
 from tpp_jax.saving import create_abstract, load_model, load_model_info
 from tpp_jax.training.config import check_fields, check_values
+from tpp_jax.training.folders import config_of
 from tpp_jax.training.inspection import abstract_model
 from tpp_jax.training.setup import plan_for
+from tpp_jax.training.terminal import Terminal
 
 BATCH_SIZES = 1, 256
 
 
 def profile(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path | None = None
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path | None = None,
+    *,
+    given: bool = True,
 ) -> dict[str, Any]:
     """Times the dense and the pruned network, and each of their layers.
 
     Args:
       config: as for training, if there is no finished run: the network and the cut that
         it asks for. Weights are random then, which changes no time.
-      workdir: of a finished run, whose networks are taken; otherwise a folder for
-        ``profile.json``, made if missing.
+      workdir: of a finished run, whose networks are taken, or of one that is not, whose
+        config is; otherwise a folder for ``profile.json``, made if missing.
+      given: whether somebody asked for ``config``: then it is said if another is used.
 
     Returns:
       What ``profile.json`` holds: ``networks``, by batch size, and ``layers`` at the
@@ -51,10 +57,11 @@ def profile(
             dense = _with_weights(create_abstract(**info["model"]))
         dtype = info["config"]["model"]["dtype"]
     else:
+        config = config_of(folder, config, given)
         dense, pruned = _untrained(config)
         dtype = config.model.dtype
     shape = tuple(dense.spec.image_shape)
-    console = rich.console.Console(highlight=False)
+    console = Terminal()
     device = jax.devices()[0].device_kind
     console.print(
         f"{dense.spec.name}, images {'×'.join(map(str, shape))}, {dtype}, on {device}"
@@ -76,7 +83,8 @@ def profile(
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "profile.json").write_text(json.dumps(result, indent=2))
+            text = json.dumps(result, indent=2)
+            (folder / "profile.json").write_text(text, encoding="utf-8")
         except OSError as error:
             raise TPPError(f"the profile cannot be written: {error}") from error
     return result
@@ -102,15 +110,16 @@ def _with_weights(model: nnx.Module, seed: int = 0) -> nnx.Module:
 def table(pairs: dict[str, Pair], title: str) -> rich.table.Table:
     """Returns a table of times and speedups; pairs that are equal share a row."""
     shown = rich.table.Table()
-    shown.add_column(title)
+    shown.add_column(title, overflow="fold")
     for column in ("dense, ms", "pruned, ms", "faster", "fewer FLOPs", "realised"):
         shown.add_column(column, justify="right")
     alike: dict[Pair, list[str]] = {}
     for name, pair in pairs.items():
         alike.setdefault(pair, []).append(name)
     for pair, (name, *others) in alike.items():
+        label = f"{name} and {len(others)} alike" if others else name
         shown.add_row(
-            f"{name} and {len(others)} alike" if others else name,
+            rich.text.Text(label),  # a plain string would be read as markup
             f"{1e3 * pair.dense_seconds:.2f}",
             f"{1e3 * pair.pruned_seconds:.2f}",
             f"{pair.speedup:.2f}×",

@@ -5,9 +5,11 @@ import pathlib
 import time
 from collections.abc import Mapping
 
-import rich.console
 import rich.progress
 from tensorboardX import SummaryWriter
+
+from tpp_jax.errors import TPPError
+from tpp_jax.training.terminal import Terminal
 
 
 class Progress:
@@ -25,19 +27,28 @@ class Progress:
         folder: of TensorBoard's files.
         quiet: whether to print and write nothing.
         hidden: whether to print nothing.
+
+        Raises:
+          TPPError: TensorBoard's folder cannot be made.
         """
         hidden |= quiet
-        self._console = rich.console.Console(
-            highlight=False, soft_wrap=True, stderr=False, quiet=hidden
-        )
-        self._writer = SummaryWriter(str(folder), write_to_disk=not quiet)
+        self._console = Terminal(soft_wrap=True, quiet=hidden)
+        try:
+            self._writer = SummaryWriter(str(folder), write_to_disk=not quiet)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise TPPError(
+                f"{folder} cannot be the folder of TensorBoard's files, for a file is "
+                f"in its way ({error.strerror}): move it away"
+            ) from error
         self._live = rich.progress.Progress(
-            rich.progress.TextColumn("[bold]{task.description:<10}"),
+            rich.progress.TextColumn(
+                "{task.description:<10}", style="bold", markup=False
+            ),
             rich.progress.BarColumn(bar_width=20),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TextColumn("{task.fields[rate]:.3g} step/s  left"),
             rich.progress.TextColumn("{task.fields[left]}"),
-            rich.progress.TextColumn("{task.fields[note]}"),
+            rich.progress.TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             transient=True,
             disable=hidden or not self._console.is_terminal,
@@ -66,7 +77,7 @@ class Progress:
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
         """Shows the metrics of the last steps."""
         rate = self.rate(done)
-        left = time.strftime("%H:%M:%S", time.gmtime((self._steps - done) / rate))
+        left = duration((self._steps - done) / rate)
         self._live.update(
             self._task, completed=done, note=_note(metrics), rate=rate, left=left
         )
@@ -79,9 +90,10 @@ class Progress:
     def line(self, done: int, metrics: Mapping[str, float]) -> None:
         """Prints a line that stays: phase, step, speed, time left, metrics."""
         rate = self.rate(done)
-        left = time.strftime("%H:%M:%S", time.gmtime((self._steps - done) / rate))
+        left = duration((self._steps - done) / rate)
+        digits = ".2f" if rate >= 0.1 else ".2g"
         self.say(
-            f"{self._name:<10} {done:>7}/{self._steps}  {rate:6.2f} step/s  "
+            f"{self._name:<10} {done:>7}/{self._steps}  {rate:6{digits}} step/s  "
             f"left {left}  {_note(metrics)}"
         )
 
@@ -93,6 +105,20 @@ class Progress:
     def say(self, text: object) -> None:
         """Prints a line, a table… above the live line."""
         self._console.print(text)
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as people write it, with its days if there are any.
+
+    Example:
+      >>> duration(3661), duration(86400 * 2 + 5)
+      ('01:01:01', '2 d 00:00:05')
+    """
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    clock = f"{hour:02}:{minute:02}:{second:02}"
+    return f"{days} d {clock}" if days else clock
 
 
 def _note(metrics: Mapping[str, float]) -> str:

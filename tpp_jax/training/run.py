@@ -5,12 +5,11 @@ and all state, so that the same command continues where a killed one was.
 """
 
 import contextlib
-import errno
 import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from tpp_jax.errors import TPPError
 from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import save_model, with_arrays
-from tpp_jax.training import cutting, hosts, measures, parallel, replicas
+from tpp_jax.training import cutting, folders, hosts, measures, parallel, replicas
 from tpp_jax.training.checkpoints import Checkpoints
 from tpp_jax.training.config import differences
 from tpp_jax.training.evaluation import Evaluator
@@ -41,7 +40,8 @@ from tpp_jax.training.step import (
     make_train_steps,
 )
 from tpp_jax.training.stopping import Signals, Stopped, locked
-from tpp_jax.training.summary import finish, read_summary
+from tpp_jax.training.summary import draw, finish, read_summary
+from tpp_jax.training.terminal import say
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
@@ -107,26 +107,21 @@ def _work(
     signals: Signals,
     hidden: bool,
 ) -> replicas.Work:
-    summary_file = workdir / "summary.json"
-    if summary_file.exists():
-        summary = read_summary(summary_file)
-        _same_config(summary["config"], config.to_dict(), workdir)
-        if not hidden:
-            print(f"The run in {workdir} is finished; see {summary_file}.")
-        return summary
+    folders.check_kinds(workdir)
+    if (workdir / "summary.json").exists():
+        return _finished(config, workdir, hidden)
     setup = check(config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TPPError(f"the folder of the run cannot be made: {error}") from error
+    folders.make(workdir)
     with (
-        _disk_errors_told(workdir),
+        folders.errors_told(workdir),
         locked(workdir) if hosts.is_first() else contextlib.nullcontext(),
         Progress(
             workdir / "tensorboard", quiet=not hosts.is_first(), hidden=hidden
         ) as progress,
     ):
         run = Run(setup, workdir, progress, signals)
+        if hosts.is_first():
+            folders.write_config(workdir, config.to_dict())
         hosts.check_alike(workdir, config.to_json())
         together = True
         try:
@@ -141,17 +136,21 @@ def _work(
             run.close(wait=together)
 
 
-@contextlib.contextmanager
-def _disk_errors_told(workdir: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise
-        raise TPPError(
-            f"{workdir} can no longer be written to ({error}). The checkpoints in it "
-            "are whole: make room on the disk, and the same command goes on"
-        ) from error
+def _finished(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, hidden: bool
+) -> dict:
+    """Returns the summary of a finished run, and draws its report if a kill kept it."""
+    file = workdir / "summary.json"
+    summary = read_summary(file)
+    _same_config(summary["config"], config.to_dict(), workdir)
+    if not hidden:
+        say(f"The run in {workdir} is finished; see {file}.")
+    if hosts.is_first() and not (workdir / "report.html").exists():
+        with folders.errors_told(workdir):
+            page = draw(workdir)
+        if not hidden:
+            say(f"Its report was missing, and is drawn: {page}")
+    return summary
 
 
 class Run:
@@ -210,6 +209,12 @@ class Run:
         self.history = History(
             workdir / "metrics.jsonl", self._global_step(), quiet=not hosts.is_first()
         )
+        if odd := self.history.odd:
+            self.progress.say(
+                f"{workdir / 'metrics.jsonl'} has lines that are no rows of metrics "
+                f"({', '.join(map(str, odd[:5]))}{'…' if odd[5:] else ''}); they are "
+                "left where they are, and left out."
+            )
         if config.jacobian_every:
             images = config.jacobian_images
             self.jacobian = measures.JacobianMeter(setup.dataset, images)

@@ -12,9 +12,15 @@ from tpp_jax.pruning.flops import Count, count
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import save_model
 from tpp_jax.training import hosts, measures
+from tpp_jax.training.folders import write
 from tpp_jax.training.history import read_history
 from tpp_jax.training.measures import trainability_accuracy
 from tpp_jax.training.setup import Setup
+
+# What a summary holds.
+_WRITTEN = {"method", "phases", "dense", "pruned", "one_shot", "best_accuracy"}
+_WRITTEN |= {"last_accuracy", "trainability_accuracy", "speedup", "sparsity"}
+_WRITTEN |= {"layers", "config"}
 
 if TYPE_CHECKING:
     from tpp_jax.training.run import Run
@@ -36,9 +42,7 @@ def finish(run: "Run") -> dict[str, Any]:
         )
         run.progress.say(tables.layer_table(dense, small))
     if hosts.is_first():
-        temporary = run.workdir / "summary.json.partial"
-        temporary.write_text(json.dumps(summary, indent=2))
-        temporary.replace(run.workdir / "summary.json")
+        write(run.workdir / "summary.json", json.dumps(summary, indent=2))
         draw(run.workdir)
     hosts.wait_for_all("summary")
     run.progress.say(tables.result_table(summary))
@@ -52,23 +56,31 @@ def read_summary(file: pathlib.Path) -> dict[str, Any]:
       TPPError: it is damaged.
     """
     try:
-        summary = json.loads(file.read_text())
+        summary = json.loads(file.read_bytes())
+        missing = sorted(_WRITTEN - summary.keys())
+        if missing:
+            raise KeyError(f"it has no {missing[0]!r}")
         summary["config"].keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = error.args[0] if isinstance(error, KeyError) else error
         raise TPPError(
-            f"{file} cannot be read ({error}). Remove it, and the same command makes "
+            f"{file} cannot be read ({what}). Remove it, and the same command makes "
             "it again from the last checkpoint"
         ) from error
     return summary
 
 
 def draw(workdir: pathlib.Path) -> pathlib.Path:
-    """Draws the pictures and the page of a finished run; returns the page's path."""
-    summary = json.loads((workdir / "summary.json").read_text())
+    """Draws the pictures and the page of a finished run; returns the page's path.
+
+    Raises:
+      TPPError: the summary or the metrics cannot be read.
+    """
+    summary = read_summary(workdir / "summary.json")
     rows = read_history(workdir / "metrics.jsonl")
     drawings = plots.of_run(rows, summary, measures.read_grams(workdir / "gram.npz"))
     page = workdir / "report.html"
-    page.write_text(report.of_run(summary, plots.save(drawings, workdir)))
+    write(page, report.of_run(summary, plots.save(drawings, workdir)))
     return page
 
 

@@ -11,7 +11,7 @@ import pathlib
 import re
 import traceback
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ import ml_collections
 
 from tpp_jax.analysis import grids, plots, report
 from tpp_jax.errors import TPPError
-from tpp_jax.training import hosts, run
+from tpp_jax.training import folders, hosts, run
 from tpp_jax.training.config import default_config, near_fields
+from tpp_jax.training.history import is_number
 from tpp_jax.training.stages import METHODS
-from tpp_jax.training.summary import draw
+from tpp_jax.training.summary import draw, read_summary
+from tpp_jax.training.terminal import say
 
 
 class Cell(NamedTuple):
@@ -87,10 +89,22 @@ def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None
             f"config.only={table.only!r} matches no cell of the table; they are named "
             f"{names}…"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
+    folders.make(workdir)
+    with folders.errors_told(workdir):
+        _sweep(table, cells, chosen, workdir)
+
+
+def _sweep(
+    table: ml_collections.ConfigDict,
+    cells: Sequence[Cell],
+    chosen: Sequence[Cell],
+    workdir: pathlib.Path,
+) -> None:
     first = hosts.is_first()  # of several processes, the one that writes
     if first:
-        (workdir / "table.json").write_text(json.dumps(_description(table), indent=2))
+        folders.write(
+            workdir / "table.json", json.dumps(_description(table, cells), indent=2)
+        )
     failed, number = [], 0
     # On the CPU too little is gained to compile so much: benchmarks/replicas.py
     size = table.replicas or (1 if jax.default_backend() == "cpu" else 8)
@@ -98,7 +112,7 @@ def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None
         numbers = "–".join(map(str, sorted({number + 1, number + len(cells)})))
         if first:
             what = "; ".join(f"{c.row}, {c.column}, seed {c.seed}" for c in cells)
-            print(f"\n[{numbers}/{len(chosen)}] {what}")
+            say(f"\n[{numbers}/{len(chosen)}] {what}")
         number += len(cells)
         for cell, end in zip(cells, _run(cells, workdir), strict=True):
             if isinstance(end, hosts.LostProcess):
@@ -111,7 +125,7 @@ def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None
         if first:
             tabulate(workdir)
     if first:
-        print(f"\n{tabulate(workdir)}\n{write_report(workdir)} shows it.")
+        say(f"\n{tabulate(workdir)}\n{write_report(workdir)} shows it.")
     if failed:
         raise TPPError(
             f"{len(failed)} of {len(chosen)} cells failed: {', '.join(failed)}. "
@@ -126,8 +140,8 @@ def _tell(folder: pathlib.Path, end: Any) -> None:
     file.unlink(missing_ok=True)
     if isinstance(end, BaseException):
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(traceback.format_exception(end)))
-        print(f"{folder.name} failed: {end}")
+        folders.write(file, "".join(traceback.format_exception(end)))
+        say(f"{folder.name} failed: {end}")
 
 
 def cells_of(table: ml_collections.ConfigDict) -> list[Cell]:
@@ -150,13 +164,21 @@ def cells_of(table: ml_collections.ConfigDict) -> list[Cell]:
                     f"{name!r} of the table changes a field {key!r} that no config "
                     f"has{near_fields(key)}"
                 ) from error
-            except TypeError as error:
+            except (TypeError, AttributeError) as error:
                 raise TPPError(
                     f"{name!r} of the table changes a field to what it cannot be: "
                     f"{' '.join(str(error).split())[:200]}"
                 ) from error
         config.seed = seed
         cells.append(Cell(row[0], column[0], seed, config))
+    names = [cell.name for cell in cells]
+    for cell in cells:
+        if names.count(cell.name) > 1:
+            raise TPPError(
+                f"two cells of the table would share the folder {cell.name}, one of "
+                f"them {cell.row!r}, {cell.column!r}: give names that differ in more "
+                "than capitals and signs"
+            )
     return cells
 
 
@@ -200,8 +222,9 @@ def tabulate(workdir: pathlib.Path) -> str:
     """
     grid = read_grid(workdir)
     markdown = grids.markdown(grid)
-    (workdir / "table.md").write_text(markdown)
-    (workdir / "table.csv").write_text(grids.csv(grid))
+    with folders.errors_told(workdir):
+        folders.write(workdir / "table.md", markdown)
+        folders.write(workdir / "table.csv", grids.csv(grid))
     return markdown
 
 
@@ -215,53 +238,66 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
       TPPError: the folder is neither that of a sweep nor that of a finished run.
     """
     workdir = pathlib.Path(workdir)
-    if (workdir / "summary.json").exists():
-        return draw(workdir)
-    grid = read_grid(workdir)
-    tabulate(workdir)
-    pictures = plots.save(plots.of_grid(grid), workdir)
-    failed = {
-        file.parent.name: file.read_text().strip().splitlines()[-1]
-        for file in sorted(workdir.glob("cells/*/error.txt"))
-    }
-    page = workdir / "report.html"
-    page.write_text(report.of_grid(grid, pictures, failed))
-    return page
+    folders.check_kinds(workdir)
+    with folders.errors_told(workdir):
+        if (workdir / "summary.json").exists():
+            return draw(workdir)
+        grid = read_grid(workdir)
+        tabulate(workdir)
+        pictures = plots.save(plots.of_grid(grid), workdir)
+        failed = {
+            file.parent.name: _last_line(file)
+            for file in sorted(workdir.glob("cells/*/error.txt"))
+        }
+        page = workdir / "report.html"
+        folders.write(page, report.of_grid(grid, pictures, failed))
+        return page
+
+
+def _last_line(file: pathlib.Path) -> str:
+    text = file.read_text(encoding="utf-8", errors="replace").strip()
+    return text.splitlines()[-1] if text else "(it does not say why)"
 
 
 def read_grid(workdir: pathlib.Path) -> grids.Grid:
     """Reads what the cells of a sweep have come to.
 
     Raises:
-      TPPError: the folder is not of a sweep.
+      TPPError: the folder is not of a sweep, or a file in it is damaged.
     """
     try:
-        described = json.loads((workdir / "table.json").read_text())
-    except (OSError, ValueError) as error:
+        described = json.loads((workdir / "table.json").read_bytes())
+        names = {
+            (cell["row"], cell["column"], cell["seed"]): cell["name"]
+            for cell in described["cells"]
+        }
+        grid = grids.Grid(
+            title=described["title"],
+            rows=tuple(dict.fromkeys(row for row, _, _ in names)),
+            columns=tuple(dict.fromkeys(column for _, column, _ in names)),
+            metrics=tuple(described["metrics"]),
+            results={},
+            planned=len(names),
+            paper={
+                (row, column, metric): (mean, std)
+                for row, column, metric, mean, std in described["paper"]
+            },
+        )
+    except OSError as error:
         raise TPPError(
             f"{workdir} is neither the folder of a sweep nor that of a finished run"
         ) from error
-    names = {
-        (cell["row"], cell["column"], cell["seed"]): cell["name"]
-        for cell in described["cells"]
-    }
+    except (ValueError, KeyError, TypeError) as error:
+        raise TPPError(
+            f"{workdir / 'table.json'} is damaged, or not that of a sweep: run "
+            "--mode=sweep again with the same config, which writes it again"
+        ) from error
     results = {}
     for key, name in names.items():
         file = workdir / "cells" / name / "summary.json"
         if file.exists():
-            results[key] = grids.metrics_of(json.loads(file.read_text()))
-    return grids.Grid(
-        title=described["title"],
-        rows=tuple(dict.fromkeys(row for row, _, _ in names)),
-        columns=tuple(dict.fromkeys(column for _, column, _ in names)),
-        metrics=tuple(described["metrics"]),
-        results=results,
-        planned=len(names),
-        paper={
-            (row, column, metric): (mean, std)
-            for row, column, metric, mean, std in described["paper"]
-        },
-    )
+            results[key] = grids.metrics_of(read_summary(file))
+    return grid._replace(results=results)
 
 
 def _check(table: ml_collections.ConfigDict) -> None:
@@ -271,11 +307,15 @@ def _check(table: ml_collections.ConfigDict) -> None:
             "take one of configs/tables/, or start it from "
             "tpp_jax.training.sweep.default_table()"
         )
+    if not isinstance(table.base, ml_collections.ConfigDict):
+        raise TPPError(f"the base of the table is {table.base!r}, must be a config")
+    _check_shapes(table)
     for what in ("rows", "columns", "seeds"):
         names = [x if what == "seeds" else x[0] for x in table[what]]
         if not names or len(set(names)) < len(names):
             raise TPPError(f"the {what} of the table are {names}: name each, and once")
-    if odd := set(table.metrics) - set(grids.METRICS):
+    metrics = {*table.metrics, *(entry[2] for entry in table.paper)}
+    if odd := metrics - set(grids.METRICS):
         raise TPPError(
             f"unknown metric {min(odd)!r} of the table: choose of "
             f"{', '.join(grids.METRICS)}"
@@ -289,7 +329,52 @@ def _check(table: ml_collections.ConfigDict) -> None:
             )
 
 
-def _description(table: ml_collections.ConfigDict) -> dict[str, Any]:
+def _check_shapes(table: ml_collections.ConfigDict) -> None:
+    """Raises a TPPError unless the table's fields are of the form they are to have."""
+
+    def pair(entry: Any) -> bool:
+        named = isinstance(entry, Sequence) and not isinstance(entry, str)
+        return named and len(entry) == 2 and isinstance(entry[0], str)
+
+    def changes(entry: Any) -> bool:
+        return pair(entry) and isinstance(entry[1], Mapping | ml_collections.ConfigDict)
+
+    def published(entry: Any) -> bool:
+        listed = isinstance(entry, Sequence) and len(entry) == 5
+        texts = listed and all(isinstance(x, str) for x in entry[:3])
+        return (
+            texts and is_number(entry[3]) and (entry[4] is None or is_number(entry[4]))
+        )
+
+    forms: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "rows": (changes, "pairs of a name and a dict of what it changes"),
+        "columns": (changes, "pairs of a name and a dict of what it changes"),
+        "seeds": (lambda x: type(x) is int, "whole numbers"),
+        "metrics": (lambda x: isinstance(x, str), "names"),
+        "paper": (published, "row, column, metric, mean, standard deviation or None"),
+    }
+    for name, (fits, form) in forms.items():
+        entries = table[name]
+        listed = isinstance(entries, Sequence) and not isinstance(entries, str)
+        odd = entries if not listed else [x for x in entries if not fits(x)][:1]
+        if odd or not listed:
+            raise TPPError(
+                f"the {name} of the table are {str(odd)[:100]}, must be a list or "
+                f"tuple of {form}"
+            )
+    for name in ("title", "only"):
+        if not isinstance(table[name], str):
+            raise TPPError(f"the table's {name} is {table[name]!r}, must be text")
+    if type(table.replicas) is not int or table.replicas < 0:
+        raise TPPError(
+            f"the table's replicas is {table.replicas!r}, must be a whole number, and "
+            "at least 0"
+        )
+
+
+def _description(
+    table: ml_collections.ConfigDict, cells: Sequence[Cell]
+) -> dict[str, Any]:
     return {
         "title": table.title,
         "metrics": table.metrics,
@@ -297,7 +382,7 @@ def _description(table: ml_collections.ConfigDict) -> dict[str, Any]:
         "base": table.base.to_dict(),
         "cells": [
             {"row": c.row, "column": c.column, "seed": c.seed, "name": c.name}
-            for c in cells_of(table)
+            for c in cells
         ],
     }
 

@@ -1,0 +1,354 @@
+"""Which groups of a model it lets go, and what refuses to.
+
+The model is tried with fewer channels of all groups. Where that fails, the groups at
+fault are found with few more traces, by the line of code that fails.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence, Set
+
+import numpy as np
+
+from tpp_jax.pruning.comparing import Difference
+from tpp_jax.pruning.fields import Field, FieldSize, Parts
+from tpp_jax.pruning.records import Group, Groups, Slot, Supposition
+from tpp_jax.pruning.source import Source
+from tpp_jax.pruning.tracing import source_line
+from tpp_jax.pruning.trial import HAIKU, Trial
+
+# Attempts to join two kinds of groups that the model refuses one by one.
+_PAIRS = 12
+# Attempts to set attributes for a kind of groups.
+_ATTRIBUTES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of the groups of a model.
+
+    Attributes:
+      wrong: index of a group → why it cannot be pruned.
+      joined: pairs of axes that can be pruned, but only together; then the groups have
+        to be read and tried again.
+      sizes: attributes that have to follow the channels.
+    """
+
+    wrong: dict[int, str]
+    joined: tuple[tuple[Slot, Slot], ...] = ()
+    sizes: tuple[FieldSize, ...] = ()
+
+
+def try_groups(
+    source: Source, groups: Groups, suppositions: Sequence[Supposition]
+) -> Verdict:
+    """Tries all groups that may be prunable.
+
+    Args:
+      source: the model.
+      groups: what was read off its trace.
+      suppositions: the sizes that operations are given, which helps to find faults.
+    """
+    return _Search(source, groups, suppositions).verdict()
+
+
+class _Search:
+    """Finds the groups of a model that cannot lose channels.
+
+    Attributes:
+      fewer: index of a group → how many channels it has in a trial.
+      rest: the groups that are tried; in the end, those that hold together.
+      wrong: index of a group → why it does not hold.
+      sizes: attributes that follow the channels.
+    """
+
+    def __init__(
+        self, source: Source, groups: Groups, suppositions: Sequence[Supposition]
+    ) -> None:
+        self.source = source
+        self.groups = groups
+        self.trial = Trial(source, groups)
+        self.supposed: dict[int, dict[str, None]] = collections.defaultdict(dict)
+        lines: dict[int, set[tuple[str, int]]] = collections.defaultdict(set)
+        for one in suppositions:
+            line = source_line(one.source)
+            lines[one.group].add((line, one.part))
+            self.supposed[one.group][line] = None
+        self.kinds = _kinds(groups, lines)
+        self.kind_of = {i: n for n, kind in enumerate(self.kinds) for i in kind}
+        self.fewer = _trial_sizes(groups, self.kinds)
+        self.rest = set(self.fewer)
+        self.wrong: dict[int, str] = {}
+        self.failed: list[list[int]] = []
+        self.sizes: tuple[FieldSize, ...] = ()
+        self.fields: list[Field] | None = None
+
+    def verdict(self) -> Verdict:
+        if not self.rest:
+            return Verdict({})
+        fault = self.attempt(self.rest)
+        if fault is None:
+            return Verdict({})
+        suspects: set[int] = set()
+        while fault is not None:
+            blamed = fault.groups & self.rest or self._culprit()
+            helped, fault = self._with_fields(blamed, fault)
+            if not helped:
+                self.rest -= blamed
+                suspects |= blamed
+                fault = self.attempt(self.rest) if self.rest else None
+        kinds = [[i for i in kind if i in suspects] for kind in self.kinds]
+        for kind in kinds:
+            if kind:
+                self._admit(kind)
+        joined = self._only_together()
+        if joined:
+            return Verdict({}, joined)
+        self._drop_idle_fields()
+        return Verdict(self.wrong, (), self.sizes)
+
+    def attempt(
+        self, chosen: Iterable[int], sizes: tuple[FieldSize, ...] | None = None
+    ) -> Difference | None:
+        """Returns what goes wrong with fewer channels of the chosen groups."""
+        sizes = self.sizes if sizes is None else sizes
+        self.trial.groups = self.groups.replace(sizes=sizes)
+        chosen = set(chosen)
+        for some in (chosen, *self._apart(chosen)):
+            kept = {i: np.arange(self.fewer[i], dtype=np.int32) for i in some}
+            if fault := self.trial.of(kept):
+                return fault
+        return None
+
+    def _apart(self, chosen: set[int]) -> Iterator[set[int]]:
+        """Yields choices that tell kinds apart which lose as many channels."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i in sorted(chosen):
+            kinds = alike.setdefault((self.groups[i].size, self.fewer[i]), [])
+            if self.kind_of[i] not in kinds:
+                kinds.append(self.kind_of[i])
+        place = {kind: n for kinds in alike.values() for n, kind in enumerate(kinds)}
+        most = max(map(len, alike.values()), default=1)
+        for bit in range((most - 1).bit_length()):
+            yield {
+                i
+                for i in chosen
+                if len(alike[self.groups[i].size, self.fewer[i]]) == 1
+                or place[self.kind_of[i]] >> bit & 1
+            }
+
+    def _culprit(self) -> set[int]:
+        """Returns a kind of groups that fails after those before it do not."""
+        kinds = [{i for i in kind if i in self.rest} for kind in self.kinds]
+        kinds = [kind for kind in kinds if kind]
+        low, high = 0, len(kinds)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.attempt(set().union(*kinds[:middle])):
+                high = middle
+            else:
+                low = middle
+        return kinds[high - 1]
+
+    def _admit(self, members: list[int]) -> None:
+        """Takes groups of one kind back if the model holds with them."""
+        fault = self.attempt(self.rest.union(members))
+        if fault is None:
+            self.rest.update(members)
+            return
+        certain = fault.groups.intersection(members) if fault.told else frozenset()
+        if certain and len(certain) < len(members):
+            self._refuse(certain, fault)
+            self._admit([i for i in members if i not in certain])
+            return
+        if self._admit_with_fields(members) or self._admit_with_other_sizes(members):
+            return
+        if len(members) > 1:
+            # If neither the first nor the last holds, most likely none does: a size of
+            # heads that is written into every block of a transformer.
+            ends = [self.attempt(self.rest | {i}) for i in (members[0], members[-1])]
+            if not all(ends):
+                middle = len(members) // 2
+                self._admit(members[:middle])
+                self._admit(members[middle:])
+                return
+        self.failed.append(members)
+        self._refuse(members, fault)
+
+    def _admit_with_other_sizes(self, members: list[int]) -> bool:
+        before = {i: self.fewer[i] for i in members}
+        self.fewer |= {
+            i: _other_size(self.groups[i].size, self.fewer[i]) for i in members
+        }
+        if self.fewer != self.fewer | before and not self.attempt(
+            self.rest.union(members)
+        ):
+            self.rest.update(members)
+            return True
+        self.fewer |= before
+        return False
+
+    def _refuse(self, members: Iterable[int], fault: Difference) -> None:
+        for i in members:
+            self.wrong[i] = self._explain(i, fault)
+
+    def _explain(self, i: int, fault: Difference) -> str:
+        if fault.text.startswith(HAIKU):
+            return fault.text
+        lines = [fault.line, *self.supposed.get(i, ())]
+        places = list(dict.fromkeys(line for line in lines if line))[:2]
+        where = ", ".join(places) or "a library"
+        return f"a size written into the model ({where}): {fault.text}"
+
+    # Attributes that follow the channels.
+
+    def _with_fields(
+        self, blamed: Set[int], fault: Difference
+    ) -> tuple[bool, Difference | None]:
+        """Tries to set attributes for the blamed groups.
+
+        Returns:
+          Whether that helps, and what goes wrong elsewhere then.
+        """
+        found = self._candidates(blamed)
+        if not found:
+            return False, fault
+        after = self.attempt(self.rest, (*self.sizes, *found))
+        if after is not None and (
+            after.groups & blamed or not after.groups or after.line == fault.line
+        ):
+            return False, fault
+        self.sizes = (*self.sizes, *found)
+        return True, after
+
+    def _admit_with_fields(self, members: list[int]) -> bool:
+        found = self._candidates(members)
+        names = list(dict.fromkeys(size.field.name for size in found))
+        attempts = [found] if len(names) > 1 else []
+        attempts += [[s for s in found if s.field.name == name] for name in names]
+        if len(names) > 2:
+            attempts += [[s for s in found if s.field.name != name] for name in names]
+        for sizes in attempts[:_ATTRIBUTES]:
+            both = (*self.sizes, *sizes)
+            if not self.attempt(self.rest.union(members), both):
+                self.rest.update(members)
+                self.sizes = both
+                return True
+        return False
+
+    def _candidates(self, members: Iterable[int]) -> list[FieldSize]:
+        """Lists attributes near some groups that equal a size of their channels."""
+        if self.fields is None:
+            self.fields = self.source.fields()
+        if not self.fields:
+            return []
+        groups = set(members)
+        leaves = [m.leaf for i in groups for m in self.groups[i].members]
+        names = [group.name for group in self.groups]
+        numbers = self.groups.reading.numbers(groups, names)
+        known = {size.field for size in self.sizes}
+        found = []
+        for field in self.fields:
+            path = f"{field.path}." if field.path else ""
+            if field in known or not any(leaf.startswith(path) for leaf in leaves):
+                continue
+            value = field.value if isinstance(field.value, tuple) else (field.value,)
+            parts = tuple(_way(numbers.get(n, set()), groups, names) for n in value)
+            if any(part is not None for part in parts):
+                found.append(FieldSize(field, parts))
+        return found
+
+    def _drop_idle_fields(self) -> None:
+        """Forgets attributes that the model holds without."""
+        for name in dict.fromkeys(size.field.name for size in self.sizes):
+            without = tuple(s for s in self.sizes if s.field.name != name)
+            if not self.attempt(self.rest, without):
+                self.sizes = without
+
+    # Groups that hold only together.
+
+    def _only_together(self) -> tuple[tuple[Slot, Slot], ...]:
+        """Pairs groups of two kinds that are wrong alone and right together.
+
+        The dimensions of queries and of values are such, for a function of attention
+        that refuses to run unless there are as many of both.
+        """
+        pairs = itertools.combinations(self.failed, 2)
+        alike = (
+            (kind, other)
+            for kind, other in pairs
+            if [self.groups[i].size for i in kind]
+            == [self.groups[i].size for i in other]
+        )
+        for kind, other in itertools.islice(alike, _PAIRS):
+            before = dict(self.fewer), dict(self.kind_of)
+            for i, j in zip(kind, other, strict=True):
+                self.fewer[j], self.kind_of[j] = self.fewer[i], self.kind_of[i]
+            fault = self.attempt(self.rest.union(kind, other))
+            self.fewer, self.kind_of = before
+            slots = [
+                (_own_slot(self.groups[i]), _own_slot(self.groups[j]))
+                for i, j in zip(kind, other, strict=True)
+            ]
+            if fault is None and all(None not in pair for pair in slots):
+                return tuple(slots)
+        return ()
+
+
+def _kinds(groups: Groups, lines: dict[int, set[tuple[str, int]]]) -> list[list[int]]:
+    """Puts groups together that rest on the same lines of code, the coarser first."""
+    kinds: dict[object, list[int]] = {}
+    for i, group in enumerate(groups):
+        if group.reason is None and group.size > 1:
+            key = frozenset(lines.get(i, ())), group.inner, group.size
+            kinds.setdefault(key, []).append(i)
+    return sorted(kinds.values(), key=lambda kind: groups[kind[0]].inner)
+
+
+def _trial_sizes(groups: Groups, kinds: list[list[int]]) -> dict[int, int]:
+    """Chooses about half of the channels of each group.
+
+    Each kind loses another number, so that two that are wrong do not make up for each
+    other, and none is left with a number that is a size of something else in the model,
+    where there are numbers enough.
+    """
+    sizes = {n for shape in groups.traced.shapes for n in shape}
+    taken: set[int] = set()
+    fewer = {}
+    for kind in kinds:
+        size = groups[kind[0]].size
+        others = [n for n in _near_half(size) if n not in taken]
+        free = [n for n in others if n not in sizes]
+        n = next(iter(free or others), max(size // 2, 1))
+        taken.add(n)
+        fewer |= dict.fromkeys(kind, n)
+    return fewer
+
+
+def _near_half(size: int) -> Iterator[int]:
+    half = size // 2
+    for off in range(max(size // 3, 1)):
+        yield from (n for n in (half - off, half + off) if 0 < n < size)
+
+
+def _other_size(size: int, first: int) -> int:
+    """Returns a round number of channels, for models that insist on one."""
+    return max(size // 2 if first != size // 2 else size // 4, 1)
+
+
+def _way(ways: set[Parts], groups: set[int], names: list[str]) -> Parts | None:
+    """Returns the one way in which a number follows the channels, None if unclear."""
+    own = {names[i] for i in groups}
+    fitting = [
+        parts for parts in ways if any(own & set(through) for _, through in parts)
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _own_slot(group: Group) -> Slot | None:
+    """Returns an axis that is made of the group's channels and nothing else."""
+    for member in group.members:
+        if member.role == "produced" and member.positions.shape[1] == 1:
+            return member.leaf, member.axis
+    return None
