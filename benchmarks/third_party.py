@@ -2,10 +2,10 @@
 
     python -m benchmarks.third_party
 
-runs every network of ``tests/third_party`` whose package is installed, each package in a
-process of its own, and merges what it finds into ``results/third_party_cpu.json``, so
-that one environment after another can be added; ``--table`` prints the file as the table
-of ``docs/results.md``.
+runs every network of ``tests/third_party`` whose package is installed, each package in
+a process of its own, and merges what it finds into ``results/third_party_cpu.json``, so
+that one environment after another can be added; ``--table`` prints the file as the
+table of ``docs/results.md``.
 """
 
 import argparse

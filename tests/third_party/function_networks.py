@@ -250,7 +250,6 @@ def recurrent():
 
 @network("x-mlps")
 def mixer():
-    import haiku as hk
     import x_mlps
 
     def build():

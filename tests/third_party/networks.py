@@ -1,7 +1,7 @@
 """Networks that nobody of this project wrote: their registry.
 
-Each network is one small function that builds a model of a package from PyPI, with small
-sizes and random weights, and says how it is called. The functions are in files by
+Each network is one small function that builds a model of a package from PyPI, with
+small sizes and random weights, and says how it is called. The functions are in files by
 framework: ``nnx_networks``, ``linen_networks``, ``function_networks``.
 """
 
