@@ -1,6 +1,6 @@
 """Networks that nobody here wrote: found, checked, cut in half, trained a step.
 
-Each package that is not installed is skipped; ``pip install '.[third_party]'`` installs
+Each package that is not installed is skipped; ``pip install '.[third-party]'`` installs
 them.
 """
 
