@@ -98,6 +98,8 @@ def _train(folder: pathlib.Path, **fields: Any) -> Any:
 def _fields() -> Cases:
     wrong = [
         ("seed", -1),
+        ("seed", 2**32),
+        ("seed", True),
         ("log_every", 0),
         ("checkpoint_every", 0),
         ("keep_checkpoints", 0),
@@ -117,6 +119,8 @@ def _fields() -> Cases:
         ("data.crop_padding", -1),
         ("data.pad_to", 4),
         ("pretrain.epochs", -1),
+        ("pretrain.epochs", 10**30),
+        ("pretrain.epochs", 2**31 - 1),
         ("pretrain.learning_rate", "fast"),
         ("pretrain.learning_rate", "0:0.1,0.01"),
         ("pretrain.learning_rate", "0:0.1,50:0.01,20:0.001"),
@@ -126,13 +130,16 @@ def _fields() -> Cases:
         ("pretrain.optimizer", "adam"),
         ("pretrain.momentum", 1.0),
         ("pretrain.weight_decay", float("inf")),
+        ("pretrain.weight_decay", 1e300),
         ("finetune.label_smoothing", 1.0),
         ("finetune.mixup", -0.2),
+        ("finetune.mixup", 1e-30),
         ("finetune.ema", 1.0),
         ("finetune.orthogonality", "conv"),
         ("prune.method", "magic"),
         ("prune.reinitialize", "magic"),
         ("prune.rounds", 0),
+        ("prune.rounds", 10**6),
         ("prune.grow.weight", -1.0),
         ("prune.flops", 1.5),
         ("prune.params", -0.5),
@@ -146,12 +153,14 @@ def _fields() -> Cases:
         ("prune.schedule.kind", "sine"),
         ("prune.schedule.kind", "poly2"),
         ("prune.schedule.granularity", 0.0),
+        ("prune.schedule.granularity", 1e-30),
         ("prune.schedule.every", 0),
         ("prune.schedule.ceiling", -1.0),
         ("prune.schedule.stabilize", 3),
         ("prune.schedule.zero_out_every", 0),
         ("init.model", "/nowhere/dense"),
         ("init.torch", "/nowhere/weights.pth"),
+        ("init.torch", "a\0b"),
     ]
     for name, value in wrong:
         make = functools.partial(_train, **{name: value})
@@ -159,6 +168,10 @@ def _fields() -> Cases:
     yield (
         "`config.init.model` and `config.init.torch` both set",
         lambda f: _train(f, **{"init.model": "a", "init.torch": "b"}),
+    )
+    yield (
+        "more rounds than there are steps of fine-tuning",
+        lambda f: _train(f, **{"prune.method": "iterative", "prune.rounds": 500}),
     )
     yield ("a field that nothing reads", _odd_field)
     yield ("a field is missing", _missing_field)
@@ -208,6 +221,15 @@ def _patterns() -> Cases:
     )
 
 
+_OTHER_TYPE = """from tpp_jax.training.config import default_config
+
+def get_config():
+    config = default_config()
+    config.data.batch_size = 64.0
+    return config
+"""
+
+
 def _command_lines() -> Cases:
     wrong = {
         "no `--workdir`": [],
@@ -218,6 +240,7 @@ def _command_lines() -> Cases:
         "a field of the wrong type": ["--workdir=w", "--config.seed=one"],
         "a word too many": ["--workdir=w", "now"],
         "a coordinator without numbers": ["--workdir=w", "--coordinator=host0:12355"],
+        "numbers without a coordinator": ["--workdir=w", "--num_processes=2"],
     }
     for title, arguments in wrong.items():
         yield (title, lambda f, a=arguments: launch(*a))
@@ -225,6 +248,8 @@ def _command_lines() -> Cases:
         "a config file with a syntax error": "def get_config(:\n",
         "a config file without `get_config`": "x = 1\n",
         "a config file that fails": "def get_config():\n    return None.x\n",
+        "a config file that sets a field to a value of another type": _OTHER_TYPE,
+        "a config file that imports what there is not": "import no_such_package\n",
     }.items():
         yield (title, functools.partial(_config_file, text=text))
     yield (
@@ -257,6 +282,11 @@ def _tables() -> Cases:
         },
         "a published value of no row": {
             "paper": (("L2", "0.5", "best_accuracy", 90.0, None),)
+        },
+        "a row that is no pair": {"rows": ("L1",)},
+        "a seed that is no number": {"seeds": ("0",)},
+        "two rows whose folders would be one": {
+            "rows": (("L 1", {"seed": 1}), ("L-1", {"seed": 2}))
         },
     }
     for title, fields in wrong.items():
@@ -313,6 +343,13 @@ def _data() -> Cases:
         "a folder without the prepared data set",
         lambda f: _train(f, **{"data.name": "mnist", "data.dir": str(f)}),
     )
+
+    def damaged_metadata(folder: pathlib.Path) -> Any:
+        (folder / "mnist" / "3.0.1").mkdir(parents=True)
+        (folder / "mnist" / "3.0.1" / "dataset_info.json").write_text("{")
+        return _train(folder, **{"data.name": "mnist", "data.dir": str(folder)})
+
+    yield ("a prepared data set whose metadata is damaged", damaged_metadata)
     yield ("class folders: an empty folder", train)
 
     def no_test(folder: pathlib.Path) -> Any:
@@ -334,6 +371,13 @@ def _data() -> Cases:
         return train(folder)
 
     yield ("class folders: other classes to test than to train", other_classes)
+
+    def linked(folder: pathlib.Path) -> Any:
+        classes(folder)
+        (folder / "train" / "cat" / "more").symlink_to(folder / "train")
+        return train(folder)
+
+    yield ("class folders: a link that leads back", linked)
     yield ("an image that is cut short", functools.partial(broken, content=200))
     yield ("an image that is text", functools.partial(broken, content=b"hello"))
     yield ("an image file without content", functools.partial(broken, content=b""))
@@ -389,6 +433,24 @@ def _folders() -> Cases:
         (_trained(folder) / "summary.json").write_text('{"phases": [')
         return _again(folder)
 
+    def no_file_of_metrics(folder: pathlib.Path) -> Any:
+        (folder / "run" / "metrics.jsonl").mkdir(parents=True)
+        return _train(folder)
+
+    def no_folder_of_checkpoints(folder: pathlib.Path) -> Any:
+        (folder / "run").mkdir()
+        (folder / "run" / "checkpoints").write_text("")
+        return _train(folder)
+
+    def other_config_file(folder: pathlib.Path) -> Any:
+        (folder / "run").mkdir()
+        (folder / "run" / "config.json").write_text('{"model_type": "bert"}')
+        return _train(folder)
+
+    def no_table(folder: pathlib.Path) -> Any:
+        (folder / "table.json").write_text("{")
+        return sweep.write_report(folder)
+
     def all_damaged(folder: pathlib.Path) -> Any:
         for step in (_unfinished(folder) / "checkpoints").iterdir():
             cut_short(step)
@@ -412,6 +474,19 @@ def _folders() -> Cases:
     def not_a_model(folder: pathlib.Path) -> Any:
         return tpp.load_model(folder)
 
+    def not_replaced(folder: pathlib.Path) -> Any:
+        (folder / "project").mkdir()
+        (folder / "project" / "train.py").write_text("")
+        return tpp.save_model(folder / "project", {"w": jnp.ones(3)})
+
+    def other_shape(folder: pathlib.Path) -> Any:
+        tpp.save_model(folder / "m", nnx.Linear(3, 9, rngs=nnx.Rngs(0)))
+        return tpp.load_model(folder / "m", nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+
+    def other_class(folder: pathlib.Path) -> Any:
+        tpp.save_model(folder / "m", nnx.LayerNorm(3, rngs=nnx.Rngs(0)))
+        return tpp.load_model(folder / "m", nnx.GroupNorm(3, 3, rngs=nnx.Rngs(0)))
+
     def other_network(folder: pathlib.Path) -> Any:
         model = tpp.models.create("mlp7_relu", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
         tpp.save_model(folder / "dense", model)
@@ -426,11 +501,18 @@ def _folders() -> Cases:
         ("a finished run of another config", other_config),
         ("an unfinished run of another config", other_unfinished),
         ("`summary.json` is damaged", broken_summary),
+        ("`metrics.jsonl` is a folder", no_file_of_metrics),
+        ("`checkpoints` is a file", no_folder_of_checkpoints),
+        ("`config.json` is of something else", other_config_file),
+        ("`table.json` of a sweep is damaged", no_table),
         ("all checkpoints are damaged", all_damaged),
         ("another process trains in the folder", in_use),
         ("`--mode=evaluate` of an unfinished run", unfinished),
         ("the saved model is damaged", damaged_model),
         ("a folder that holds no saved model", not_a_model),
+        ("`tpp.save_model` to a folder that holds other things", not_replaced),
+        ("`tpp.load_model` into a module of other shapes", other_shape),
+        ("`tpp.load_model` into a module of another class", other_class),
         ("`config.init.model` of another network", other_network),
         ("the loss is no longer finite", not_finite),
     )
@@ -461,6 +543,7 @@ def _weights() -> Cases:
         change(tensors)
         return tpp.load_torch(tensors, model)
 
+    index = b'{"weight_map": {"w": "model-00001-of-00002.safetensors"}}'
     whole = (FILES / "state_dict.pth").read_bytes()
     tensors = (FILES / "state_dict.safetensors").read_bytes()
     transposed = lambda d: d.update({"net.0.weight": d["net.0.weight"].T[:3]})  # noqa: E731
@@ -472,6 +555,10 @@ def _weights() -> Cases:
         (
             "safetensors cut short",
             lambda f: file(f, tensors[:300], "weights.safetensors"),
+        ),
+        (
+            "an index whose files are not there",
+            lambda f: file(f, index, "model.safetensors.index.json"),
         ),
         ("weights of another network", lambda f: file(f, whole)),
         ("a tensor is missing", lambda f: state(lambda d: d.pop("net.0.weight"))),

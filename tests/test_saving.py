@@ -21,7 +21,7 @@ from flax.core import FrozenDict
 
 import tpp_jax as tpp
 from tests.end_to_end.runs import ROOT
-from tests.training.test_checkpoints import Grouped
+from tests.training.test_checkpoints import Grouped, cut_short
 from tpp_jax.errors import TPPError
 from tpp_jax.storage import folders
 
@@ -243,6 +243,47 @@ def test_so_does_one_of_ours_and_one_with_a_flag_of_its_own(tmp_path):
     tpp.save_model(tmp_path / "own", own)
     assert tpp.load_model(tmp_path / "own", given).training is False
     assert given.training is True
+
+
+def test_numbers_that_pruning_has_set_come_back(tmp_path):
+    class Heads(nnx.Module):
+        def __init__(self, heads):
+            self.project = nnx.Linear(6, 4 * heads, rngs=nnx.Rngs(0))
+            self.heads, self.size, self.grid, self.rate = heads, 4, (heads, 4), 0.5
+
+        def __call__(self, x):
+            return self.project(x).reshape(*x.shape[:-1], self.heads, self.size).sum(-2)
+
+    tpp.save_model(tmp_path / "m", Heads(2))
+    given = Heads(3)
+    given.rate = 0.25
+    loaded = tpp.load_model(tmp_path / "m", given)
+    assert (loaded.heads, loaded.grid, loaded.rate) == (2, (2, 4), 0.25)
+    assert given.heads == 3
+    np.testing.assert_array_equal(loaded(jnp.ones((1, 6))), Heads(2)(jnp.ones((1, 6))))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: nnx.Dict(a=nnx.Linear(2, 3, rngs=nnx.Rngs(n))),
+        lambda n: nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(n)), Net(rngs=nnx.Rngs(n))]),
+        nnx.Rngs,
+        lambda n: nnx.state(Net(rngs=nnx.Rngs(n))),
+        lambda n: {"net": Net(rngs=nnx.Rngs(n)), "step": jnp.int32(n)},
+        lambda n: nnx.Optimizer(Net(rngs=nnx.Rngs(n)), optax.adam(0.1), wrt=nnx.Param),
+    ],
+)
+def test_other_things_of_flax_come_back(tmp_path, make):
+    tpp.save_model(tmp_path / "m", make(0))
+    loaded = tpp.load_model(tmp_path / "m", make(1))
+    assert type(loaded) is type(make(0))
+    leaves, expected = (
+        [jax.random.key_data(x) if "key" in str(x.dtype) else x for x in found]
+        for found in map(jax.tree.leaves, (nnx.state(loaded), nnx.state(make(0))))
+    )
+    for ours, theirs in zip(leaves, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 # Trees
@@ -469,6 +510,22 @@ def test_what_is_no_saved_model_is_not_replaced(tmp_path, make):
     with pytest.raises(TPPError, match="here is (not replaced|a file)"):
         tpp.save_model(tmp_path / "here", Net())
     assert there(tmp_path) == before
+
+
+def test_what_a_system_puts_into_a_folder_is_no_matter(tmp_path):
+    tpp.save_model(tmp_path / "m", filled(1))
+    (tmp_path / "m" / ".DS_Store").write_bytes(b"icons")
+    tpp.save_model(tmp_path / "m", filled(2))
+    assert number_of(tpp.load_model(tmp_path / "m", Net())) == 2
+
+
+def test_a_damaged_model_can_be_saved_again(tmp_path):
+    tpp.save_model(tmp_path / "m", filled(1))
+    cut_short(tmp_path / "m" / "arrays")
+    with pytest.raises(TPPError, match="cannot be read"):
+        tpp.load_model(tmp_path / "m", Net())
+    tpp.save_model(tmp_path / "m", filled(2))
+    assert number_of(tpp.load_model(tmp_path / "m", Net())) == 2
 
 
 def test_an_empty_folder_and_an_old_model_are_replaced(tmp_path):

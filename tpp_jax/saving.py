@@ -92,7 +92,7 @@ def save_model(
             "format": _FORMAT,
             "class": type(model).__name__,
             "classes": _classes(model) if _is_module(model) else None,
-            "modes": _modes(model) if _is_module(model) else {},
+            "settings": _settings(model) if _is_module(model) else {},
             "tree": None if _is_module(model) else leaves.describe(tree, names),
             "leaves": notes,
             "unpruned": {} if plan is None else _unpruned_shapes(plan, names),
@@ -113,7 +113,8 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
 
     Returns:
       The module, or the tree, with the saved arrays, pruned widths included. A module
-      is in the mode (training or evaluation) that it was saved in.
+      is in the mode (training or evaluation) that it was saved in, and the switches and
+      whole numbers that are attributes of its layers are those of the saved one.
 
     Raises:
       TPPError: there is no readable model, it does not say what it is and ``model`` is
@@ -152,11 +153,11 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
     numbers = meta.get("num_groups") or {}
     shapes = {name: leaf.shape for name, leaf in named_leaves(nnx.state(given)).items()}
     follow_arrays(loaded, counted_groups(numbers), shapes)
-    for path, module in modules(loaded):
+    _set(loaded, contents.get("settings", {}))
+    for path, module in modules(loaded):  # configurations that a cut has changed
         saved_fields = (meta.get("fields") or {}).get(path, {})
         for name, value in with_values(module, saved_fields).items():
             setattr(module, name, tuple(value) if isinstance(value, list) else value)
-    _set_modes(loaded, contents.get("modes", {}))
     return loaded
 
 
@@ -210,24 +211,35 @@ def _class_name(module: nnx.Module) -> str:
     return "ToNNX" if bridge else type(module).__name__
 
 
-def _modes(model: nnx.Module) -> dict[str, dict[str, bool | None]]:
-    """Returns the settings of every module that are true or false, by its path."""
+def _settings(model: nnx.Module) -> dict[str, dict[str, Any]]:
+    """Returns the switches and whole numbers of every module, by its path.
+
+    Switches make its mode; numbers, such as one of heads, may have been set by pruning.
+    """
     found = {}
     for path, module in modules(model):
         settings = {
             name: value
             for name, value in vars(module).items()
-            if isinstance(value, bool) or (value is None and name in _MODES)
+            if not name.startswith("_") and _is_setting(name, value)
         }
         if settings:
             found[path] = settings
     return found
 
 
-def _set_modes(model: nnx.Module, modes: Mapping[str, Mapping[str, Any]]) -> None:
+def _is_setting(name: str, value: Any) -> bool:
+    if type(value) is tuple:
+        return all(type(part) is int for part in value)
+    return type(value) in (bool, int) or (value is None and name in _MODES)
+
+
+def _set(model: nnx.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
     for path, module in modules(model):
-        for name, value in modes.get(path, {}).items():
-            if isinstance(vars(module).get(name, ""), bool | None):
+        for name, value in settings.get(path, {}).items():
+            value = tuple(value) if isinstance(value, list) else value
+            ours = vars(module).get(name, "")
+            if _is_setting(name, ours) and type(ours) is type(value) or name in _MODES:
                 setattr(module, name, value)
 
 
@@ -413,7 +425,7 @@ def _load(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
     if missing := _META - set(meta):
         raise TPPError(
-            f"the saved model at {folder} is not one of tpp_jax: it does not tell its "
+            f"the saved model at {folder} is not one of tpp_jax: it has no "
             f"{sorted(missing)[0]}"
         )
     return arrays, meta

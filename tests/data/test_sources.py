@@ -196,6 +196,41 @@ def test_a_set_without_a_test_split_is_reported(tmp_path):
         load("mnist", str(tmp_path))
 
 
+@pytest.mark.parametrize("text", ["hello", "{}", "[]", "", "\xff\xfe"])
+def test_metadata_that_is_none_says_what_to_do(tmp_path, text):
+    split = _random_split(2, (28, 28), seed=0)
+    _write_prepared(tmp_path, "mnist", {"train": split, "test": split})
+    [info] = tmp_path.rglob("dataset_info.json")
+    info.write_text(text, encoding="latin-1")
+    with pytest.raises(
+        TPPError, match="mnist in .* cannot be opened .*data.prepare mnist"
+    ):
+        load("mnist", str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short", "empty", "a byte", "others"])
+def test_examples_that_are_damaged_say_what_to_do(tmp_path, damage):
+    train, test = (_random_split(n, (28, 28), seed=n) for n in (20, 5))
+    _write_prepared(tmp_path, "mnist", {"train": train, "test": test})
+    [file] = tmp_path.rglob("*train.array_record*")
+    [other] = tmp_path.rglob("*test.array_record*")
+    content = bytearray(file.read_bytes())
+    content[3000] ^= 1
+    match damage:
+        case "gone":
+            file.unlink()
+        case "cut short":
+            file.write_bytes(file.read_bytes()[:5000])
+        case "empty":
+            file.write_bytes(b"")
+        case "a byte":
+            file.write_bytes(bytes(content))
+        case "others":  # fewer than the metadata says
+            file.write_bytes(other.read_bytes())
+    with pytest.raises(TPPError, match=r"example \d+ of mnist in .*data.prepare mnist"):
+        load("mnist", str(tmp_path))
+
+
 @pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record", "PIL"])
 def test_a_missing_package_is_named_with_the_mend(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

@@ -1,10 +1,13 @@
 """--mode=inspect through launch.py, as a user runs it before any training."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+
+from tpp_jax.training.config import default_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -54,6 +57,21 @@ def test_a_reader_that_has_seen_enough_is_no_mistake():
     )
     assert done.stdout == "cifar_resnet8, images 8×8×1, 10 classes\n"
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_config_is_not_asked_for_where_a_run_has_one(tmp_path):
+    given = "--config.prune.ratios=layer3.0.conv1:0.25"
+    config = default_config().to_dict() | {"seed": 5}
+    config["model"]["name"], config["data"]["name"] = "lenet5_linear", "digits"
+    config["data"]["pad_to"], config["prune"]["ratios"] = 32, "conv1:0.5"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = launch("--mode=inspect", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("lenet5_linear, images 32×32×1, 10 classes\n")
+    other = launch("--mode=inspect", f"--workdir={tmp_path}", given)
+    said, _, rest = other.stdout.partition("\n")
+    assert "is shown by its own config, not by the one given" in said
+    assert rest == done.stdout
 
 
 def test_training_does_need_a_folder():

@@ -22,7 +22,9 @@ FILES += ["config.json", "curves.png", "channels.svg"]
 def test_what_is_of_the_wrong_kind_is_named_before_any_training(tmp_path, name):
     path = tmp_path / name
     path.write_text("mine") if name in FOLDERS else path.mkdir()
-    with pytest.raises(TPPError, match=f"{name} is a .* where a run has a .*: move it"):
+    with pytest.raises(
+        TPPError, match=f"{name} is no .*, but a run has one there: move"
+    ):
         run.train(small_config(), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
@@ -130,9 +132,9 @@ def test_a_run_that_is_not_finished_is_timed_by_its_own_config(
 def test_a_config_json_of_something_else_is_refused_and_left_alone(tmp_path, text):
     file = tmp_path / "config.json"
     file.write_text(text)
-    with pytest.raises(TPPError, match="config.json is to hold the config of the run"):
+    with pytest.raises(TPPError, match="config.json is not the config of a run"):
         inspection.inspect(small_config(), tmp_path)
-    with pytest.raises(TPPError, match="config.json is to hold the config of the run"):
+    with pytest.raises(TPPError, match="config.json is not the config of a run"):
         run.train(small_config(), tmp_path)
     assert file.read_text() == text
 

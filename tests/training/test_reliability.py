@@ -1,5 +1,7 @@
 """A run that something happens to: it loses nothing, and says what is the matter."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -12,7 +14,7 @@ from tests.end_to_end.runs import ROOT, assert_same_end, history_of
 from tests.training.test_checkpoints import cut_short
 from tests.training.test_errors import small_config
 from tpp_jax.errors import TPPError
-from tpp_jax.training import feeds, run
+from tpp_jax.training import feeds, run, stopping
 from tpp_jax.training.stopping import Signals, locked
 
 
@@ -97,6 +99,77 @@ def test_two_runs_cannot_be_at_work_in_one_folder(tmp_path):
             run.train(small_config(), tmp_path)
     with locked(tmp_path):  # it is free again
         pass
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EIO]
+)
+def test_a_file_system_without_locks_is_said_once_and_used(
+    tmp_path, monkeypatch, capsys, number
+):
+    def refused(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setattr(stopping, "_said", set())
+    for _ in range(3):  # as the cells of a sweep
+        with locked(tmp_path):
+            pass
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"no locks ({os.strerror(number)})" in said
+    assert str(tmp_path) in said
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
+def test_a_lock_that_is_held_is_not_taken_for_none(tmp_path, monkeypatch, number):
+    def held(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", held)
+    with pytest.raises(TPPError, match="another run is at work"):
+        with locked(tmp_path):
+            pass
+
+
+def test_what_is_raised_in_a_folder_without_locks_is_handed_on(tmp_path, monkeypatch):
+    def refused(file, operation):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(PermissionError, match="mine"):
+        with locked(tmp_path):
+            raise PermissionError("mine")
+
+
+def test_rounds_that_remove_nothing_are_said_and_trained(tmp_path, capsys):
+    fields = {
+        "prune.method": "iterative",
+        "prune.rounds": 4,
+        "prune.ratios": "net.0:0.02",  # 2 of 100 channels in 4 rounds
+        "pretrain.epochs": 1,
+        "finetune.epochs": 1,
+    }
+    summary = run.train(small_config(**fields), tmp_path)
+    assert summary["layers"]["net.0"] == {"kept": 98, "total": 100}
+    steps = {phase["name"]: phase["steps"] for phase in summary["phases"]}
+    names = ["finetune", "finetune_2", "finetune_3", "finetune_4"]
+    assert [steps[name] for name in names] == [22 // 4] * 4
+    said = capsys.readouterr().out
+    assert said.count("removes nothing") == 2
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_report_layer_that_the_first_round_leaves_whole_is_no_mistake(tmp_path):
+    fields = {
+        "prune.method": "iterative",
+        "prune.rounds": 2,
+        "prune.ratios": "net.0:0.5,net.2:0.005",  # one channel, in the second round
+        "report_layer": "net.2",
+        "pretrain.epochs": 1,
+        "finetune.epochs": 1,
+    }
+    summary = run.train(small_config(**fields), tmp_path)
+    assert summary["layers"]["net.2"] == {"kept": 99, "total": 100}
 
 
 def test_a_full_disk_is_told_and_the_last_checkpoint_survives(tmp_path):

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import pathlib
+import shutil
 import statistics
 
 import numpy as np
@@ -167,6 +168,21 @@ def test_some_of_the_cells_can_be_chosen(tmp_path):
         ({"rows": (("L1", {"prune": {"ratois": "x"}}),)}, "'L1' of the table changes"),
         ({"rows": (("L1", {"seed": "x"}),)}, "'L1' of the table changes"),
         ({"paper": (("a", "b", "speedup", 1.0, None),)}, "published value of 'a', 'b'"),
+        ({"paper": (("L1", "half", "speed", 1.0, None),)}, "unknown metric 'speed'"),
+        ({"paper": (("L1", "half", "speedup", "2", None),)}, "the paper of the table"),
+        ({"paper": (("L1", "half"),)}, "the paper of the table .* must be a list"),
+        ({"rows": ("L1", "TPP")}, "the rows of the table are \\['L1'\\], must be"),
+        ({"rows": (("L1",),)}, "the rows of the table are .* must be a list or tuple"),
+        ({"columns": (("half", "0.5"),)}, "the columns of the table are .* must be"),
+        ({"rows": (("L1", {}), ("l1", {}))}, "cells .* share the folder l1_half_0"),
+        (
+            {"rows": (("L1", {"prune": 3}),)},
+            "'L1' of the table changes a field to",
+        ),
+        ({"seeds": ("0",)}, "seeds of the table are .* must be .* whole numbers"),
+        ({"seeds": (True,)}, "seeds of the table are .* must be .* whole numbers"),
+        ({"metrics": (1,)}, "metrics of the table are .* must be .* names"),
+        ({"replicas": -1}, "the table's replicas is -1, must be"),
     ],
 )
 def test_a_wrong_table_is_told_before_any_training(tmp_path, fields, message):
@@ -178,6 +194,35 @@ def test_a_wrong_table_is_told_before_any_training(tmp_path, fields, message):
 def test_a_folder_of_neither_a_sweep_nor_a_run_has_no_report(tmp_path):
     with pytest.raises(TPPError, match="neither the folder of a sweep nor that of"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"cells": [{}]}', "\x00"])
+def test_a_table_json_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(TPPError, match="table.json is damaged, or not that of a sweep"):
+        write_report(tmp_path)
+
+
+def test_a_cell_of_a_damaged_summary_is_named(swept, tmp_path):
+    workdir = shutil.copytree(swept[0], tmp_path / "copy")
+    (workdir / "cells" / "l1_half_0" / "summary.json").write_text('{"phases": [')
+    with pytest.raises(TPPError, match="l1_half_0/summary.json cannot be read"):
+        write_report(workdir)
+
+
+@pytest.mark.parametrize("name", ["table.json", "cells", "report.html"])
+def test_what_is_of_the_wrong_kind_in_the_folder_of_a_sweep_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("mine") if name == "cells" else path.mkdir()
+    with pytest.raises(TPPError, match=f"{name} is no .* move it away"):
+        sweep(small_table(), tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_folder_of_a_sweep_may_not_be_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TPPError, match="the folder of the run cannot be made"):
+        sweep(small_table(), tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", TABLES)

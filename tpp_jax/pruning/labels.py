@@ -234,6 +234,12 @@ def solve(labels: Labels) -> Channels:
     reduced = np.zeros(len(stuck), bool)
     for summed in labels.reduced:
         reduced[component[summed[summed >= 0]]] = True
+    while True:  # a sum over pairs is one over all that make them up
+        through = parts[reduced]
+        more = np.unique(through[through >= 0])
+        if reduced[more].all():
+            break
+        reduced[more] = True
     return Channels(component, stuck, reduced, parts, (parts >= 0).any(axis=1))
 
 

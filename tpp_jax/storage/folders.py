@@ -26,6 +26,8 @@ NEW = "new"
 # What Orbax writes at the top of a saved model; those of older versions of this library
 # hold nothing else, and no manifest.
 _OF_ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt", "_METADATA", "_sharding"}
+# What systems put into folders that somebody has looked at.
+_OF_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 _DAY = 86_400  # seconds
 
 
@@ -77,22 +79,22 @@ def check_replaceable(target: pathlib.Path) -> None:
     if foreign is not None:
         raise TPPError(
             f"{target} is not replaced, since it holds more than a saved model: "
-            f"{foreign!r}. Give save_model a folder of its own, or remove that one"
+            f"{foreign!r}. Give save_model a folder of its own"
         )
 
 
 def _foreign(folder: pathlib.Path) -> str | None:
     """Returns something in a folder that no saved model has; None if there is none."""
-    names = sorted(entry.name for entry in folder.iterdir())
+    names = sorted(e.name for e in folder.iterdir() if e.name not in _OF_SYSTEMS)
     if not names:
         return None
-    there = files_in(folder)
     if MANIFEST in names:
         try:
             known = {MANIFEST, *json.loads((folder / MANIFEST).read_text())["files"]}
         except (ValueError, KeyError, TypeError):
             return MANIFEST
-        return next((name for name in there if name not in known), None)
+        there = [name for name in files_in(folder) if name not in known]
+        return next((n for n in there if n not in _OF_SYSTEMS), None)
     odd = [name for name in names if name not in {"arrays", "meta", *_OF_ORBAX}]
     if odd:
         return odd[0]

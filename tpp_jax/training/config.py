@@ -260,7 +260,7 @@ def check_values(config: ml_collections.ConfigDict) -> None:
     for name, least in _LEAST.items():
         value = operator.attrgetter(name)(config)
         if not least <= value < math.inf:
-            what = "at least" if math.isfinite(value) else "finite and at least"
+            what = "at least" if abs(value) < math.inf else "finite and at least"
             raise TPPError(f"config.{name} is {_short(value)}, must be {what} {least}")
     for name in _BELOW_ONE:
         value = operator.attrgetter(name)(config)
@@ -275,7 +275,7 @@ def check_values(config: ml_collections.ConfigDict) -> None:
             continue
         most = _MOST.get(name, _MOST_FLOAT if isinstance(value, float) else MOST_STEPS)
         if not -most <= value <= most:
-            what = f"at most {most}" if math.isfinite(value) else "finite"
+            what = f"at most {most}" if abs(value) < math.inf else "finite"
             raise TPPError(f"config.{name} is {_short(value)}, must be {what}")
     for name, choices in _CHOICES.items():
         value = operator.attrgetter(name)(config)

@@ -48,10 +48,9 @@ def check_kinds(workdir: pathlib.Path) -> None:
         except OSError as error:
             raise TPPError(f"the folder of the run cannot be read: {error}") from error
         if wrong:
-            kind, found = ("a folder", "a file") if folder else ("a file", "a folder")
             raise TPPError(
-                f"{path} is {found} or the like, where a run has {kind}: move it away, "
-                "or use another --workdir"
+                f"{path} is no {'folder' if folder else 'file'}, but a run has one "
+                "there: move it away, or use another --workdir"
             )
 
 
@@ -154,8 +153,8 @@ def own_config(workdir: pathlib.Path) -> dict[str, Any] | None:
             RecursionError,
         ) as error:
             raise TPPError(
-                f"{file} is to hold the config of the run, and cannot be read "
-                f"({type(error).__name__}): move it away"
+                f"{file} is not the config of a run ({type(error).__name__}), but a "
+                "run has its own there: move it away, or use another --workdir"
             ) from error
         return found
     for name in ("model", "dense"):  # a run of an earlier version, which has no file

@@ -74,8 +74,8 @@ def _lines(file: pathlib.Path) -> list[tuple[bytes, Row | None, bool]]:
         return []
     if not file.is_file():
         raise TPPError(
-            f"{file} is to be the file of a run's metrics, and is a folder or device: "
-            "move it away"
+            f"{file} is no file, but a run has its metrics there: move it away, or use "
+            "another --workdir"
         )
     *lines, last = file.read_bytes().split(b"\n")
     return [(x, _row(x), True) for x in lines] + [(last, _row(last), False)]
