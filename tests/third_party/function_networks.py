@@ -21,11 +21,11 @@ def _equinox(model, *inputs, call=None):
     return Network(fn, inputs, eqx.nn.inference_mode(model))
 
 
-@network("equinox")
-def mlp():
+@network("equinox", narrows=True)
+def mlp(part=1):
     import equinox as eqx
 
-    model = eqx.nn.MLP(6, 4, 32, 2, key=KEY)
+    model = eqx.nn.MLP(6, 4, 32 // part, 2, key=KEY)
     return _equinox(model, images(3, 6))
 
 
@@ -46,11 +46,12 @@ def vision_transformer():
     return _equinox(model, images(2, 3, 16, 16))
 
 
-@network("equimo")
-def convnext():
+@network("equimo", narrows=True)
+def convnext(part=1):
     from equimo.models import ConvNeXt
 
-    model = ConvNeXt(3, depths=[1, 1], dims=[16, 32], num_classes=5, key=KEY)
+    dims = [16 // part, 32 // part]
+    model = ConvNeXt(3, depths=[1, 1], dims=dims, num_classes=5, key=KEY)
     return _equinox(model, images(2, 3, 16, 16))
 
 
@@ -70,32 +71,32 @@ def mlla():
     return _equinox(model, images(2, 3, 32, 32))
 
 
-@network("pdequinox")
-def u_net():
+@network("pdequinox", narrows=True)
+def u_net(part=1):
     import pdequinox
 
     model = pdequinox.arch.ClassicUNet(
-        2, 1, 1, hidden_channels=8, num_levels=2, key=KEY
+        2, 1, 1, hidden_channels=8 // part, num_levels=2, key=KEY
     )
     return _equinox(model, images(2, 1, 16, 16))
 
 
-@network("pdequinox")
-def modern_res_net():
+@network("pdequinox", narrows=True)
+def modern_res_net(part=1):
     import pdequinox
 
     model = pdequinox.arch.ModernResNet(
-        2, 1, 1, hidden_channels=8, num_blocks=2, key=KEY
+        2, 1, 1, hidden_channels=8 // part, num_blocks=2, key=KEY
     )
     return _equinox(model, images(2, 1, 16, 16))
 
 
-@network("pdequinox")
-def fourier_operator():
+@network("pdequinox", narrows=True)
+def fourier_operator(part=1):
     import pdequinox
 
     model = pdequinox.arch.ClassicFNO(
-        1, 1, 1, hidden_channels=8, num_modes=4, num_blocks=2, key=KEY
+        1, 1, 1, hidden_channels=8 // part, num_modes=4, num_blocks=2, key=KEY
     )
     return _equinox(model, images(2, 1, 16))
 

@@ -66,13 +66,15 @@ def cross_attention():
     return _linen(module, images(2, 7, 32), images(2, 5, 24))
 
 
-def _memorax(torso, head=None):
+def _memorax(torso, part=1):
     from memorax import networks as m
 
     module = m.Network(
-        m.FeatureExtractor(observation_extractor=m.MLP(features=(16, 32))),
+        m.FeatureExtractor(
+            observation_extractor=m.MLP(features=(16 // part, 32 // part))
+        ),
         torso,
-        head or m.heads.VNetwork(),
+        m.heads.VNetwork(),
     )
     batch = 2, 6
     return _linen(
@@ -85,11 +87,11 @@ def _memorax(torso, head=None):
     )
 
 
-@network("memorax")
-def min_gru():
+@network("memorax", narrows=True)
+def min_gru(part=1):
     from memorax import networks as m
 
-    return _memorax(m.Memoroid(cell=m.MinGRUCell(features=32)))
+    return _memorax(m.Memoroid(cell=m.MinGRUCell(features=32 // part)), part)
 
 
 @network("memorax")
@@ -222,14 +224,14 @@ def vit():
     )
 
 
-@network("transformers")
-def resnet():
+@network("transformers", narrows=True)
+def resnet(part=1):
     return _transformers(
         "FlaxResNetForImageClassification",
         "ResNetConfig",
         images(2, 32, 32, 3),
-        embedding_size=16,
-        hidden_sizes=[16, 32],
+        embedding_size=16 // part,
+        hidden_sizes=[16 // part, 32 // part],
         depths=[1, 1],
         layer_type="basic",
     )

@@ -46,13 +46,16 @@ class Entry:
       build: Makes the network.
       heads: Patterns of the names of its groups of attention heads whose number is an
         attribute, or follows the arrays: they must be prunable.
+      narrows: Whether ``build(2)`` makes the same network of half the width, with its
+        package's own code: what half of all channels cut must come to.
     """
 
     package: str
     module: str
     name: str
-    build: Callable[[], Network]
+    build: Callable[..., Network]
     heads: tuple[str, ...] = ()
+    narrows: bool = False
 
     def __str__(self) -> str:
         return f"{self.package}:{self.name}"
@@ -65,14 +68,17 @@ NETWORKS: list[Entry] = []
 
 
 def network(
-    package: str, module: str | None = None, *, heads: tuple[str, ...] = ()
-) -> Callable[[Callable[[], Network]], Callable[[], Network]]:
+    package: str,
+    module: str | None = None,
+    *,
+    heads: tuple[str, ...] = (),
+    narrows: bool = False,
+) -> Callable[[Callable[..., Network]], Callable[..., Network]]:
     """Registers the function that it decorates; its name is the network's."""
 
-    def register(build: Callable[[], Network]) -> Callable[[], Network]:
-        name = module or package.replace("-", "_")
-        entry = Entry(package, name, build.__name__.rstrip("_"), build, heads)
-        NETWORKS.append(entry)
+    def register(build: Callable[..., Network]) -> Callable[..., Network]:
+        where, name = module or package.replace("-", "_"), build.__name__.rstrip("_")
+        NETWORKS.append(Entry(package, where, name, build, heads, narrows))
         return build
 
     return register

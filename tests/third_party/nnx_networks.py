@@ -85,11 +85,11 @@ def _graph():
     return jnp.asarray(rng.integers(7, size=(2, 15)).astype(np.int32))
 
 
-@network("jraphx")
-def gcn():
+@network("jraphx", narrows=True)
+def gcn(part=1):
     from jraphx.nn.models import GCN
 
-    model = GCN(6, 16, 3, 4, norm="batch_norm", rngs=nnx.Rngs(0))
+    model = GCN(6, 16 // part, 3, 4, norm="batch_norm", rngs=nnx.Rngs(0))
     return Network(model, (images(7, 6), _graph()))
 
 
@@ -331,9 +331,9 @@ def vision_transformer_():
     return Network(model, inputs, context=lambda: nnx.use_eager_sharding(False))
 
 
-@network("jaxkit")
-def fully_connected():
+@network("jaxkit", narrows=True)
+def fully_connected(part=1):
     from jaxkit.fully_connected import FullyConnectedBlock
 
-    model = FullyConnectedBlock(6, 32, 4, rngs=nnx.Rngs(0))
+    model = FullyConnectedBlock(6, 32 // part, 4, rngs=nnx.Rngs(0))
     return Network(model, (images(3, 6),))

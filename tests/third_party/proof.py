@@ -114,6 +114,41 @@ def _proved(network: Network) -> Result:
     return dataclasses.replace(result, step="")
 
 
+def against_narrower(entry: Entry) -> float:
+    """Compares the cut network with the same weights in its package's narrower one.
+
+    Returns:
+      The largest difference, in standard deviations of the outputs.
+
+    Raises:
+      AssertionError: The cut network's arrays have other shapes.
+    """
+    network, narrower = _moved(entry.build()), entry.build(2)
+    groups = tpp.channel_groups(
+        network.model, *network.inputs, params=network.params, **network.kwargs
+    )
+    small = pruned(network, _half(network, groups, lambda group: True))
+    if isinstance(network.model, nnx.Module):
+        graphdef, state = nnx.split(narrower.model)
+        own = _same_shapes(nnx.state(small.model), state)
+        narrower = dataclasses.replace(narrower, model=nnx.merge(graphdef, own))
+    else:
+        own = _same_shapes(small.params, narrower.params)
+        narrower = dataclasses.replace(narrower, params=own)
+    found, expected = _flat(run(small)), _flat(run(narrower))
+    return float(np.abs(found - expected).max()) / (float(expected.std()) or 1.0)
+
+
+def _same_shapes(tree: Any, like: Any) -> Any:
+    """Returns the arrays of a tree in the structure of another."""
+    arrays = iter([leaf for leaf in jax.tree.leaves(tree) if _trainable(leaf)])
+    leaves, structure = jax.tree.flatten(like)
+    filled = [next(arrays) if _trainable(leaf) else leaf for leaf in leaves]
+    shapes = [[np.shape(leaf) for leaf in one] for one in (filled, leaves)]
+    assert shapes[0] == shapes[1] and next(arrays, None) is None
+    return jax.tree.unflatten(structure, filled)
+
+
 def pruned(network: Network, plan: tpp.Plan) -> Network:
     """Cuts a network as its users do."""
     model = network.model

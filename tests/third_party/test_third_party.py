@@ -26,6 +26,14 @@ def test_half_of_the_channels_are_cut_and_the_network_trains_on(entry):
         assert matched, f"no heads that can be pruned match {pattern}: {result.reasons}"
 
 
+@pytest.mark.parametrize(
+    "entry", [entry for entry in NETWORKS if entry.narrows], ids=str
+)
+def test_half_of_it_is_what_its_package_makes_at_half_the_width(entry):
+    pytest.importorskip(entry.module)
+    assert proof.against_narrower(entry) <= proof.TOLERANCE
+
+
 def test_there_are_thirty_networks_from_ten_packages():
     assert len(NETWORKS) >= 30
     assert len({entry.package for entry in NETWORKS}) >= 10
