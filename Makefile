@@ -23,6 +23,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python launch.py --config=$(DEMO_CONFIG) --workdir=$(DEMO_WORKDIR)
 	@echo
 	@echo "Where to look:"
+	@echo "  $(DEMO_WORKDIR)/report.html    the run in pictures and tables"
 	@echo "  $(DEMO_WORKDIR)/summary.json   accuracy, parameters and FLOPs, before and after"
 	@echo "  $(DEMO_WORKDIR)                checkpoints and TensorBoard event files"
 	@echo "Check the pruned network again, from its checkpoint alone:"

@@ -13,7 +13,7 @@ TINY = [
     "--config.pretrain.epochs=1",
     "--config.pretrain.warmup_epochs=0",
     "--config.prune.schedule.granularity=0.5",
-    "--config.prune.schedule.stabilize=50",
+    "--config.prune.schedule.stabilize=60",
     "--config.finetune.epochs=1",
     "--config.finetune.warmup_epochs=0",
 ]

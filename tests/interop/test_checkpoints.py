@@ -182,7 +182,10 @@ QUANTISED = Reference("torch/QInt8Storage", "0", "cpu", 4)
     ("value", "message"),
     [
         ({"w": Call("torch._utils/_rebuild_qtensor", 1)}, "w is quantised: save the"),
-        ({"w": tensor(storage=QUANTISED)}, "numbers of type QInt8, of a quantised"),
+        (
+            {"w": tensor(storage=QUANTISED)},
+            "numbers of type QInt8, so it is quantised: save",
+        ),
         (
             {"fc._packed_params._packed_params": (tensor(), None)},
             "is of a quantised layer, whose numbers are packed",

@@ -212,7 +212,14 @@ def tensors_in(saved: Any, key: str | None = None) -> Tensors:
     for name, value in saved.items():
         if not isinstance(name, str) or not is_tensor(value):
             raise TPPError(_why_no_state_dict(saved, name, value))
-    return {name: as_numpy(value) for name, value in saved.items()}
+    return {name: _array_of(name, value) for name, value in saved.items()}
+
+
+def _array_of(name: str, value: Any) -> np.ndarray:
+    try:
+        return as_numpy(value)
+    except TPPError as error:
+        raise TPPError(f"{shown(name)}: {error}") from None
 
 
 def _is_container(value: Any) -> bool:

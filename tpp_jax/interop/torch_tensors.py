@@ -38,6 +38,12 @@ _DTYPES = {
 _DEEPEST, _MOST_ENTRIES, _MOST_CHARACTERS = 100, 200_000, 30_000_000
 _MOST_AXES = 32
 
+_QUANTISED = "quantised: save the model before it is quantised, or dequantize() it"
+_SPARSE = "sparse: call its to_dense() before it is saved"
+_WITHOUT_NUMBERS = (
+    "on PyTorch's meta device, so without numbers: load the weights first"
+)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
@@ -64,10 +70,11 @@ def dtype_of_storage(kind: Any) -> np.dtype:
     """
     name = kind.name.rpartition(".")[2].removesuffix("Storage")
     if name not in _DTYPES:
-        quantised = ", of a quantised tensor" if name.startswith(("Q", "q")) else ""
-        raise TPPError(
-            f"it has numbers of type {shown(name)}{quantised}, which is not read here"
-        )
+        if name.startswith(("Q", "q")):
+            raise TPPError(
+                f"it has numbers of type {shown(name)}, so it is {_QUANTISED}"
+            )
+        raise TPPError(f"it has numbers of type {shown(name)}, which is not read here")
     return np.dtype(_DTYPES[name])
 
 
@@ -133,11 +140,6 @@ def as_numpy(value: Any) -> np.ndarray:
     return numbers.view(dtype).reshape(tuple(value.shape))
 
 
-_QUANTISED = "quantised: save the model before it is quantised, or dequantize() it"
-_SPARSE = "sparse: call its to_dense() before it is saved"
-_WITHOUT_NUMBERS = (
-    "on PyTorch's meta device, so without numbers: load the weights first"
-)
 _OF_TORCH = {
     "is_quantized": _QUANTISED,
     "is_sparse": _SPARSE,

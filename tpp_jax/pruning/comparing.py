@@ -9,7 +9,7 @@ picks positions by number, on just these positions.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,28 @@ class Reading:
         _, channels = self.solution.of(self.axes[value][axis])
         return set(np.unique(self.group_of[channels]).tolist()) - {-1}
 
-    def numbers(self, groups: set[int], names: Sequence[str]) -> dict[int, set[Parts]]:
+    @functools.cached_property
+    def sizes(self) -> list[tuple[int, frozenset[int], np.ndarray, np.ndarray]]:
+        """Of every axis that groups run along: its size, the groups, and where.
+
+        The last two are positions and the group of a channel at each, or -1.
+        """
+        found = []
+        seen = set()
+        _, arrays, _ = self._distinct
+        for labels in arrays:
+            if not (labels >= 0).any():
+                continue
+            positions, channels = self.solution.of(labels)
+            groups = self.group_of[channels]
+            through = frozenset(np.unique(groups).tolist()) - {-1}
+            key = len(labels), through, positions.tobytes(), groups.tobytes()
+            if through and key not in seen:
+                seen.add(key)
+                found.append((len(labels), through, positions, groups))
+        return found
+
+    def numbers(self, groups: Set[int], names: Sequence[str]) -> dict[int, set[Parts]]:
         """Returns the sizes of all axes that some groups run along.
 
         Args:
@@ -119,17 +140,10 @@ class Reading:
           Size of an axis → in which ways axes of this size follow the channels.
         """
         found: dict[int, set[Parts]] = {}
-        wanted = np.zeros(len(self.group_of) + 1, bool)
-        wanted[:-1] = np.isin(self.group_of, list(groups))
-        _, arrays, _ = self._distinct
-        for labels in arrays:
-            if not (labels >= 0).any():
-                continue
-            positions, channels = self.solution.of(labels)
-            if not wanted[channels].any():
-                continue
-            parts = parts_of(len(labels), positions, self.group_of[channels], names)
-            found.setdefault(len(labels), set()).add(parts)
+        for size, through, positions, group_of in self.sizes:
+            if not groups.isdisjoint(through):
+                parts = parts_of(size, positions, group_of, names)
+                found.setdefault(size, set()).add(parts)
         for i in groups:
             size = len(self.channels[i])
             found.setdefault(size, set()).add(((size, (names[i],)),))

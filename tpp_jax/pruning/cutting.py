@@ -10,15 +10,18 @@ from collections.abc import Callable
 from typing import Any, overload
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning import linen as linen_modules
 from tpp_jax.pruning.bridge import follow_inputs
 from tpp_jax.pruning.groups import read_groups
+from tpp_jax.pruning.naming import longest_known_suffix, named_leaves
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.readiness import check_ready, measure
-from tpp_jax.pruning.records import Groups
+from tpp_jax.pruning.records import Group, Groups
 from tpp_jax.pruning.slicing import slice_tree
 from tpp_jax.pruning.source import Source, adapt
 from tpp_jax.pruning.trial import blamed
@@ -97,20 +100,33 @@ def _warn(plan: Plan, params: Any, opt_state: Any) -> None:
     """Warns where TPP was to make a cut free that is not."""
     if opt_state is not None:
         check_ready(opt_state, plan, params)
-    reduced = [group.name for group in plan.pruned_groups if group.reduced]
+    reduced = [group for group in plan.pruned_groups if group.reduced]
     leaves = [*jax.tree.leaves(params), *plan.kept.values()]
     if not reduced or any(
         isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in leaves
     ):
         return
-    if measure(plan, params).all_zero:
+    # One filter tells a cut at once, which nobody takes for free, from TPP's.
+    if _first_is_zero(plan, reduced[0], params) and measure(plan, params).all_zero:
+        names = ", ".join(group.name for group in reduced[:3])
         warnings.warn(
-            f"the filters to be cut are zero, but a norm, softmax or other reduction "
-            f"runs over the channels of {', '.join(reduced[:3])}: it does not take "
+            "the filters to be cut are zero, but a norm, softmax or other reduction "
+            f"runs over the channels of {names}: it does not take "
             "their absence for zeros, so the cut changes what the network computes",
             UserWarning,
             stacklevel=3,
         )
+
+
+def _first_is_zero(plan: Plan, group: Group, params: Any) -> bool:
+    """Reports whether the first filter of a group that goes is zero."""
+    member = next(m for m in group.members if m.role == "produced")
+    index = member.positions[plan.pruned(group.name)[0]]
+    return not any(
+        np.any(jnp.take(jnp.asarray(leaf), index, axis=member.axis))
+        for name, leaf in named_leaves(params).items()
+        if longest_known_suffix(name, plan.groups.shapes) == member.leaf
+    )
 
 
 def check_plan(

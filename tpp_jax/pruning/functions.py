@@ -26,6 +26,7 @@ class Function:
       trainable: names of the leaves that are trained.
       namesakes: name of a leaf of a Linen collection (``ema.layer.kernel``) → name of
         the leaf that has the same path in another one (``layer.kernel``).
+      graphdef: of an NNX module, its structure.
     """
 
     call: Callable[..., Any]
@@ -33,6 +34,7 @@ class Function:
     names: tuple[str, ...]
     trainable: frozenset[str]
     namesakes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    graphdef: nnx.GraphDef | None = None
 
 
 def as_function(
@@ -64,7 +66,7 @@ def as_function(
         graphdef, state = nnx.split(model)
         call = merged_call(graphdef)
         trained = frozenset(_names(nnx.filter_state(state, nnx.Param)))
-        return Function(call, state, _names(state), trained)
+        return Function(call, state, _names(state), trained, graphdef=graphdef)
     if not callable(model):
         raise TPPTypeError(f"expected a Flax module or a function, got {type(model)}")
     if params is None:

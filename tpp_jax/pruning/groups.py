@@ -71,10 +71,14 @@ def read_groups(
     channels_at = {slot: row[1] for slot, row in zip(slots, rows, strict=True)}
     stacked = read_stacks(traced, roles, channels_at)
     filters = read_filters(traced, roles, stacked)
+    known = {slot for slot, role in roles.of.items() if role == "produced"}
+    known |= roles.makers | roles.lost.keys()
     groups: list[tuple[tuple[int, ...], Group]] = []
     channels_of: list[np.ndarray] = []
     for channels, members_at in _alike_channels(rows, solution.stuck):
         stuck = bool(solution.stuck[channels[0]] >= 0)
+        if stuck and known.isdisjoint(slots[i] for i in members_at):
+            continue  # the window of a convolution, and the like
         there = [slots[i] for i in members_at]
         there.sort(key=lambda slot: first_use.get(slot[0], 0))
         here = _roles_here(roles, there, stuck)

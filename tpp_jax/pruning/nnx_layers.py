@@ -5,6 +5,7 @@ with them, all show them to their users: after a cut they have to be those of th
 arrays. They are in the table here, by type.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -75,22 +76,30 @@ def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
         if id(node) in seen:
             continue
         seen.add(id(node))
-        if isinstance(node, nnx.Module):
+        kind = _kind(type(node))
+        if kind == "module":
             yield path, node
-        node = vars(node) if isinstance(node, nnx.Pytree) else node
-        items = enumerate(node) if isinstance(node, (list, tuple)) else node.items()
-        inside = [
-            (key, value)
-            for key, value in items
-            if isinstance(value, (nnx.Pytree, list, tuple, dict))
-        ]
-        if not isinstance(node, (list, tuple)):
-            inside.sort(key=lambda item: _by_number_or_name(item[0]), reverse=True)
-        else:
+        ordered = kind == "sequence"
+        node = vars(node) if kind in ("module", "pytree") else node
+        items = enumerate(node) if ordered else node.items()
+        inside = [(key, value) for key, value in items if _kind(type(value))]
+        if ordered:
             inside.reverse()
+        elif len(inside) > 1:
+            inside.sort(key=lambda item: _by_number_or_name(item[0]), reverse=True)
         stack += [
             (f"{path}.{key}" if path else str(key), value) for key, value in inside
         ]
+
+
+@functools.cache
+def _kind(of: type) -> str:
+    """Returns what a value of a type may hold modules as, ``""`` if it holds none."""
+    if issubclass(of, nnx.Pytree):
+        return "module" if issubclass(of, nnx.Module) else "pytree"
+    if issubclass(of, (list, tuple)):
+        return "sequence"
+    return "mapping" if issubclass(of, dict) else ""
 
 
 def _by_number_or_name(key: Any) -> tuple[bool, int, str]:
@@ -122,7 +131,7 @@ def _follow_own_arrays(
     for name, size in sizes.items():
         own = getattr(module, name, old.get(name))
         if size is not None and own not in (None, size) and old.get(name, own) == own:
-            setattr(module, name, size)
+            vars(module)[name] = size  # a number as before: nothing else changes
 
 
 def _known_sizes(layer: _Layer) -> dict[str, Any]:

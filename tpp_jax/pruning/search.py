@@ -92,7 +92,7 @@ class _Search:
             return Verdict({})
         suspects: set[int] = set()
         while fault is not None:
-            blamed = fault.groups & self.rest or self._culprit()
+            blamed = self._kinds_of(fault.groups & self.rest) or self._culprit()
             helped, fault = self._with_fields(blamed, fault)
             if not helped:
                 self.rest -= blamed
@@ -138,6 +138,11 @@ class _Search:
                 or place[self.kind_of[i]] >> bit & 1
             }
 
+    def _kinds_of(self, groups: Set[int]) -> set[int]:
+        """Returns some groups and all others of their kinds that are tried."""
+        kinds = {self.kind_of[i] for i in groups}
+        return {i for kind in kinds for i in self.kinds[kind]} & self.rest
+
     def _culprit(self) -> set[int]:
         """Returns a kind of groups that fails after those before it do not."""
         kinds = [{i for i in kind if i in self.rest} for kind in self.kinds]
@@ -157,12 +162,9 @@ class _Search:
         if fault is None:
             self.rest.update(members)
             return
-        certain = fault.groups.intersection(members) if fault.told else frozenset()
-        if certain and len(certain) < len(members):
-            self._refuse(certain, fault)
-            self._admit([i for i in members if i not in certain])
+        if self._admit_with_fields(members):
             return
-        if self._admit_with_fields(members) or self._admit_with_other_sizes(members):
+        if not fault.told and self._admit_with_other_sizes(members):
             return
         if len(members) > 1:
             # If neither the first nor the last holds, most likely none does: a size of
@@ -243,20 +245,24 @@ class _Search:
             self.fields = self.source.fields()
         if not self.fields:
             return []
-        groups = set(members)
-        leaves = [m.leaf for i in groups for m in self.groups[i].members]
+        leaves = {i: [m.leaf for m in self.groups[i].members] for i in members}
         names = [group.name for group in self.groups]
-        numbers = self.groups.reading.numbers(groups, names)
         known = {size.field for size in self.sizes}
         found = []
-        for field in self.fields:
-            path = f"{field.path}." if field.path else ""
-            if field in known or not any(leaf.startswith(path) for leaf in leaves):
-                continue
-            value = field.value if isinstance(field.value, tuple) else (field.value,)
-            parts = tuple(_way(numbers.get(n, set()), groups, names) for n in value)
-            if any(part is not None for part in parts):
-                found.append(FieldSize(field, parts))
+        for path, fields in itertools.groupby(self.fields, lambda field: field.path):
+            inside = f"{path}." if path else ""
+            here = {
+                i
+                for i, own in leaves.items()
+                if any(leaf.startswith(inside) for leaf in own)
+            }
+            numbers = self.groups.reading.numbers(here, names) if here else {}
+            for field in fields:
+                value = field.value
+                value = value if isinstance(value, tuple) else (value,)
+                parts = tuple(_way(numbers.get(n, set()), here, names) for n in value)
+                if field not in known and any(part is not None for part in parts):
+                    found.append(FieldSize(field, parts))
         return found
 
     def _drop_idle_fields(self) -> None:

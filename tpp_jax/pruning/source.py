@@ -39,7 +39,9 @@ class Source:
 
     Attributes:
       model: the NNX module's structure, the Linen module or the function.
-      function: the model as a pure function, its parameters abstract.
+      function: the model as a pure function of a flat list of its parameters, which are
+        abstract.
+      form: the structure of its parameter tree.
       tree: the parameter tree of a function as its user gave it, abstract; None for
         Flax modules.
       inputs: abstract example inputs; what is no array is there as it is.
@@ -48,6 +50,7 @@ class Source:
 
     model: Any
     function: Function
+    form: Any
     tree: Any
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -58,17 +61,22 @@ class Source:
     ) -> "Source":
         """Remembers a model, without its arrays."""
         function = as_function(model, params)
-        function = dataclasses.replace(function, params=abstract(function.params))
+        leaves, form = jax.tree.flatten(function.params)
+        function = dataclasses.replace(
+            function, params=abstract(leaves), call=_of_leaves(function.call, form)
+        )
         inputs, kwargs = abstract((inputs, dict(kwargs)))
         if isinstance(model, nnx.Module):
-            return cls(nnx.graphdef(model), function, None, inputs, kwargs)
+            return cls(function.graphdef, function, form, None, inputs, kwargs)
         tree = None if isinstance(model, linen.Module) else abstract(params)
-        return cls(model, function, tree, inputs, kwargs)
+        return cls(model, function, form, tree, inputs, kwargs)
 
     @property
     def given(self) -> Any:
         """The parameter tree as the user gave it, abstract."""
-        return self.function.params if self.tree is None else self.tree
+        if self.tree is not None:
+            return self.tree
+        return jax.tree.unflatten(self.form, self.function.params)
 
     def trace(self) -> Trace:
         """Traces the model as it is."""
@@ -84,24 +92,23 @@ class Source:
         Raises:
           Exception: whatever the model raises of arrays of these shapes.
         """
-        leaves, structure = jax.tree.flatten(self.function.params)
         # A copy of a parameter in another collection is cut as the parameter is.
         copies = self.function.namesakes
-        cut = [
-            _with_shape(leaf, shapes[name if name in shapes else copies[name]])
-            for name, leaf in zip(self.function.names, leaves, strict=True)
-        ]
+        names = zip(self.function.names, self.function.params, strict=True)
         function = dataclasses.replace(
             self.function,
-            call=self._call_cut(plan),
-            params=jax.tree.unflatten(structure, cut),
+            call=_of_leaves(self._call_cut(plan), self.form),
+            params=[
+                _with_shape(leaf, shapes[name if name in shapes else copies[name]])
+                for name, leaf in names
+            ],
         )
         return trace_function(function, self.inputs, self.kwargs)
 
     def fields(self) -> list[Field]:
         """Lists the whole numbers that the model's own classes keep as attributes."""
         if isinstance(self.model, nnx.GraphDef):
-            merged = nnx.merge(self.model, self.function.params)
+            merged = nnx.merge(self.model, self.given)
             return list(_fields_of_nnx(merged))
         if isinstance(self.model, linen.Module):
             return linen_fields(self.model, lambda: self.trace())
@@ -113,12 +120,19 @@ class Source:
         if isinstance(self.model, linen.Module):
             return linen_apply(self.model, plan)
         values = plan.field_values()
-        if not values:
-            return self.function.call
         _, call = apart(
             self.model, self.tree, lambda tree: set_fields_of_tree(tree, values)
         )
         return call
+
+
+def _of_leaves(call: Callable[..., Any], form: Any) -> Callable[..., Any]:
+    """Returns a function of a flat list of parameters from one of their tree."""
+
+    def flat(leaves: list[Any], *inputs: Any, **kwargs: Any) -> Any:
+        return call(jax.tree.unflatten(form, leaves), *inputs, **kwargs)
+
+    return flat
 
 
 def adapt(module: nnx.Module, plan: Any) -> None:

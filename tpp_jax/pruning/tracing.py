@@ -46,9 +46,6 @@ class Trace:
         a normalisation of the weight, a product with a mask…), these leaves' names.
       input_names: where each of ``inputs`` stands among the arguments, ``[1]['mask']``.
       output_names: where each of ``outputs`` stands in what the model returns.
-      uses: every use of a kernel, in order of execution; without names, for which see
-        :func:`layers`.
-      lookups: the look-ups of inputs in tables.
     """
 
     leaves: dict[str, int]
@@ -62,8 +59,18 @@ class Trace:
     origin: dict[int, tuple[str, ...]]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-    uses: tuple[Layer, ...]
-    lookups: tuple[Lookup, ...]
+
+    @functools.cached_property
+    def uses(self) -> tuple[Layer, ...]:
+        """Every use of a kernel, in order of execution; named by :func:`layers`."""
+        read = self.leaves, self.origin, self.equations, self.shapes
+        return find_layers(*read, self.trainable)
+
+    @functools.cached_property
+    def lookups(self) -> tuple[Lookup, ...]:
+        """The look-ups of inputs in tables."""
+        read = self.leaves, self.origin, self.equations, self.shapes
+        return find_lookups(self.inputs, *read)
 
 
 def trace(
@@ -96,30 +103,31 @@ def trace_function(
     arguments, structure = jax.tree.flatten((inputs, dict(kwargs)))
     arrays = [leaf for leaf in arguments if is_array(leaf)]
 
-    def call(params: Any, arrays: list[Any]) -> Any:
+    def call(leaves: list[Any], arrays: list[Any]) -> Any:
         given = iter(arrays)
         whole = [next(given) if is_array(leaf) else leaf for leaf in arguments]
         inputs, kwargs = jax.tree.unflatten(structure, whole)
-        return function.call(params, *inputs, **kwargs)
+        return function.call(jax.tree.unflatten(form, leaves), *inputs, **kwargs)
 
-    closed, returned = jax.make_jaxpr(call, return_shape=True)(function.params, arrays)
+    # As a flat list: every other pass through a model's state takes its time.
+    leaves, form = jax.tree.flatten(function.params)
+    closed, returned = jax.make_jaxpr(call, return_shape=True)(leaves, arrays)
     jaxpr = closed.jaxpr
     check_length(jaxpr)
     builder = Builder()
     numbers = [builder.number(np.shape(var.aval)) for var in jaxpr.invars]
-    leaves = dict(zip(function.names, numbers, strict=False))
+    places = dict(zip(function.names, numbers, strict=False))
     constants = [builder.number(np.shape(var.aval), ()) for var in jaxpr.constvars]
-    builder.origin.update({n: (name,) for name, n in leaves.items()})
+    builder.origin.update({n: (name,) for name, n in places.items()})
     variables = [*jaxpr.invars, *jaxpr.constvars]
     scope = dict(zip(variables, [*numbers, *constants], strict=True))
     outputs = builder.unfold(jaxpr, scope)
-    others = tuple(numbers[len(leaves) :])
+    others = tuple(numbers[len(places) :])
     equations, unread = _needed(builder.equations, outputs, builder.origin)
     shapes = tuple(builder.shapes)
     used = {n for eqn in equations for n in eqn.inputs} | set(outputs)
-    own = _without_copies(leaves, function.namesakes, used, shapes)
-    origin = _origins(builder.origin, leaves, own)
-    read = own, origin, equations, shapes
+    own = _without_copies(places, function.namesakes, used, shapes)
+    origin = _origins(builder.origin, places, own)
     return Trace(
         leaves=own,
         trainable=function.trainable,
@@ -132,8 +140,6 @@ def trace_function(
         origin=origin,
         input_names=_places(inputs, is_array) + _places(dict(kwargs), is_array),
         output_names=_places(returned, lambda leaf: True),
-        uses=find_layers(*read, function.trainable),
-        lookups=find_lookups(others, *read),
     )
 
 

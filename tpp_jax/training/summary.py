@@ -46,6 +46,8 @@ def finish(run: "Run") -> dict[str, Any]:
         draw(run.workdir)
     hosts.wait_for_all("summary")
     run.progress.say(tables.result_table(summary))
+    network = f"The pruned network is in {run.workdir / 'model'}; " if run.plans else ""
+    run.progress.say(f"{network}{run.workdir / 'report.html'} shows the run.")
     return summary
 
 
