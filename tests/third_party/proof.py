@@ -171,7 +171,7 @@ def _call(network: Network) -> tuple[Any, Any]:
     model, inputs, kwargs = network.model, network.inputs, network.kwargs
     if isinstance(model, nnx.Module):
         model.eval()
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        graphdef, params, rest = nnx.split(model, _trained, ...)
 
         def call(params: Any) -> Any:
             return nnx.merge(graphdef, params, rest)(*inputs, **kwargs)
@@ -190,6 +190,11 @@ def _call(network: Network) -> tuple[Any, Any]:
 
     masked = [leaf if i in set(trained) else None for i, leaf in enumerate(leaves)]
     return call, jax.tree.unflatten(structure, masked)
+
+
+def _trained(path: Any, variable: Any) -> bool:
+    """Whether it is a parameter, of Flax's or of its package's own kind."""
+    return type(variable).__name__.endswith("Param")
 
 
 def _masked_against_cut(
