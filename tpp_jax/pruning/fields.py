@@ -25,11 +25,18 @@ class Field:
       name: the attribute's name, ``num_heads``, or ``config.num_heads`` for one of a
         configuration that the module keeps.
       value: what it is in the unpruned model.
+      owner: name of the module's class.
     """
 
     path: str
     name: str
     value: int | tuple[int, ...]
+    owner: str = ""
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What it has in common with the same attribute of other modules."""
+        return self.owner, self.name
 
 
 Parts = tuple[tuple[int, tuple[str, ...]], ...]
@@ -79,22 +86,23 @@ def size_of(parts: Parts, kept: Callable[[str], tuple[int, int]]) -> int:
     return total
 
 
-def own_fields(path: str, attributes: Mapping[str, Any]) -> list[Field]:
+def own_fields(module: Any, path: str, attributes: Mapping[str, Any]) -> list[Field]:
     """Lists the whole numbers among a module's attributes.
 
     Args:
+      module: the module.
       path: of the module.
       attributes: its attributes; those of a configuration among them are looked at too.
     """
-    found = []
+    found, owner = [], type(module).__name__
     for name, value in attributes.items():
         if name.startswith("_"):
             continue
         if is_size(value):
-            found.append(Field(path, name, value))
+            found.append(Field(path, name, value, owner))
         elif _is_config(value):
             found += [
-                Field(path, f"{name}.{inner}", number)
+                Field(path, f"{name}.{inner}", number, owner)
                 for inner, number in _attributes(value).items()
                 if is_size(number)
             ]
@@ -131,7 +139,7 @@ def fields_of_tree(tree: Any, path: str = "") -> list[Field]:
     """
     found = []
     if _is_dataclass(tree):
-        found += own_fields(path, dict(_items(tree)))
+        found += own_fields(tree, path, dict(_items(tree)))
     for name, value in _items(tree):
         if not _is_config(value):
             found += fields_of_tree(value, f"{path}.{name}" if path else str(name))

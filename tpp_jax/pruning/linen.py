@@ -94,7 +94,8 @@ def arrays_decide(
             }
         inputs = args[0] if called and args else kwargs.get("inputs")
         with contextlib.ExitStack() as stack:
-            if values:
+            # What setup computes from the unpruned numbers is set itself, if need be.
+            if values and context.method_name != "setup":
                 own = values.get(".".join(module.path), {})
                 stack.enter_context(_attributes(module, **with_values(module, own)))
             stack.enter_context(_attributes(module, param=_Param(module)))
@@ -124,7 +125,7 @@ def linen_fields(module: linen.Module, run: Callable[[], Any]) -> list[Field]:
         own = type(inner).__module__.partition(".")[0] != "flax"
         if own and inner.scope is not None:  # those of Flax follow their arrays
             path = ".".join(inner.path)
-            for field in own_fields(path, vars(inner)):  # and what setup sets
+            for field in own_fields(inner, path, vars(inner)):  # and what setup sets
                 found[path, field.name] = field
         return method(*args, **kwargs)
 

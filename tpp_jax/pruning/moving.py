@@ -6,6 +6,7 @@ a supposition (``labels.suppose``), to be tried on the model.
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -64,7 +65,8 @@ def _matching_axes(
 ) -> list[tuple[list[int], list[int]]]:
     """Splits a reshape into the smallest runs of axes of equal size.
 
-    Every new axis is in one run, in order; size-one axes stand alone or join a run.
+    Every new axis is in one run, in order. Axes of size one go on as they are where
+    there are as many at a place before as after; others stand alone or join a run.
     """
     runs: list[tuple[list[int], list[int]]] = []
     i = j = 0
@@ -72,10 +74,13 @@ def _matching_axes(
         olds: list[int] = []
         news = [j]
         size, target = 1, new[j]
-        j += 1
         if target == 1:
-            runs.append((olds, news))  # a new axis of size one comes from nowhere
+            ones = _ones(new, j)
+            kept = ones == _ones(old, i)  # or one of them comes from nowhere
+            runs += [([i + n] if kept else [], [j + n]) for n in range(ones)]
+            i, j = i + ones * kept, j + ones
             continue
+        j += 1
         while size != target:
             if size < target:
                 if old[i] != 1:
@@ -88,6 +93,12 @@ def _matching_axes(
                 j += 1
         runs.append((olds, news))
     return runs
+
+
+def _ones(sizes: Sequence[int], start: int) -> int:
+    """Returns how many sizes from a place on are one."""
+    rest = sizes[start:]
+    return next((n for n, size in enumerate(rest) if size != 1), len(rest))
 
 
 def squeeze(

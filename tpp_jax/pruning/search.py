@@ -226,11 +226,11 @@ class _Search:
 
     def _admit_with_fields(self, members: list[int]) -> bool:
         found = self._candidates(members)
-        names = list(dict.fromkeys(size.field.name for size in found))
-        attempts = [found] if len(names) > 1 else []
-        attempts += [[s for s in found if s.field.name == name] for name in names]
-        if len(names) > 2:
-            attempts += [[s for s in found if s.field.name != name] for name in names]
+        kinds = list(dict.fromkeys(size.field.kind for size in found))
+        attempts = [found] if len(kinds) > 1 else []
+        attempts += [[s for s in found if s.field.kind == kind] for kind in kinds]
+        if len(kinds) > 2:
+            attempts += [[s for s in found if s.field.kind != kind] for kind in kinds]
         for sizes in attempts[:_ATTRIBUTES]:
             both = (*self.sizes, *sizes)
             if not self.attempt(self.rest.union(members), both):
@@ -267,8 +267,8 @@ class _Search:
 
     def _drop_idle_fields(self) -> None:
         """Forgets attributes that the model holds without."""
-        for name in dict.fromkeys(size.field.name for size in self.sizes):
-            without = tuple(s for s in self.sizes if s.field.name != name)
+        for kind in dict.fromkeys(size.field.kind for size in self.sizes):
+            without = tuple(s for s in self.sizes if s.field.kind != kind)
             if not self.attempt(self.rest, without):
                 self.sizes = without
 

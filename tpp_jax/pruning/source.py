@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 from jax.sharding import NamedSharding
 
@@ -149,7 +150,7 @@ def _fields_of_nnx(root: nnx.Module) -> Iterator[Field]:
     for path, module in modules(root):
         if type(module).__module__.partition(".")[0] == "flax":
             continue  # the layers of Flax follow their arrays
-        yield from own_fields(path, vars(module))
+        yield from own_fields(module, path, vars(module))
 
 
 def abstract(tree: Any) -> Any:
@@ -166,6 +167,8 @@ def abstract(tree: Any) -> Any:
         explicit = isinstance(sharding, NamedSharding) and any(
             "Explicit" in str(kind) for kind in sharding.mesh.axis_types
         )
+        # A random key has the sharding of its numbers, which have an axis more.
+        explicit &= not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return jax.ShapeDtypeStruct(
             leaf.shape,
             leaf.dtype if isinstance(leaf, jax.ShapeDtypeStruct) else _dtype(leaf),

@@ -126,7 +126,7 @@ class Trial:
         return arrangement(found).issuperset(arrangement(self.groups, plan))
 
     def _raised(self, error: Exception, kept: Iterable[int]) -> Difference:
-        text = str(error).partition("\n")[0] or type(error).__name__
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
         chosen = frozenset(kept)
         if raised_in(error, "haiku"):
             return Difference(f"{HAIKU}: {text}", chosen, told=True)
