@@ -10,6 +10,7 @@ table of ``docs/results.md``.
 
 import argparse
 import dataclasses
+import fnmatch
 import importlib.metadata
 import json
 import os
@@ -89,10 +90,11 @@ def _merge(one: dict[str, Any]) -> None:
 def table(networks: dict[str, dict[str, Any]]) -> str:
     """Returns the records as a table in Markdown."""
     lines = [
-        "| network | groups | prunable | found in | masked − cut | parameters | step |",
-        "|---|---|---|---|---|---|---|",
+        "| network | groups | prunable | heads | found in | masked − cut | parameters "
+        "| wrong |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_row({"network": name} | one) for name, one in networks.items()]
+    lines += [_row({"network": name} | one) for name, one in sorted(networks.items())]
     return "\n".join(lines)
 
 
@@ -102,14 +104,24 @@ def _row(one: dict[str, Any]) -> str:
     if "failed" in one:
         return f"| {title} | failed: {one['failed'][:200]} |"
     share = one["prunable"] / max(one["channels"], 1)
-    masked = "" if one["masked"] is None else f"{one['masked']:.0e}"
+    masked = "–" if one["masked"] is None else f"{one['masked']:.0e}"
     before, after = one["parameters"]
-    wrong = one["checked"] or one["cut"] or one["step"]
     return (
         f"| {title} | {one['groups']} | {share:.0%} of {one['channels']} "
-        f"| {one['seconds']:.2f} s | {masked} | {before:,} → {after:,} "
-        f"| {wrong[:200] or 'yes'} |"
+        f"| {_heads(one)} | {one['seconds']:.2f} s | {masked} "
+        f"| {before:,} → {after:,} "
+        f"| {(one['checked'] or one['cut'] or one['step'])[:200] or 'nothing'} |"
     )
+
+
+def _heads(one: dict[str, Any]) -> str:
+    """Says whether the groups of heads can be pruned, for networks that have such."""
+    entry = next((e for e in _entries() if str(e) == one["network"]), None)
+    if entry is None or not entry.heads:
+        return "–"
+    cut, left = one["prunable_groups"], one["reasons"]
+    names = [(fnmatch.filter(cut, p), fnmatch.filter(left, p)) for p in entry.heads]
+    return "yes" if all(cut and not left for cut, left in names) else "no"
 
 
 if __name__ == "__main__":

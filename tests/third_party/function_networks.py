@@ -29,7 +29,7 @@ def mlp(part=1):
     return _equinox(model, images(3, 6))
 
 
-@network("equimo", heads=("*.qkv",))
+@network("equimo", heads=("blocks.*.attn.qkv",))
 def vision_transformer():
     from equimo.models import VisionTransformer
 
@@ -55,7 +55,7 @@ def convnext(part=1):
     return _equinox(model, images(2, 3, 16, 16))
 
 
-@network("equimo", heads=("*.attn*",))
+@network("equimo", heads=("blocks.*.attn.qk",))
 def mlla():
     from equimo.models import Mlla
 
@@ -122,7 +122,7 @@ def language_model():
     return Network(lambda model, x: model(x)[0], (tokens(2, 16, vocabulary=50),), model)
 
 
-@network("transformer-flows", heads=("*attn*",))
+@network("transformer-flows", heads=("*.query_proj",))
 def flow():
     from transformer_flows import TransformerFlow
 

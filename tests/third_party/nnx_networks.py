@@ -149,7 +149,7 @@ def grouped_queries():
     return _dantinox(kv_heads=2)
 
 
-@network("dantinox", heads=("model.blocks.*.attention.*",))
+@network("dantinox", heads=("model.blocks.*.attention.up_q",))
 def latent_attention():
     return _dantinox(mla=True, down_dim_q=16, down_dim_kv=16, rope_dim=4, kv_heads=4)
 
