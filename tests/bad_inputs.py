@@ -567,6 +567,13 @@ def _weights() -> Cases:
     )
 
 
+def _even(params: Any, x: Any) -> Any:
+    hidden = x @ params["w1"]
+    if hidden.shape[-1] % 2:
+        raise ValueError("the width must be even")
+    return hidden @ params["w2"]
+
+
 def _library() -> Cases:
     model = tpp.models.create("mlp7_relu", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
     images = jnp.ones((2, 8, 8, 1))
@@ -574,6 +581,9 @@ def _library() -> Cases:
     plan = tpp.make_plan(groups, model, "*net*:0.5", skip="net.12")
     other = tpp.models.create("mlp20_linear", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
     kernel = jnp.ones((4, 8))
+    params = nnx.state(model, nnx.Param)
+    picky_params = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+    picky_groups = tpp.channel_groups(_even, jnp.ones((1, 4)), params=picky_params)
     yield from (
         (
             "`tpp.models.create('resnet51', …)`",
@@ -628,8 +638,18 @@ def _library() -> Cases:
         (
             "`tpp.add_tpp_penalties` updated without parameters",
             lambda f: tpp.add_tpp_penalties(plan, tpp.growing_schedule()).update(
-                {}, tpp.add_tpp_penalties(plan, tpp.growing_schedule()).init({})
+                params, tpp.add_tpp_penalties(plan, tpp.growing_schedule()).init(params)
             ),
+        ),
+        (
+            "`tpp.add_tpp_penalties` with a tree that is named otherwise",
+            lambda f: tpp.add_tpp_penalties(plan, tpp.growing_schedule()).init(
+                {"weights": jnp.ones(3)}
+            ),
+        ),
+        (
+            "`tpp.make_plan` with a width that the model's code does not allow",
+            lambda f: tpp.make_plan(picky_groups, picky_params, counts={"w1": 5}),
         ),
         (
             "`tpp.zero_pruned` with a stabilize phase that is too short",

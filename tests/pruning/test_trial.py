@@ -529,3 +529,13 @@ def test_haiku_is_refused_by_name():
     groups = tpp.channel_groups(net.apply, x, params=params)
     assert not prunable(groups)
     assert groups["mlp/~/linear_0"].reason.startswith("Haiku, whose modules compare")
+
+
+def test_a_target_out_of_reach_names_what_it_left_out():
+    def net(p, x):
+        return (x @ p["a"]).reshape(-1, 16) @ p["b"] @ p["c"]
+
+    params = {"a": array(30, 16), "b": array(16, 4), "c": array(4, 2)}
+    groups = tpp.channel_groups(net, array(2, 30), params=params)
+    with pytest.raises(TPPError, match=r"Left as they are: a \(a size written into"):
+        tpp.make_plan(groups, params, flops=0.3)

@@ -159,6 +159,7 @@ def check_plan(
             if params is None and not isinstance(model, nnx.Module):
                 params = source and source.given
             source = Source.of(model, params, groups.inputs, groups.kwargs)
+            _check_shapes(source, groups)
     if source is None or groups.reading is None:
         groups = _found_again(groups, source)
         source, plan = groups.source, Plan(plan.kept, groups)
@@ -180,6 +181,20 @@ def check_plan(
             "other numbers of these channels, or skip the layer"
         )
     groups.note_checked(source, plan.kept)
+
+
+def _check_shapes(source: Source, groups: Groups) -> None:
+    """Raises if a model has other parameters than the one of the groups."""
+    function = source.function
+    for name, leaf in zip(function.names, function.params, strict=True):
+        twin = function.namesakes.get(name, "")
+        shape = groups.shapes.get(name, groups.shapes.get(twin))
+        if leaf.shape != shape:
+            planned = "is not there" if shape is None else f"has the shape {shape}"
+            raise TPPError(
+                f"the plan is of another model: {name} has the shape {leaf.shape} "
+                f"here, and in the planned model it {planned}"
+            )
 
 
 def _check_call(source: Source) -> None:

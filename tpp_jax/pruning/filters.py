@@ -128,7 +128,8 @@ def find_filters(
         names = [leaf_name(path) or "(a bare array)" for path, _ in leaves]
         raise TPPError(
             f"the plan prunes {some(missing or filters)}, and the parameters that the "
-            f"optimizer is given hold no leaf of that name: there is {some(names)}. "
+            "optimizer is given hold no leaf of that name: there is "
+            f"{some(names) or 'nothing'}. "
             "Give it the tree that the plan was made for"
         )
     found, cut = {}, []

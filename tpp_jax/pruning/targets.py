@@ -126,7 +126,8 @@ def kept_for_target(
         return all(want is None or share <= want for share, want in found)
 
     if not small_enough(len(order)):
-        raise TPPError(_out_of_reach(wanted, shares(len(order)), limits))
+        left = _left_out(groups, matched)
+        raise TPPError(_out_of_reach(wanted, shares(len(order)), limits) + left)
     return kept(bisect.bisect_left(range(len(order)), True, key=small_enough))
 
 
@@ -223,3 +224,15 @@ def _out_of_reach(
         f"the target {' and '.join(asked)} is out of reach: with all channels gone "
         f"that may go, {' and '.join(reached)} remain; {' or '.join(mends)}"
     )
+
+
+def _left_out(groups: Groups, matched: Sequence[Group]) -> str:
+    """Names the groups that a target left as they are, and why."""
+    names = {group.name for group in matched}
+    rest = [g for g in groups if g.name not in names]
+    said = [
+        f"{g.name} ({g.reason})" if g.reason else g.name
+        for g in sorted(rest, key=lambda g: g.reason is not None)
+    ]
+    more = f" and {len(said) - 4} more" if len(said) > 4 else ""
+    return f". Left as they are: {', '.join(said[:4])}{more}" if said else ""
