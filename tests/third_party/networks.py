@@ -46,8 +46,9 @@ class Entry:
       build: Makes the network.
       heads: Patterns of the names of its groups of attention heads whose number is an
         attribute, or follows the arrays: they must be prunable.
-      narrows: Whether ``build(2)`` makes the same network of half the width, with its
-        package's own code: what half of all channels cut must come to.
+      narrows: Whether ``build(2)`` makes the same network of half the width, with as
+        many heads, by its package's own code: what half of all channels cut, but of
+        these heads, must come to.
     """
 
     package: str

@@ -19,15 +19,15 @@ class Output(nnx.Module):
         return self.pick(self.model(*inputs))
 
 
-@network("mamba2-jax")
-def language_model():
+@network("mamba2-jax", heads=("*.mixer.in_proj",), narrows=True)
+def language_model(part=1):
     import mamba2_jax as m
 
     config = m.Mamba2Config(
         vocab_size=60,
-        hidden_size=32,
-        state_size=8,
-        head_dim=16,
+        hidden_size=32 // part,
+        state_size=8 // part,
+        head_dim=16 // part,
         chunk_size=8,
         num_hidden_layers=2,
     )
@@ -36,7 +36,7 @@ def language_model():
     return Network(model, (tokens(2, 16, vocabulary=60),))
 
 
-@network("mamba2-jax")
+@network("mamba2-jax", heads=("*.mixer.in_proj",))
 def forecaster():
     import mamba2_jax as m
 
@@ -70,12 +70,12 @@ def _mamba3(**settings):
     return Network(model, (tokens(2, 16, vocabulary=60),))
 
 
-@network("mamba3-jax")
+@network("mamba3-jax", heads=("*.mixer.in_proj",))
 def siso():
     return _mamba3()
 
 
-@network("mamba3-jax")
+@network("mamba3-jax", heads=("*.mixer.in_proj",))
 def mimo():
     return _mamba3(is_mimo=True, mimo_rank=2)
 
@@ -174,16 +174,17 @@ def _causal(batch, length):
     )
 
 
-@network("google-tunix", "tunix", heads=("model.layers.*.attn.q_proj",))
-def llama3():
+@network("google-tunix", "tunix", heads=("model.layers.*.attn.q_proj",), narrows=True)
+def llama3(part=1):
     from tunix.models.llama3 import model as m
 
+    # Half of the queries of each key-value head.
     config = m.ModelConfig(
         num_layers=2,
         vocab_size=50,
-        embed_dim=32,
-        hidden_dim=48,
-        num_heads=4,
+        embed_dim=32 // part,
+        hidden_dim=48 // part,
+        num_heads=4 // part,
         head_dim=8,
         num_kv_heads=2,
         rope_theta=10000,

@@ -5,6 +5,7 @@ mistakes (a layer scale of 1e-6, a gate that is zero).
 """
 
 import dataclasses
+import fnmatch
 import functools
 import time
 import warnings
@@ -127,7 +128,11 @@ def against_narrower(entry: Entry) -> float:
     groups = tpp.channel_groups(
         network.model, *network.inputs, params=network.params, **network.kwargs
     )
-    small = pruned(network, _half(network, groups, lambda group: True))
+
+    def is_wide(group: Any) -> bool:
+        return not any(fnmatch.fnmatch(group.name, p) for p in entry.heads)
+
+    small = pruned(network, _half(network, groups, is_wide))
     if isinstance(network.model, nnx.Module):
         graphdef, state = nnx.split(narrower.model)
         own = _same_shapes(nnx.state(small.model), state)
