@@ -220,7 +220,7 @@ class Mixed(nnx.Module):
 
     def __call__(self, x):
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-        q, k, v = (y.reshape(*x.shape[:2], *self.heads) for y in (q, k, v))
+        q, k, v = (y.reshape(*x.shape[:2], *self.heads()) for y in (q, k, v))
         y = nnx.dot_product_attention(q, k, v)
         return x + self.out(y.reshape(*x.shape[:2], -1))
 
@@ -229,8 +229,8 @@ def test_blocks_of_one_kind_are_told_apart():
     class Two(nnx.Module):
         def __init__(self, rngs):
             self.stem = nnx.Linear(3, 8, rngs=rngs)
-            self.by_number = Mixed(rngs, (4, -1))
-            self.by_size = Mixed(rngs, (-1, 2))
+            self.by_number = Mixed(rngs, lambda: (4, -1))
+            self.by_size = Mixed(rngs, lambda: (-1, 2))
 
         def __call__(self, x):
             return self.by_size(self.by_number(self.stem(x)))

@@ -539,3 +539,52 @@ def test_a_target_out_of_reach_names_what_it_left_out():
     groups = tpp.channel_groups(net, array(2, 30), params=params)
     with pytest.raises(TPPError, match=r"Left as they are: a \(a size written into"):
         tpp.make_plan(groups, params, flops=0.3)
+
+
+# Widths that enter the values.
+
+
+class Scaled(nnx.Module):
+    """Divides by a number that equals its width: an attribute, or from the array."""
+
+    def __init__(self, rngs, width=12, attribute=True):
+        self.width = width
+        self.attribute = attribute
+        self.a = nnx.Linear(5, width, rngs=rngs)
+        self.b = nnx.Linear(width, 3, rngs=rngs)
+
+    def __call__(self, x):
+        h = nnx.relu(self.a(x))
+        if self.attribute:
+            return self.b(h.reshape(len(x), self.width) / self.width)
+        return self.b(h / h.shape[-1])
+
+
+def test_an_attribute_that_enters_the_values_does_not_follow():
+    net, x = Scaled(nnx.Rngs(0)), array(4, 5)
+    groups = tpp.channel_groups(net, x)
+    assert "enters its values in place of" in groups["a"].reason
+    assert "test_trial.py:" in groups["a"].reason
+
+
+def test_a_width_that_enters_the_values_is_like_a_mean():
+    net, x = Scaled(nnx.Rngs(0), attribute=False), array(4, 5)
+    groups = tpp.channel_groups(net, x)
+    assert groups["a"].reason is None and groups["a"].reduced
+    tpp.prune(net, tpp.make_plan(groups, net, 0.5))
+    assert tpp.check_groups(net, x).unproved == ("a",)
+
+
+def test_a_factor_that_depends_on_the_width_is_another_branch():
+    def net(p, x):
+        h = x @ p["a"]
+        return (h * (3.0 if h.shape[-1] < 5 else 1.0)) @ p["b"]
+
+    params = {"a": array(5, 16), "b": array(16, 3)}
+    groups = tpp.channel_groups(net, array(2, 5), params=params)
+    assert groups["a"].reason is None
+    tpp.make_plan(groups, params, 0.5)
+    with pytest.raises(
+        TPPError, match="4 of the 16 channels of a: the number 3 "
+    ):
+        tpp.make_plan(groups, params, 0.75)

@@ -71,4 +71,4 @@ def channel_groups(
             f"the channels of {groups[i].name} meet {reason}. Without strict=True they "
             "are left unpruned"
         )
-    return groups.with_verdict(verdict.wrong, verdict.sizes, source)
+    return groups.with_verdict(verdict.wrong, verdict.sizes, source, verdict.scaled)

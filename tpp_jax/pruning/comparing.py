@@ -259,6 +259,34 @@ def difference(
     return None
 
 
+def other_number(old: Trace, new: Trace) -> Difference | None:
+    """Finds a number that is written into one computation and not into the other.
+
+    A scale ``1 / sqrt(width)``, or a factor that depends on a width otherwise: the cut
+    network then computes something else than the masked one.
+
+    Args:
+      old: the trace of the whole model.
+      new: that of the cut one, which does the same operations.
+    """
+    for (before, _), (after, source) in zip(old.literals, new.literals, strict=False):
+        if before is not after and not np.array_equal(before, after, equal_nan=True):
+            line = source_line(source)
+            return Difference(
+                f"the number {_short(after)} enters its values in place of "
+                f"{_short(before)}",
+                line=line,
+            )
+    return None
+
+
+def _short(number: Any) -> str:
+    try:
+        return f"{float(number):.6g}"
+    except (TypeError, ValueError):
+        return str(number)[:40]
+
+
 def _other_way(before: Equation, after: Equation) -> str:
     return f"another branch of the model's own code is taken{_at(after) or _at(before)}"
 

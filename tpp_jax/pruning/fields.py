@@ -56,6 +56,16 @@ class FieldSize:
     field: Field
     parts: tuple[Parts | None, ...]
 
+    @property
+    def groups(self) -> set[str]:
+        """Names of the groups that it follows."""
+        return {
+            name
+            for parts in self.parts
+            for _, through in parts or ()
+            for name in through
+        }
+
     def value(self, kept: Callable[[str], tuple[int, int]]) -> int | tuple[int, ...]:
         """Returns the attribute's value in the pruned model.
 

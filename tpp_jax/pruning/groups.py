@@ -8,6 +8,7 @@ there is no table of architectures.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,6 +72,14 @@ def read_groups(
     channels_at = {slot: row[1] for slot, row in zip(slots, rows, strict=True)}
     stacked = read_stacks(traced, roles, channels_at)
     filters = read_filters(traced, roles, stacked)
+    place = {slot: i for i, slot in enumerate(slots)}
+
+    @functools.cache
+    def sorted_rows(slot: Slot) -> tuple[np.ndarray, np.ndarray]:
+        positions, at = rows[place[slot]]
+        order = np.lexsort((positions, at))
+        return positions[order], at[order]
+
     known = {slot for slot, role in roles.of.items() if role == "produced"}
     known |= roles.makers | roles.lost.keys()
     groups: list[tuple[tuple[int, ...], Group]] = []
@@ -84,47 +93,44 @@ def read_groups(
         here = _roles_here(roles, there, stuck)
         if "produced" not in here.values():
             continue
-        members = []
-        for slot in members_at:
-            leaf, axis = slots[slot]
-            positions = _positions_of(channels, *rows[slot])
-            role = here[leaf, axis]
-            member = Member(leaf, axis, positions, role, orders.get(leaf, 0))
-            if role == "produced":
-                batch, own = stacked.get(leaf, ()), filters.get(leaf, ())
-                member = dataclasses.replace(member, batch=batch, filters=own)
-            members.append(member)
         # A kernel comes before what else its layer is computed from.
-        members.sort(key=lambda m: (first_use.get(m.leaf, 0), m.leaf not in kernels))
-        makers = [m for m in members if m.role in ("produced", "depthwise")]
-        produced = [m for m in members if m.role == "produced"]
+        there.sort(key=lambda at: (first_use.get(at[0], 0), at[0] not in kernels))
+        produced = [slot for slot in there if here[slot] == "produced"]
         # Channels are counted in the order of the first layer that produces them.
-        rank = np.argsort(produced[0].positions.min(axis=1))
+        first = _positions_of(channels, sorted_rows(produced[0]))
+        channels = channels[np.argsort(first.min(axis=1))]
+        members = []
+        for leaf, axis in there:
+            role, made = here[leaf, axis], here[leaf, axis] == "produced"
+            positions = _positions_of(channels, sorted_rows((leaf, axis)))
+            batch = stacked.get(leaf, ()) if made else ()
+            own = filters.get(leaf, ()) if made else ()
+            order = orders.get(leaf, 0)
+            members.append(Member(leaf, axis, positions, role, order, batch, own))
+        makers = [m.leaf for m in members if m.role in ("produced", "depthwise")]
         code = solution.stuck[channels[0]]
-        names = tuple(dict.fromkeys(name_of(m.leaf) for m in makers))
+        names = tuple(dict.fromkeys(map(name_of, makers)))
         reason = None if code < 0 else _explain(*labels.reasons[code])
         if code < 0:
-            made = [(m.leaf, m.axis) for m in produced]
-            reason = next((roles.lost[s] for s in made if s in roles.lost), None)
+            reason = next((roles.lost[s] for s in produced if s in roles.lost), None)
         group = Group(
-            name=name_of(produced[0].leaf),
+            name=name_of(produced[0][0]),
             size=len(channels),
             producers=names,
-            members=tuple(
-                dataclasses.replace(m, positions=m.positions[rank]) for m in members
-            ),
+            members=tuple(members),
             inner=False,
             reason=reason,
             reduced=bool(solution.reduced[channels].any()),
         )
-        key = (first_use.get(produced[0].leaf, 0), *_grain(group, produced[0].leaf))
+        leaf = produced[0][0]
+        key = (first_use.get(leaf, 0), *_grain(group, leaf))
         if strict and code >= 0 and isinstance(labels.reasons[code][0], NotUnderstood):
             raise TPPError(
                 f"the channels of {group.name} meet {group.reason}. Without "
                 "strict=True they are left whole"
             )
         groups.append((key, group))
-        channels_of.append(channels[rank])
+        channels_of.append(channels)
     order = sorted(range(len(groups)), key=lambda i: groups[i][0])
     reading = Reading(labels, axes, solution, tuple(channels_of[i] for i in order))
     found = Groups(
@@ -294,15 +300,18 @@ def _apart(
 
 
 def _positions_of(
-    channels: np.ndarray, positions: np.ndarray, row: np.ndarray
+    channels: np.ndarray, row: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
-    """Returns int64 ``[len(channels), m]``: where each channel stands along an axis."""
-    if len(row) == len(channels):  # as most often: each stands at one position
-        return positions[np.argsort(row)][:, None]
-    order = np.lexsort((positions, row))
-    start = np.searchsorted(row[order], channels)
-    m = np.searchsorted(row[order], channels[0], side="right") - start[0]
-    return positions[order[start[:, None] + np.arange(m)]]
+    """Returns int64 ``[len(channels), m]``: where each channel stands along an axis.
+
+    Args:
+      channels: those of one group, in any order.
+      row: positions along the axis and the channel at each, sorted by channel.
+    """
+    positions, at = row
+    start = np.searchsorted(at, channels)
+    m = np.searchsorted(at, channels[0], side="right") - start[0]
+    return positions[start[:, None] + np.arange(m)]
 
 
 def _grain(group: Group, leaf: str) -> tuple[bool, int, int, int]:

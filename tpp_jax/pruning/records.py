@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -162,7 +162,11 @@ class Groups:
         return new
 
     def with_verdict(
-        self, wrong: Mapping[int, str], sizes: tuple[FieldSize, ...], source: Any
+        self,
+        wrong: Mapping[int, str],
+        sizes: tuple[FieldSize, ...],
+        source: Any,
+        scaled: Collection[int] = (),
     ) -> "Groups":
         """Returns the groups after they were tried.
 
@@ -170,9 +174,14 @@ class Groups:
           wrong: index of a group → why it cannot be pruned.
           sizes: attributes that follow the channels.
           source: the model.
+          scaled: indices of groups whose number of channels enters the values.
         """
         groups = tuple(
-            dataclasses.replace(group, reason=wrong.get(i, group.reason))
+            dataclasses.replace(
+                group,
+                reason=wrong.get(i, group.reason),
+                reduced=group.reduced or i in scaled,
+            )
             for i, group in enumerate(self.all)
         )
         return self.replace(all=with_inner(groups), sizes=sizes, source=source)

@@ -33,11 +33,14 @@ class Verdict:
       joined: pairs of axes that can be pruned, but only together; then the groups have
         to be read and tried again.
       sizes: attributes that have to follow the channels.
+      scaled: indices of groups whose number of channels enters the model's values, as
+        that of a mean does.
     """
 
     wrong: dict[int, str]
     joined: tuple[tuple[Slot, Slot], ...] = ()
     sizes: tuple[FieldSize, ...] = ()
+    scaled: frozenset[int] = frozenset()
 
 
 def try_groups(
@@ -83,12 +86,13 @@ class _Search:
         self.failed: list[list[int]] = []
         self.sizes: tuple[FieldSize, ...] = ()
         self.fields: list[Field] | None = None
+        self.number: Difference | None = None
 
     def verdict(self) -> Verdict:
         if not self.rest:
             return Verdict({})
         fault = self.attempt(self.rest)
-        if fault is None:
+        if fault is None and self.number is None:
             return Verdict({})
         suspects: set[int] = set()
         while fault is not None:
@@ -106,19 +110,31 @@ class _Search:
         if joined:
             return Verdict({}, joined)
         self._drop_idle_fields()
-        return Verdict(self.wrong, (), self.sizes)
+        scaled = self._with_other_numbers()
+        return Verdict(self.wrong, (), self.sizes, frozenset(scaled))
 
     def attempt(
-        self, chosen: Iterable[int], sizes: tuple[FieldSize, ...] | None = None
+        self,
+        chosen: Iterable[int],
+        sizes: tuple[FieldSize, ...] | None = None,
+        values: bool = False,
     ) -> Difference | None:
-        """Returns what goes wrong with fewer channels of the chosen groups."""
+        """Returns what goes wrong with fewer channels of the chosen groups.
+
+        Args:
+          chosen: indices of the groups.
+          sizes: attributes that follow; those found so far if not given.
+          values: see :meth:`Trial.of`.
+        """
         sizes = self.sizes if sizes is None else sizes
         self.trial.groups = self.groups.replace(sizes=sizes)
         chosen = set(chosen)
         for some in (chosen, *self._apart(chosen)):
             kept = {i: np.arange(self.fewer[i], dtype=np.int32) for i in some}
-            if fault := self.trial.of(kept):
+            if fault := self.trial.of(kept, values):
                 return fault
+            if some == chosen:
+                self.number = self.trial.number
         return None
 
     def _apart(self, chosen: set[int]) -> Iterator[set[int]]:
@@ -271,6 +287,37 @@ class _Search:
             without = tuple(s for s in self.sizes if s.field.kind != kind)
             if not self.attempt(self.rest, without):
                 self.sizes = without
+
+    # Numbers of channels that enter the values.
+
+    def _with_other_numbers(self) -> set[int]:
+        """Finds groups whose cut changes a number that the model computes with.
+
+        Where such a number is an attribute that was to follow the channels, the groups
+        are refused. Where the code takes it from an array's shape, it is as with a
+        mean: zeros in place of channels are not the same as their absence.
+
+        Returns:
+          The groups of the second kind.
+        """
+        plain = {i for i in self.rest if not self.groups[i].reduced}
+        if not plain or self.attempt(plain, values=True) is None:
+            return set()
+        scaled: set[int] = set()
+        for kind in self.kinds:
+            members = [i for i in kind if i in plain]
+            fault = self.attempt(members, values=True) if members else None
+            if fault is None:
+                continue
+            names = {self.groups[i].name for i in members}
+            if any(names & size.groups for size in self.sizes):
+                self._refuse(members, fault)
+                self.rest.difference_update(members)
+            else:
+                scaled.update(members)
+        gone = {self.groups[i].name for i in self.wrong}
+        self.sizes = tuple(s for s in self.sizes if not s.groups <= gone)
+        return scaled
 
     # Groups that hold only together.
 

@@ -46,6 +46,8 @@ class Trace:
         a normalisation of the weight, a product with a mask…), these leaves' names.
       input_names: where each of ``inputs`` stands among the arguments, ``[1]['mask']``.
       output_names: where each of ``outputs`` stands in what the model returns.
+      literals: the numbers that are written into the computation, in order, with the
+        source of each; see :func:`source_line`.
     """
 
     leaves: dict[str, int]
@@ -59,6 +61,7 @@ class Trace:
     origin: dict[int, tuple[str, ...]]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    literals: tuple[tuple[Any, Any], ...] = ()
 
     @functools.cached_property
     def uses(self) -> tuple[Layer, ...]:
@@ -140,6 +143,7 @@ def trace_function(
         origin=origin,
         input_names=_places(inputs, is_array) + _places(dict(kwargs), is_array),
         output_names=_places(returned, lambda leaf: True),
+        literals=tuple(builder.literals),
     )
 
 

@@ -12,7 +12,13 @@ from collections.abc import Iterable
 import numpy as np
 
 from tpp_jax.pruning.arrangement import arrangement
-from tpp_jax.pruning.comparing import Difference, Stays, difference, lines_of
+from tpp_jax.pruning.comparing import (
+    Difference,
+    Stays,
+    difference,
+    lines_of,
+    other_number,
+)
 from tpp_jax.pruning.groups import read_groups
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.records import Groups
@@ -39,6 +45,12 @@ def blamed(source: Source, plan: Plan) -> tuple[Difference, list[str]] | None:
     kept = {g.name: np.asarray(plan.kept[g.name]) for g in plan.pruned_groups}
     index = {g.name: i for i, g in enumerate(plan.groups)}
     fault = trial.of({index[name]: indices for name, indices in kept.items()})
+    values = fault is None and trial.number is not None
+    if values:
+        # Where a mean runs over the channels, other numbers are to be expected.
+        kept = {g.name: kept[g.name] for g in plan.pruned_groups if not g.reduced}
+        chosen = {index[name]: indices for name, indices in kept.items()}
+        fault = trial.of(chosen, values) if chosen else None
     if fault is None:
         return None
     names = [plan.groups[i].name for i in sorted(fault.groups) if _in(i, index, kept)]
@@ -49,7 +61,7 @@ def blamed(source: Source, plan: Plan) -> tuple[Difference, list[str]] | None:
     while len(rest) > 1:
         halves = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         for half in halves:
-            if found := trial.of({index[name]: kept[name] for name in half}):
+            if found := trial.of({index[name]: kept[name] for name in half}, values):
                 fault, rest = found, half
                 break
         else:
@@ -62,17 +74,27 @@ def _in(i: int, index: dict[str, int], kept: dict[str, np.ndarray]) -> bool:
 
 
 class Trial:
-    """Traces a model with fewer channels of some groups, and compares."""
+    """Traces a model with fewer channels of some groups, and compares.
+
+    Attributes:
+      number: after a trial that went well, a number that enters the values of the cut
+        model in place of another one; None if there is none.
+    """
 
     def __init__(self, source: Source, groups: Groups) -> None:
         self.source = source
         self.groups = groups
+        self.number: Difference | None = None
 
-    def of(self, kept: dict[int, np.ndarray]) -> Difference | None:
+    def of(
+        self, kept: dict[int, np.ndarray], values: bool = False
+    ) -> Difference | None:
         """Returns what goes wrong, None if nothing.
 
         Args:
           kept: index of a group → the channels that stay; other groups keep all.
+          values: whether the numbers that enter the computation must be the same. (They
+            are not where a mean is taken over the channels.)
         """
         groups = self.groups
         masks: list[np.ndarray | None] = [None] * len(groups)
@@ -92,14 +114,13 @@ class Trial:
             new = self.source.trace_cut(Plan(everything, groups), shapes)
         except Exception as error:  # whatever the user's code raises of odd shapes
             return self._raised(error, kept)
+        self.number = None
         found = difference(old, new, reading, stays)
-        if (
-            found is not None
-            and found.order
-            and self._rearranged(new, everything, stays)
-        ):
+        if found and found.order and self._rearranged(new, everything, stays):
             return None
-        return found
+        if found is None:
+            self.number = other_number(old, new)
+        return self.number if values and found is None else found
 
     def _rearranged(
         self, new: Trace, kept: dict[str, np.ndarray], stays: Stays

@@ -86,6 +86,7 @@ class Builder:
         self.shapes: list[tuple[int, ...]] = []
         self.equations: list[Equation] = []
         self.constants: list[int] = []
+        self.literals: list[tuple[Any, Any]] = []
         self.origin: dict[int, tuple[str, ...] | None] = {}
         self._unions: dict[tuple[Any, Any], tuple[str, ...]] = {}
         self._source: Any = None
@@ -116,8 +117,8 @@ class Builder:
           env: the number of each of its variables so far; the others are added.
         """
         for eqn in jaxpr.eqns:
-            inputs = [self._read(var, env) for var in eqn.invars]
             self._source = self._caller or eqn.source_info
+            inputs = [self._read(var, env) for var in eqn.invars]
             match eqn.primitive.name:
                 case name if name in CALLS:
                     before = self._caller
@@ -269,6 +270,7 @@ class Builder:
 
     def _read(self, var: Any, env: dict[Any, int | None]) -> int | None:
         if isinstance(var, jex_core.Literal):
+            self.literals.append((var.val, self._source))
             return None
         return env[var]
 
