@@ -111,7 +111,9 @@ def put_back(arrays: list[Any], originals: list[Any]) -> list[Any]:
             moving.append(i)
             places.append(original.sharding if original.committed else None)
         elif array is original and isinstance(array, jax.Array):
-            if array.is_fully_addressable:
+            if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+                arrays[i] = _copied_key(array)
+            elif array.is_fully_addressable:
                 moving.append(i)
                 places.append(None)
             else:
@@ -123,6 +125,16 @@ def put_back(arrays: list[Any], originals: list[Any]) -> list[Any]:
     for i, array in zip(moving, moved, strict=True):
         arrays[i] = array
     return arrays
+
+
+def _copied_key(key: jax.Array) -> jax.Array:
+    """Returns the same random key in memory of its own.
+
+    A key may have the sharding of its numbers, which have an axis more: it cannot be
+    put anywhere as it is.
+    """
+    numbers = jax.device_put(jax.random.key_data(key), may_alias=False)
+    return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(key))
 
 
 def _on_host(array: jax.Array) -> bool:
