@@ -584,7 +584,5 @@ def test_a_factor_that_depends_on_the_width_is_another_branch():
     groups = tpp.channel_groups(net, array(2, 5), params=params)
     assert groups["a"].reason is None
     tpp.make_plan(groups, params, 0.5)
-    with pytest.raises(
-        TPPError, match="4 of the 16 channels of a: the number 3 "
-    ):
+    with pytest.raises(TPPError, match="4 of the 16 channels of a: the number 3 "):
         tpp.make_plan(groups, params, 0.75)
