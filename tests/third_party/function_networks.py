@@ -101,7 +101,7 @@ def fourier_operator(part=1):
     return _equinox(model, images(2, 1, 16))
 
 
-@network("megalodon-jax")
+@network("megalodon-jax", heads=("model.layers.*.attn.wz",))
 def language_model():
     from megalodon_jax import MegalodonConfig, MegalodonForCausalLM
 

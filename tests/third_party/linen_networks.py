@@ -125,7 +125,7 @@ def gated_transformer():
     return _memorax(m.Stack(blocks=tuple(blocks)))
 
 
-@network("memorax")
+@network("memorax", heads=("*.cell.q",))
 def mlstm():
     from memorax import networks as m
 

@@ -154,12 +154,12 @@ def latent_attention():
     return _dantinox(mla=True, down_dim_q=16, down_dim_kv=16, rope_dim=4, kv_heads=4)
 
 
-@network("dantinox")
+@network("dantinox", heads=("model.blocks.*.attention.qkv",))
 def experts():
     return _dantinox(use_moe=True, norm_type="rmsnorm", kv_heads=2)
 
 
-@network("dantinox")
+@network("dantinox", heads=("model.blocks.*.attention.qkv.base",))
 def lora():
     return _dantinox(use_lora=True, lora_targets="all", lora_rank=4, kv_heads=4)
 
