@@ -179,7 +179,7 @@ def _call(network: Network) -> tuple[Any, Any]:
         graphdef, params, rest = nnx.split(model, _trained, ...)
 
         def call(params: Any) -> Any:
-            return nnx.merge(graphdef, params, rest)(*inputs, **kwargs)
+            return nnx.merge(graphdef, params, rest, copy=True)(*inputs, **kwargs)
 
         return call, params
     if isinstance(model, linen.Module):

@@ -121,9 +121,13 @@ def _warn(plan: Plan, params: Any, opt_state: Any) -> None:
 def _first_is_zero(plan: Plan, group: Group, params: Any) -> bool:
     """Reports whether the first filter of a group that goes is zero."""
     member = next(m for m in group.members if m.role == "produced")
-    index = member.positions[plan.pruned(group.name)[0]]
+    there = np.zeros(plan.groups.shapes[member.leaf][member.axis], bool)
+    there[member.positions[plan.pruned(group.name)[0]]] = True
+    shape = [1] * len(plan.groups.shapes[member.leaf])
+    shape[member.axis] = -1
+    # All of it is looked at where it is: an array may be sharded.
     return not any(
-        np.any(jnp.take(jnp.asarray(leaf), index, axis=member.axis))
+        bool(jnp.any(jnp.where(there.reshape(shape), leaf, 0)))
         for name, leaf in named_leaves(params).items()
         if longest_known_suffix(name, plan.groups.shapes) == member.leaf
     )

@@ -107,7 +107,8 @@ def mask_tree(plan: Plan, tree: Any) -> Any:
         if not isinstance(mask, np.ndarray):
             return mask
         concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-        placed = concrete and leaf.committed
+        # A random key may have the sharding of its numbers, which have an axis more.
+        placed = concrete and leaf.committed and number
         return jax.device_put(mask, leaf.sharding if placed else None)
 
     return map_named(mark, tree)
