@@ -23,7 +23,7 @@ _PAIRS = 12
 # Searches for kinds that only hold together since they lose as many channels.
 _ROUNDS = 3
 # Attempts to set attributes for a kind of groups.
-_ATTRIBUTES = 12
+_ATTRIBUTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,9 +274,9 @@ class _Search:
         found = self._candidates(members)
         kinds = list(dict.fromkeys(size.field.kind for size in found))
         attempts = [found] if len(kinds) > 1 else []
-        attempts += [[s for s in found if s.field.kind == kind] for kind in kinds]
-        if len(kinds) > 2:
+        if len(kinds) > 2:  # one of them is equal by chance
             attempts += [[s for s in found if s.field.kind != kind] for kind in kinds]
+        attempts += [[s for s in found if s.field.kind == kind] for kind in kinds]
         for sizes in attempts[:_ATTRIBUTES]:
             both = (*self.sizes, *sizes)
             if not self.attempt(self.rest.union(members), both):
@@ -439,12 +439,27 @@ def _other_size(size: int, first: int) -> int:
 
 
 def _way(ways: set[Parts], groups: set[int], names: list[str]) -> Parts | None:
-    """Returns the one way in which a number follows the channels, None if unclear."""
+    """Returns the one way in which a number follows the channels, None if unclear.
+
+    Axes of one size may differ in other groups that run along them, the dimensions of
+    queries and of values: then the number follows the groups in question alone.
+    """
     own = {names[i] for i in groups}
     fitting = [
         parts for parts in ways if any(own & set(through) for _, through in parts)
     ]
-    return fitting[0] if len(fitting) == 1 else None
+    if len(fitting) == 1:
+        return fitting[0]
+    alone = {_onto(parts, own) for parts in fitting}
+    return alone.pop() if len(alone) == 1 else None
+
+
+def _onto(parts: Parts, own: set[str]) -> Parts:
+    """Leaves out of a size what does not belong to some groups."""
+    sums: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for positions, through in parts:
+        sums[tuple(sorted(own.intersection(through)))] += positions
+    return tuple((n, through) for through, n in sorted(sums.items()))
 
 
 def _own_slot(group: Group) -> Slot | None:
