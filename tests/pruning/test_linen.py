@@ -259,3 +259,24 @@ def test_a_collection_with_equal_paths_and_other_shapes_is_left_alone():
     small = tpp.slice_tree(plan, variables)
     assert small["sizes"]["last"]["kernel"].shape == (3,)
     assert small["params"]["last"]["kernel"].shape == (4, 2)
+
+
+class Attending(nn.Module):
+    """Attention of four heads, whose width is that of its input."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(16)(x)
+        return nn.Dense(3)(x + nn.MultiHeadDotProductAttention(num_heads=4)(x, x))
+
+
+def test_a_stream_need_not_be_a_multiple_of_the_heads_that_read_it():
+    module, x = Attending(), jnp.ones((2, 5, 6)) * jnp.arange(5.0)[:, None]
+    variables = drawn(module, x)
+    groups = tpp.channel_groups(module, x, params=variables)
+    stream = next(group.name for group in groups if group.size == 16)
+    plan = tpp.make_plan(groups, variables, counts={stream: 9})
+    small = tpp.prune(module, plan, variables)
+    masked = jax.tree.map(jnp.multiply, variables, tpp.mask_tree(plan, variables))
+    found = tpp.linen_apply(module, plan)(small, x)
+    np.testing.assert_allclose(found, module.apply(masked, x), rtol=1e-4, atol=1e-5)

@@ -554,3 +554,28 @@ def test_a_plan_of_a_plan_s_result_is_one_plan():
     for name, leaf in twice.items():
         np.testing.assert_array_equal(once[name], leaf, err_msg=name)
     assert once["layer3.0.conv1.kernel"].shape[-1] == 6
+
+
+@pytest.mark.parametrize(
+    "amount",
+    [
+        {"ratios": [0.5]},
+        {"ratios": {"net.0": "0.5"}},
+        {"ratios": {"net.0": None}},
+        {"ratios": True},
+        {"counts": 4},
+        {"counts": {"net.0": "4"}},
+        {"counts": {"net.0": True}},
+        {"ratios": 0.5, "scores": 5},
+    ],
+)
+def test_an_amount_of_a_wrong_type_is_refused(amount):
+    params, groups = dense(6)
+    with pytest.raises(TPPError, match="ratio|counts|channels of net.0|scores"):
+        tpp.make_plan(groups, params, **amount)
+
+
+@pytest.mark.parametrize("ratio", [np.float32(0.5), jnp.float32(0.5), np.array(0.5)])
+def test_a_ratio_may_be_a_number_of_numpy_or_jax(ratio):
+    params, groups = dense(6)
+    assert tpp.make_plan(groups, params, ratio) == tpp.make_plan(groups, params, 0.5)

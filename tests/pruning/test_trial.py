@@ -586,3 +586,29 @@ def test_a_factor_that_depends_on_the_width_is_another_branch():
     tpp.make_plan(groups, params, 0.5)
     with pytest.raises(TPPError, match="4 of the 16 channels of a: the number 3 "):
         tpp.make_plan(groups, params, 0.75)
+
+
+def test_an_array_that_depends_on_the_width_is_like_a_number():
+    few, many = array(2, 1), array(2, 1) + 1
+
+    def net(p, x):
+        h = x @ p["a"]
+        return jax.nn.relu(h * (many if h.shape[-1] > 5 else few)) @ p["b"]
+
+    params = {"a": array(5, 16), "b": array(16, 3)}
+    groups = tpp.channel_groups(net, array(2, 5), params=params)
+    assert groups["a"].reason is None
+    tpp.make_plan(groups, params, 0.5)
+    with pytest.raises(TPPError, match="4 of the 16 channels of a: an array "):
+        tpp.make_plan(groups, params, 0.75)
+
+
+def test_a_shape_that_an_output_has_from_a_width_is_named_with_its_line():
+    def net(p, x):
+        h = x @ p["a"]
+        return h @ p["b"], jnp.zeros(h.shape[-1])
+
+    params = {"a": array(5, 16), "b": array(16, 3)}
+    groups = tpp.channel_groups(net, array(2, 5), params=params)
+    reason = groups["a"].reason
+    assert "(test_trial.py:" in reason and "library" not in reason

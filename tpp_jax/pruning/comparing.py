@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Sequence, Set
 from typing import Any
 
+import jax
 import numpy as np
 
 from tpp_jax.pruning.fields import Parts
@@ -276,7 +277,9 @@ def other_number(old: Trace, new: Trace) -> Difference | None:
       new: that of the cut one, which does the same operations.
     """
     for (before, _), (after, source) in zip(old.literals, new.literals, strict=False):
-        if before is not after and not np.array_equal(before, after, equal_nan=True):
+        if before is not after and not _is_same(before, after):
+            if np.ndim(after):
+                return Difference("an array of other numbers enters its values")
             line = source_line(source)
             return Difference(
                 f"the number {_short(after)} enters its values in place of "
@@ -284,6 +287,22 @@ def other_number(old: Trace, new: Trace) -> Difference | None:
                 line=line,
             )
     return None
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Reports whether two numbers, or two arrays of one shape, are the same.
+
+    What has another shape is compared as all arrays are; random keys are not.
+    """
+    if np.shape(one) != np.shape(other) or _is_key(one):
+        return True
+    one, other = np.asarray(one), np.asarray(other)
+    return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
+
+
+def _is_key(array: Any) -> bool:
+    kind = getattr(array, "dtype", None)
+    return kind is not None and jax.dtypes.issubdtype(kind, jax.dtypes.extended)
 
 
 def _short(number: Any) -> str:

@@ -124,10 +124,15 @@ def find_filters(
             shapes[name] = np.shape(leaf)
             candidates.setdefault(parameter, []).append(name)
     missing = [p for p in filters if p not in candidates and p not in hidden]
-    if missing or not candidates:
+    if not missing and not candidates:
+        raise TPPError(
+            f"optax.masked hides all that the plan prunes: {some(list(filters))}. Let "
+            "the mask through what the transforms of TPP are to shrink"
+        )
+    if missing:
         names = [leaf_name(path) or "(a bare array)" for path, _ in leaves]
         raise TPPError(
-            f"the plan prunes {some(missing or filters)}, and the parameters that the "
+            f"the plan prunes {some(missing)}, and the parameters that the "
             "optimizer is given hold no leaf of that name: there is "
             f"{some(names) or 'nothing'}. "
             "Give it the tree that the plan was made for"

@@ -189,6 +189,11 @@ def _static_sizes(
                 alone = isinstance(features, int)
                 last = kernel[-1] if alone else kernel[len(kernel) - len(features) :]
                 yield module, {"features": last}
+        case linen.MultiHeadDotProductAttention():
+            # It would divide the width of its input by the heads if not told this.
+            if kernel := _shape(module, "query", "kernel"):
+                *_, heads, size = kernel
+                yield module, {"num_heads": heads, "qkv_features": heads * size}
         case linen.Einsum():
             if kernel := _shape(module, "kernel"):
                 yield module, {"shape": kernel}

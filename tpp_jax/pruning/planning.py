@@ -199,17 +199,30 @@ def parse_ratios(ratios: Mapping[str, float] | str) -> dict[str, float]:
                     "in '*layer*.conv1:0.5', several separated by commas"
                 )
         ratios = dict(pairs)
+    _check_mapping("ratios", ratios, "share of its channels to remove, or one number")
     for pattern, ratio in ratios.items():
         _check_ratio(ratio, repr(pattern))
     return dict(ratios)
 
 
 def _check_ratio(ratio: float, of: str) -> None:
-    if not 0 <= ratio < 1:
+    if not _is_number(ratio) or not 0 <= ratio < 1:
         raise TPPError(
             f"the pruning ratio {ratio} of {of} is not in [0, 1): it is the share of "
             "filters to remove"
         )
+
+
+def _is_number(value: Any) -> bool:
+    """Reports whether something is a real number, NumPy's and JAX's included."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    return plain or (np.ndim(value) == 0 and kind in ("i", "u", "f"))
+
+
+def _check_mapping(name: str, value: Any, of: str) -> None:
+    if not isinstance(value, Mapping):
+        raise TPPError(f"{name} is {value!r}, must be a dict of group → {of}")
 
 
 def parse_patterns(patterns: Sequence[str] | str) -> list[str]:
@@ -237,7 +250,7 @@ def _ratios_of(groups: Groups, ratios: Ratios, skip: list[str]) -> dict[str, flo
     """Returns group name → share to prune, for the prunable groups."""
     for pattern in skip:
         _check_pattern(groups, pattern, must_prune=False)
-    if isinstance(ratios, (int, float)):
+    if isinstance(ratios, bool) or _is_number(ratios):
         _check_ratio(ratios, "every group")
         asked = {g.name: ratios for g in groups if g.reason is None and not g.inner}
     else:
@@ -306,11 +319,12 @@ def _check_counts_alone(others: Mapping[str, Any], limits: Limits) -> None:
 
 
 def _check_counts(groups: Groups, counts: Mapping[str, int]) -> None:
+    _check_mapping("counts", counts, "how many of its channels stay")
     sizes = {g.name: g.size for g in groups if g.reason is None}
     for name, count in counts.items():
         if name not in sizes:
             raise TPPError(f"no group {name!r} can be pruned: there are {list(sizes)}")
-        if not 1 <= count <= sizes[name] or count % 1:
+        if not _is_number(count) or not 1 <= count <= sizes[name] or count % 1:
             raise TPPError(
                 f"{count} channels of {name} are to stay, but it has {sizes[name]}"
             )
@@ -323,6 +337,7 @@ def _own_scores(groups: Groups, scores: Mapping[str, Any]) -> dict[str, np.ndarr
       TPPError: they name no group, or are not one number for each of its channels.
     """
     found = {}
+    _check_mapping("scores", scores, "scores of its channels")
     for name, score in scores.items():
         if name not in {group.name for group in groups}:
             raise TPPError(

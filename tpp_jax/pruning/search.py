@@ -246,6 +246,8 @@ class _Search:
             return fault.text
         lines = [fault.line, *self.supposed.get(i, ())]
         places = list(dict.fromkeys(line for line in lines if line))[:2]
+        if not places and fault.text.endswith(")"):  # the text names the line
+            return f"a size written into the model: {fault.text}"
         where = ", ".join(places) or "a library"
         return f"a size written into the model ({where}): {fault.text}"
 

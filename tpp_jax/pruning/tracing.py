@@ -47,7 +47,7 @@ class Trace:
       input_names: where each of ``inputs`` stands among the arguments, ``[1]['mask']``.
       output_names: where each of ``outputs`` stands in what the model returns.
       literals: the numbers that are written into the computation, in order, with the
-        source of each; see :func:`source_line`.
+        source of each (see :func:`source_line`), then the arrays that it closed over.
     """
 
     leaves: dict[str, int]
@@ -143,7 +143,7 @@ def trace_function(
         origin=origin,
         input_names=_places(inputs, is_array) + _places(dict(kwargs), is_array),
         output_names=_places(returned, lambda leaf: True),
-        literals=tuple(builder.literals),
+        literals=(*builder.literals, *((array, None) for array in closed.consts)),
     )
 
 
