@@ -19,7 +19,7 @@ def arrangement(groups: Groups, plan: Plan | None = None) -> set[frozenset[Place
 
     Args:
       groups: the groups.
-      plan: if given, what is told is how slicing by it is to leave them.
+      plan: if given, the result is how slicing by it is to leave them.
     """
     masks = functools.cache(functools.partial(keep_masks, plan))
     return {_layout(group, plan, masks) for group in groups} - {frozenset()}

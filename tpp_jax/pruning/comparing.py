@@ -200,15 +200,15 @@ class Difference:
     Attributes:
       text: what is different, to be read by the user.
       groups: indices of the groups that the place speaks of; none if that is unclear.
-      told: whether an operation keeps the old size of an axis, which leaves no doubt
-        that the groups along it are at fault.
+      old_size: whether an operation keeps the old size of an axis, which leaves no
+        doubt that the groups along it are at fault.
       line: of the user's code, ``model.py:31``, if known.
       order: whether other operations are done, or in another order.
     """
 
     text: str
     groups: frozenset[int] = frozenset()
-    told: bool = False
+    old_size: bool = False
     line: str = ""
     order: bool = False
 
@@ -333,7 +333,7 @@ def _other_shape(
     odd = [i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b]
     kept_old = [i for i in odd if found[i] == old.shapes[value][i]]
     groups = [reading.groups_along(value, i) for i in kept_old or odd]
-    return Difference(text, frozenset().union(*groups), told=bool(kept_old))
+    return Difference(text, frozenset().union(*groups), old_size=bool(kept_old))
 
 
 def _at(equation: Equation) -> str:

@@ -129,7 +129,7 @@ class Groups:
       trainable: names of the leaves that are trained, see :class:`Trace`.
       sizes: attributes of the model's own modules that follow the channels.
       reading: the labels that the groups were read off, or None after unpickling.
-      source: the model, to be traced again, or None likewise.
+      source: the model, to be traced again, or None after unpickling.
     """
 
     def __init__(

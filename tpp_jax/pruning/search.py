@@ -210,7 +210,7 @@ class _Search:
             return
         if self._admit_with_fields(members):
             return
-        if not fault.told and self._admit_with_other_sizes(members):
+        if not fault.old_size and self._admit_with_other_sizes(members):
             return
         if len(members) > 1:
             # If neither the first nor the last holds, most likely none does: a size of

@@ -150,7 +150,7 @@ class Trial:
         text = str(error).strip().partition("\n")[0] or type(error).__name__
         chosen = frozenset(kept)
         if raised_in(error, "haiku"):
-            return Difference(f"{HAIKU}: {text}", chosen, told=True)
+            return Difference(f"{HAIKU}: {text}", chosen, old_size=True)
         lines = list(lines_of_error(error))
         for line in lines:
             here = self._groups_at(line) & chosen
