@@ -579,3 +579,20 @@ def test_an_amount_of_a_wrong_type_is_refused(amount):
 def test_a_ratio_may_be_a_number_of_numpy_or_jax(ratio):
     params, groups = dense(6)
     assert tpp.make_plan(groups, params, ratio) == tpp.make_plan(groups, params, 0.5)
+
+
+def test_what_is_no_plan_is_refused():
+    params, groups = dense(6)
+    plan = tpp.make_plan(groups, params, 0.5)
+    schedule = tpp.growing_schedule(granularity=0.1, every=1)
+    for other in (groups, plan.to_dict(), params, None):
+        for use in (
+            lambda: tpp.slice_tree(other, params),  # noqa: B023
+            lambda: tpp.mask_tree(other, params),  # noqa: B023
+            lambda: tpp.check_plan(other),  # noqa: B023
+            lambda: tpp.add_tpp_penalties(other, schedule),  # noqa: B023
+        ):
+            with pytest.raises(TPPError, match="and not a Plan: give what"):
+                use()
+    with pytest.raises(TPPError, match="returned first, and then the model"):
+        tpp.make_plan(params, groups, 0.5)

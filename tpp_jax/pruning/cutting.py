@@ -19,7 +19,7 @@ from tpp_jax.pruning import linen as linen_modules
 from tpp_jax.pruning.bridge import follow_inputs
 from tpp_jax.pruning.groups import read_groups
 from tpp_jax.pruning.naming import longest_known_suffix, named_leaves
-from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.plan import Plan, expect_plan
 from tpp_jax.pruning.readiness import check_ready, measure
 from tpp_jax.pruning.records import Group, Groups
 from tpp_jax.pruning.slicing import slice_tree
@@ -155,6 +155,7 @@ def check_plan(
     Raises:
       TPPError: the plan does not fit the model; the groups at fault are named.
     """
+    expect_plan(plan)
     groups = plan.groups
     source = groups.source
     if model is not None:

@@ -22,7 +22,7 @@ from tpp_jax.pruning.naming import (
     longest_known_suffix,
     some,
 )
-from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.plan import Plan, expect_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,7 @@ def pruned_filters(plan: Plan) -> dict[str, Filters]:
     Statistics (the mean and variance of a batch norm) are left out: no gradient ever
     reaches them.
     """
+    expect_plan(plan)
     found, shapes = {}, cut_shapes(plan)
     for leaf, shape in shapes.items():
         keep = keep_masks(plan, leaf)

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPError, TPPTypeError
 from tpp_jax.pruning.records import Group, Groups
 
 
@@ -140,3 +141,17 @@ class Plan:
                 )
         kept = {name: np.asarray(data[name], np.int32) for name in sizes}
         return cls(kept, groups)
+
+
+def expect_plan(plan: Any) -> None:
+    """Raises if something else was given in place of a plan.
+
+    Raises:
+      TPPTypeError: it is no :class:`Plan`.
+    """
+    if not isinstance(plan, Plan):
+        hint = ", or tpp_jax.Plan.from_dict(...)" if isinstance(plan, Mapping) else ""
+        raise TPPTypeError(
+            f"the plan is a {type(plan).__name__}, and not a Plan: give what "
+            f"tpp_jax.make_plan(...) returned{hint}"
+        )

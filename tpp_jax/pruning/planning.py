@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPError, TPPTypeError
 from tpp_jax.pruning.criteria import (
     REDUCTIONS,
     STATISTICS,
@@ -112,6 +112,11 @@ def make_plan(
       >>> make_plan(groups, p, flops=0.5).to_dict()
       {'w1': [4, 5, 6, 7]}
     """
+    if not isinstance(groups, Groups):
+        raise TPPTypeError(
+            f"the groups are a {type(groups).__name__}: give what "
+            "tpp_jax.channel_groups(...) returned first, and then the model"
+        )
     _check_numbers(flops, params, round_to, min_channels)
     if reduce not in REDUCTIONS:
         raise TPPError(

@@ -18,7 +18,7 @@ from tpp_jax.pruning.fields import follow_fields
 from tpp_jax.pruning.functions import is_array
 from tpp_jax.pruning.masks import cut_shapes, keep_masks
 from tpp_jax.pruning.naming import leaf_name, map_named, named_leaves, some
-from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.plan import Plan, expect_plan
 from tpp_jax.pruning.readiness import warn_if_early
 
 
@@ -49,6 +49,7 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
       TPPError: a leaf has a parameter's name and another shape, an optimizer's state
         cannot be cut, or no array of the tree is named like a parameter.
     """
+    expect_plan(plan)
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = [leaf_name(path) for path, _ in paths]
     leaves = [leaf for _, leaf in paths]
@@ -91,6 +92,7 @@ def mask_tree(plan: Plan, tree: Any) -> Any:
     Raises:
       TPPError: as :func:`slice_tree`.
     """
+    expect_plan(plan)
     copies = Copies(plan.groups, cut_shapes(plan), named_leaves(tree))
     _check_some_match(copies)
 
