@@ -63,6 +63,8 @@ def as_function(
             "*inputs) in its place, and params=variables"
         )
     if isinstance(model, nnx.Module):
+        if params is not None:
+            raise TPPTypeError("an NNX module holds its parameters: leave params out")
         graphdef, state = nnx.split(model)
         call = merged_call(graphdef)
         trained = frozenset(_names(nnx.filter_state(state, nnx.Param)))
