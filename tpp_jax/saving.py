@@ -151,7 +151,8 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
         _check_leaves(saved, contents, nnx.state(given), type(given).__name__)
     loaded = _filled_module(given, saved)
     numbers = meta.get("num_groups") or {}
-    shapes = {name: leaf.shape for name, leaf in named_leaves(nnx.state(given)).items()}
+    state = named_leaves(nnx.state(given))
+    shapes = {name: jnp.shape(leaf) for name, leaf in state.items()}
     follow_arrays(loaded, counted_groups(numbers), shapes)
     _set(loaded, contents.get("settings", {}))
     for path, module in modules(loaded):  # configurations that a cut has changed

@@ -131,7 +131,10 @@ def _follow_own_arrays(
     for name, size in sizes.items():
         own = getattr(module, name, old.get(name))
         if size is not None and own not in (None, size) and old.get(name, own) == own:
-            vars(module)[name] = size  # a number as before: nothing else changes
+            if name in vars(module):  # a number as before: NNX need not look at it
+                vars(module)[name] = size
+            else:
+                setattr(module, name, size)
 
 
 def _known_sizes(layer: _Layer) -> dict[str, Any]:
