@@ -28,27 +28,13 @@ _RECURRENT = {
 
 
 def linen_apply(module: linen.Module, plan: Any = None) -> Callable[..., Any]:
-    """Returns ``module.apply`` for variables of any width.
+    """Returns ``module.apply`` for variables of any width, untried.
+
+    See :func:`tpp_jax.linen_apply`, which tries the plan on the module first.
 
     Args:
-      module: a Linen module; for the variables that it was made with, the result is
-        that of ``module.apply``.
-      plan: the plan that the variables were sliced by; only a ``GroupNorm`` needs it,
-        since fewer groups and smaller ones look alike.
-
-    Returns:
-      A function with the arguments of ``module.apply``, for sliced variables too.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> module = linen.Sequential([linen.Dense(8), linen.relu, linen.Dense(2)])
-      >>> variables = module.init(jax.random.key(0), jnp.ones((1, 4)))
-      >>> small = jax.tree.map(lambda x: x, variables)
-      >>> first, last = small["params"]["layers_0"], small["params"]["layers_2"]
-      >>> first.update(kernel=first["kernel"][:, :5], bias=first["bias"][:5])
-      >>> last.update(kernel=last["kernel"][:5])
-      >>> linen_apply(module)(small, jnp.ones((1, 4))).shape
-      (1, 2)
+      module: a Linen module.
+      plan: the plan that the variables were sliced by, or None.
     """
     widths = (
         arrays_decide()
