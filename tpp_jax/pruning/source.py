@@ -5,15 +5,15 @@ traced once more with the narrower arrays that a plan leaves.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
+from tpp_jax.pruning.arrays import fitting
 from tpp_jax.pruning.bridge import follow_arrays
 from tpp_jax.pruning.fields import (
     Field,
@@ -165,7 +165,7 @@ def abstract(tree: Any) -> Any:
             return leaf
         sharding = getattr(leaf, "sharding", None)
         explicit = isinstance(sharding, NamedSharding) and any(
-            "Explicit" in str(kind) for kind in sharding.mesh.axis_types
+            kind == AxisType.Explicit for kind in sharding.mesh.axis_types
         )
         # A random key has the sharding of its numbers, which have an axis more.
         explicit &= not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -185,17 +185,5 @@ def _dtype(leaf: Any) -> Any:
 def _with_shape(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Any:
     if leaf.shape == shape:
         return leaf
-    sharding = leaf.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, _divisible(sharding, shape))
+    sharding = leaf.sharding and fitting(leaf.sharding, shape)
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
-
-
-def _divisible(sharding: NamedSharding, shape: tuple[int, ...]) -> Any:
-    """Returns the partition without the mesh axes that do not divide the shape."""
-    spec = []
-    for i, part in enumerate(sharding.spec):
-        names = part if isinstance(part, tuple) else (part,) if part else ()
-        size = math.prod(sharding.mesh.shape[name] for name in names)
-        spec.append(part if shape[i] % size == 0 else None)
-    return jax.sharding.PartitionSpec(*spec)

@@ -53,7 +53,7 @@ def blamed(source: Source, plan: Plan) -> tuple[Difference, list[str]] | None:
         fault = trial.of(chosen, values) if chosen else None
     if fault is None:
         return None
-    names = [plan.groups[i].name for i in sorted(fault.groups) if _in(i, index, kept)]
+    names = [name for name in kept if index[name] in fault.groups]
     if names:
         return fault, names
     # Halving finds one group that fails alone, or a few that fail together.
@@ -67,10 +67,6 @@ def blamed(source: Source, plan: Plan) -> tuple[Difference, list[str]] | None:
         else:
             break
     return fault, rest
-
-
-def _in(i: int, index: dict[str, int], kept: dict[str, np.ndarray]) -> bool:
-    return any(index[name] == i for name in kept)
 
 
 class Trial:
