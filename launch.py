@@ -44,7 +44,7 @@ def plain_errors() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, flags.Error) and "Traceback" not in str(error):
             sys.exit(f"error: {str(error).strip()}")
-        from tpp_jax.training.config_errors import explain
+        from tpp_jax.commands.config_errors import explain
 
         if (line := explain(error)) is None:
             raise
@@ -79,23 +79,19 @@ def main(argv: list[str]) -> None:
     if not workdir and mode not in ("inspect", "profile"):
         sys.exit("error: --workdir is missing: give a folder for the run")
     # Imported late, so that --help and a wrong flag answer at once.
+    from tpp_jax.commands import inspect, profile, sweep
     from tpp_jax.errors import TPPError
-    from tpp_jax.training import (
-        compilation,
-        evaluation,
-        hosts,
-        inspection,
-        profiling,
-        run,
-        sweep,
-        terminal,
-    )
+    from tpp_jax.experiment import run
+    from tpp_jax.experiment.records import terminal
+    from tpp_jax.storage import processes
+    from tpp_jax.training import evaluation
+    from tpp_jax.xla import compilation
 
     compilation.keep_compiled_programs()
     try:
         if _COORDINATOR.value:
             numbers = _PROCESSES.value, _PROCESS.value, _TIMEOUT.value
-            hosts.connect(_COORDINATOR.value, *numbers)
+            processes.connect(_COORDINATOR.value, *numbers)
         elif _PROCESSES.value is not None or _PROCESS.value is not None:
             raise TPPError("--num_processes and --process_id need --coordinator too")
         if mode == "evaluate":  # data.dir, if given: where it has moved to
@@ -107,14 +103,14 @@ def main(argv: list[str]) -> None:
             jobs = {
                 "train": run.train,
                 "sweep": sweep.sweep,
-                "inspect": functools.partial(inspection.inspect, given=given),
-                "profile": functools.partial(profiling.profile, given=given),
+                "inspect": functools.partial(inspect.inspect, given=given),
+                "profile": functools.partial(profile.profile, given=given),
             }
             jobs[mode](config, workdir)
     except TPPError as error:
         if _DEBUG.value:
             raise
-        hosts.leave(f"error: {error}")
+        processes.leave(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command continues from the last checkpoint")
 

@@ -26,7 +26,7 @@ from flax import nnx
 
 import tpp_jax as tpp
 from benchmarks import machine
-from tpp_jax.pruning.naming import named_leaves
+from tpp_jax.graph.naming import named_leaves
 
 _EVERY = 10  # steps from one checkpoint to the next
 _JOB = [

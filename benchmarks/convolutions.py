@@ -1,4 +1,4 @@
-"""Single convolutions: XLA's own, and those of tpp_jax/models/convolution.py.
+"""Single convolutions: XLA's own, and those of tpp_jax/xla/convolution.py.
 
     python -m benchmarks.convolutions
 
@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import machine
-from tpp_jax.models.convolution import compiler_options, use_fast_convolutions
+from tpp_jax.xla.convolution import compiler_options, use_fast_convolutions
 
 # Batch, side of the images, side of the kernel, channels in and out.
 LAYERS = {

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine, step
-from tpp_jax.models import convolution
-from tpp_jax.models.convolution import compiler_options
+from tpp_jax.xla import convolution
+from tpp_jax.xla.convolution import compiler_options
 
 LAYERS = (("stage 1", 32, 16), ("stage 2", 16, 32), ("stage 3", 8, 64))
 BATCH_SIZE = 128

@@ -23,8 +23,9 @@ from flax import nnx
 
 import tpp_jax as tpp
 from benchmarks import machine
+from tpp_jax.experiment import lockstep
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.training import parallel, replicas
+from tpp_jax.training import parallel
 from tpp_jax.training.feeds import open_feed
 from tpp_jax.training.step import (
     StepConfig,
@@ -115,7 +116,7 @@ def _programs(
                 (order,) * number,
                 images,
             )
-            program = compiled(replicas.together(steps_of, unroll))
+            program = compiled(lockstep.together(steps_of, unroll))
             found[kind, number] = lambda p=program, a=arguments: p(*a)
     return found, int(n)
 

@@ -12,7 +12,7 @@ that the machine had before.
   what the arithmetic costs and not the disk). Each in a process of its own.
 - ``compile``: tracing and compiling the training step, without any cache, each in a
   process of its own; and again with alike blocks rolled into loops, as a GPU or TPU has
-  them from fifty on (``tpp_jax/models/blocks.py``). (Of ResNet-1202 the first takes
+  them from fifty on (``tpp_jax/xla/blocks.py``). (Of ResNet-1202 the first takes
   more than 16 GiB: it is left out.)
 - ``batch``: the training step of ResNet-20 for different batches, taking turns.
 - ``devices``: one batch split over simulated devices. They share the machine's cores:
@@ -42,11 +42,11 @@ import tpp_jax as tpp
 from benchmarks import machine, scaling_plots
 from benchmarks.architectures import Llama, LlamaShape
 from benchmarks.graph import with_weights
-from tpp_jax.models.blocks import Blocks
 from tpp_jax.training import parallel
 from tpp_jax.training import step as steps
 from tpp_jax.training.feeds import open_feed
 from tpp_jax.training.optimizers import sgd
+from tpp_jax.xla.blocks import Blocks
 
 COMPILED = tuple(f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110))
 ROLLED = "cifar_resnet56", "cifar_resnet110", "cifar_resnet1202"

@@ -11,7 +11,7 @@ neighbouring steps, with the quartiles beside it.
   of the regularize phase, all terms at work.
 - ``defaults`` (on a CPU) is the plain step compiled with XLA's default options, so that
   YNNPACK takes the convolutions; ``lax`` moreover has XLA's own convolutions in place
-  of those of tpp_jax/models/convolution.py.
+  of those of tpp_jax/xla/convolution.py.
 - ``torch`` and ``torch tpp`` are PyTorch's, with ``--compiled`` also through
   ``torch.compile``. Without PyTorch our sides are timed alone.
 

@@ -9,7 +9,7 @@ fewer FLOPs) plain L1 pruning gets 74.01, 73.01, 71.49, 66.05 %, GReg-2 67.75 % 
 
 import ml_collections
 
-from tpp_jax.training.config import default_config
+from tpp_jax.experiment.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ recorded result is in docs/results.md.
 
 import ml_collections
 
-from tpp_jax.training.config import default_config
+from tpp_jax.experiment.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -14,7 +14,7 @@ has images of the same shape: --config.data.name=svhn_cropped --config.data.flip
 
 import ml_collections
 
-from tpp_jax.training.config import default_config
+from tpp_jax.experiment.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -16,7 +16,7 @@ the data, and a look at what is pruned: see imagenet_resnet50_tpp.py.
 
 import ml_collections
 
-from tpp_jax.training.config import default_config
+from tpp_jax.experiment.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -35,7 +35,7 @@ Weights and other forms of the data: see imagenet_resnet50_tpp.py.
 import ml_collections
 
 from tpp_jax.errors import TPPError
-from tpp_jax.training.config import default_config
+from tpp_jax.experiment.config import default_config
 
 RATIOS = {"2g": "*layer*.conv[12]:0.45", "1g": "*layer*.conv[12]:0.76"}
 

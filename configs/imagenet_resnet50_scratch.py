@@ -18,7 +18,7 @@ The folder dense/ of the run then starts runs of the other rows:
 
 import ml_collections
 
-from tpp_jax.training.config import default_config
+from tpp_jax.experiment.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:

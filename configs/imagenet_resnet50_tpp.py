@@ -24,7 +24,7 @@ seen without data and weights: --mode=inspect --config.init.torch=''.
 import ml_collections
 
 from tpp_jax.errors import TPPError
-from tpp_jax.training.config import default_config
+from tpp_jax.experiment.config import default_config
 
 RATIOS = {
     "1.49": "*layer[1-3]*.conv[12]:0.3,*layer4*.conv[12]:0.14",

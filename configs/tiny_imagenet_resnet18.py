@@ -11,7 +11,7 @@ ImageNet's own val images come in one folder with a list of their classes
 
 import ml_collections
 
-from tpp_jax.training.config import default_config
+from tpp_jax.experiment.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -28,13 +28,15 @@ from PIL import Image
 
 import tpp_jax as tpp
 from tests.end_to_end.runs import ROOT, launch
+from tests.experiment.records.test_checkpoints import cut_short
+from tests.experiment.test_errors import small_config
 from tests.interop.tensors import FILES
-from tests.training.test_checkpoints import cut_short
-from tests.training.test_errors import small_config
+from tpp_jax.commands import inspect, sweep
 from tpp_jax.errors import TPPError
+from tpp_jax.experiment import run
+from tpp_jax.experiment.records.stopping import locked
 from tpp_jax.method.gram import gram_penalty
-from tpp_jax.training import evaluation, inspection, run, sweep
-from tpp_jax.training.stopping import locked
+from tpp_jax.training import evaluation
 
 PAGE = ROOT / "docs" / "errors.md"
 
@@ -217,11 +219,11 @@ def _patterns() -> Cases:
     )
     yield (
         "`--mode=inspect` with a pattern that matches nothing",
-        lambda f: inspection.inspect(small_config(**{"prune.ratios": "head:0.5"})),
+        lambda f: inspect.inspect(small_config(**{"prune.ratios": "head:0.5"})),
     )
 
 
-_OTHER_TYPE = """from tpp_jax.training.config import default_config
+_OTHER_TYPE = """from tpp_jax.experiment.config import default_config
 
 def get_config():
     config = default_config()

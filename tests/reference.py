@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tpp_jax.pruning.naming import map_named, named_leaves
+from tpp_jax.graph.naming import map_named, named_leaves
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -21,7 +21,7 @@ from flax.core import FrozenDict
 
 import tpp_jax as tpp
 from tests.end_to_end.runs import ROOT
-from tests.training.test_checkpoints import Grouped, cut_short
+from tests.experiment.records.test_checkpoints import Grouped, cut_short
 from tpp_jax.errors import TPPError
 from tpp_jax.storage import folders
 

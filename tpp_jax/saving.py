@@ -20,14 +20,13 @@ from flax import linen, nnx
 
 from tpp_jax import models
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.bridge import counted_groups, follow_arrays, group_counts
-from tpp_jax.pruning.fields import with_values
-from tpp_jax.pruning.naming import longest_known_suffix, named_leaves
-from tpp_jax.pruning.nnx_layers import modules
+from tpp_jax.graph.bridge import counted_groups, follow_arrays, group_counts
+from tpp_jax.graph.fields import with_values
+from tpp_jax.graph.naming import longest_known_suffix, named_leaves
+from tpp_jax.graph.nnx_layers import modules
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.storage import folders, items, leaves
+from tpp_jax.storage import folders, items, leaves, processes
 from tpp_jax.storage.paths import plain
-from tpp_jax.training import hosts
 
 _META = {"model", "plan", "config", "metrics"}  # what is said of a saved model
 # Flags of a mode that may be None, which a call's argument then decides.
@@ -375,11 +374,11 @@ def _may_be_pruned(
 def _write(
     target: pathlib.Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]
 ) -> None:
-    first, shared = hosts.is_first(), jax.process_count() > 1
+    first, shared = processes.is_first(), jax.process_count() > 1
     try:
         with folders.work_folder(target, shared, make=first) as work:
             new = work / folders.NEW
-            hosts.wait_for_all(f"saving {target.name}")
+            processes.wait_for_all(f"saving {target.name}")
             with (
                 plain(new, new=True) as place,
                 ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver,
@@ -389,7 +388,7 @@ def _write(
                 manifest = {"format": _FORMAT, "files": folders.files_in(new)}
                 (new / folders.MANIFEST).write_text(json.dumps(manifest, indent=1))
                 folders.swap(work, target)
-            hosts.wait_for_all(f"saved {target.name}")
+            processes.wait_for_all(f"saved {target.name}")
     except TPPError:
         raise
     except Exception as error:  # orbax and tensorstore raise of every kind here

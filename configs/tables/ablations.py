@@ -8,7 +8,7 @@ import ml_collections
 
 from configs import cifar10_resnet56_tpp
 from configs.tables.methods import GREG_1, ratios
-from tpp_jax.training.sweep import default_table
+from tpp_jax.commands.sweep import default_table
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ import ml_collections
 
 from configs import digits_resnet8_tpp
 from configs.tables.methods import ratios, rivals
-from tpp_jax.training.sweep import default_table
+from tpp_jax.commands.sweep import default_table
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ import ml_collections
 
 from configs import imagenet_resnet50_tpp
 from configs.tables.methods import GREG_1, published
-from tpp_jax.training.sweep import default_table
+from tpp_jax.commands.sweep import default_table
 
 _SPEEDUPS = tuple(imagenet_resnet50_tpp.RATIOS)
 

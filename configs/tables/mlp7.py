@@ -10,7 +10,7 @@ given beside both.
 import ml_collections
 
 from configs import mnist_mlp7_tpp
-from tpp_jax.training.sweep import default_table
+from tpp_jax.commands.sweep import default_table
 
 _PAPER = {
     "L1": (91.36, 90.54, 0.0040),

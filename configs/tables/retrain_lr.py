@@ -10,7 +10,7 @@ import ml_collections
 
 from configs import cifar10_resnet56_tpp
 from configs.tables.methods import published, ratios
-from tpp_jax.training.sweep import default_table
+from tpp_jax.commands.sweep import default_table
 
 _RATIOS = "0.3", "0.5", "0.7", "0.9", "0.95"
 _SMALL = {"learning_rate": "0:0.001,60:0.0001,90:0.00001"}

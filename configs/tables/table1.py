@@ -11,7 +11,7 @@ import ml_collections
 
 from configs import cifar10_resnet56_tpp
 from configs.tables.methods import published, ratios, rivals
-from tpp_jax.training.sweep import default_table
+from tpp_jax.commands.sweep import default_table
 
 _RATIOS = "0.3", "0.5", "0.7", "0.9", "0.95"
 

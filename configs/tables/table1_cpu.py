@@ -12,7 +12,7 @@ import ml_collections
 
 from configs import cifar10_resnet20_cpu
 from configs.tables.methods import ratios, rivals
-from tpp_jax.training.sweep import default_table
+from tpp_jax.commands.sweep import default_table
 
 _ROWS = "Scratch", "L1", "L1, equal epochs", "TPP"
 

@@ -8,7 +8,7 @@ import ml_collections
 
 from configs import cifar100_vgg19_tpp
 from configs.tables.methods import published, ratios, rivals
-from tpp_jax.training.sweep import default_table
+from tpp_jax.commands.sweep import default_table
 
 _RATIOS = "0.1", "0.3", "0.5", "0.7"
 

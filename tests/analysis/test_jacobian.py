@@ -14,8 +14,8 @@ import tpp_jax as tpp
 from tests.reference import GOLDEN, filled, section, with_leaves
 from tpp_jax.analysis.jacobian import jacobian_singular_values, summarize
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.models import MLP, CifarResNet
-from tpp_jax.pruning.naming import named_leaves
 
 MLPS = ("mlp_linear", "mlp_relu", "mlp_linear_after_orthp")
 

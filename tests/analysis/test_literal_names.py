@@ -12,9 +12,9 @@ import pytest
 import rich.console
 
 import tpp_jax as tpp
-from tpp_jax.analysis import grids, plots, tables
 from tpp_jax.analysis.groups_text import group_report
 from tpp_jax.pruning.flops import Count, LayerCount
+from tpp_jax.reports import grids, plots, tables
 
 NAMES = [r"$\frac$", "$x$", "a$b", r"\$5$", r"\alpha", "$$", "_hidden", "a_b^c", "100%"]
 TEXT = "{http://www.w3.org/2000/svg}text"

@@ -11,7 +11,7 @@ import time
 import numpy as np
 from flax import nnx
 
-from tpp_jax.pruning.naming import named_leaves
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.saving import load_model
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
-from tpp_jax.training.config import default_config
+from tpp_jax.experiment.config import default_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 

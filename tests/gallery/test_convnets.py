@@ -15,7 +15,7 @@ from flax import linen, nnx
 import tpp_jax as tpp
 from tests.gallery.convnet_groups import NETWORKS
 from tests.reference import filled
-from tpp_jax.pruning.naming import map_named
+from tpp_jax.graph.naming import map_named
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import tpp_jax as tpp
 from tests.gallery import others, transformers
 from tests.gallery.expected import free, positions, slots, whole, within
 from tests.reference import filled
-from tpp_jax.pruning.naming import map_named
+from tpp_jax.graph.naming import map_named
 
 
 def normed(name, *more, size):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tpp_jax as tpp
-from tpp_jax.pruning.naming import named_leaves
+from tpp_jax.graph.naming import named_leaves
 
 IMAGES = (2, 4, 4, 3)
 

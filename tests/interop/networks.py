@@ -4,8 +4,8 @@ import numpy as np
 from flax import nnx
 
 import tpp_jax as tpp
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.models.layers import BatchNorm, conv, dense
-from tpp_jax.pruning.naming import named_leaves
 
 
 class Tiny(nnx.Module):

@@ -16,6 +16,7 @@ from flax import nnx  # noqa: E402
 import tpp_jax as tpp  # noqa: E402
 from tests.interop.tensors import FILES  # noqa: E402
 from tests.reference import filled  # noqa: E402
+from tpp_jax.graph.naming import named_leaves  # noqa: E402
 from tpp_jax.interop.layers import describe_layers  # noqa: E402
 from tpp_jax.interop.places import places  # noqa: E402
 from tpp_jax.interop.torch_files import read_torch  # noqa: E402
@@ -23,7 +24,6 @@ from tpp_jax.interop.torch_weights import load_torch, save_torch  # noqa: E402
 from tpp_jax.models import layers, vit  # noqa: E402
 from tpp_jax.models.resnet import overlapping_max_pool  # noqa: E402
 from tpp_jax.models.vgg import VGG  # noqa: E402
-from tpp_jax.pruning.naming import named_leaves  # noqa: E402
 
 TOLERANCE = 1e-9  # of the largest number of each array
 

@@ -13,10 +13,10 @@ from tests.interop.networks import Tiny, abstract, assert_same, network
 from tests.interop.tensors import tiny_weights
 from tests.reference import filled
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.interop import torch_weights
 from tpp_jax.interop.torch_files import read_torch
 from tpp_jax.interop.torch_weights import load_torch, save_torch
-from tpp_jax.pruning.naming import named_leaves
 
 
 def pruned(name, image_shape, ratios=0.5, **kwargs):

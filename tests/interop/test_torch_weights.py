@@ -12,9 +12,9 @@ from tests.interop.tensors import FILES, tiny_weights
 from tests.models.test_torchvision import RECORDED, to_ours, torch_tensor
 from tests.reference import GOLDEN, filled, section
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.interop import torch_weights
 from tpp_jax.interop.torch_weights import load_torch
-from tpp_jax.pruning.naming import named_leaves
 
 QUICK = ("resnet18", "mobilenet_v2", "vit_b_16")
 

@@ -8,8 +8,8 @@ from flax import nnx
 
 import tpp_jax as tpp
 from tests.reference import filled
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.method.gram import gram_penalty_and_grad
-from tpp_jax.pruning.naming import named_leaves
 
 
 class Text(nnx.Module):

@@ -9,8 +9,8 @@ from flax import nnx
 
 import tpp_jax as tpp
 from tests.reference import GOLDEN, section, with_leaves
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.models import CifarResNet, CifarVGG
-from tpp_jax.pruning.naming import named_leaves
 
 RUNS = {
     "resnet_a": dict(

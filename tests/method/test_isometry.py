@@ -11,6 +11,7 @@ from flax import linen, nnx
 import tpp_jax as tpp
 from tests.reference import GOLDEN, filled, section, with_leaves
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.method.isometry import (
     GAINS,
     RECIPES,
@@ -21,7 +22,6 @@ from tpp_jax.method.isometry import (
     reinitialize,
 )
 from tpp_jax.models import MLP, CifarResNet
-from tpp_jax.pruning.naming import named_leaves
 
 RECORDED = np.load(GOLDEN / "isometry.npz")
 UNIT = np.load(GOLDEN / "unit.npz")

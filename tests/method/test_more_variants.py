@@ -18,10 +18,10 @@ from tests.method.test_recorded_variants import (
     follow,
 )
 from tests.reference import GOLDEN, filled, from_torch, section, with_leaves
+from tpp_jax.graph.naming import map_named, named_leaves
 from tpp_jax.method.gram import gram_penalty_and_grad, kept_penalty_and_grad
 from tpp_jax.models import CifarResNet
 from tpp_jax.pruning.criteria import l1
-from tpp_jax.pruning.naming import map_named, named_leaves
 
 
 def always(step):

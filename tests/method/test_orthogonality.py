@@ -12,6 +12,7 @@ from flax import nnx
 
 from tests.reference import GOLDEN, filled
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.method.isometry import delta_orthogonalize, orthogonalize
 from tpp_jax.method.orthogonality import (
     add_orthogonality,
@@ -19,7 +20,6 @@ from tpp_jax.method.orthogonality import (
     kernel_orthogonality,
 )
 from tpp_jax.models import MLP
-from tpp_jax.pruning.naming import named_leaves
 
 UNIT = np.load(GOLDEN / "unit.npz")
 RECORDED = np.load(GOLDEN / "orthogonality.npz")

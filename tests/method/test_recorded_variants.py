@@ -12,8 +12,8 @@ from flax import nnx
 import tpp_jax as tpp
 from tests.method.test_transforms import optimizer
 from tests.reference import GOLDEN, filled, section, with_leaves
+from tpp_jax.graph.naming import map_named, named_leaves
 from tpp_jax.models import MLP, CifarResNet
-from tpp_jax.pruning.naming import map_named, named_leaves
 
 
 def follow(model, plan, tx, steps, differentiate):

@@ -12,8 +12,8 @@ from flax import nnx
 
 import tpp_jax as tpp
 from tests.reference import filled
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.models.layers import BatchNorm, conv, dense
-from tpp_jax.pruning.naming import named_leaves
 
 
 class Small(nnx.Module):

@@ -18,11 +18,11 @@ from flax import nnx
 import tpp_jax as tpp
 from benchmarks.architectures import ConvNeXt, DenseNet
 from tests.reference import GOLDEN, filled, from_torch
+from tpp_jax.graph.naming import map_named, named_leaves
 from tpp_jax.models import vit
 from tpp_jax.models.resnet import overlapping_max_pool
 from tpp_jax.models.vgg import VGG, average_pool_to
 from tpp_jax.models.vit import VisionTransformer
-from tpp_jax.pruning.naming import map_named, named_leaves
 
 RECORDED = json.loads((GOLDEN / "torchvision.json").read_text())
 OF_THE_BENCHMARKS = {"densenet121": DenseNet, "convnext_tiny": ConvNeXt}

@@ -12,8 +12,8 @@ from jax import lax
 
 import tpp_jax as tpp
 from tests.reference import GOLDEN, filled
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.pruning.flops import Costs
-from tpp_jax.pruning.naming import named_leaves
 
 RECORDED = json.loads((GOLDEN / "flops.json").read_text())
 

@@ -11,8 +11,8 @@ from jax import lax
 
 import tpp_jax as tpp
 from tests.gallery import others, test_convnets, test_others, transformers
-from tpp_jax.pruning.functions import as_function
-from tpp_jax.pruning.tracing import layers, trace
+from tpp_jax.graph.functions import as_function
+from tpp_jax.graph.tracing import layers, trace
 
 ATTENTION = {**transformers.MODELS, **others.MODELS, **others.FUNCTIONS}
 MODELS = ["cifar_resnet20", "cifar_vgg11", "mobilenet_v2", "resnet18", "vit_s_16"]

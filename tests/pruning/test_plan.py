@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import tpp_jax as tpp
 from tests.reference import filled
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.models import CifarResNet, CifarVGG
-from tpp_jax.pruning.naming import named_leaves
 from tpp_jax.pruning.planning import parse_patterns, parse_ratios
 
 

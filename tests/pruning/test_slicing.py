@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import tpp_jax as tpp
 from tests.reference import filled
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.models import MLP, CifarResNet, CifarVGG, CifarWRN, LeNet5
 from tpp_jax.models.layers import BatchNorm, conv, dense, max_pool
-from tpp_jax.pruning.naming import named_leaves
 from tpp_jax.pruning.slicing import keep_masks
 
 

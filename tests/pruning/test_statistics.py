@@ -9,8 +9,8 @@ from jax import lax
 
 import tpp_jax as tpp
 from tests.reference import filled
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.pruning.activations import activation_means
-from tpp_jax.pruning.naming import named_leaves
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
 
 

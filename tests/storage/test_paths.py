@@ -8,12 +8,13 @@ import pytest
 from flax import nnx
 
 import tpp_jax as tpp
-from tests.training.test_errors import small_config
+from tests.experiment.test_errors import small_config
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.naming import named_leaves
+from tpp_jax.experiment import run
+from tpp_jax.experiment.records.checkpoints import Checkpoints
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.storage.paths import plain
-from tpp_jax.training import evaluation, run
-from tpp_jax.training.checkpoints import Checkpoints
+from tpp_jax.training import evaluation
 
 NAMES = [
     "[old]x",

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from tpp_jax.training.config import default_config
+from tpp_jax.experiment.config import default_config
 from tpp_jax.training.optimizers import OPTIMIZERS, learning_rate, optimizer, sgd
 
 

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from tpp_jax.pruning.groups import Group, Groups
-from tpp_jax.pruning.naming import layer_name
+from tpp_jax.graph.groups import Group, Groups
+from tpp_jax.graph.naming import layer_name
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import keep_masks
 

@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from tpp_jax.analysis.groups_layout import Lane, Row, place_groups
 from tpp_jax.analysis.groups_text import headline, member_lines, size_change
-from tpp_jax.pruning.groups import Group, Groups
+from tpp_jax.graph.groups import Group, Groups
 from tpp_jax.pruning.plan import Plan
 
 _COLORS = "#4c72b0 #dd8452 #55a868 #8172b3 #c44e52 #64b5cd #937860 #da8bc3".split()

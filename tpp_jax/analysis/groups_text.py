@@ -9,10 +9,10 @@ import rich.console
 import rich.table
 import rich.text
 
-from tpp_jax.pruning.groups import Group, Groups, Member
-from tpp_jax.pruning.naming import layer_name
+from tpp_jax.graph.groups import Group, Groups, Member
+from tpp_jax.graph.naming import layer_name
+from tpp_jax.graph.ungrouped import ungrouped
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.ungrouped import ungrouped
 
 # A group comes from the kernels that produce it, lies over biases and norms, runs
 # through depthwise kernels and goes into the kernels that contract it.

@@ -24,7 +24,7 @@ from flax import linen, nnx
 from jaxtyping import Array, Float
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.functions import as_function
+from tpp_jax.graph.functions import as_function
 
 Method = Literal["exact", "extremes"]
 

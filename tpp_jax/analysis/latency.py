@@ -11,15 +11,15 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from tpp_jax.models.blocks import hold_blocks
-from tpp_jax.models.convolution import (
+from tpp_jax.graph.layers import Layer
+from tpp_jax.graph.tracing import Trace, layers, trace
+from tpp_jax.pruning.flops import count
+from tpp_jax.xla.blocks import hold_blocks
+from tpp_jax.xla.convolution import (
     compiler_options,
     conv_on_cpu,
     use_fast_convolutions,
 )
-from tpp_jax.pruning.flops import count
-from tpp_jax.pruning.layers import Layer
-from tpp_jax.pruning.tracing import Trace, layers, trace
 
 _LEAST_CALLS = 5
 _SECONDS = 1.0  # that all calls of one network together should take at least

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 from flax import nnx
 
+from tpp_jax.graph.nnx_layers import modules
 from tpp_jax.interop.convolutions import describe_convolution
 from tpp_jax.interop.places import LAYERS
 from tpp_jax.models.layers import BatchNorm
 from tpp_jax.models.vit import SelfAttention
-from tpp_jax.pruning.nnx_layers import modules
 
 Described = tuple[dict[str, Any], list[str]]  # a layer, and what it cannot say
 

@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.naming import named_leaves
+from tpp_jax.graph.nnx_layers import modules
 from tpp_jax.models.mlp import MLP
 from tpp_jax.models.vit import SelfAttention
-from tpp_jax.pruning.naming import named_leaves
-from tpp_jax.pruning.nnx_layers import modules
 
 Shape = tuple[int, ...]
 # The pixels of feature maps that are flattened, by the dense layer behind: its inputs

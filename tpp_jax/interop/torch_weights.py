@@ -14,15 +14,15 @@ import numpy as np
 from flax import nnx
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.bridge import follow_arrays
+from tpp_jax.graph.functions import set_evaluation
+from tpp_jax.graph.naming import layer_name, map_named, named_leaves
+from tpp_jax.graph.nnx_layers import modules
 from tpp_jax.interop.layers import describe_layers
 from tpp_jax.interop.names import shown
 from tpp_jax.interop.places import LAYERS, Flattened, Place, Shape, places
 from tpp_jax.interop.torch_files import read_torch, tensors_in
 from tpp_jax.interop.torch_tensors import Tensors
-from tpp_jax.pruning.bridge import follow_arrays
-from tpp_jax.pruning.functions import set_evaluation
-from tpp_jax.pruning.naming import layer_name, map_named, named_leaves
-from tpp_jax.pruning.nnx_layers import modules
 
 _OF_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
 _SHOWN = 5  # names of each kind that a message lists

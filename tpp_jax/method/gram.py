@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.arrays import is_explicit
+from tpp_jax.graph.arrays import is_explicit
 
 Target = Literal["decorrelate", "orthogonal"]
 """What the Gram matrix is driven to.

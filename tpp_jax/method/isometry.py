@@ -21,13 +21,13 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.naming import (
+from tpp_jax.graph.naming import (
     layer_name,
     longest_known_suffix,
     map_named,
     named_leaves,
 )
-from tpp_jax.pruning.nnx_layers import modules
+from tpp_jax.graph.nnx_layers import modules
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import parse_patterns
 

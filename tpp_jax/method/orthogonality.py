@@ -21,8 +21,8 @@ import optax
 from jaxtyping import Array, Float
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.naming import map_named
 from tpp_jax.method.isometry import Layers, kernels_of
-from tpp_jax.pruning.naming import map_named
 
 Norm = Literal["frobenius", "mean_square"]
 """How a residual R becomes one number: ``"frobenius"``: ‖R‖_F, whose gradient has the

@@ -13,10 +13,10 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.groups import Member
+from tpp_jax.graph.naming import map_named
 from tpp_jax.method.schedule import GrowingSchedule
 from tpp_jax.pruning.filters import Filters, find_filters, pruned_filters
-from tpp_jax.pruning.groups import Member
-from tpp_jax.pruning.naming import map_named
 from tpp_jax.pruning.plan import Plan
 
 _NO_PARAMS = "the transform needs the parameters: call update(updates, state, params)"

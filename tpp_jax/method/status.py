@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.naming import named_leaves
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.readiness import UNDONE, at, find_states, measure
 

@@ -20,15 +20,15 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import is_explicit
+from tpp_jax.graph.naming import map_named
 from tpp_jax.method.gram import (
     Target,
     gram_penalty_and_grad,
     kept_penalty_and_grad,
 )
 from tpp_jax.method.schedule import GrowingSchedule
-from tpp_jax.pruning.arrays import is_explicit
 from tpp_jax.pruning.filters import belongs_to_layer, find_filters, pruned_filters
-from tpp_jax.pruning.naming import map_named
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.readiness import UNDONE
 

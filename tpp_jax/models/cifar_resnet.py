@@ -17,7 +17,6 @@ from flax import nnx
 from jax import lax
 
 from tpp_jax.errors import TPPError
-from tpp_jax.models.blocks import Blocks
 from tpp_jax.models.layers import (
     BatchNorm,
     Images,
@@ -28,6 +27,7 @@ from tpp_jax.models.layers import (
     global_average_pool,
     relu,
 )
+from tpp_jax.xla.blocks import Blocks
 
 DEPTHS = (8, 20, 32, 44, 56, 110, 1202)
 

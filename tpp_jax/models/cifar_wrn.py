@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tpp_jax.errors import TPPError
-from tpp_jax.models.blocks import Blocks
 from tpp_jax.models.layers import (
     BatchNorm,
     Images,
@@ -27,6 +26,7 @@ from tpp_jax.models.layers import (
     global_average_pool,
     relu,
 )
+from tpp_jax.xla.blocks import Blocks
 
 _conv = functools.partial(conv, kernel_init=fan_out_init)
 

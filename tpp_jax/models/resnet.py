@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from tpp_jax.models.blocks import Blocks
 from tpp_jax.models.layers import (
     BatchNorm,
     Images,
@@ -26,6 +25,7 @@ from tpp_jax.models.layers import (
     global_average_pool,
     relu,
 )
+from tpp_jax.xla.blocks import Blocks
 
 
 class Architecture(NamedTuple):

@@ -15,9 +15,9 @@ from flax import linen, nnx
 from jax.extend import core as jex_core
 from jaxtyping import Array, Float
 
-from tpp_jax.pruning.functions import as_function
+from tpp_jax.graph.functions import as_function
+from tpp_jax.graph.unfolding import CALLS, check_length
 from tpp_jax.pruning.statistics import mean_of
-from tpp_jax.pruning.unfolding import CALLS, check_length
 
 Means = dict[str, Float[Array, "..."]]
 

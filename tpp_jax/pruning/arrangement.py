@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from tpp_jax.graph.records import Group, Groups
 from tpp_jax.pruning.masks import keep_masks
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.records import Group, Groups
 
 # A leaf, an axis of it, positions along the axis: how many for a channel, and which.
 Place = tuple[str, int, int, bytes]

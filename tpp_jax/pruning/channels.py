@@ -6,8 +6,8 @@ from typing import Any
 from flax import linen, nnx
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.groups import read_groups
-from tpp_jax.pruning.records import Groups
+from tpp_jax.graph.groups import read_groups
+from tpp_jax.graph.records import Groups
 from tpp_jax.pruning.search import try_groups
 from tpp_jax.pruning.source import Source
 

@@ -11,11 +11,11 @@ import numpy as np
 from flax import linen, nnx
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.functions import Function, as_function, is_array
+from tpp_jax.graph.groups import Group, Groups
+from tpp_jax.graph.naming import longest_known_suffix
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
-from tpp_jax.pruning.functions import Function, as_function, is_array
-from tpp_jax.pruning.groups import Group, Groups
-from tpp_jax.pruning.naming import longest_known_suffix
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
 

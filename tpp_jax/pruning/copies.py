@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.functions import is_array
-from tpp_jax.pruning.groups import Groups
-from tpp_jax.pruning.naming import longest_known_suffix
+from tpp_jax.graph.functions import is_array
+from tpp_jax.graph.groups import Groups
+from tpp_jax.graph.naming import longest_known_suffix
 
 Shape = tuple[int, ...]
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.groups import Group, Member
+from tpp_jax.graph.groups import Group, Member
 
 Filters = Float[np.ndarray, "n d"]
 Scores = Float[np.ndarray, " n"]

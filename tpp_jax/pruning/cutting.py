@@ -15,13 +15,13 @@ import numpy as np
 from flax import linen, nnx
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning import linen as linen_modules
-from tpp_jax.pruning.bridge import follow_inputs
-from tpp_jax.pruning.groups import read_groups
-from tpp_jax.pruning.naming import longest_known_suffix, named_leaves
+from tpp_jax.graph import linen as linen_modules
+from tpp_jax.graph.bridge import follow_inputs
+from tpp_jax.graph.groups import read_groups
+from tpp_jax.graph.naming import longest_known_suffix, named_leaves
+from tpp_jax.graph.records import Group, Groups
 from tpp_jax.pruning.plan import Plan, expect_plan
 from tpp_jax.pruning.readiness import check_ready, measure
-from tpp_jax.pruning.records import Group, Groups
 from tpp_jax.pruning.slicing import slice_tree
 from tpp_jax.pruning.source import Source, adapt
 from tpp_jax.pruning.trial import blamed

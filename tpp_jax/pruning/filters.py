@@ -14,14 +14,14 @@ import optax
 from jaxtyping import Array, Bool
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.groups import Member
-from tpp_jax.pruning.masks import cut_shapes, keep_masks
-from tpp_jax.pruning.naming import (
+from tpp_jax.graph.groups import Member
+from tpp_jax.graph.naming import (
     layer_name,
     leaf_name,
     longest_known_suffix,
     some,
 )
+from tpp_jax.pruning.masks import cut_shapes, keep_masks
 from tpp_jax.pruning.plan import Plan, expect_plan
 
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import linen, nnx
 
-from tpp_jax.pruning.labels import Channels
-from tpp_jax.pruning.layers import Layer, kernel_axes
-from tpp_jax.pruning.records import Groups
-from tpp_jax.pruning.rules import RULES
-from tpp_jax.pruning.tracing import Trace, layer_names, layers, source_line, trace
+from tpp_jax.graph.labels import Channels
+from tpp_jax.graph.layers import Layer, kernel_axes
+from tpp_jax.graph.records import Groups
+from tpp_jax.graph.rules import RULES
+from tpp_jax.graph.tracing import Trace, layer_names, layers, source_line, trace
 
 # Operations that are understood, but whose work is neither small nor counted.
 _HEAVY = frozenset(
@@ -208,7 +208,7 @@ def _in_dearest_branches(
 
     Args:
       costs: of each use of a layer.
-      branches: see :attr:`tpp_jax.pruning.unfolding.Equation.branches`.
+      branches: see :attr:`tpp_jax.graph.unfolding.Equation.branches`.
     """
 
     def dearest(uses: list[int], depth: int) -> tuple[int, list[int]]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from tpp_jax.pruning.groups import Group, Member
+from tpp_jax.graph.groups import Group, Member
 from tpp_jax.pruning.plan import Plan
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from tpp_jax.errors import TPPError, TPPTypeError
-from tpp_jax.pruning.records import Group, Groups
+from tpp_jax.graph.records import Group, Groups
 
 
 @jax.tree_util.register_dataclass

@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 
 from tpp_jax.errors import TPPError, TPPTypeError
+from tpp_jax.graph.naming import longest_known_suffix, named_leaves
+from tpp_jax.graph.records import Group, Groups
 from tpp_jax.pruning.criteria import (
     REDUCTIONS,
     STATISTICS,
@@ -19,9 +21,7 @@ from tpp_jax.pruning.criteria import (
     group_scores,
 )
 from tpp_jax.pruning.cutting import check_plan
-from tpp_jax.pruning.naming import longest_known_suffix, named_leaves
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.records import Group, Groups
 from tpp_jax.pruning.targets import Limits, kept_by_ratios, kept_for_target, pools_of
 
 Ratios = Mapping[str, float] | str | float

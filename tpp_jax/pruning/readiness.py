@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.pruning.filters import Filters, find_filters, pruned_filters
-from tpp_jax.pruning.naming import named_leaves
 from tpp_jax.pruning.plan import Plan
 
 UNDONE = (

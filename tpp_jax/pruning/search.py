@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 
 import numpy as np
 
-from tpp_jax.pruning.comparing import Difference
-from tpp_jax.pruning.fields import Field, FieldSize, Parts
-from tpp_jax.pruning.records import Group, Groups, Slot, Supposition
+from tpp_jax.graph.comparing import Difference
+from tpp_jax.graph.fields import Field, FieldSize, Parts
+from tpp_jax.graph.records import Group, Groups, Slot, Supposition
+from tpp_jax.graph.tracing import source_line
 from tpp_jax.pruning.source import Source
-from tpp_jax.pruning.tracing import source_line
 from tpp_jax.pruning.trial import HAIKU, Trial
 
 # Attempts to join two kinds of groups that the model refuses one by one.

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.arrays import cut, put_back
+from tpp_jax.graph.arrays import cut, put_back
+from tpp_jax.graph.fields import follow_fields
+from tpp_jax.graph.functions import is_array
+from tpp_jax.graph.naming import leaf_name, map_named, named_leaves, some
 from tpp_jax.pruning.copies import Copies, Copy, with_new_products
-from tpp_jax.pruning.fields import follow_fields
-from tpp_jax.pruning.functions import is_array
 from tpp_jax.pruning.masks import cut_shapes, keep_masks
-from tpp_jax.pruning.naming import leaf_name, map_named, named_leaves, some
 from tpp_jax.pruning.plan import Plan, expect_plan
 from tpp_jax.pruning.readiness import warn_if_early
 

@@ -13,25 +13,25 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding
 
-from tpp_jax.pruning.arrays import fitting
-from tpp_jax.pruning.bridge import follow_arrays
-from tpp_jax.pruning.fields import (
+from tpp_jax.graph.arrays import fitting
+from tpp_jax.graph.bridge import follow_arrays
+from tpp_jax.graph.fields import (
     Field,
     fields_of_tree,
     own_fields,
     set_fields_of_tree,
     with_values,
 )
-from tpp_jax.pruning.functions import (
+from tpp_jax.graph.functions import (
     Function,
     apart,
     as_function,
     is_array,
     merged_call,
 )
-from tpp_jax.pruning.linen import linen_apply, linen_fields
-from tpp_jax.pruning.nnx_layers import modules
-from tpp_jax.pruning.tracing import Trace, trace_function
+from tpp_jax.graph.linen import linen_apply, linen_fields
+from tpp_jax.graph.nnx_layers import modules
+from tpp_jax.graph.tracing import Trace, trace_function
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

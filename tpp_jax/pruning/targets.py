@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.groups import Group, Groups
 from tpp_jax.pruning.flops import Costs, uncounted_work
-from tpp_jax.pruning.groups import Group, Groups
 
 SCOPES = ("local", "global", "isomorphic")
 

@@ -11,19 +11,19 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tpp_jax.pruning.arrangement import arrangement
-from tpp_jax.pruning.comparing import (
+from tpp_jax.graph.comparing import (
     Difference,
     Stays,
     difference,
     lines_of,
     other_number,
 )
-from tpp_jax.pruning.groups import read_groups
+from tpp_jax.graph.groups import read_groups
+from tpp_jax.graph.records import Groups
+from tpp_jax.graph.tracing import Trace, lines_of_error, raised_in
+from tpp_jax.pruning.arrangement import arrangement
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.records import Groups
 from tpp_jax.pruning.source import Source
-from tpp_jax.pruning.tracing import Trace, lines_of_error, raised_in
 
 HAIKU = (
     "Haiku, whose modules compare their parameters with the widths that they were given"

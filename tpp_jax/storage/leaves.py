@@ -16,7 +16,7 @@ import numpy as np
 from flax.core import FrozenDict
 
 from tpp_jax.errors import TPPError
-from tpp_jax.pruning.naming import leaf_name
+from tpp_jax.graph.naming import leaf_name
 
 Note = dict[str, Any]
 

@@ -125,7 +125,7 @@ def optimizer(
       TPPError: an unknown optimizer.
 
     Example:
-      >>> from tpp_jax.training.config import default_config
+      >>> from tpp_jax.experiment.config import default_config
       >>> fields = default_config().pretrain
       >>> fields.optimizer, fields.decay_norms = "lamb", False
       >>> tx = optimizer(fields, rate=0.001)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpp_jax.errors import TPPError
-from tpp_jax.models.convolution import compiler_options
+from tpp_jax.xla.convolution import compiler_options
 
 AXIS = "batch"
 

@@ -10,10 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tpp_jax.data import mix, normalize
+from tpp_jax.graph.naming import layer_name, map_named, named_leaves
 from tpp_jax.models import BatchNorm
-from tpp_jax.models.blocks import hold_blocks, roll_blocks
-from tpp_jax.models.convolution import use_fast_convolutions
-from tpp_jax.pruning.naming import layer_name, map_named, named_leaves
+from tpp_jax.xla.blocks import hold_blocks, roll_blocks
+from tpp_jax.xla.convolution import use_fast_convolutions
 
 
 class TrainState(NamedTuple):

@@ -1,0 +1,101 @@
+"""--mode=profile: which networks are timed, and what is told of them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import tpp_jax as tpp
+from configs import digits_resnet8_tpp
+from tests.end_to_end.runs import launch
+from tests.experiment.test_errors import small_config
+from tpp_jax.analysis import latency
+from tpp_jax.commands.profile import BATCH_SIZES, profile
+from tpp_jax.errors import TPPError
+from tpp_jax.experiment.run import train
+
+NETWORKS = [f"batch {size}" for size in BATCH_SIZES]
+
+
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch):
+    """Times mean nothing here, so none is taken for long."""
+    monkeypatch.setattr(latency, "_SECONDS", 0.0)
+
+
+def assert_ratios_follow(pairs):
+    """The ratios are those of the times and FLOPs that stand beside them."""
+    for pair in pairs.values():
+        assert pair["dense_seconds"] > 0 and pair["pruned_seconds"] > 0
+        faster = pair["dense_seconds"] / pair["pruned_seconds"]
+        fewer = pair["dense_flops"] / pair["pruned_flops"]
+        assert pair["speedup"] == pytest.approx(faster)
+        assert pair["flops_speedup"] == pytest.approx(fewer)
+        assert pair["realised"] == pytest.approx(faster / fewer)
+
+
+def test_before_any_run_it_times_the_cut_that_the_config_asks_for(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    found = profile(digits_resnet8_tpp.get_config())
+    assert list(tmp_path.iterdir()) == []
+    assert (found["model"], found["dtype"]) == ("cifar_resnet8", "float32")
+    assert list(found["networks"]) == NETWORKS
+    for pair in found["networks"].values():  # what the demo's summary says
+        assert pair["dense_flops"] == pytest.approx(1.49e6, rel=0.005)
+        assert pair["pruned_flops"] == pytest.approx(0.757e6, rel=0.005)
+    convs = [f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)]
+    assert list(found["layers"]) == ["conv1", *convs, "linear"]
+    for name, pair in found["layers"].items():
+        halved = 2 if name in convs else 1
+        assert pair["dense_flops"] == halved * pair["pruned_flops"], name
+    assert_ratios_follow(found["networks"] | found["layers"])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].startswith("cifar_resnet8, images 8×8×1, float32, on ")
+    assert [row.split()[1] for row in rows if "2.00×" in row] == convs
+
+
+def test_of_a_finished_run_its_own_networks_are_timed(tmp_path):
+    shortest = {"prune.method": "oneshot", "pretrain.epochs": 1, "num_devices": 1}
+    train(small_config(**shortest), tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    before = {file.name for file in tmp_path.iterdir()}
+    done = launch("--mode=profile", f"--workdir={tmp_path}")  # config: another network
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in tmp_path.iterdir()} == before | {"profile.json"}
+    found = json.loads((tmp_path / "profile.json").read_text())
+    assert found["model"] == "mlp7_linear"
+    assert list(found["networks"]) == NETWORKS
+    for pair in found["networks"].values():
+        assert pair["dense_flops"] == summary["dense"]["flops"]
+        assert pair["pruned_flops"] == summary["pruned"]["flops"]
+    assert_ratios_follow(found["networks"] | found["layers"])
+    shares = [pair["flops_speedup"] for pair in found["layers"].values()]
+    assert shares == [2, 4, 4, 4, 4, 4, 2]
+    assert "net.2 and 4 alike" in done.stdout
+
+
+def test_a_network_that_was_never_trained_dense_is_timed_beside_its_whole(tmp_path):
+    dense = tpp.models.create("mlp7_linear", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    images = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+    plan = tpp.make_plan(tpp.channel_groups(dense, images), dense, {"net.0": 0.5})
+    config = small_config(**{"prune.method": "scratch"}).to_dict()
+    pruned = tpp.prune(dense, plan)
+    tpp.save_model(tmp_path / "model", pruned, plan, config=config)
+    found = profile(small_config(), tmp_path)
+    for pair in found["networks"].values():
+        assert pair["dense_flops"] == tpp.count(dense, images).flops
+        assert pair["pruned_flops"] == tpp.count(pruned, images).flops
+
+
+def test_mistakes_are_told_and_leave_no_file(tmp_path):
+    with pytest.raises(TPPError, match=r"'\*xyz\*' matches no layer"):
+        profile(small_config(**{"prune.ratios": "*xyz*:0.5"}), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "model").mkdir()
+    with pytest.raises(TPPError, match="cannot be read"):
+        profile(small_config(), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]

@@ -1,0 +1,110 @@
+"""Text is shown as it is, on every terminal and in every pipe."""
+
+import contextlib
+import io
+import subprocess
+import sys
+
+import pytest
+import rich.table
+
+from tests.end_to_end.runs import ROOT
+from tpp_jax.experiment.records.progress import Progress, duration
+from tpp_jax.experiment.records.terminal import Terminal, printable, say
+
+NAMES = ["runs/[old]x", "runs/[/b]", "[red]", "[link=x]y", ":smile:", "a[0]", "10%"]
+
+
+def printed(print_, encoding="utf-8"):
+    """What a function prints to a stream that refuses what its encoding lacks."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding, errors="strict")
+    with contextlib.redirect_stdout(stream):
+        print_()
+    stream.flush()
+    return raw.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_not_taken_for_markup(tmp_path, name):
+    assert printed(lambda: say(f"in {name}.")) == f"in {name}.\n"
+    with Progress(tmp_path / "tb") as progress:
+        assert printed(lambda: progress.say(f"in {name}.")) == f"in {name}.\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_a_table_are_not_taken_for_markup(name):
+    table = rich.table.Table(title=name)
+    table.add_column(name)
+    table.add_row(name)
+    shown = printed(lambda: Terminal(width=60).print(table))
+    assert shown.count(name) == 3
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])
+def test_every_stream_can_show_every_text(encoding):
+    text = "16 → 8, 3×3, 0.1 ± 0.2, 語 \udcff…"
+    shown = printed(lambda: say(text), encoding)
+    assert "16 " in shown and " 8, 3" in shown
+    assert ("語" in shown) == (encoding == "utf-8")
+
+
+def test_columns_stay_in_line_where_characters_are_replaced():
+    for character in "×→…–±·∞Σλᵀ":
+        assert len(printable(character, "ascii")) == 1
+    assert printable("größer", "latin-1") == "größer"
+
+
+def test_a_stream_of_no_encoding_is_one_of_unicode():
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        say("16 → 8")
+    assert out.getvalue() == "16 → 8\n"
+
+
+def test_a_reader_that_leaves_does_not_end_what_writes():
+    code = (
+        "from tpp_jax.experiment.records.terminal import say\n"
+        "import sys, time\n"
+        "for i in range(20000): say(f'line {i}')\n"
+        "sys.stderr.write('reached')\n"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "{code}" | head -1; exit ${{PIPESTATUS}}'],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "line 0\n", "reached")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "00:00:00"),
+        (59.6, "00:01:00"),
+        (86_399, "23:59:59"),
+        (86_400, "1 d 00:00:00"),
+        (999_900, "11 d 13:45:00"),
+        (400 * 86_400, "400 d 00:00:00"),
+    ],
+)
+def test_a_time_shows_its_days(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_line_shows_the_days_that_are_left(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def go():
+        with Progress(tmp_path / "tb") as progress:
+            progress.phase("finetune", 1_000_000, 0)
+            clock[0] += 2000.0
+            progress.step(20, {})
+            progress.line(20, {"loss": 1.0})
+
+    shown = printed(go)
+    # 999,980 steps of 100 s each.
+    assert "left 1157 d 09:13:20" in shown
+    assert " 0.01 step/s" in shown

@@ -1,0 +1,201 @@
+"""A run that something happens to: it loses nothing, and says what is the matter."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.end_to_end.runs import ROOT, assert_same_end, history_of
+from tests.experiment.records.test_checkpoints import cut_short
+from tests.experiment.test_errors import small_config
+from tpp_jax.errors import TPPError
+from tpp_jax.experiment import run
+from tpp_jax.experiment.records import stopping
+from tpp_jax.experiment.records.stopping import Signals, locked
+from tpp_jax.training import feeds
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    run.train(small_config(), workdir)
+    return workdir
+
+
+def stop_at(monkeypatch, step):
+    """Sends this process a SIGTERM in the given step of the run."""
+    original, seen = feeds.Resident.train_data, []
+
+    def train_data(self, *args):
+        seen.append(None)
+        if len(seen) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(feeds.Resident, "train_data", train_data)
+
+
+@pytest.mark.parametrize("step", [7, 44, 48, 71, 80])
+def test_a_run_that_is_asked_to_end_saves_where_it_is(
+    tmp_path, monkeypatch, undisturbed, step
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(SystemExit) as stopped:
+            run.train(small_config(), tmp_path)
+    assert stopped.value.code == 143
+    saved = [d.name for d in (tmp_path / "checkpoints").iterdir() if d.name.isdigit()]
+    assert max(map(int, saved)) == step  # not only at the last multiple of ten
+    run.train(small_config(), tmp_path)
+    assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_a_run_of_eight_devices_goes_on_with_fewer(
+    tmp_path, monkeypatch, undisturbed, num_devices
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 48)
+        with pytest.raises(SystemExit):
+            run.train(small_config(), tmp_path)
+    run.train(small_config(num_devices=num_devices), tmp_path)
+    ours, theirs = history_of(tmp_path), history_of(undisturbed)
+    for row, other in zip(ours, theirs, strict=True):
+        assert row.keys() == other.keys()
+        if "loss" in row:  # the same batches: only the rounding is another
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["config"]["num_devices"] == num_devices
+
+
+def test_a_second_signal_is_not_waited_for():
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.asked == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    tmp_path, monkeypatch, undisturbed, capsys
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 48)
+        with pytest.raises(SystemExit):
+            run.train(small_config(), tmp_path)
+    steps = [d for d in (tmp_path / "checkpoints").iterdir() if d.name.isdigit()]
+    cut_short(max(steps, key=lambda folder: int(folder.name)))
+    run.train(small_config(), tmp_path)
+    assert "is damaged" in capsys.readouterr().out
+    assert_same_end(tmp_path, undisturbed)
+
+
+def test_two_runs_cannot_be_at_work_in_one_folder(tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(TPPError, match=f"another run .*process {os.getpid()} on"):
+            run.train(small_config(), tmp_path)
+    with locked(tmp_path):  # it is free again
+        pass
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EIO]
+)
+def test_a_file_system_without_locks_is_said_once_and_used(
+    tmp_path, monkeypatch, capsys, number
+):
+    def refused(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setattr(stopping, "_said", set())
+    for _ in range(3):  # as the cells of a sweep
+        with locked(tmp_path):
+            pass
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"no locks ({os.strerror(number)})" in said
+    assert str(tmp_path) in said
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
+def test_a_lock_that_is_held_is_not_taken_for_none(tmp_path, monkeypatch, number):
+    def held(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", held)
+    with pytest.raises(TPPError, match="another run is at work"):
+        with locked(tmp_path):
+            pass
+
+
+def test_what_is_raised_in_a_folder_without_locks_is_handed_on(tmp_path, monkeypatch):
+    def refused(file, operation):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(PermissionError, match="mine"):
+        with locked(tmp_path):
+            raise PermissionError("mine")
+
+
+def test_rounds_that_remove_nothing_are_said_and_trained(tmp_path, capsys):
+    fields = {
+        "prune.method": "iterative",
+        "prune.rounds": 4,
+        "prune.ratios": "net.0:0.02",  # 2 of 100 channels in 4 rounds
+        "pretrain.epochs": 1,
+        "finetune.epochs": 1,
+    }
+    summary = run.train(small_config(**fields), tmp_path)
+    assert summary["layers"]["net.0"] == {"kept": 98, "total": 100}
+    steps = {phase["name"]: phase["steps"] for phase in summary["phases"]}
+    names = ["finetune", "finetune_2", "finetune_3", "finetune_4"]
+    assert [steps[name] for name in names] == [22 // 4] * 4
+    said = capsys.readouterr().out
+    assert said.count("removes nothing") == 2
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_report_layer_that_the_first_round_leaves_whole_is_no_mistake(tmp_path):
+    fields = {
+        "prune.method": "iterative",
+        "prune.rounds": 2,
+        "prune.ratios": "net.0:0.5,net.2:0.005",  # one channel, in the second round
+        "report_layer": "net.2",
+        "pretrain.epochs": 1,
+        "finetune.epochs": 1,
+    }
+    summary = run.train(small_config(**fields), tmp_path)
+    assert summary["layers"]["net.2"] == {"kept": 99, "total": 100}
+
+
+def test_a_full_disk_is_told_and_the_last_checkpoint_survives(tmp_path):
+    """The disk is made to seem full by a limit on the size of a file."""
+    code = f"""
+import resource, sys
+from tests.experiment.test_errors import small_config
+from tpp_jax.experiment import run
+original = run.Run._save
+def save(self, state):
+    original(self, state)
+    self.checkpoints._manager.wait_until_finished()
+    if self.meta["phase"] == "finetune":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+run.Run._save = save
+try:
+    run.train(small_config(checkpoint_every=5), {str(tmp_path)!r})
+except run.TPPError as error:
+    sys.exit(f"error: {{error}}")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True
+    )
+    assert done.returncode == 1
+    assert "error: " in done.stderr and "make room on the disk" in done.stderr
+    summary = run.train(small_config(checkpoint_every=5), tmp_path)
+    assert summary["status"] == "done"

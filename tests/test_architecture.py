@@ -1,0 +1,45 @@
+"""Imports point one way: the packages stand in an order."""
+
+import ast
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "tpp_jax"
+# Each may import those before it; docs/architecture.md says what they are for.
+ORDER = """errors xla graph pruning models data method interop analysis storage saving
+reports training experiment commands __main__""".split()
+
+
+def imports() -> dict[str, set[str]]:
+    """Returns the modules of the package that each of its modules imports."""
+    modules = {}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        modules[name] = ast.parse(file.read_text(encoding="utf-8"))
+    found = {}
+    for name, tree in modules.items():
+        found[name] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{name} has a relative import"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found[name] |= {x if x in modules else node.module for x in names}
+            elif isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names}
+        found[name] &= modules.keys()
+    return found
+
+
+def test_imports_point_one_way():
+    def place(module: str) -> int:
+        return ORDER.index(module.split(".")[1])
+
+    below = {name: used for name, used in imports().items() if name != "tpp_jax"}
+    assert len(below) > 100
+    up = [
+        f"{name} imports {other}"
+        for name, used in below.items()
+        for other in used
+        if place(other) > place(name)
+    ]
+    assert not up

@@ -1,0 +1,52 @@
+"""What goes wrong while a config is read, in one line for the person who wrote it."""
+
+import pathlib
+import re
+import traceback
+
+from tpp_jax.experiment.config import near_fields
+
+_PACKAGE = str(pathlib.Path(__file__).parents[1])
+
+
+def explain(error: Exception) -> str | None:
+    """Returns what an error of reading a config and its flags says to a person.
+
+    Args:
+      error: raised by the config's own code, by ml_collections or by absl.
+
+    Returns:
+      One line; None if this package raised it and did not mean it for a person.
+    """
+    text = " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
+    trace = str(error)  # ml_collections hands some errors on as the text of a trace
+    if "Traceback (most recent call last)" not in trace:
+        trace = "".join(traceback.format_exception(error))
+    what, calls = _parts(trace)
+    if what.startswith("tpp_jax.errors.TPPError: "):
+        return what.partition(": ")[2]
+    raised_in, _ = calls[-1]
+    if raised_in.startswith(_PACKAGE):
+        return None
+    of_field = isinstance(error, AttributeError | KeyError)
+    if isinstance(error, OSError | SyntaxError):
+        what = text[max(text.find("[Errno"), 0) :]
+    elif of_field and "ml_collections" in raised_in:
+        if "has no attribute 'get_config'" not in text:
+            name = text.rpartition("Attempting to lookup: ")[2]
+            name = name.strip("\"'").partition("'")[0]
+            return f"the config has no field '{name}'{near_fields(name)}"
+        what = "it has no function get_config"
+    else:
+        own = [call for call in calls if not re.search("/site-packages/|<", call[0])]
+        own = [call for call in own if not call[0].endswith("launch.py")]
+        what += f" ({', line '.join(own[-1])})" if own else ""
+    return f"the config cannot be read: {what}"
+
+
+def _parts(trace: str) -> tuple[str, list[tuple[str, str]]]:
+    """Takes a trace apart: what was raised, and file and line of each call to it."""
+    calls = re.findall('File "(.+)", line ([0-9]+)', trace)
+    lines = trace.strip().splitlines()
+    last = max((i for i, line in enumerate(lines) if line.startswith("  ")), default=-1)
+    return " ".join(lines[last + 1 :]), calls or [("", "")]

@@ -1,0 +1,134 @@
+"""What a config would prune, shown without training: --mode=inspect."""
+
+import os
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from tpp_jax import data
+from tpp_jax.analysis.groups_svg import draw_groups
+from tpp_jax.analysis.groups_text import describe_groups, group_report
+from tpp_jax.data import sources
+from tpp_jax.errors import TPPError
+from tpp_jax.experiment.config import check_fields, check_values
+from tpp_jax.experiment.records.folders import config_of
+from tpp_jax.experiment.records.terminal import Terminal, say
+from tpp_jax.experiment.setup import initial_model, plan_for, random_model
+from tpp_jax.graph.groups import Groups
+from tpp_jax.pruning.channels import channel_groups
+from tpp_jax.pruning.cutting import prune
+from tpp_jax.pruning.flops import count
+from tpp_jax.saving import load_model
+from tpp_jax.training.feeds import open_data
+
+_WIDTHS = 80, 120  # of the table on a terminal: the least and the most
+
+
+def inspect(
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path | None = None,
+    *,
+    given: bool = True,
+) -> None:
+    """Prints the groups of a config's model and what its ratios would leave.
+
+    Nothing is trained, and the data set need not be prepared.
+
+    Args:
+      config: as for training.
+      workdir: folder that ``groups.svg`` is drawn into, made if missing. If it is that
+        of a run, the run's own config is used.
+      given: whether somebody asked for ``config``: then it is said if another is used.
+
+    Raises:
+      TPPError: whatever is wrong with the config.
+    """
+    try:
+        _inspect(config_of(workdir, config, given), workdir)
+        sys.stdout.flush()
+    except BrokenPipeError:  # piped into a reader that has seen enough, as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _inspect(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path | None
+) -> None:
+    check_fields(config)
+    check_values(config)
+    model = abstract_model(config)
+    example = jax.ShapeDtypeStruct((1, *model.spec.image_shape), jnp.float32)
+    groups = channel_groups(model, example)
+    plan = plan_for(config, groups, _weights(config, model, groups))
+    before, after = count(model, example), count(prune(model, plan), example)
+    if workdir is not None:
+        picture = pathlib.Path(workdir) / "groups.svg"
+        try:
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            draw_groups(groups, picture, plan)
+        except OSError as error:
+            raise TPPError(f"the picture cannot be written: {error}") from error
+
+    name, classes = model.spec.name, model.spec.num_classes
+    say(f"{name}, images {'×'.join(map(str, example.shape[1:]))}, {classes} classes")
+    console = Terminal()
+    if console.is_terminal:
+        console.width = min(max(console.width, _WIDTHS[0]), _WIDTHS[1])
+        console.print(group_report(groups, plan, console.width))
+    else:
+        say(describe_groups(groups, plan))
+    prune_fields = {key: config.prune[key] for key in ("ratios", "flops", "params")}
+    asked = [f"config.prune.{key}={v!r}" for key, v in prune_fields.items() if v]
+    say(
+        f"\nwith {', '.join(asked) or 'no ratio and no target'}:\n"
+        f"params {before.params:,} → {after.params:,} "
+        f"({1 - after.params / before.params:.1%} gone), "
+        f"FLOPs {before.flops:,} → {after.flops:,} "
+        f"({before.flops / after.flops:.2f}× fewer)"
+    )
+    if config.prune.scope != "local" and not (config.init.model or config.init.torch):
+        say("(ranked by untrained weights: trained ones share the cuts otherwise)")
+    if workdir is not None:
+        say(f"drawn in {picture}")
+
+
+def abstract_model(config: ml_collections.ConfigDict) -> nnx.Module:
+    """Returns the model of a config; without arrays if its weights decide nothing."""
+    if config.init.model:  # as it is, whatever the rest of the config says
+        return load_model(config.init.model)
+    shapes = _shapes(config.data)
+    if config.init.torch and config.prune.scope != "local":
+        return initial_model(config, *shapes)
+    return nnx.eval_shape(lambda: random_model(config, *shapes))
+
+
+def _weights(
+    config: ml_collections.ConfigDict, model: nnx.Module, groups: Groups
+) -> Any:
+    """Weights to plan with: how many channels of a group go is all that is shown."""
+    if config.prune.scope == "local":  # then the shares tell; drawing weights is slow
+        return {leaf: np.ones(shape) for leaf, shape in groups.shapes.items()}
+    if config.init.model or config.init.torch:
+        return model
+    return random_model(config, model.spec.num_classes, model.spec.image_shape)
+
+
+def _shapes(settings: ml_collections.ConfigDict) -> tuple[int, tuple[int, int, int]]:
+    """Number of classes and shape of an image, without reading the images."""
+    if settings.name in data.STREAMED:
+        size = settings.image_size
+        if settings.name == "imagenet2012":
+            return 1000, (size, size, 3)
+        return open_data(settings).num_classes, (size, size, 3)
+    if settings.name == "digits" or settings.name not in sources.NAMES:
+        dataset = open_data(settings)  # or the error
+        return dataset.num_classes, dataset.image_shape
+    features = sources.open_builder(settings.name, settings.dir or None).info.features
+    height, width, channels = features["image"].shape
+    size = sources.padded_size(settings.name, height, width, settings.pad_to)
+    return features["label"].num_classes, (*size, channels)

@@ -1,0 +1,202 @@
+"""What is measured of a network on its way, beside loss and accuracy.
+
+Jacobian singular values, the Gram matrix of a layer, the norm of what is to be pruned,
+and how well the pruned network trains at first.
+"""
+
+import math
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tpp_jax import data
+from tpp_jax.analysis.jacobian import jacobian_singular_values, summarize
+from tpp_jax.errors import TPPError
+from tpp_jax.experiment.phases import Phase
+from tpp_jax.experiment.records.history import is_number
+from tpp_jax.graph.groups import Member
+from tpp_jax.graph.naming import layer_name, named_leaves
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.slicing import keep_masks
+
+_BINS = 50
+
+
+class JacobianMeter:
+    """Jacobian singular values on the same test images at every measurement."""
+
+    def __init__(self, dataset: data.Dataset | data.Stream, number: int) -> None:
+        """Args:
+        dataset: whose first test images are used.
+        number: of images; at most all.
+        """
+        if isinstance(dataset, data.Dataset):
+            pixels = dataset.test_images[:number]
+        else:
+            number = min(number, dataset.num_test)
+            batches = dataset.test_batches(number)
+            pixels = next(batches)[0]
+            batches.close()
+        self._images = data.normalize(jnp.asarray(pixels), dataset.mean, dataset.std)
+
+    def __call__(self, model: nnx.Module) -> dict[str, Any]:
+        """Measures a network, in evaluation mode and single precision.
+
+        Returns:
+          ``mean``, ``std``, ``min`` and ``max`` of the singular values; ``condition``,
+          the mean over images of the largest by the smallest, None if it is infinite;
+          ``edges`` and ``counts`` of a histogram of 50 bins.
+        """
+        # On the host, lest a copy on several devices meet images on one.
+        graphdef, state = nnx.split(model)
+        model = nnx.merge(graphdef, jax.device_get(state))
+        values = np.asarray(jacobian_singular_values(model, self._images), np.float64)
+        found = summarize(values)
+        condition = float(found.condition_numbers.mean())
+        counts, edges = np.histogram(values, _BINS)
+        return {
+            "mean": found.mean,
+            "std": found.std,
+            "min": found.min,
+            "max": found.max,
+            "condition": condition if math.isfinite(condition) else None,
+            "edges": edges.tolist(),
+            "counts": counts.tolist(),
+        }
+
+
+def jacobian_scalars(jacobian: Mapping[str, Any]) -> dict[str, float]:
+    """Returns what of a measurement is logged, as ``jsv_mean``…; all are finite."""
+    names = "mean", "std", "min", "max", "condition"
+    return {f"jsv_{n}": jacobian[n] for n in names if jacobian[n] is not None}
+
+
+@jax.jit
+def pruned_norm(plan: Plan, params: Any) -> Float[Array, ""]:
+    """Returns the L2 norm of all filters that a plan prunes."""
+    leaves, total = named_leaves(params), jnp.zeros(())
+    for leaf, members in plan.groups.members.items():
+        masks = keep_masks(plan, leaf)
+        for axis in {m.axis for _, m in members if m.role == "produced"} & masks.keys():
+            filters = jnp.moveaxis(leaves[leaf], axis, -1)
+            squares = jnp.square(filters).sum(range(filters.ndim - 1))
+            total += jnp.sum(squares, where=~jnp.asarray(masks[axis][0]))
+    return jnp.sqrt(total)
+
+
+def report_layer(config: ml_collections.ConfigDict, plan: Plan) -> Member:
+    """Returns the filters of the layer whose Gram matrix is kept.
+
+    Raises:
+      TPPError: the config names a layer that no filter is pruned of.
+    """
+    if member := find_report_layer(config, plan):
+        return member
+    names = dict.fromkeys(layer_name(member.leaf) for member in _pruned_filters(plan))
+    raise TPPError(
+        f"config.report_layer is {config.report_layer!r}, but filters are pruned of "
+        f"{', '.join(names)}: choose one of those"
+    )
+
+
+def find_report_layer(config: ml_collections.ConfigDict, plan: Plan) -> Member | None:
+    """Returns what :func:`report_layer` does; None if the plan prunes none of it."""
+    for member in _pruned_filters(plan):
+        if config.report_layer in ("", layer_name(member.leaf)):
+            return member
+    return None
+
+
+def _pruned_filters(plan: Plan) -> list[Member]:
+    members = [member for group in plan.pruned_groups for member in group.members]
+    return [member for member in members if member.role == "produced"]
+
+
+def save_gram(
+    file: pathlib.Path, moment: str, model: nnx.Module, member: Member, plan: Plan
+) -> None:
+    """Adds a layer's Gram matrix W Wᵀ to an ``.npz`` file.
+
+    All of a file are divided by the mean diagonal of its first, so that its filters
+    have length 1 on average.
+
+    Args:
+      file: made if missing; holds for each moment float32 [n, n], ``layer``,
+        ``pruned`` (bool [n], of the unpruned layer) and ``scale``, the divisor.
+      moment: name of the matrix; one of that name is replaced.
+      model: with its weights, pruned or not.
+      member: the filters.
+      plan: which of them are pruned.
+    """
+    content = read_grams(file)
+    kernel = np.asarray(named_leaves(nnx.state(model))[member.leaf], np.float64)
+    filters = np.moveaxis(kernel, member.axis, 0).reshape(kernel.shape[member.axis], -1)
+    gram = filters @ filters.T
+    if moment == "chosen" or "scale" not in content:
+        content["scale"] = np.float64(np.diag(gram).mean() or 1)
+    masks = keep_masks(plan, member.leaf)
+    content |= {
+        moment: (gram / content["scale"]).astype(np.float32),
+        "layer": np.asarray(layer_name(member.leaf)),
+        "pruned": ~np.asarray(masks[member.axis][0]),
+    }
+    partial = file.with_suffix(".partial.npz")
+    np.savez(partial, **content)
+    os.replace(partial, file)
+
+
+def read_grams(file: pathlib.Path) -> dict[str, Any]:
+    """Reads what :func:`save_gram` wrote; empty if there is none, or no whole one."""
+    try:
+        with np.load(file) as saved:
+            return dict(saved)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return {}
+
+
+def trainability_accuracy(
+    history: Iterable[Mapping[str, Any]],
+    name: str,
+    start: int,
+    phase: Phase,
+    kind: str,
+) -> float | None:
+    """Returns the mean test accuracy while fine-tuning at its first learning rate.
+
+    Args:
+      history: rows with ``phase``, ``step`` and ``test_accuracy``.
+      name: of the phase in them.
+      start: the step of the run at which the phase starts.
+      phase: of fine-tuning.
+      kind: of its learning rate's schedule; one that falls steadily has no stages.
+
+    Returns:
+      Percent, or None if nothing was measured in that stage.
+
+    References:
+      Wang et al., Dynamical Isometry: The Missing Ingredient for Neural Network
+      Pruning, 2021.
+    """
+    if kind != "step":
+        return None
+    steps = np.arange(phase.steps)
+    rates = np.broadcast_to(np.asarray(phase.learning_rate(steps)), steps.shape)
+    falls = np.flatnonzero(np.diff(rates) < 0)
+    end = int(falls[0]) + 1 if falls.size else phase.steps
+    found = [
+        row["test_accuracy"]
+        for row in history
+        if row.get("phase") == name
+        and is_number(row.get("test_accuracy"))
+        and row["step"] <= start + end
+    ]
+    return float(np.mean(found)) if found else None

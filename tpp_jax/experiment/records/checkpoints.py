@@ -1,0 +1,109 @@
+"""The checkpoints of a run: a flat dict of named arrays, plus JSON, by Orbax."""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from tpp_jax.errors import TPPError
+from tpp_jax.storage import items, processes
+from tpp_jax.storage.items import Arrays
+from tpp_jax.storage.paths import plain
+
+
+class Checkpoints:
+    """The checkpoints of a run, one for each step saved, in one folder."""
+
+    def __init__(self, folder: str | pathlib.Path, keep: int = 2) -> None:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True
+        )
+        self._folder = pathlib.Path(folder).absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._link = contextlib.ExitStack()
+        self._manager = ocp.CheckpointManager(
+            self._link.enter_context(plain(self._folder)),
+            options=options,
+            item_names=("arrays", "meta"),
+        )
+
+    def save(self, step: int, arrays: Arrays, meta: Mapping[str, Any]) -> None:
+        """Saves arrays and JSON-ready meta under a step, in the background.
+
+        The arrays are copied off the device before this returns.
+
+        Raises:
+          TPPError: this or the last save could not be written.
+        """
+        with self._explained():
+            self._manager.save(step, args=items.to_save(arrays, meta), force=True)
+
+    def latest(self) -> int | None:
+        """Returns the last step saved, None if there is none."""
+        return self._manager.latest_step()
+
+    def restore(self) -> tuple[Arrays, dict[str, Any], list[str]] | None:
+        """Returns the arrays and meta of the last step that is whole.
+
+        What is damaged is put aside, as ``damaged-<step>``.
+
+        Returns:
+          Arrays, meta, and a line about each damaged checkpoint; None if there is no
+          checkpoint at all.
+
+        Raises:
+          TPPError: all of them are damaged.
+        """
+        damaged: list[tuple[int, Exception]] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = self._manager.restore(step, args=items.to_restore())
+                arrays, meta = items.checked(found)
+            except Exception as error:  # orbax and tensorstore raise of every kind here
+                damaged.append((step, error))
+                continue
+            return arrays, meta, [self._put_aside(*one) for one in damaged]
+        if damaged:
+            raise TPPError(
+                f"none of the checkpoints in {self._folder} can be read "
+                f"({items.kind(damaged[0][1])}). Remove that folder to begin anew"
+            ) from damaged[0][1]
+        return None
+
+    def _put_aside(self, step: int, error: Exception) -> str:
+        aside = self._folder / f"damaged-{step}"
+        processes.wait_for_all(f"damaged {step}")  # all have read it
+        if processes.is_first():
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            (self._folder / str(step)).rename(aside)
+        processes.wait_for_all(f"aside {step}")
+        self._manager.reload()
+        what = items.kind(error)
+        return f"The checkpoint of step {step} is damaged ({what}); it is now {aside}."
+
+    def close(self) -> None:
+        """Waits for the last save to be on disk.
+
+        Raises:
+          TPPError: it could not be written.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+        self._manager.close()
+        self._link.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise of every kind here
+            latest = self.latest()
+            kept = "none was written before" if latest is None else f"{latest} is whole"
+            raise TPPError(
+                f"a checkpoint could not be written to {self._folder} "
+                f"({' '.join(str(error).split())[:200]}). Of those there {kept}: make "
+                "room on the disk, and the same command goes on from it"
+            ) from error

@@ -1,0 +1,163 @@
+"""The folder of a run or a sweep: what is of the wrong kind in it, what it says."""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+
+from tpp_jax.errors import TPPError
+from tpp_jax.experiment.config import differences
+from tpp_jax.experiment.records.terminal import say
+from tpp_jax.saving import load_model_info
+
+CONFIG = "config.json"
+
+_FOLDERS = ("checkpoints", "tensorboard", "dense", "model", "best", "cells")
+_PICTURES = ("curves", "channels", "jacobian", "gram")
+_FILES = (CONFIG, "lock", "metrics.jsonl", "summary.json", "gram.npz", "report.html")
+_FILES += ("table.json", "table.md", "table.csv", "profile.json", "groups.svg")
+_FILES += tuple(f"{name}.{kind}" for name in _PICTURES for kind in ("png", "svg"))
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def make(workdir: pathlib.Path) -> None:
+    """Makes the folder of a run, and sees to it that the run can use what is there.
+
+    Raises:
+      TPPError: it cannot be made, or a file is where a folder is to be, or the reverse.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TPPError(f"the folder of the run cannot be made: {error}") from error
+    check_kinds(workdir)
+
+
+def check_kinds(workdir: pathlib.Path) -> None:
+    """Raises a TPPError if what a run writes in its folder is not of the right kind."""
+    for name in _FOLDERS + _FILES:
+        path, folder = workdir / name, name in _FOLDERS
+        try:
+            wrong = path.exists() and not (path.is_dir() if folder else path.is_file())
+        except OSError as error:
+            raise TPPError(f"the folder of the run cannot be read: {error}") from error
+        if wrong:
+            raise TPPError(
+                f"{path} is no {'folder' if folder else 'file'}, but a run has one "
+                "there: move it away, or use another --workdir"
+            )
+
+
+@contextlib.contextmanager
+def errors_told(workdir: pathlib.Path) -> Iterator[None]:
+    """Explains what the system says of the files in a folder.
+
+    Raises:
+      TPPError: in place of an OSError about the folder or something in it, or about a
+        full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK:
+            raise TPPError(
+                f"{workdir} can no longer be written to ({error}). The checkpoints in "
+                "it are whole: make room on the disk, and the same command goes on"
+            ) from error
+        paths = [os.fsdecode(x) for x in (error.filename, error.filename2) if x]
+        if not any(_within(path, workdir) for path in paths):
+            raise
+        raise TPPError(
+            f"the folder {workdir} cannot be used: {error}. Set that right, or use "
+            "another --workdir"
+        ) from error
+
+
+def _within(path: str, folder: pathlib.Path) -> bool:
+    return pathlib.Path(path).absolute().is_relative_to(folder.absolute())
+
+
+def write(file: pathlib.Path, text: str) -> None:
+    """Writes a text in UTF-8; a kill leaves the old file or the new one."""
+    partial = file.with_name(file.name + ".partial")
+    # Halves of surrogate pairs, of a name that was no UTF-8, are written as \\udc….
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(partial, file)
+
+
+def write_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Writes down the config of a run, for people and :func:`own_config`.
+
+    Raises:
+      TPPError: there is a file of that name that is not a config's.
+    """
+    own_config(workdir)
+    write(workdir / CONFIG, json.dumps(config, indent=2))
+
+
+def config_of(
+    workdir: str | pathlib.Path | None, config: ml_collections.ConfigDict, given: bool
+) -> ml_collections.ConfigDict:
+    """Returns the config of the run in a folder; the one at hand if there is no run.
+
+    Args:
+      workdir: the folder, if any.
+      config: the one at hand. Its ``data.dir`` is where the data has moved to, if set.
+      given: whether somebody asked for ``config``: then it is said that it is not used.
+
+    Raises:
+      TPPError: the run's config cannot be read.
+    """
+    own = None if workdir is None else own_config(pathlib.Path(workdir))
+    if own is None:
+        return config
+    if given and (found := differences(own, config.to_dict())):
+        more = f" and {len(found) - 3} more fields" if found[3:] else ""
+        say(
+            f"The run in {workdir} is shown by its own config, not by the one given "
+            f"({'; '.join(found[:3])}{more}). Leave --workdir out to see that one."
+        )
+    used = ml_collections.ConfigDict(own)
+    if moved := config.get("data", {}).get("dir"):
+        used.data.dir = moved
+    return used
+
+
+def own_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the config of the run in a folder, a nested dict; None without a run.
+
+    Raises:
+      TPPError: what says it cannot be read.
+    """
+    for name in (CONFIG, "summary.json"):
+        file = workdir / name
+        if not file.exists():
+            continue
+        try:
+            content = json.loads(file.read_bytes())
+            found = content if name == CONFIG else content["config"]
+            for part in ("model", "data", "prune"):
+                found[part].keys()
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise TPPError(
+                f"{file} is not the config of a run ({type(error).__name__}), but a "
+                "run has its own there: move it away, or use another --workdir"
+            ) from error
+        return found
+    for name in ("model", "dense"):  # a run of an earlier version, which has no file
+        if (workdir / name).is_dir():
+            return load_model_info(workdir / name)["config"]
+    return None

@@ -1,0 +1,161 @@
+"""What came out of a run, as one JSON-ready dict, and what is left in its folder."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tpp_jax.errors import TPPError
+from tpp_jax.experiment import measures
+from tpp_jax.experiment.measures import trainability_accuracy
+from tpp_jax.experiment.records.folders import write
+from tpp_jax.experiment.records.history import read_history
+from tpp_jax.experiment.setup import Setup
+from tpp_jax.pruning.flops import Count, count
+from tpp_jax.pruning.plan import Plan
+from tpp_jax.reports import page, plots, tables
+from tpp_jax.saving import save_model
+from tpp_jax.storage import processes
+
+# What a summary holds.
+_WRITTEN = {"method", "phases", "dense", "pruned", "one_shot", "best_accuracy"}
+_WRITTEN |= {"last_accuracy", "trainability_accuracy", "speedup", "sparsity"}
+_WRITTEN |= {"layers", "config"}
+
+if TYPE_CHECKING:
+    from tpp_jax.experiment.run import Run
+
+
+def finish(run: "Run") -> dict[str, Any]:
+    """Saves the pruned network, writes summary and plots, prints the tables."""
+    example = run.setup.groups.inputs
+    dense, small = count(run.setup.model, *example), count(run.model, *example)
+    rows = run.history.read()
+    summary = summarize_run(run.setup, run.meta, rows, dense, small)
+    if run.plans:
+        save_model(
+            run.workdir / "model",
+            run.model,
+            functools.reduce(Plan.then, run.plans),
+            config=run.meta["config"],
+            metrics={key: summary[key] for key in ("pruned", "speedup", "sparsity")},
+        )
+        run.progress.say(tables.layer_table(dense, small))
+    if processes.is_first():
+        write(run.workdir / "summary.json", json.dumps(summary, indent=2))
+        draw(run.workdir)
+    processes.wait_for_all("summary")
+    run.progress.say(tables.result_table(summary))
+    network = f"The pruned network is in {run.workdir / 'model'}; " if run.plans else ""
+    run.progress.say(f"{network}{run.workdir / 'report.html'} shows the run.")
+    return summary
+
+
+def read_summary(file: pathlib.Path) -> dict[str, Any]:
+    """Reads the summary of a finished run.
+
+    Raises:
+      TPPError: it is damaged.
+    """
+    try:
+        summary = json.loads(file.read_bytes())
+        missing = sorted(_WRITTEN - summary.keys())
+        if missing:
+            raise KeyError(f"it has no {missing[0]!r}")
+        summary["config"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = error.args[0] if isinstance(error, KeyError) else error
+        raise TPPError(
+            f"{file} cannot be read ({what}). Remove it, and the same command makes "
+            "it again from the last checkpoint"
+        ) from error
+    return summary
+
+
+def draw(workdir: pathlib.Path) -> pathlib.Path:
+    """Draws the pictures and the page of a finished run; returns the page's path.
+
+    Raises:
+      TPPError: the summary or the metrics cannot be read.
+    """
+    summary = read_summary(workdir / "summary.json")
+    rows = read_history(workdir / "metrics.jsonl")
+    drawings = plots.of_run(rows, summary, measures.read_grams(workdir / "gram.npz"))
+    file = workdir / "report.html"
+    write(file, page.of_run(summary, plots.save(drawings, workdir)))
+    return file
+
+
+def summarize_run(
+    setup: Setup,
+    meta: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    dense: Count,
+    small: Count,
+) -> dict[str, Any]:
+    """Returns the summary of a run that is done.
+
+    Args:
+      setup: of the run.
+      meta: of its last checkpoint, see :class:`tpp_jax.experiment.run.Run`.
+      history: rows of metrics.
+      dense: parameters and FLOPs before.
+      small: parameters and FLOPs after.
+
+    Returns:
+      ``phases`` are the stages in which something was trained or cut. ``pruned`` is
+      None if nothing was; ``dense.accuracy`` and ``one_shot.accuracy_after`` are if
+      there was no trained network to prune. ``best_accuracy`` and ``last_accuracy`` are
+      those of the last fine-tuning, ``trainability_accuracy`` its mean at the first
+      learning rate. All accuracies are percent.
+    """
+    results = meta["results"]
+    return {
+        "status": "done",
+        "method": setup.config.prune.method,
+        "phases": results,
+        "dense": {
+            "params": dense.params,
+            "flops": dense.flops,
+            "accuracy": meta["dense_accuracy"],
+        },
+        "pruned": None
+        if not meta["plans"]
+        else {
+            "params": small.params,
+            "flops": small.flops,
+            "accuracy": results[-1]["accuracy"],
+        },
+        "one_shot": {"accuracy_after": meta["one_shot"]},
+        **_of_fine_tuning(setup, results, history),
+        "speedup": dense.flops / small.flops,
+        "sparsity": 1 - small.params / dense.params,
+        "layers": {
+            name: {"kept": small.layers[name].channels, "total": layer.channels}
+            for name, layer in dense.layers.items()
+        },
+        "config": meta["config"],
+    }
+
+
+def _of_fine_tuning(
+    setup: Setup,
+    results: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]],
+) -> dict[str, float | None]:
+    last = setup.stages[-1]
+    if last.kind != "finetune":
+        names = "best_accuracy", "last_accuracy", "trainability_accuracy"
+        return dict.fromkeys(names)
+    return {
+        "best_accuracy": results[-1]["best_accuracy"],
+        "last_accuracy": results[-1]["accuracy"],
+        "trainability_accuracy": trainability_accuracy(
+            history,
+            name=last.name,
+            start=sum(result["steps"] for result in results[:-1]),
+            phase=setup.phases(setup.plan)["finetune"],
+            kind=setup.config.finetune.schedule,
+        ),
+    }

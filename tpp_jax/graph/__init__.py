@@ -1,0 +1,1 @@
+"""From any traced function to its channel groups; knows no plan."""

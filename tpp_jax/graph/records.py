@@ -1,0 +1,314 @@
+"""What is known of a model's channels, as data: members, groups, all groups of a model.
+
+All of it compares, hashes, copies and pickles by content, so that a plan can be sent to
+another process and equal plans share one compiled program.
+"""
+
+import copy
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from tpp_jax.errors import TPPError
+from tpp_jax.graph.fields import FieldSize
+from tpp_jax.graph.tracing import Trace
+
+Slot = tuple[str, int]  # an axis of a parameter leaf
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+    """One axis of one parameter array that a group's channels run through.
+
+    Attributes:
+      leaf: dotted name, ``layer1.0.conv1.kernel``.
+      axis: which of its axes.
+      positions: int64 ``[size, m]``; channel c occupies ``positions[c]`` along the axis
+        (m > 1 where a flattened feature map enters a dense layer).
+      role: ``"produced"`` for the output axis of a kernel, ``"contracted"`` for the
+        input axis of one, ``"along"`` for what is applied channel by channel (a bias, a
+        norm's scale, bias, mean and variance), ``"depthwise"`` for the kernel of a
+        depthwise convolution, which is applied channel by channel too.
+      order: index of the layer in order of execution: the kernel's own or, for a norm,
+        that of the layer run last before it.
+      batch: axes of a kernel along which kernels of their own are stacked: the axis
+        that a loop over layers runs along, the experts of a batched product.
+      filters: axes of a kernel that index its filters together: heads and the
+        dimensions of a head in a kernel ``[width, heads, size]``. Like ``batch`` empty
+        unless the role is ``"produced"``; the axis itself is in one of the two, unless
+        it holds the words of a table.
+    """
+
+    leaf: str
+    axis: int
+    positions: np.ndarray
+    role: str
+    order: int
+    batch: tuple[int, ...] = ()
+    filters: tuple[int, ...] = ()
+
+    @property
+    def _content(self) -> tuple[Any, ...]:
+        where = self.positions.shape, self.positions.astype(np.int64).tobytes()
+        rest = self.role, self.order, self.batch, self.filters
+        return (self.leaf, self.axis, *where, *rest)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Member):
+            return NotImplemented
+        return self is other or self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Channels that occupy the same arrays.
+
+    Attributes:
+      name: the layer that produces them first, ``layer1.0.conv1``.
+      size: number of channels.
+      producers: names of all layers that produce them, in order of execution.
+      members: every parameter axis that they run through.
+      inner: whether one of the ``outer`` groups can be pruned and has several channels:
+        a ratio for the layer is then that group's.
+      reason: why they cannot be pruned; None if they can.
+      reduced: whether a sum or maximum runs over the channels that is not a layer's own
+        (a layer norm, a softmax, a product of queries and keys, which is scaled by the
+        number of channels); then zeros in their place are not the same as their
+        absence.
+      outer: names of the groups that run through the same filters at a coarser grain:
+        their channels are the heads of an attention, say, and this one's the dimensions
+        of each head. Such a group is named ``layer#2``.
+    """
+
+    name: str
+    size: int
+    producers: tuple[str, ...]
+    members: tuple[Member, ...]
+    inner: bool
+    reason: str | None
+    reduced: bool
+    outer: tuple[str, ...] = ()
+
+
+def with_inner(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """Settles which groups are inner ones, from what can be pruned."""
+    prunable = {g.name for g in groups if g.reason is None and g.size > 1}
+    return tuple(
+        dataclasses.replace(g, inner=not prunable.isdisjoint(g.outer)) for g in groups
+    )
+
+
+# Of a Groups object: what is compared and pickled; and what a copy shares with it since
+# it can be neither, as it holds functions and tracebacks.
+_CONTENT = (
+    *("all", "layers", "shapes", "inputs", "kwargs"),
+    *("joined", "sizes", "trainable"),
+)
+_SHARED = ("_traced", "reading", "source")
+
+
+class Groups:
+    """The groups of a model, in order of execution; compared by content.
+
+    Attributes:
+      all: every group, prunable or not.
+      layers: names of the convolution and dense layers in order of execution.
+      shapes: parameter leaf name → shape of the unpruned array.
+      inputs: abstract example inputs, to re-trace a sliced model.
+      kwargs: keyword arguments, like the inputs.
+      joined: pairs of axes whose channels go together since the model refuses to run
+        otherwise.
+      trainable: names of the leaves that are trained, see :class:`Trace`.
+      sizes: attributes of the model's own modules that follow the channels.
+      reading: the labels that the groups were read off, or None after unpickling.
+      source: the model, to be traced again, or None after unpickling.
+    """
+
+    def __init__(
+        self,
+        groups: tuple[Group, ...],
+        layers: tuple[str, ...],
+        shapes: dict[str, tuple[int, ...]],
+        inputs: tuple[Any, ...],
+        traced: Trace,
+        joined: tuple[tuple[Slot, Slot], ...] = (),
+        reading: Any = None,
+    ) -> None:
+        self.all = groups
+        self.layers = layers
+        self.shapes = shapes
+        self.inputs = inputs
+        self._traced: Trace | None = traced
+        self.joined = joined
+        self.trainable: frozenset[str] = traced.trainable
+        self.kwargs: dict[str, Any] = {}
+        self.sizes: tuple[FieldSize, ...] = ()
+        self.reading = reading
+        self.source: Any = None
+
+    def replace(self, **changes: Any) -> "Groups":
+        """Returns a copy with other attributes."""
+        new = object.__new__(Groups)
+        own = {name: getattr(self, name) for name in (*_CONTENT, *_SHARED)}
+        vars(new).update(own, **changes)
+        return new
+
+    def with_verdict(
+        self,
+        wrong: Mapping[int, str],
+        sizes: tuple[FieldSize, ...],
+        source: Any,
+        scaled: Collection[int] = (),
+    ) -> "Groups":
+        """Returns the groups after they were tried.
+
+        Args:
+          wrong: index of a group → why it cannot be pruned.
+          sizes: attributes that follow the channels.
+          source: the model.
+          scaled: indices of groups whose number of channels enters the values.
+        """
+        groups = tuple(
+            dataclasses.replace(
+                group,
+                reason=wrong.get(i, group.reason),
+                reduced=group.reduced or i in scaled,
+            )
+            for i, group in enumerate(self.all)
+        )
+        return self.replace(all=with_inner(groups), sizes=sizes, source=source)
+
+    def checked(self, source: Any, kept: Mapping[str, Any]) -> bool:
+        """Reports whether :meth:`note_checked` was called with the same."""
+        return (id(source), _key(kept)) in self._checked
+
+    def note_checked(self, source: Any, kept: Mapping[str, Any]) -> None:
+        """Remembers that a plan was tried on a model that holds with it."""
+        if source is self.source:
+            self._checked.add((id(source), _key(kept)))
+
+    @functools.cached_property
+    def _checked(self) -> set[tuple[int, bytes]]:
+        return set()
+
+    @property
+    def traced(self) -> Trace:
+        """The computation that the groups were read off.
+
+        Raises:
+          TPPError: the groups come from a pickle, which does not hold it.
+        """
+        if self._traced is None:
+            raise TPPError(
+                "these groups were pickled, and a pickle does not hold the traced "
+                "computation that this needs: find them again with "
+                "tpp_jax.channel_groups"
+            )
+        return self._traced
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.all)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __getitem__(self, name: str | int) -> Group:
+        return self.all[name] if isinstance(name, int) else self._by_name[name]
+
+    def __repr__(self) -> str:
+        prunable = sum(group.reason is None for group in self)
+        return f"Groups({len(self)} groups, {prunable} prunable)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Groups):
+            return NotImplemented
+        if self is other:
+            return True
+        return self._digest == other._digest and _same_inputs(
+            (self.inputs, self.kwargs), (other.inputs, other.kwargs)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _CONTENT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(dict.fromkeys(_SHARED), **state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Groups":
+        new = object.__new__(Groups)
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        vars(new).update({name: getattr(self, name) for name in _SHARED})
+        return new
+
+    def __copy__(self) -> "Groups":
+        new = object.__new__(Groups)
+        vars(new).update(vars(self))
+        return new
+
+    @functools.cached_property
+    def _digest(self) -> bytes:
+        """A hash of all content but the inputs, taken once: plans are static in jit."""
+        content = hashlib.sha256()
+        for group in self.all:
+            plain = dataclasses.replace(group, members=())
+            content.update(repr(plain).encode())
+            for member in group.members:
+                content.update(repr(member._content).encode())
+        shapes, trainable = sorted(self.shapes.items()), sorted(self.trainable)
+        rest = self.layers, shapes, self.joined, trainable, self.sizes
+        content.update(repr(rest).encode())
+        return content.digest()
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self}
+
+    @functools.cached_property
+    def members(self) -> dict[str, tuple[tuple[Group, Member], ...]]:
+        """Leaf name → what runs through that leaf, for the prunable groups."""
+        found: dict[str, list[tuple[Group, Member]]] = {}
+        for group in self:
+            if group.reason is None:
+                for member in group.members:
+                    found.setdefault(member.leaf, []).append((group, member))
+        return {leaf: tuple(pairs) for leaf, pairs in found.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Supposition:
+    """Something that groups rest on, which a traced computation does not tell.
+
+    Attributes:
+      group: index of a group that rests on it.
+      part: which of the sizes that one operation is told.
+      source: the operation's source, see :func:`tracing.source_line`.
+    """
+
+    group: int
+    part: int
+    source: Any
+
+
+def _key(kept: Mapping[str, Any]) -> bytes:
+    content = hashlib.sha256()
+    for name, indices in sorted(kept.items()):
+        content.update(f"{name}:".encode() + np.asarray(indices, np.int64).tobytes())
+    return content.digest()
+
+
+def _same_inputs(one: Any, other: Any) -> bool:
+    leaves, structure = jax.tree.flatten(one)
+    others, other_structure = jax.tree.flatten(other)
+    return structure == other_structure and leaves == others

@@ -1,0 +1,349 @@
+"""A traced function as a flat list of equations over numbered values.
+
+Groups and FLOPs are both read off a jaxpr. Here the jaxpr is made, from abstract shapes
+alone; unfolding.py writes its nested calls, loops and branches out.
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib.util
+import os
+import pathlib
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen, nnx
+
+from tpp_jax.graph.functions import Function, as_function, is_array
+from tpp_jax.graph.layers import Layer, Lookup, find_layers, find_lookups
+from tpp_jax.graph.naming import layer_name
+from tpp_jax.graph.unfolding import Builder, Equation, check_length
+
+# Libraries of layers: a line of theirs is named where there is none of the user's.
+_LAYERS = ("flax", "equinox", "haiku", "einops")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
+    """A function's computation.
+
+    Attributes:
+      leaves: parameter leaf name → value number.
+      trainable: names of the leaves that are trained (``nnx.Param``; all of a plain
+        parameter tree), the others being statistics.
+      inputs: value numbers of the other arguments' leaves.
+      constants: value numbers of the arrays that the function closed over.
+      outputs: value numbers of the results, ``None`` for scalar literals.
+      equations: the primitives in order of execution.
+      unread: value numbers of what layers compute for nothing: it is no part of the
+        outputs. XLA leaves it out, but the model's own code does it with any widths.
+      shapes: shape of every value, by number.
+      origin: for a value computed from parameter leaves alone (by casts, transposes,
+        a normalisation of the weight, a product with a mask…), these leaves' names.
+      input_names: where each of ``inputs`` stands among the arguments, ``[1]['mask']``.
+      output_names: where each of ``outputs`` stands in what the model returns.
+      literals: the numbers that are written into the computation, in order, with the
+        source of each (see :func:`source_line`), then the arrays that it closed over.
+    """
+
+    leaves: dict[str, int]
+    trainable: frozenset[str]
+    inputs: tuple[int, ...]
+    constants: tuple[int, ...]
+    outputs: tuple[int | None, ...]
+    equations: tuple[Equation, ...]
+    unread: frozenset[int]
+    shapes: tuple[tuple[int, ...], ...]
+    origin: dict[int, tuple[str, ...]]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    literals: tuple[tuple[Any, Any], ...] = ()
+
+    @functools.cached_property
+    def uses(self) -> tuple[Layer, ...]:
+        """Every use of a kernel, in order of execution; named by :func:`layers`."""
+        read = self.leaves, self.origin, self.equations, self.shapes
+        return find_layers(*read, self.trainable)
+
+    @functools.cached_property
+    def lookups(self) -> tuple[Lookup, ...]:
+        """The look-ups of inputs in tables."""
+        read = self.leaves, self.origin, self.equations, self.shapes
+        return find_lookups(self.inputs, *read)
+
+
+def trace(
+    model: nnx.Module | linen.Module | Callable[..., Any],
+    *inputs: Any,
+    params: Any = None,
+    plan: Any = None,
+    **kwargs: Any,
+) -> Trace:
+    """Traces a model abstractly; nothing is computed and nothing allocated.
+
+    Args:
+      model: see :func:`as_function`.
+      *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; whatever else is
+        among them (``True``, a string) is handed to the model as it is.
+      params: the parameters of a plain function, the variables of a Linen module.
+      plan: if the variables of a Linen module were sliced, the plan of the cut.
+      **kwargs: keyword arguments of the model, like ``inputs``.
+
+    Returns:
+      The computation with all nested calls unfolded.
+    """
+    return trace_function(as_function(model, params, plan), inputs, kwargs)
+
+
+def trace_function(
+    function: Function, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Trace:
+    """Traces a pure function of its parameters; see :func:`trace`."""
+    arguments, structure = jax.tree.flatten((inputs, dict(kwargs)))
+    arrays = [leaf for leaf in arguments if is_array(leaf)]
+
+    def call(leaves: list[Any], arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        whole = [next(given) if is_array(leaf) else leaf for leaf in arguments]
+        inputs, kwargs = jax.tree.unflatten(structure, whole)
+        return function.call(jax.tree.unflatten(form, leaves), *inputs, **kwargs)
+
+    # As a flat list: every other pass through a model's state takes its time.
+    leaves, form = jax.tree.flatten(function.params)
+    closed, returned = jax.make_jaxpr(call, return_shape=True)(leaves, arrays)
+    jaxpr = closed.jaxpr
+    check_length(jaxpr)
+    builder = Builder()
+    numbers = [builder.number(np.shape(var.aval)) for var in jaxpr.invars]
+    places = dict(zip(function.names, numbers, strict=False))
+    constants = [builder.number(np.shape(var.aval), ()) for var in jaxpr.constvars]
+    builder.origin.update({n: (name,) for name, n in places.items()})
+    variables = [*jaxpr.invars, *jaxpr.constvars]
+    scope = dict(zip(variables, [*numbers, *constants], strict=True))
+    outputs = builder.unfold(jaxpr, scope)
+    others = tuple(numbers[len(places) :])
+    equations, unread = _needed(builder.equations, outputs, builder.origin)
+    shapes = tuple(builder.shapes)
+    used = {n for eqn in equations for n in eqn.inputs} | set(outputs)
+    own = _without_copies(places, function.namesakes, used, shapes)
+    origin = _origins(builder.origin, places, own)
+    return Trace(
+        leaves=own,
+        trainable=function.trainable,
+        inputs=others,
+        constants=tuple(constants) + tuple(builder.constants),
+        outputs=tuple(outputs),
+        equations=equations,
+        unread=unread,
+        shapes=shapes,
+        origin=origin,
+        input_names=_places(inputs, is_array) + _places(dict(kwargs), is_array),
+        output_names=_places(returned, lambda leaf: True),
+        literals=(*builder.literals, *((array, None) for array in closed.consts)),
+    )
+
+
+def _places(tree: Any, wanted: Callable[[Any], bool]) -> tuple[str, ...]:
+    """Returns where each leaf of a tree stands in it, as one writes it in Python."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return tuple(jax.tree_util.keystr(path) for path, leaf in leaves if wanted(leaf))
+
+
+def _origins(
+    origin: Mapping[int, tuple[str, ...] | None],
+    leaves: Mapping[str, int],
+    own: Mapping[str, int],
+) -> dict[int, tuple[str, ...]]:
+    """Returns the leaves that each value is computed from, by the names they keep."""
+    if len(own) == len(leaves):
+        return {n: names for n, names in origin.items() if names}
+    name_of = {value: name for name, value in own.items()}
+    renamed = {
+        n: tuple(name_of[leaves[name]] for name in names if leaves[name] in name_of)
+        for n, names in origin.items()
+        if names
+    }
+    return {n: names for n, names in renamed.items() if names}
+
+
+def _without_copies(
+    leaves: dict[str, int],
+    namesakes: Mapping[str, str],
+    used: set[int | None],
+    shapes: Sequence[tuple[int, ...]],
+) -> dict[str, int]:
+    """Leaves out the copies of parameters that a model carries along and never reads.
+
+    A collection with the paths and shapes of the parameters (their moving averages)
+    holds such copies. They are cut as the parameter is, whose name their own ends in.
+    Where a model reads the copy alone, the parameter is left out, and the copy has its
+    name.
+    """
+    kept = dict(leaves)
+    for copy, name in namesakes.items():
+        value, own = kept[copy], kept[name]
+        if shapes[value] != shapes[own]:
+            continue
+        if value not in used or own not in used:
+            del kept[copy]
+            kept[name] = own if own in used or value not in used else value
+    return kept
+
+
+def _needed(
+    equations: list[Equation],
+    outputs: list[int | None],
+    origin: Mapping[int, tuple[str, ...] | None],
+) -> tuple[tuple[Equation, ...], frozenset[int]]:
+    """Leaves out what is computed for nothing, as a slice of which only the shape is
+    asked for. What a loop carries from step to step is kept, and so is whatever
+    parameters do to activations.
+
+    Returns:
+      The equations that are kept, and the results of those that lead to no output.
+    """
+
+    def leading_to(ends: set[int]) -> set[int]:
+        found = set(ends)
+        for eqn in reversed(equations):
+            if eqn.primitive == "join" or not found.isdisjoint(eqn.outputs):
+                found.update(n for n in eqn.inputs if n is not None)
+                found.update(eqn.outputs)
+        return found
+
+    read = leading_to({n for n in outputs if n is not None})
+    meetings = set()
+    for eqn in equations:
+        if read.isdisjoint(eqn.outputs):
+            kinds = {bool(origin[n]) for n in eqn.inputs if n is not None}
+            if len(kinds) == 2:
+                meetings.update(eqn.outputs)
+    kept = leading_to(read | meetings) if meetings else read
+    return (
+        tuple(eqn for eqn in equations if not kept.isdisjoint(eqn.outputs)),
+        frozenset(kept - read),
+    )
+
+
+def layers(traced: Trace, repeated: bool = False) -> list[Layer]:
+    """Lists the convolution and dense layers in order of execution.
+
+    A layer is a product one of whose operands is computed from parameters alone.
+
+    Args:
+      traced: the computation.
+      repeated: whether a layer that runs twice is listed twice, or at its first use.
+    """
+    name_of = layer_names(traced)
+    found: dict[Any, Layer] = {}
+    for use in traced.uses:
+        key = use.equation.outputs if repeated else use.kernel
+        # What a kernel does to activations says more than what it does to others.
+        if key not in found or (found[key].inner and not use.inner):
+            found[key] = dataclasses.replace(use, name=name_of(use.kernel))
+    return list(found.values())
+
+
+def layer_names(traced: Trace) -> Callable[[str], str]:
+    """Returns a function from a leaf's name to that of its layer.
+
+    It is the leaf's without the last part, unless that would be the name of several
+    kernels, as in the tree ``{"layers": {"up": ..., "down": ...}}``.
+    """
+    kernels = {use.kernel for use in traced.uses}
+    owners = collections.Counter(layer_name(kernel) for kernel in kernels)
+
+    def name_of(leaf: str) -> str:
+        alone = leaf not in kernels or owners[layer_name(leaf)] == 1
+        return layer_name(leaf) if alone else leaf
+
+    return name_of
+
+
+def source_line(source: Any) -> str:
+    """Returns the user's line that an equation comes from, as ``model.py:31``.
+
+    Args:
+      source: :attr:`Equation.source`.
+
+    Returns:
+      The innermost line of the model that is not in JAX, in this package or in a
+      library of layers; if there is none, the innermost one of such a library that is
+      not Flax; ``""`` if there is none either.
+    """
+    traceback = getattr(source, "traceback", None)
+    library = ""
+    for frame in traceback.frames if traceback is not None else ():
+        name = frame.file_name
+        if name == __file__:  # what is further out called the model
+            break
+        owner = _owner(name)
+        line = f"{pathlib.Path(name).name}:{frame.line_num}"
+        if owner is None:
+            return line
+        if owner not in ("jax", "flax", "") and not library:
+            library = line
+    return library
+
+
+def lines_of_error(error: BaseException) -> Iterator[str]:
+    """Yields the user's lines that an error came through, the innermost first."""
+    library = []
+    for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
+        name = frame.f_code.co_filename
+        if name == __file__:  # what is further out called the model
+            break
+        owner = _owner(name)
+        line = f"{pathlib.Path(name).name}:{number}"
+        if owner is None:
+            yield line
+        elif owner not in ("jax", "jaxlib", "flax", ""):
+            library.append(line)
+    yield from library
+
+
+def raised_in(error: BaseException, package: str) -> bool:
+    """Reports whether an error was raised by code of a package."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(
+        frame.f_globals.get("__name__", "").partition(".")[0] == package
+        for frame in frames[-2:]
+    )
+
+
+# Frames of these packages are never the user's; the networks of `models` are.
+_TRACERS = tuple(
+    f"{pathlib.Path(__file__).parents[1] / name}{os.sep}"
+    for name in ("graph", "pruning")
+)
+
+
+@functools.cache
+def _owner(file_name: str) -> str | None:
+    """Returns the library that a file is of, ``""`` for this one, None for the user's.
+
+    Whole names of folders are compared: ``site-packages/jaxfoo`` is not JAX.
+    """
+    if file_name.startswith("<"):
+        return ""
+    if file_name.startswith(_TRACERS):
+        return ""
+    for name, folder in _folders().items():
+        if file_name.startswith(folder + os.sep):
+            return name
+    return None
+
+
+@functools.cache
+def _folders() -> dict[str, str]:
+    """Returns where JAX and the libraries of layers are installed."""
+    found = {}
+    for name in ("jax", "jaxlib", *_LAYERS):
+        spec = importlib.util.find_spec(name)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            found[name] = folder
+    return found

@@ -1,0 +1,361 @@
+"""A jaxpr unfolded into a flat list of equations over numbered values.
+
+Nested calls (``jit``, ``custom_jvp``, ``remat``…), loops, branches and the bodies of
+``shard_map`` are entered, so that what reads the list is one loop over plain
+primitives.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend import core as jex_core
+
+from tpp_jax.errors import TPPError
+
+# Calls that only wrap another jaxpr: the parameter that holds it.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "composite": "jaxpr",
+}
+
+# A language model of a hundred unrolled layers has some ten thousand equations.
+MOST_EQUATIONS = 2_000_000
+
+# What becomes the same on all shards of some axes of the mesh: the parameter that names
+# these axes.
+_MADE_ALIKE = {
+    "psum_invariant": "axes",
+    "all_gather_invariant": "axis_name",
+    "pmax": "axes",
+    "pmin": "axes",
+}
+
+
+class Equation(NamedTuple):
+    """One primitive applied to numbered values; ``None`` is a scalar literal.
+
+    Besides JAX's primitives there are five that come from unfolding: ``loop_slice``
+    takes one step's part of an array (its first axis goes), ``loop_stack`` puts the
+    parts together again, ``join`` is one value of several sources, ``shard`` is one
+    device's part of an array and ``unshard`` puts these parts together. Their parameter
+    ``shards`` is the number of parts along each axis.
+
+    Attributes:
+      source: where it was written, as JAX records it; see
+        :func:`tpp_jax.graph.tracing.source_line`.
+      times: how often it runs: the steps of a ``scan``, the shards of a ``shard_map``.
+      branches: the branches of ``cond`` that it stands in, from the outermost inwards:
+        pairs of a number of the ``cond`` and one of the branch.
+      endless: whether it stands in a ``while``, whose number of steps is not known;
+        ``times`` is that of one step then.
+    """
+
+    primitive: str
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int, ...]
+    params: dict[str, Any]
+    source: Any = None
+    times: int = 1
+    branches: tuple[tuple[int, int], ...] = ()
+    endless: bool = False
+
+
+class Builder:
+    """Numbers values and unfolds calls while walking a jaxpr.
+
+    Attributes:
+      shapes: shape of every value, by number.
+      equations: the primitives in order of execution.
+      constants: numbers of the arrays that inner functions closed over.
+      origin: for every value, the parameter leaves that it is computed from; None if
+        an input of the model has a part in it.
+    """
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.equations: list[Equation] = []
+        self.constants: list[int] = []
+        self.literals: list[tuple[Any, Any]] = []
+        self.origin: dict[int, tuple[str, ...] | None] = {}
+        self._unions: dict[tuple[Any, Any], tuple[str, ...]] = {}
+        self._source: Any = None
+        self._caller: Any = None
+        self._times = 1
+        self._branches: tuple[tuple[int, int], ...] = ()
+        self._endless = False
+        self._conds = 0
+        # Inside of a shard_map: the sizes of the mesh's axes, and by which of them a
+        # value differs from shard to shard.
+        self._mesh: dict[str, int] = {}
+        self._varying: dict[int | None, frozenset[str]] = {}
+
+    def number(
+        self, shape: tuple[int, ...], origin: tuple[str, ...] | None = None
+    ) -> int:
+        """Returns the number of a new value."""
+        self.shapes.append(tuple(shape))
+        n = len(self.shapes) - 1
+        self.origin[n] = origin
+        return n
+
+    def unfold(self, jaxpr: Any, env: dict[Any, int | None]) -> list[int | None]:
+        """Adds the equations of a jaxpr; returns the numbers of its results.
+
+        Args:
+          jaxpr: what is entered.
+          env: the number of each of its variables so far; the others are added.
+        """
+        for eqn in jaxpr.eqns:
+            self._source = self._caller or eqn.source_info
+            inputs = [self._read(var, env) for var in eqn.invars]
+            match eqn.primitive.name:
+                case name if name in CALLS:
+                    before = self._caller
+                    # JAX keeps what a jitted function does, with the lines of its
+                    # first call: all of it is put down to the line of this call.
+                    self._caller = self._source if name in ("jit", "pjit") else before
+                    outputs = self._call(eqn.params[CALLS[name]], inputs)
+                    self._caller = before
+                case "scan":
+                    outputs = self._scan(eqn, inputs)
+                case "while":
+                    outputs = self._while(eqn, inputs)
+                case "cond":
+                    outputs = self._cond(eqn, inputs)
+                case "shard_map" if "in_specs" in eqn.params:
+                    outputs = self._shard_map(eqn, inputs)
+                case name:
+                    shapes = [np.shape(var.aval) for var in eqn.outvars]
+                    outputs = self._equation(name, inputs, shapes, eqn.params)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [self._read(var, env) for var in jaxpr.outvars]
+
+    def _equation(
+        self,
+        name: str,
+        inputs: list[int | None],
+        shapes: list[tuple[int, ...]],
+        params: dict[str, Any] | None = None,
+    ) -> list[int]:
+        origin = self._origin_of(inputs)
+        outputs = [self.number(shape, origin) for shape in shapes]
+        times = self._times
+        if self._mesh:
+            varying = frozenset().union(*(self._varying.get(n, ()) for n in inputs))
+            if name == "axis_index":
+                varying |= set(_axis_names(params["axis_name"]))
+            times *= math.prod(self._mesh[axis] for axis in varying)
+            if name in _MADE_ALIKE:
+                varying -= set(_axis_names(params[_MADE_ALIKE[name]]))
+            self._varying.update(dict.fromkeys(outputs, varying))
+        self.equations.append(
+            Equation(
+                name,
+                tuple(inputs),
+                tuple(outputs),
+                params or {},
+                self._source,
+                times,
+                self._branches,
+                self._endless,
+            )
+        )
+        return outputs
+
+    def _call(self, closed: Any, inputs: list[int | None]) -> list[int | None]:
+        inner = getattr(closed, "jaxpr", closed)
+        scope = dict(zip(inner.invars, inputs, strict=True))
+        for var in inner.constvars:
+            scope[var] = self.number(np.shape(var.aval), ())
+            self.constants.append(scope[var])
+        return self.unfold(inner, scope)
+
+    def _join(self, sources: list[int | None]) -> int | None:
+        """Makes one value of several that must have the same channels."""
+        known = [n for n in sources if n is not None]
+        if len(known) < 2:
+            return known[0] if known else None
+        return self._equation("join", known, [self.shapes[known[0]]])[0]
+
+    def _scan(self, eqn: Any, inputs: list[int | None]) -> list[int | None]:
+        # How the operands are counted differs between versions of JAX; what is stacked
+        # has one axis more outside the body than inside.
+        body = eqn.params["jaxpr"].jaxpr
+        n_stacked = _count_other_ranks(eqn.invars, body.invars)
+        n_carry = len(eqn.outvars) - _count_other_ranks(eqn.outvars, body.outvars)
+        n_consts = len(inputs) - n_carry - n_stacked
+        carry, stacked = inputs[n_consts:][:n_carry], inputs[n_consts + n_carry :]
+        parts = [
+            None
+            if n is None
+            else self._equation("loop_slice", [n], [self.shapes[n][1:]])[0]
+            for n in stacked
+        ]
+        before = self._times
+        self._times *= eqn.params["length"]
+        arguments = [*inputs[:n_consts], *carry, *parts]
+        results = self._call(eqn.params["jaxpr"], arguments)
+        self._times = before
+        outputs = [
+            self._join([first, last])
+            for first, last in zip(carry, results[:n_carry], strict=True)
+        ]
+        for result, var in zip(results[n_carry:], eqn.outvars[n_carry:], strict=True):
+            shape = np.shape(var.aval)
+            sources = [] if result is None else [result]
+            outputs += self._equation("loop_stack", sources, [shape])
+        return outputs
+
+    def _while(self, eqn: Any, inputs: list[int | None]) -> list[int | None]:
+        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        carry = inputs[n_cond + n_body :]
+        before = self._endless
+        self._endless = True
+        self._call(eqn.params["cond_jaxpr"], [*inputs[:n_cond], *carry])
+        body = [*inputs[n_cond:][:n_body], *carry]
+        results = self._call(eqn.params["body_jaxpr"], body)
+        self._endless = before
+        pairs = zip(carry, results, strict=True)
+        return [self._join([first, last]) for first, last in pairs]
+
+    def _cond(self, eqn: Any, inputs: list[int | None]) -> list[int | None]:
+        before, number = self._branches, self._conds
+        self._conds += 1
+        found = []
+        for i, branch in enumerate(eqn.params["branches"]):
+            self._branches = (*before, (number, i))
+            found.append(self._call(branch, inputs[1:]))
+        self._branches = before
+        return [self._join(list(sources)) for sources in zip(*found, strict=True)]
+
+    def _shard_map(self, eqn: Any, inputs: list[int | None]) -> list[int | None]:
+        before = self._mesh
+        sizes = dict(eqn.params["mesh"].shape)
+        self._mesh = before | sizes
+        body = eqn.params["jaxpr"]
+        parts = []
+        for n, spec in zip(inputs, eqn.params["in_specs"], strict=True):
+            names = _axes_of(spec)
+            if n is not None and any(names):
+                shape = self.shapes[n]
+                shards = _shards(names, sizes, len(shape))
+                shape = tuple(a // b for a, b in zip(shape, shards, strict=True))
+                [n] = self._equation("shard", [n], [shape], {"shards": shards})
+                self._varying[n] = frozenset(name for some in names for name in some)
+            parts.append(n)
+        results = self._call(body, parts)
+        self._mesh = before
+        outputs: list[int | None] = []
+        for n, spec, var in zip(
+            results, eqn.params["out_specs"], eqn.outvars, strict=True
+        ):
+            names = _axes_of(spec)
+            if n is not None and any(names):
+                shape = np.shape(var.aval)
+                shards = _shards(names, sizes, len(shape))
+                [n] = self._equation("unshard", [n], [shape], {"shards": shards})
+            outputs.append(n)
+        return outputs
+
+    def _read(self, var: Any, env: dict[Any, int | None]) -> int | None:
+        if isinstance(var, jex_core.Literal):
+            self.literals.append((var.val, self._source))
+            return None
+        return env[var]
+
+    def _origin_of(self, inputs: list[int | None]) -> tuple[str, ...] | None:
+        found: tuple[str, ...] = ()
+        for n in inputs:
+            if n is None:
+                continue
+            origin = self.origin[n]
+            if origin is None:
+                return None
+            if found and origin and found is not origin:
+                key = found, origin
+                if key not in self._unions:
+                    self._unions[key] = tuple(dict.fromkeys((*found, *origin)))
+                found = self._unions[key]
+            else:
+                found = found or origin
+        return found
+
+
+def check_length(jaxpr: Any) -> None:
+    """Refuses a computation that would be too long when unfolded.
+
+    JAX writes a jitted function down once, however often it is called: two calls of a
+    function that calls another twice, and so on, are few lines, and 2^n equations.
+
+    Raises:
+      TPPError: there are more than two million.
+    """
+    length = _length(jaxpr, {})
+    if length > MOST_EQUATIONS:
+        raise TPPError(
+            f"the model's computation is too long: with all calls of jitted functions "
+            f"written out it has {length:,} operations, and {MOST_EQUATIONS:,} are the "
+            "most that are read. Find the groups of its parts instead"
+        )
+
+
+def _length(jaxpr: Any, known: dict[int, int]) -> int:
+    if id(jaxpr) not in known:
+        known[id(jaxpr)] = len(jaxpr.eqns) + sum(
+            _length(inner, known) for eqn in jaxpr.eqns for inner in _entered(eqn)
+        )
+    return known[id(jaxpr)]
+
+
+def _entered(eqn: Any) -> Iterator[Any]:
+    """Yields the jaxprs inside of an equation that are unfolded."""
+    name, params = eqn.primitive.name, eqn.params
+    match name:
+        case name if name in CALLS:
+            inner = [params[CALLS[name]]]
+        case "scan" | "shard_map":
+            inner = [params["jaxpr"]]
+        case "while":
+            inner = [params["cond_jaxpr"], params["body_jaxpr"]]
+        case "cond":
+            inner = params["branches"]
+        case _:
+            return
+    for closed in inner:
+        yield getattr(closed, "jaxpr", closed)
+
+
+def _axes_of(spec: Any) -> list[tuple[str, ...]]:
+    """Returns the mesh's axes along each axis of an array, from a PartitionSpec."""
+    return [_axis_names(entry) for entry in spec]
+
+
+def _axis_names(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    names = entry if isinstance(entry, (tuple, list, set, frozenset)) else (entry,)
+    return tuple(name for name in names if isinstance(name, str))
+
+
+def _shards(
+    names: list[tuple[str, ...]], sizes: dict[str, int], rank: int
+) -> tuple[int, ...]:
+    """Returns in how many parts each axis of an array is cut."""
+    shards = [math.prod(sizes[name] for name in some) for some in names]
+    return tuple([*shards, *[1] * rank][:rank])
+
+
+def _count_other_ranks(outside: list[Any], inside: list[Any]) -> int:
+    pairs = zip(outside, inside, strict=True)
+    return sum(np.ndim(a.aval) != np.ndim(b.aval) for a, b in pairs)

@@ -1,0 +1,161 @@
+"""A page about a run or a sweep: one HTML file that needs nothing beside it."""
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tpp_jax.reports import grids, plots, tables
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto;
+  padding: 1rem; background: #fff; color: #222; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; }
+td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8884;
+  white-space: nowrap; }
+td:first-child, th:first-child { text-align: left; }
+table { margin-bottom: 1rem; } figure { margin: 1.5rem 0; }
+img { width: 100%; min-width: 34rem; max-width: 54rem; height: auto; display: block; }
+small, figcaption { color: #777; }
+summary { cursor: pointer; }
+pre { overflow-x: auto; font-size: .85rem; }
+@media (prefers-color-scheme: dark) { body { background: #16181c; color: #ddd; }
+  small, figcaption { color: #999; } }
+"""
+
+_CAPTIONS = {
+    "curves": "Accuracy, loss, penalty strength and Gram penalty over all phases. "
+    "Dots: test set; faint: training batches.",
+    "channels": "Channels of each layer before and after.",
+    "jacobian": "Jacobian singular values at the end of each stage. Values far below 1 "
+    "mean that gradients vanish.",
+    "gram": "Filters that are to go are decorrelated from those that stay, so that the "
+    "cut takes nothing away from these.",
+}
+
+
+def of_run(
+    summary: Mapping[str, Any],
+    pictures: Mapping[str, str],
+) -> str:
+    """Returns the page of a run that is done.
+
+    Args:
+      summary: of the run.
+      pictures: name → SVG, see :func:`tpp_jax.reports.plots.save`.
+    """
+    config = summary["config"]
+    title = f"{config['model']['name']} on {config['data']['name']}"
+    dense, small = summary["dense"], summary["pruned"] or summary["dense"]
+    sizes = [
+        ("parameters", dense["params"], small["params"]),
+        ("FLOPs", dense["flops"], small["flops"]),
+    ]
+    accuracies = [
+        (name, f"{accuracy:.2f} %")
+        for name, accuracy in tables.accuracies(summary)
+        if accuracy is not None
+    ]
+    phases = [
+        (
+            phase["name"],
+            f"{phase['steps']:,}",
+            f"{phase['seconds']:.1f} s",
+            f"{phase['accuracy']:.2f} %",
+            f"{phase['best_accuracy']:.2f} %",
+        )
+        for phase in summary["phases"]
+    ]
+    parts = [
+        f"<p>Method {html.escape(summary['method'])}: {summary['speedup']:.2f}× fewer "
+        f"FLOPs, {100 * summary['sparsity']:.1f} % of the parameters gone.</p>",
+        _table(("network", "test accuracy"), accuracies),
+        _table(
+            ("", "before", "after", "share"),
+            [
+                (name, f"{a:,}", f"{b:,}", f"{100 * b / a:.1f} %")
+                for name, a, b in sizes
+            ],
+        ),
+        "<h2>Phases</h2>",
+        _table(("phase", "steps", "time", "accuracy at its end", "best"), phases),
+        *(_picture(name, svg) for name, svg in pictures.items()),
+        "<h2>Configuration</h2><details><summary>all fields</summary><pre>"
+        f"{html.escape(json.dumps(config, indent=2))}</pre></details>",
+    ]
+    return _page(title, parts)
+
+
+def of_grid(
+    grid: grids.Grid, pictures: Mapping[str, str], failed: Mapping[str, str]
+) -> str:
+    """Returns the page of a sweep, finished or not.
+
+    Args:
+      grid: its results so far.
+      pictures: metric → SVG.
+      failed: name of a cell → what it said.
+    """
+    parts = [f"<p>{html.escape(grids.explanation(grid))}</p>"]
+    for metric in grid.metrics:
+        parts.append(f"<h2>{html.escape(grids.heading(metric))}</h2>")
+        rows = [
+            (row, *(grids.text(grid, row, column, metric) for column in grid.columns))
+            for row in grid.rows
+        ]
+        parts += [_table(("", *grid.columns), rows), _picture(metric, pictures[metric])]
+    if failed:
+        parts.append("<h2>Failed</h2>")
+        parts.append(_table(("cell", "error"), list(failed.items())))
+    return _page(grid.title, parts)
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    body = "\n".join(parts)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<link rel="icon" href="data:,">
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+{body}
+</body>
+</html>
+"""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in header)
+    lines = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
+
+
+def _picture(name: str, svg: str) -> str:
+    """Both themes of a picture; the browser shows the one that fits."""
+    light, dark = _data_uri(svg), _data_uri(plots.on_dark(svg))
+    caption = _CAPTIONS.get(name, "")
+    return (
+        f'<figure id="{name}"><div class="wide"><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{html.escape(caption or name)}"></picture></div>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

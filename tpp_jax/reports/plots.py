@@ -1,0 +1,333 @@
+"""Pictures of a run and of a sweep, in matplotlib."""
+
+import functools
+import io
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+
+from tpp_jax.reports import grids
+
+_COLORS = {
+    "pretrain": "#4c72b0",
+    "regularize": "#dd8452",
+    "stabilize": "#c44e52",
+    "grow": "#8172b3",
+    "extra": "#937860",
+    "finetune": "#55a868",
+}
+
+
+_INK = "#222222"
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color")
+_INKED += ("ytick.color",)
+_SETTINGS = {
+    **dict.fromkeys(_INKED, _INK),
+    "axes.facecolor": "none",
+    # Names are text: `literal` undoes what would make a formula of them.
+    "text.usetex": False,
+    "text.parse_math": True,
+    # Letters stay letters, and the same picture is the same file.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tpp_jax",
+}
+
+Drawing = Callable[[], matplotlib.figure.Figure]
+
+
+def of_run(
+    history: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    grams: Mapping[str, np.ndarray],
+) -> dict[str, Drawing]:
+    """Returns how to draw the pictures of a run, by name.
+
+    Args:
+      history: rows of metrics with ``step`` and ``phase``; others are left out, and so
+        is what is no finite number.
+      summary: of the run.
+      grams: from ``gram.npz``, empty if there is none.
+    """
+    found: dict[str, Drawing] = {
+        "curves": lambda: _curves(history, summary),
+        "channels": lambda: _channels(summary["layers"]),
+    }
+    if any("jacobian" in phase for phase in summary["phases"]):
+        found["jacobian"] = lambda: _jacobians(summary["phases"])
+    if "chosen" in grams:
+        found["gram"] = lambda: _grams(grams)
+    return found
+
+
+def save(drawings: Mapping[str, Drawing], folder: pathlib.Path) -> dict[str, str]:
+    """Saves pictures as ``<name>.png`` and ``<name>.svg``; the latter have no ground.
+
+    Returns:
+      Name → SVG.
+    """
+    found = {}
+    for name, drawing in drawings.items():
+        text = io.StringIO()
+        with matplotlib.rc_context(_SETTINGS):
+            figure = drawing()
+            figure.savefig(folder / f"{name}.png", dpi=120)
+            figure.savefig(
+                text, format="svg", facecolor="none", metadata={"Date": None}
+            )
+        found[name] = text.getvalue()
+        (folder / f"{name}.svg").write_text(found[name], encoding="utf-8")
+    return found
+
+
+def literal(text: str) -> str:
+    r"""Returns what Matplotlib shows as the given text: no ``$`` begins a formula.
+
+    Characters that cannot be seen, and that no SVG may hold, become ``�``.
+
+    Example:
+      >>> literal(r"$\frac$")
+      '\\$\\frac\\$'
+    """
+    seen = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return seen.replace("$", r"\$")
+
+
+def on_dark(svg: str) -> str:
+    """Returns one of :func:`save`'s pictures for a page of dark ground."""
+    return svg.replace(_INK, "#dddddd")
+
+
+def _curves(
+    history: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> matplotlib.figure.Figure:
+    """Accuracy, loss, strength λ, Gram penalty and the norm of what is to be pruned."""
+    ink = matplotlib.rcParams["text.color"]
+    history = [row for row in history if isinstance(row.get("phase"), str)]
+    norms = _series(history, "pruned_norm")
+    ratios = (3, 2, 2, 1.4)[: 4 if norms[1] else 3]
+    size = 9, 1.15 * sum(ratios)
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
+    seen = list(dict.fromkeys(row["phase"] for row in history))
+    for name in seen:
+        rows = [row for row in history if row["phase"] == name]
+        color = _COLORS.get(name.partition("_")[0], "#4c72b0")
+        steps, accuracy = _series(rows, "accuracy")
+        axes[0].plot(steps, accuracy, color=color, alpha=0.35, linewidth=1)
+        steps, accuracy = _series(rows, "test_accuracy")
+        axes[0].plot(
+            steps, accuracy, "o-", color=color, markersize=3, label=literal(name)
+        )
+        axes[1].semilogy(*_series(rows, "loss"), color=color, linewidth=1)
+        steps, strength = _series(rows, "strength")
+        axes[2].plot(steps, strength, color=color, linewidth=1.5)
+    for cut in _steps_of_the_cuts(summary):
+        for one in axes:
+            one.axvline(cut, color=ink, linestyle="--", linewidth=1)
+        axes[0].text(
+            cut,
+            1,
+            "cut",
+            transform=axes[0].get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize="small",
+        )
+    steps, values = _series(history, "gram")
+    if values:
+        gram = axes[2].twinx()
+        gram.semilogy(steps, np.maximum(values, 1e-12), color="0.5", linewidth=1)
+        gram.set_ylabel("Gram penalty (grey)")
+    axes[0].set_ylabel("accuracy, %\n(faint: training batches)")
+    dense = summary["dense"]["accuracy"]
+    if dense is not None:
+        axes[0].axhline(dense, color="0.6", linestyle=":", label="dense")
+    low = min([*_series(history, "test_accuracy")[1], 100.0])
+    axes[0].set_ylim(max(low - 5, 0), 100.5)
+    if seen or dense is not None:
+        columns = min(len(seen) + 1, 5)
+        axes[0].legend(loc="lower right", ncols=columns, fontsize="small")
+    axes[1].set_ylabel("training loss")
+    axes[2].set_ylabel("strength λ")
+    if norms[1]:
+        steps, values = norms
+        axes[3].plot(steps, values, color=_COLORS["regularize"], linewidth=1.5)
+        axes[3].set_ylabel("norm of the\nfilters to prune")
+        axes[3].set_ylim(bottom=0)
+    axes[-1].set_xlabel("step")
+    model = summary["config"]["model"]["name"]
+    data = summary["config"]["data"]["name"]
+    pruned = summary["pruned"] and summary["pruned"]["accuracy"]
+    accuracies = " → ".join(f"{x:.2f} %" for x in (dense, pruned) if x is not None)
+    figure.suptitle(
+        f"{literal(model)} on {literal(data)}: {summary['speedup']:.2f}× fewer FLOPs, "
+        f"{accuracies}"
+    )
+    for one in axes:
+        one.grid(alpha=0.25)
+    return figure
+
+
+def _steps_of_the_cuts(summary: Mapping[str, Any]) -> list[int]:
+    steps, cuts = 0, []
+    for phase in summary["phases"]:
+        if phase["name"].startswith("slice"):
+            cuts.append(steps)
+        steps += phase["steps"]
+    return cuts
+
+
+def _channels(layers: Mapping[str, Mapping[str, int]]) -> matplotlib.figure.Figure:
+    """A bar for each layer: channels kept over channels there were."""
+    names = list(layers)
+    height = max(2.5, 0.22 * len(names) + 1)
+    figure = matplotlib.figure.Figure(figsize=(7, height), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(names))
+    total = [layers[name]["total"] for name in names]
+    kept = [layers[name]["kept"] for name in names]
+    axes.barh(places, total, color="#999999", alpha=0.4, label="pruned")
+    axes.barh(places, kept, color="#4c72b0", label="kept")
+    for place, k, t in zip(places, kept, total, strict=True):
+        text = f" {k}/{t}" if k != t else f" {t}"
+        axes.text(t, place, text, va="center", fontsize=7)
+    axes.set_yticks(places, [literal(name) for name in names], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("channels")
+    axes.margins(x=0.12, y=0.01)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, 1.0), fontsize="small", ncols=2
+    )
+    return figure
+
+
+def _jacobians(phases: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
+    """Histograms of the Jacobian's singular values at the end of each stage."""
+    stages = [phase for phase in phases if "jacobian" in phase]
+    figure = matplotlib.figure.Figure(
+        figsize=(9, 1.3 * len(stages) + 1), layout="constrained"
+    )
+    axes = np.atleast_1d(figure.subplots(len(stages), 1, sharex=True))
+    for one, stage in zip(axes, stages, strict=True):
+        jacobian = stage["jacobian"]
+        kind = stage["name"].partition("_")[0]
+        one.stairs(
+            jacobian["counts"],
+            jacobian["edges"],
+            fill=True,
+            color=_COLORS.get(kind, "#937860"),
+        )
+        condition = jacobian["condition"]
+        condition = "∞" if condition is None else f"{condition:.3g}"
+        low, high, name = jacobian["min"], jacobian["max"], literal(stage["name"])
+        one.set_title(
+            f"{name}: mean {jacobian['mean']:.4g}, std {jacobian['std']:.3g}, "
+            f"{low:.3g} to {high:.3g}, condition {condition}",
+            fontsize="small",
+            loc="left",
+        )
+        one.set_yticks([])
+        one.grid(alpha=0.25)
+    axes[-1].set_xlabel("singular values of ∂logits/∂image")
+    return figure
+
+
+_MOMENTS = {
+    "chosen": "channels chosen",
+    "regularized": "end of regularization",
+    "cut": "after the cut",
+}
+
+
+def _grams(grams: Mapping[str, np.ndarray]) -> matplotlib.figure.Figure:
+    """The Gram matrix of a layer's filters, those that stay first, as heat maps."""
+    moments = [name for name in _MOMENTS if name in grams]
+    figure = matplotlib.figure.Figure(
+        figsize=(3 * len(moments) + 0.8, 3.4), layout="constrained"
+    )
+    pruned = np.asarray(grams["pruned"])
+    order, kept = np.argsort(pruned, kind="stable"), int((~pruned).sum())
+    image = None
+    for one, moment in zip(
+        np.atleast_1d(figure.subplots(1, len(moments))), moments, strict=True
+    ):
+        gram = np.asarray(grams[moment])
+        if len(gram) == len(pruned):
+            gram = gram[np.ix_(order, order)]
+            one.axhline(kept - 0.5, color="#888888", linewidth=0.8)
+            one.axvline(kept - 0.5, color="#888888", linewidth=0.8)
+        image = one.imshow(
+            gram, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+        )
+        one.set_title(_MOMENTS[moment], fontsize="medium")
+        one.set_xticks([])
+        one.set_yticks([])
+    figure.colorbar(image, ax=figure.axes, shrink=0.8)
+    figure.suptitle(
+        f"W Wᵀ of {literal(str(grams['layer']))}: {kept} filters that stay, then "
+        f"{len(pruned) - kept} to prune"
+    )
+    return figure
+
+
+def of_grid(grid: grids.Grid) -> dict[str, Drawing]:
+    """Returns how to draw the pictures of a sweep, one for each metric."""
+    return {metric: functools.partial(_rows, grid, metric) for metric in grid.metrics}
+
+
+def _rows(grid: grids.Grid, metric: str) -> matplotlib.figure.Figure:
+    """Every row over the columns, with error bars; what is published as crosses."""
+    figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["tab20"].colors
+    colors = colors[::2] + colors[1::2]  # the strong ones first
+    width = 0.7 / len(grid.rows)
+    for i, row in enumerate(grid.rows):
+        entries = [grids.entry(grid, row, column, metric) for column in grid.columns]
+        places = np.arange(len(entries)) + (i - (len(grid.rows) - 1) / 2) * width
+        color = colors[i % len(colors)]
+        axes.errorbar(
+            places,
+            [e.mean for e in entries],
+            [e.std for e in entries],
+            fmt="o",
+            markersize=5,
+            capsize=3,
+            color=color,
+            label=str(i),  # see the legend
+        )
+        published = [np.nan if e.paper is None else e.paper for e in entries]
+        axes.plot(places, published, "x", color=color, markersize=6)
+    axes.set_xticks(range(len(grid.columns)), [literal(x) for x in grid.columns])
+    axes.set_xlim(-0.5, len(grid.columns) - 0.5)
+    axes.set_title(grids.heading(metric), fontsize="medium")
+    low, high = axes.dataLim.intervaly
+    if 0 < low < high / 100:
+        axes.set_yscale("log")
+    if any(m == metric for _, _, m in grid.paper):
+        axes.plot([], [], "x", color="0.5", label="published")
+    legend = axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    # Only now: as a label, a name that begins with _ would leave the row out of it.
+    names = {str(i): row for i, row in enumerate(grid.rows)}
+    for shown in legend.get_texts():
+        shown.set_text(literal(names.get(shown.get_text(), shown.get_text())))
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def _series(
+    rows: Sequence[Mapping[str, Any]], name: str
+) -> tuple[list[int], list[float]]:
+    chosen = [
+        row for row in rows if _finite(row.get("step")) and _finite(row.get(name))
+    ]
+    return [row["step"] for row in chosen], [row[name] for row in chosen]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max

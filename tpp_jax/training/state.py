@@ -1,0 +1,73 @@
+"""Training states: made from a model, told as named arrays, put back into a model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from tpp_jax.graph.naming import map_named, named_leaves
+from tpp_jax.saving import with_arrays
+from tpp_jax.training.step import TrainState
+
+
+def initial_state(
+    model: nnx.Module,
+    tx: optax.GradientTransformation,
+    average: bool,
+    step: int,
+    arrays: Mapping[str, Any] | None,
+) -> TrainState:
+    """Returns the state that a phase starts from, or goes on from.
+
+    Args:
+      model: with the parameters and batch statistics.
+      tx: the optimizer.
+      average: whether moving averages are kept.
+      step: of the phase.
+      arrays: from :func:`arrays_of`, for the optimizer's state and the averages; None
+        to start those anew.
+    """
+    params = nnx.state(model, nnx.Param)
+    stats = nnx.state(model, nnx.BatchStat)
+    averages = (params, stats) if average else None
+    if arrays is None:
+        opt_state = tx.init(params)
+    else:
+        opt_state = jax.eval_shape(tx.init, params)
+        opt_state = _filled(opt_state, part(arrays, "opt."))
+        averages = _filled(averages, part(arrays, "average."))
+    state = TrainState(jnp.int32(step), params, stats, opt_state, averages)
+    # Own buffers: the step donates them, and the model's must live on.
+    return jax.tree.map(jnp.copy, state)
+
+
+def arrays_of(state: TrainState) -> dict[str, Any]:
+    """Returns the arrays of a checkpoint: ``model.<name>``, ``opt.<name>`` and
+    ``average.<name>``."""
+    parts = {
+        "model": named_leaves(state.params) | named_leaves(state.stats),
+        "opt": named_leaves(state.opt_state),
+        "average": named_leaves(state.average),
+    }
+    return {f"{p}.{name}": x for p, named in parts.items() for name, x in named.items()}
+
+
+def part(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns the arrays of a checkpoint whose names have a prefix, without it."""
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
+
+
+def with_state(model: nnx.Module, state: TrainState) -> nnx.Module:
+    """Returns a model of the same structure with a state's parameters."""
+    return with_arrays(model, part(arrays_of(state), "model."))
+
+
+def _filled(tree: Any, arrays: Mapping[str, Any]) -> Any:
+    return map_named(lambda name, _: jnp.asarray(arrays[name]), tree)

@@ -1,0 +1,1 @@
+"""What is done for XLA's sake: lowerings, held arrays, compiled programs."""
