@@ -11,9 +11,10 @@ import tpp_jax as tpp
 from tests.reference import filled
 from tpp_jax import data
 from tpp_jax.errors import TPPError
+from tpp_jax.experiment import planning
 from tpp_jax.experiment.config import check_values, default_config
 from tpp_jax.experiment.run import train
-from tpp_jax.experiment.setup import check, plan_for
+from tpp_jax.experiment.setup import check
 from tpp_jax.training import parallel
 
 
@@ -39,6 +40,16 @@ def digits(name="mlp7_relu"):
     )
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     return dataset, model, tpp.channel_groups(model, x)
+
+
+def plan_for(config, groups, model, dataset=None):
+    """The plan of a config, with its training batches if there is a data set."""
+    batches = None
+    if dataset is not None:
+        batches = planning.training_batches(
+            dataset, config.data.batch_size, config.prune.batches, config.seed
+        )
+    return planning.plan_for(config.prune, groups, model, config.seed, batches)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from tpp_jax.analysis.groups_text import describe_groups, group_report
 from tpp_jax.data import sources
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.config import check_fields, check_values
+from tpp_jax.experiment.planning import plan_for
 from tpp_jax.experiment.records.folders import config_of
 from tpp_jax.experiment.records.terminal import Terminal, say
-from tpp_jax.experiment.setup import initial_model, plan_for, random_model
+from tpp_jax.experiment.setup import initial_model, random_model
 from tpp_jax.graph.groups import Groups
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import prune
@@ -64,7 +65,8 @@ def _inspect(
     model = abstract_model(config)
     example = jax.ShapeDtypeStruct((1, *model.spec.image_shape), jnp.float32)
     groups = channel_groups(model, example)
-    plan = plan_for(config, groups, _weights(config, model, groups))
+    weights = _weights(config, model, groups)
+    plan = plan_for(config.prune, groups, weights, config.seed)
     before, after = count(model, example), count(prune(model, plan), example)
     if workdir is not None:
         picture = pathlib.Path(workdir) / "groups.svg"
@@ -101,10 +103,10 @@ def abstract_model(config: ml_collections.ConfigDict) -> nnx.Module:
     """Returns the model of a config; without arrays if its weights decide nothing."""
     if config.init.model:  # as it is, whatever the rest of the config says
         return load_model(config.init.model)
-    shapes = _shapes(config.data)
+    arguments = config.model.name, config.seed, *_shapes(config.data)
     if config.init.torch and config.prune.scope != "local":
-        return initial_model(config, *shapes)
-    return nnx.eval_shape(lambda: random_model(config, *shapes))
+        return initial_model(*arguments, config.init)
+    return nnx.eval_shape(lambda: random_model(*arguments))
 
 
 def _weights(
@@ -115,7 +117,10 @@ def _weights(
         return {leaf: np.ones(shape) for leaf, shape in groups.shapes.items()}
     if config.init.model or config.init.torch:
         return model
-    return random_model(config, model.spec.num_classes, model.spec.image_shape)
+    spec = model.spec
+    return random_model(
+        config.model.name, config.seed, spec.num_classes, spec.image_shape
+    )
 
 
 def _shapes(settings: ml_collections.ConfigDict) -> tuple[int, tuple[int, int, int]]:

@@ -420,8 +420,9 @@ def _dense_folder(
     config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> pathlib.Path | None:
     """Returns the folder of the dense training that a cell starts from, if of any."""
-    kinds = METHODS.get(config.prune.method, ())
-    if "pretrain" not in kinds or config.init.model or config.init.torch:
+    method = METHODS.get(config.prune.method)
+    pretrained = method is not None and "pretrain" in method.stages.split()
+    if not pretrained or config.init.model or config.init.torch:
         return None
     dense = _dense(config)
     number = zlib.crc32(dense.to_json(sort_keys=True).encode())

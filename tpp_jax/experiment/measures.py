@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -93,25 +92,29 @@ def pruned_norm(plan: Plan, params: Any) -> Float[Array, ""]:
     return jnp.sqrt(total)
 
 
-def report_layer(config: ml_collections.ConfigDict, plan: Plan) -> Member:
+def report_layer(name: str, plan: Plan) -> Member:
     """Returns the filters of the layer whose Gram matrix is kept.
 
+    Args:
+      name: Name of the layer; "" for the first one that filters are pruned of.
+      plan: The plan.
+
     Raises:
-      TPPError: the config names a layer that no filter is pruned of.
+      TPPError: No filter of that layer is pruned.
     """
-    if member := find_report_layer(config, plan):
+    if member := find_report_layer(name, plan):
         return member
     names = dict.fromkeys(layer_name(member.leaf) for member in _pruned_filters(plan))
     raise TPPError(
-        f"config.report_layer is {config.report_layer!r}, but filters are pruned of "
+        f"config.report_layer is {name!r}, but filters are pruned of "
         f"{', '.join(names)}: choose one of those"
     )
 
 
-def find_report_layer(config: ml_collections.ConfigDict, plan: Plan) -> Member | None:
+def find_report_layer(name: str, plan: Plan) -> Member | None:
     """Returns what :func:`report_layer` does; None if the plan prunes none of it."""
     for member in _pruned_filters(plan):
-        if config.report_layer in ("", layer_name(member.leaf)):
+        if name in ("", layer_name(member.leaf)):
             return member
     return None
 
