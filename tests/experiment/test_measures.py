@@ -1,5 +1,7 @@
 """What is measured along the way: on which images, in which stage, of which layer."""
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from tpp_jax.experiment import measures
 from tpp_jax.experiment.choosing import counts_of_round
 from tpp_jax.experiment.methods import METHODS, Stage, stages_of
 from tpp_jax.experiment.phases import Phase, training_phase
+from tpp_jax.experiment.setup import check
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -33,6 +36,21 @@ def test_the_phases_that_were_there_first_draw_what_they_always_drew():
         assert jax.random.key_data(Stage(name).key(3)).tolist() == (
             jax.random.key_data(expected).tolist()
         )
+
+
+def test_other_kinds_of_stages_draw_by_their_names():
+    expected = jax.random.fold_in(jax.random.key(3), zlib.crc32(b"distil"))
+    assert jax.random.key_data(Stage("distil").key(3)).tolist() == (
+        jax.random.key_data(expected).tolist()
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_stage_of_a_method_that_trains_has_a_phase(method):
+    setup = check(small_config(**{"prune.method": method, "prune.rounds": 2}))
+    kinds = {stage.kind for stage in setup.stages}
+    assert kinds - {"dense", "choose", "slice"} <= setup.phases(setup.plan).keys()
+    assert set(METHODS[method].repeated.split()) <= set(METHODS[method].stages.split())
 
 
 @pytest.mark.parametrize(("n", "k"), [(100, 10), (16, 1), (512, 51), (7, 7)])
