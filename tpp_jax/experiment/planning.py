@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from tpp_jax import data
 from tpp_jax.graph.groups import Groups
 from tpp_jax.pruning.activations import activation_means
-from tpp_jax.pruning.criteria import STATISTICS
+from tpp_jax.pruning.criteria import CRITERIA
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
@@ -47,11 +47,11 @@ def plan_for(
     """
     target = prune.flops or prune.params
     statistics, criterion = None, prune.criterion
-    if criterion in STATISTICS:
+    if criterion in CRITERIA and (needed := CRITERIA[criterion].statistics):
         if batches is None:
             criterion = "l1"
         else:
-            statistics = _statistics(STATISTICS[criterion], model, batches, seed)
+            statistics = _statistics(needed, model, batches, seed)
     amount: dict[str, Any] = {"counts": counts}
     if counts is None:
         amount = dict(
