@@ -1,7 +1,7 @@
-"""What is measured of a network on its way, beside loss and accuracy.
+"""Measurements of a network during a run, in addition to loss and accuracy.
 
-Jacobian singular values, the Gram matrix of a layer, the norm of what is to be pruned,
-and how well the pruned network trains at first.
+Jacobian singular values, the Gram matrix of a layer, the norm of the filters to be
+pruned, and how well the pruned network trains at first.
 """
 
 import math
@@ -34,9 +34,11 @@ class JacobianMeter:
     """Jacobian singular values on the same test images at every measurement."""
 
     def __init__(self, dataset: data.Dataset | data.Stream, number: int) -> None:
-        """Args:
-        dataset: whose first test images are used.
-        number: of images; at most all.
+        """Chooses the images.
+
+        Args:
+          dataset: Data set whose first test images are used.
+          number: Number of images; at most all.
         """
         if isinstance(dataset, data.Dataset):
             pixels = dataset.test_images[:number]
@@ -55,7 +57,7 @@ class JacobianMeter:
           the mean over images of the largest by the smallest, None if it is infinite;
           ``edges`` and ``counts`` of a histogram of 50 bins.
         """
-        # On the host, lest a copy on several devices meet images on one.
+        # On the host: weights on several devices do not combine with images on one.
         graphdef, state = nnx.split(model)
         model = nnx.merge(graphdef, jax.device_get(state))
         values = np.asarray(jacobian_singular_values(model, self._images), np.float64)
@@ -74,7 +76,7 @@ class JacobianMeter:
 
 
 def jacobian_scalars(jacobian: Mapping[str, Any]) -> dict[str, float]:
-    """Returns what of a measurement is logged, as ``jsv_mean``…; all are finite."""
+    """Returns the finite numbers of a measurement to be logged, as ``jsv_mean``…"""
     names = "mean", "std", "min", "max", "condition"
     return {f"jsv_{n}": jacobian[n] for n in names if jacobian[n] is not None}
 
@@ -129,16 +131,17 @@ def save_gram(
 ) -> None:
     """Adds a layer's Gram matrix W Wᵀ to an ``.npz`` file.
 
-    All of a file are divided by the mean diagonal of its first, so that its filters
-    have length 1 on average.
+    All matrices of a file are divided by the mean diagonal of the first one, whose
+    filters have length 1 on average then.
 
     Args:
-      file: made if missing; holds for each moment float32 [n, n], ``layer``,
-        ``pruned`` (bool [n], of the unpruned layer) and ``scale``, the divisor.
-      moment: name of the matrix; one of that name is replaced.
-      model: with its weights, pruned or not.
-      member: the filters.
-      plan: which of them are pruned.
+      file: The file; made if missing. It holds a float32 [n, n] array for each matrix,
+        ``layer``, ``pruned`` (bool [n], of the unpruned layer) and ``scale``, the
+        divisor.
+      moment: Name of the matrix; one of that name is replaced.
+      model: Network with its weights, pruned or not.
+      member: Filters of the layer.
+      plan: Plan that prunes some of them.
     """
     content = read_grams(file)
     kernel = np.asarray(named_leaves(nnx.state(model))[member.leaf], np.float64)
@@ -158,7 +161,7 @@ def save_gram(
 
 
 def read_grams(file: pathlib.Path) -> dict[str, Any]:
-    """Reads what :func:`save_gram` wrote; empty if there is none, or no whole one."""
+    """Reads what :func:`save_gram` wrote; empty if the file is missing or damaged."""
     try:
         with np.load(file) as saved:
             return dict(saved)
@@ -176,11 +179,11 @@ def trainability_accuracy(
     """Returns the mean test accuracy while fine-tuning at its first learning rate.
 
     Args:
-      history: rows with ``phase``, ``step`` and ``test_accuracy``.
-      name: of the phase in them.
-      start: the step of the run at which the phase starts.
-      phase: of fine-tuning.
-      kind: of its learning rate's schedule; one that falls steadily has no stages.
+      history: Rows with ``phase``, ``step`` and ``test_accuracy``.
+      name: Name of the phase in them.
+      start: Step of the run at which the phase starts.
+      phase: Phase of fine-tuning.
+      kind: Kind of its learning rate's schedule; one that falls steadily has no stages.
 
     Returns:
       Percent, or None if nothing was measured in that stage.

@@ -1,4 +1,4 @@
-"""What came out of a run, as one JSON-ready dict, and what is left in its folder."""
+"""The results of a run: the summary as a JSON-ready dict, the network, the report."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from tpp_jax.reports import page, plots, tables
 from tpp_jax.saving import save_model
 from tpp_jax.storage import processes
 
-# What a summary holds.
+# Keys of a summary.
 _WRITTEN = {"method", "phases", "dense", "pruned", "one_shot", "best_accuracy"}
 _WRITTEN |= {"last_accuracy", "trainability_accuracy", "speedup", "sparsity"}
 _WRITTEN |= {"layers", "config"}
@@ -56,7 +56,7 @@ def read_summary(file: pathlib.Path) -> dict[str, Any]:
     """Reads the summary of a finished run.
 
     Raises:
-      TPPError: it is damaged.
+      TPPError: The file is damaged.
     """
     try:
         summary = json.loads(file.read_bytes())
@@ -77,7 +77,7 @@ def draw(workdir: pathlib.Path) -> pathlib.Path:
     """Draws the pictures and the page of a finished run; returns the page's path.
 
     Raises:
-      TPPError: the summary or the metrics cannot be read.
+      TPPError: The summary or the metrics cannot be read.
     """
     summary = read_summary(workdir / "summary.json")
     rows = read_history(workdir / "metrics.jsonl")
