@@ -101,10 +101,10 @@ def _faster(rate: optax.Schedule, times: int) -> optax.Schedule:
 def _orthogonal(
     kind: str, weight: float, model: nnx.Module
 ) -> list[optax.GradientTransformation]:
-    """Returns KernOrth, or OrthConv with each layer's own stride.
+    """Returns KernOrth, or OrthConv with the stride of each layer.
 
     Grouped convolutions have no matrix of filters that all see the same channels, and
-    are left out. So is, by OrthConv, the first convolution, as in the original.
+    are left out. OrthConv leaves out the first convolution too, as in the original.
     """
     layers: dict[str, int] = {}
     for path, module in modules(model):

@@ -30,7 +30,7 @@ def make(workdir: pathlib.Path) -> None:
     """Makes the folder of a run, and checks that the run can use what is there.
 
     Raises:
-      TPPError: It cannot be made, or a file is in the place of a folder, or the reverse.
+      TPPError: It cannot be made, or a file is in the place of a folder or the reverse.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -162,10 +162,7 @@ def own_config(workdir: pathlib.Path) -> dict[str, Any] | None:
                 "run has its own there: move it away, or use another --workdir"
             ) from error
         return found
-    for name in (
-        "model",
-        "dense",
-    ):  # of a run of an earlier version, which wrote no file
+    for name in ("model", "dense"):  # an earlier version wrote no file of its own
         if (workdir / name).is_dir():
             return load_model_info(workdir / name)["config"]
     return None

@@ -16,7 +16,7 @@ class Progress:
     """Reports the steps of one phase after the other; a context manager.
 
     On a terminal there is a live line with phase, steps, steps/s, time left and the
-    last metrics. :meth:`line` and :meth:`say` print lines that remain. TensorBoard event
+    last metrics. :meth:`line` and :meth:`say` print lines that remain. TensorBoard's
     files count the steps of the run.
     """
 

@@ -61,8 +61,8 @@ _TAKEN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Locks a run's folder against other processes; a killed one leaves no lock behind.
 
-    Some network and FUSE mounts have no locks. There a line says so once, and the folder
-    is used without one.
+    Some network and FUSE mounts have no locks. There a line says so once, and the
+    folder is used without one.
 
     Raises:
       TPPError: Another process has the lock, or the folder cannot be written to.
