@@ -52,8 +52,8 @@ class RunConfig:
     )
     steps_per_dispatch: int = field(
         0,
-        "Steps that a device runs in one dispatch; 0 for 1 on the CPU and up to 100 on "
-        "accelerators.",
+        "Steps in one dispatch to a device, at most 100, or 1 if the data is streamed; "
+        "0 for 1 on the CPU and that maximum on accelerators.",
     )
     log_every: int = field(50, "Steps between lines of metrics.", least=1)
     eval_every: int = field(
@@ -122,9 +122,7 @@ class RunConfig:
         return build(cls, config)
 
 
-SECTIONS = sections_of(
-    RunConfig(), doc="The run itself: devices, logs and checkpoints."
-)
+SECTIONS = sections_of(RunConfig(), doc="Seed, devices, logs and checkpoints.")
 """The sections of a run's config, as they are documented."""
 
 FIELDS = {one.name: one for section in SECTIONS for one in section.fields}

@@ -3,6 +3,8 @@
 python -m tpp_jax.experiment.config_docs > docs/config.md
 """
 
+import re
+
 from tpp_jax.experiment.config import SECTIONS
 from tpp_jax.experiment.fields import Field, Section
 
@@ -40,7 +42,10 @@ def get_config():
 
 The files in [configs/](../configs) are complete examples. A field keeps the type of its
 default. A name that does not exist, or a value that no run can use, is refused before
-anything is trained. Lengths are in steps (training batches) unless a line says
+anything is trained. In the config of a [table of runs](tables.md) these are the
+fields of `base`: `--config.base.data.dir=…`.
+
+Lengths are in steps (training batches) unless a line says
 otherwise. Whole numbers may be as large as 2147483647 unless a line says less.
 
 `RunConfig` in [config.py](../tpp_jax/experiment/config.py) declares the fields; from
@@ -56,7 +61,7 @@ def page() -> str:
         parts.append(f"## {title}\n\n{section.doc}\n")
         fields, same = _listed(section)
         if same:
-            parts.append(f"{_like(same)}\n")
+            parts.append(f"It has {_like(same)}\n")
         lines = ["| field | default | meaning | values |", "|---|---|---|---|"]
         lines += [
             f"| `{one.name}` | `{one.default!r}` | {one.doc} | {one.values} |"
@@ -69,16 +74,17 @@ def page() -> str:
 def flag_help() -> str:
     """Returns a list of all fields for the help of the flag ``--config``."""
     lines = [
-        "Python file with a function get_config(), which returns the config of the run. "
-        "Each field is a flag too, as in --config.seed=1, and replaces the file's "
-        "value. The fields, with the defaults of files that do not set them "
-        "(docs/config.md has the values that they may have):"
+        "Python file whose function get_config() returns the config of a run. Each "
+        "field of it is a flag too, as in --config.seed=1. Fields and their defaults, "
+        "which the file may replace (docs/config.md lists the values they may have):"
     ]
     for section in SECTIONS:
         fields, same = _listed(section)
         if same:
-            lines.append(f"{section.name}: {_like(same)}")
-        lines += [f"{one.name}={one.default!r}: {_plain(one.doc)}" for one in fields]
+            lines.append(_plain(f"Of `{section.name}`: {_like(same)}"))
+        lines += [
+            f"--config.{one.name}={one.default!r}: {_plain(one.doc)}" for one in fields
+        ]
     return "\n".join(lines)
 
 
@@ -98,11 +104,12 @@ def _listed(section: Section) -> tuple[list[Field], str]:
 
 
 def _like(name: str) -> str:
-    return f"The fields are those of `{name}`; these have other defaults:"
+    return f"the same fields as of `{name}`; these have other defaults:"
 
 
 def _plain(markdown: str) -> str:
-    return markdown.replace("`", "")
+    """Returns Markdown as text, its links as paths from the root of the repository."""
+    return re.sub(r"\[.+?\]\((.+?)\)", r"docs/\1", markdown).replace("`", "")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ class TrainingConfig:
     epochs: int = field(0, "Length of the phase in epochs; 0 skips it.")
     learning_rate: str | float = field(
         "0.1",
-        "Learning rate: one number, or epoch:rate pairs separated by commas.",
+        "Learning rate: one number, or the rate from each epoch on, as in "
+        "`0:0.1,100:0.01`.",
     )
     schedule: str = field(
         "step",
@@ -147,7 +148,7 @@ class TrainingConfig:
         "(`convolution`), or none.",
         choices=ORTHOGONALITY,
     )
-    orthogonality_weight: float = field(0.1, "Weight of that penalty in the loss.")
+    orthogonality_weight: float = field(0.1, "Weight of that penalty.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,21 +250,22 @@ class PruneConfig:
         1, "Smallest number of channels kept in a group.", least=1
     )
     learning_rate: float = field(
-        1e-3, "Learning rate while penalties act, constant; the optimizer is SGD."
+        1e-3,
+        "Learning rate of SGD, constant, in all phases but `pretrain` and `finetune`.",
     )
-    momentum: float = field(0.9, "Momentum while penalties act.", below=1)
-    weight_decay: float = field(5e-4, "Weight decay while penalties act.")
+    momentum: float = field(0.9, "Momentum in the same phases.", below=1)
+    weight_decay: float = field(5e-4, "Weight decay in the same phases.")
     gram_weight: float = field(
         1000.0, "Weight of the Gram penalty; 0 for no decorrelation."
     )
     bn: bool = field(
         True, "Whether the scales and biases of norms are shrunk for pruned channels."
     )
-    l2: bool = field(True, "Whether the pruned filters are shrunk.")
+    l2: bool = field(True, "Whether pruned filters and their biases are shrunk.")
     target: Target = field(
         "decorrelate",
-        "What the Gram matrix is driven to: pruned filters decorrelated from all "
-        "others, or all kept filters orthonormal (an ablation).",
+        "What the Gram penalty asks for: pruned filters decorrelated from all others, "
+        "or also kept filters orthonormal (an ablation).",
     )
     kept_weight: float = field(
         0.0,
