@@ -32,7 +32,6 @@ def edges(one: Field) -> tuple[list[float], list[float]]:
     def higher(x: float) -> float:
         return x + 1 if whole else math.nextafter(x, math.inf)
 
-    inside, outside = [], []
     if one.above is None:
         inside, outside = [one.least], [lower(one.least)]
     else:

@@ -45,8 +45,8 @@ default. A name that does not exist, or a value that no run can use, is refused 
 anything is trained. In the config of a [table of runs](tables.md) these are the
 fields of `base`: `--config.base.data.dir=…`.
 
-Lengths are in steps (training batches) unless a line says
-otherwise. Whole numbers may be as large as 2147483647 unless a line says less.
+Lengths are in steps (training batches) unless a line says otherwise. Whole numbers may
+be as large as 2147483647 unless a line says less.
 
 `RunConfig` in [config.py](../tpp_jax/experiment/config.py) declares the fields; from
 Python, `RunConfig.from_dict(get_config())` checks a config and gives its values typed.
