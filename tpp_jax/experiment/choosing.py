@@ -7,6 +7,7 @@ import math
 import time
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -161,6 +162,7 @@ def with_random_weights(model: nnx.Module, key: PRNGKeyArray) -> nnx.Module:
     as they are, which is right for a network of random weights that was cut.
     """
     model = nnx.clone(model)
+    layer: Any  # whatever has a kernel
     for path, layer in modules(model):
         if (start := getattr(layer, "kernel_start", None)) is None:
             continue

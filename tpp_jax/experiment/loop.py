@@ -152,7 +152,7 @@ def _log(
         norm = measures.pruned_norm(run.plans[-1], parallel.local(state.params))
         metrics["pruned_norm"] = float(norm)
     tools.progress.step(done, metrics)
-    metrics["learning_rate"] = float(phase.learning_rate(done - 1))
+    metrics["learning_rate"] = float(np.asarray(phase.learning_rate(done - 1)))
     images = tools.progress.rate(done) * config.data.batch_size
     tools.record(run.position, {**metrics, "images_per_second": images})
 

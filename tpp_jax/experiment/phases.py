@@ -99,13 +99,15 @@ def _faster(rate: optax.Schedule, times: int) -> optax.Schedule:
 
 
 def _orthogonal(
-    kind: str, weight: float, model: nnx.Module
+    kind: str, weight: float, model: nnx.Module | None
 ) -> list[optax.GradientTransformation]:
     """Returns KernOrth, or OrthConv with the stride of each layer.
 
     Grouped convolutions have no matrix of filters that all see the same channels, and
     are left out. OrthConv leaves out the first convolution too, as in the original.
     """
+    if model is None:
+        raise ValueError("a penalty of orthogonality needs the model")
     layers: dict[str, int] = {}
     for path, module in modules(model):
         if isinstance(module, nnx.Conv):

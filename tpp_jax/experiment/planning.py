@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tpp_jax import data
+from tpp_jax.experiment.sections import PruneConfig
 from tpp_jax.graph.groups import Groups
 from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.criteria import CRITERIA
@@ -23,7 +24,7 @@ Batches = Iterable[tuple[Float[Array, "b h w c"], Any]]
 
 
 def plan_for(
-    prune: Any,
+    prune: PruneConfig,
     groups: Groups,
     model: Any,
     seed: int,

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -171,11 +171,12 @@ def _opened(
     cannot be finished, and is left as it is.
     """
     config, devices = setup.config, setup.devices
+    data = dataclasses.asdict(config.data)
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
     together = True
     try:
         run = _resumed(setup, workdir, checkpoints, progress)
-        feed = open_feed(setup.dataset, config.data, devices, config.accumulate)
+        feed = open_feed(setup.dataset, data, devices, config.accumulate)
         evaluate = Evaluator(feed, setup.step_config(), devices, config.parallel)
         meter = None
         if config.jacobian_every:
@@ -219,7 +220,7 @@ def _resumed(
     setup: Setup, workdir: pathlib.Path, checkpoints: Checkpoints, progress: Progress
 ) -> Run:
     """Returns the run where its last checkpoint left it, or at its start."""
-    config = setup.config.to_dict()
+    config = dataclasses.asdict(setup.config)
     run = Run(Position(config), setup.model, (), setup.phases(setup.plan), {})
     if (found := checkpoints.restore()) is None:
         return run
@@ -249,7 +250,9 @@ _MAY_CHANGE = ("num_devices", "parallel", "keep_checkpoints", "data.dir")
 """Fields in which the config of a run that goes on may differ from what it was."""
 
 
-def _same_config(old: dict, new: dict, workdir: pathlib.Path) -> None:
+def _same_config(
+    old: Mapping[str, Any], new: Mapping[str, Any], workdir: pathlib.Path
+) -> None:
     found = differences(old, new)
     if changed := [line for line in found if line.split()[0] not in _MAY_CHANGE]:
         raise TPPError(

@@ -6,16 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import nnx
 
 from tpp_jax import data, models
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment.config import check_fields, check_values
+from tpp_jax.experiment.config import RunConfig
+from tpp_jax.experiment.fields import Tree
 from tpp_jax.experiment.measures import report_layer
 from tpp_jax.experiment.methods import METHODS, Method, Stage, stages_of
 from tpp_jax.experiment.phases import Phase, strength_schedule, training_phase
 from tpp_jax.experiment.planning import plan_for
+from tpp_jax.experiment.sections import InitConfig, TrainingConfig
 from tpp_jax.graph.groups import Groups
 from tpp_jax.interop.torch_weights import load_torch
 from tpp_jax.method.schedule import GrowingSchedule
@@ -32,7 +33,7 @@ class Setup:
     """All that a run starts from; the same at every resumption.
 
     Attributes:
-      config: The run's config.
+      config: The run's config, checked.
       dataset: Its data.
       devices: Devices that it trains on.
       model: The network at the start.
@@ -43,7 +44,7 @@ class Setup:
       steps_per_epoch: Number of training steps in an epoch.
     """
 
-    config: ml_collections.ConfigDict
+    config: RunConfig
     dataset: data.Dataset | data.Stream
     devices: list[jax.Device]
     model: nnx.Module
@@ -63,19 +64,25 @@ class Setup:
         """Number of times that channels are chosen and cut, and the rest fine-tuned."""
         return max(stage.round for stage in self.stages)
 
+    def recipe(self, part: str) -> TrainingConfig | None:
+        """Returns a part of the config if it is that of a phase of plain training."""
+        return {"pretrain": self.config.pretrain, "finetune": self.config.finetune}.get(
+            part
+        )
+
     def phases(self, plan: Plan) -> dict[str, Phase]:
         """Returns the phases of training, by kind, that prune by a plan.
 
         Raises:
           TPPError: A field of the config is wrong.
         """
-        prune, steps = self.config.prune, self.steps_per_epoch
-        found = []
-        for part, rounds in (("pretrain", 1), ("finetune", self.rounds)):
-            recipe = self.config[part]
-            found.append(training_phase(part, recipe, steps, self.model, rounds))
+        config, steps = self.config, self.steps_per_epoch
+        found = [
+            training_phase("pretrain", config.pretrain, steps, self.model),
+            training_phase("finetune", config.finetune, steps, self.model, self.rounds),
+        ]
         for make in self.method.phases:
-            found += make(prune, plan, self.schedule)
+            found += make(config.prune, plan, self.schedule)
         return {phase.kind: phase for phase in found}
 
     def groups_of(self, model: nnx.Module, plans: Sequence[Plan]) -> Groups:
@@ -89,15 +96,14 @@ class Setup:
         config, and those of the rest that no other phase has for itself.
         """
         left_out = {"pretrain", "finetune", "prune"} - {phase.part} | {"seed", "init"}
-        fields = self.config.to_dict()
+        fields = dataclasses.asdict(self.config)
         read = {name: x for name, x in fields.items() if name not in left_out}
         return phase.kind, self.rounds, read
 
     def step_config(self, part: str = "") -> StepConfig:
         """Returns how to compute: in phases of a part of the config, or elsewhere."""
         config, dataset = self.config, self.dataset
-        recipe = config[part] if part in ("pretrain", "finetune") else {}
-        names = "label_smoothing", "mixup", "cutmix", "ema"
+        recipe, names = self.recipe(part), ("label_smoothing", "mixup", "cutmix", "ema")
         return StepConfig(
             dataset.mean,
             dataset.std,
@@ -107,18 +113,20 @@ class Setup:
             config.accumulate,
             config.skip_nonfinite,
             config.sync_bn,
-            **{name: recipe[name] for name in names if name in recipe},
+            **{name: getattr(recipe, name) for name in names if recipe is not None},
         )
 
 
-def check(config: ml_collections.ConfigDict) -> Setup:
+def check(tree: Tree) -> Setup:
     """Loads the data, builds the model and tries the plan, to find errors early.
+
+    Args:
+      tree: Config of a run, see :func:`tpp_jax.experiment.config.default_config`.
 
     Raises:
       TPPError: Something is wrong with the config.
     """
-    check_fields(config)
-    check_values(config)
+    config = RunConfig.from_dict(tree)
     prune, method = config.prune, METHODS[config.prune.method]
     devices = _devices(config.num_devices)
     recipes = config.pretrain, config.finetune
@@ -128,7 +136,7 @@ def check(config: ml_collections.ConfigDict) -> Setup:
         config.accumulate,
         pairs=any(recipe.mixup or recipe.cutmix for recipe in recipes),
     )
-    dataset = open_data(config.data)
+    dataset = open_data(dataclasses.asdict(config.data))
     if not 1 <= config.data.batch_size <= dataset.num_train:
         raise TPPError(
             f"config.data.batch_size is {config.data.batch_size}, but "
@@ -191,7 +199,7 @@ def initial_model(
     seed: int,
     num_classes: int,
     image_shape: tuple[int, int, int],
-    init: Any,
+    init: InitConfig,
 ) -> nnx.Module:
     """Returns the network that a run starts from: saved, PyTorch's, or random.
 
@@ -214,8 +222,8 @@ def initial_model(
         return random_model(name, seed, num_classes, image_shape)
     model = load_model(init.model)
     spec = model.spec
-    wanted = models.ModelSpec(name, num_classes, tuple(image_shape))
-    if dataclasses.replace(spec, image_shape=tuple(spec.image_shape)) != wanted:
+    found = spec.name, spec.num_classes, tuple(spec.image_shape)
+    if found != (name, num_classes, tuple(image_shape)):
         raise TPPError(
             f"config.init.model is a {spec.name} for {spec.num_classes} classes of "
             f"images {spec.image_shape}, the config wants {name} for {num_classes} "

@@ -12,6 +12,7 @@ import ml_collections
 
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.config import differences
+from tpp_jax.experiment.fields import flat
 from tpp_jax.experiment.records.terminal import say
 from tpp_jax.saving import load_model_info
 
@@ -129,8 +130,8 @@ def config_of(
             f"({'; '.join(found[:3])}{more}). Leave --workdir out to see that one."
         )
     used = ml_collections.ConfigDict(own)
-    if moved := config.get("data", {}).get("dir"):
-        used.data.dir = moved
+    if moved := flat(config).get("data.dir"):
+        used.update_from_flattened_dict({"data.dir": moved})
     return used
 
 

@@ -32,8 +32,8 @@ class Terminal(rich.console.Console):
         return _Printable(super().file)  # type: ignore[return-value]
 
     @file.setter
-    def file(self, stream: IO[str]) -> None:
-        self._file = stream
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
 
     def on_broken_pipe(self) -> None:
         """Prints no more if the reader of a pipe has closed it, as ``head`` does."""
