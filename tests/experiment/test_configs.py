@@ -14,7 +14,7 @@ from tpp_jax.errors import TPPError
 from tpp_jax.experiment import planning
 from tpp_jax.experiment.config import check_values, default_config
 from tpp_jax.experiment.run import train
-from tpp_jax.experiment.setup import check
+from tpp_jax.experiment.setup import make_setup
 from tpp_jax.training import parallel
 
 
@@ -132,7 +132,7 @@ def test_fewer_batches_than_asked_for_will_do():
 )
 def test_a_field_that_makes_no_sense_is_told_before_training(field, value, message):
     with pytest.raises(TPPError, match=message):
-        check(small_config(**{field: value}))
+        make_setup(small_config(**{field: value}))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tpp_jax.experiment import measures
 from tpp_jax.experiment.choosing import counts_of_round
 from tpp_jax.experiment.methods import METHODS, Stage, stages_of
 from tpp_jax.experiment.phases import Phase, training_phase
-from tpp_jax.experiment.setup import check
+from tpp_jax.experiment.setup import make_setup
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -47,7 +47,7 @@ def test_other_kinds_of_stages_draw_by_their_names():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_stage_of_a_method_that_trains_has_a_phase(method):
-    setup = check(small_config(**{"prune.method": method, "prune.rounds": 2}))
+    setup = make_setup(small_config(**{"prune.method": method, "prune.rounds": 2}))
     kinds = {stage.kind for stage in setup.stages}
     assert kinds - {"dense", "choose", "slice"} <= setup.phases(setup.plan).keys()
     assert set(METHODS[method].repeated.split()) <= set(METHODS[method].stages.split())

@@ -47,6 +47,10 @@ def drive(runs: Sequence[Callable[[Take], Any]]) -> list[Any]:
     Those with the most steps left go first, so that runs that were resumed at different
     steps meet, and those of different methods in the phases that they end with.
 
+    Several runs do not see the context managers that JAX keeps by thread
+    (``jax.default_device(...)`` and the like) around this call; ``jax.config.update``
+    reaches them.
+
     Args:
       runs: Functions that carry out a run, given how to take its steps.
 

@@ -174,7 +174,7 @@ def trainability_accuracy(
     name: str,
     start: int,
     phase: Phase,
-    kind: str,
+    schedule: str,
 ) -> float | None:
     """Returns the mean test accuracy while fine-tuning at its first learning rate.
 
@@ -183,7 +183,7 @@ def trainability_accuracy(
       name: Name of the phase in them.
       start: Step of the run at which the phase starts.
       phase: Phase of fine-tuning.
-      kind: Kind of its learning rate's schedule; one that falls steadily has no stages.
+      schedule: Schedule of its learning rate; a rate that falls steadily has no stages.
 
     Returns:
       Percent, or None if nothing was measured in that stage.
@@ -192,7 +192,7 @@ def trainability_accuracy(
       Wang et al., Dynamical Isometry: The Missing Ingredient for Neural Network
       Pruning, 2021.
     """
-    if kind != "step":
+    if schedule != "step":
         return None
     steps = np.arange(phase.steps)
     rates = np.broadcast_to(np.asarray(phase.learning_rate(steps)), steps.shape)

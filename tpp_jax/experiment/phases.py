@@ -99,7 +99,7 @@ def _faster(rate: optax.Schedule, times: int) -> optax.Schedule:
 
 
 def _orthogonal(
-    kind: str, weight: float, model: nnx.Module | None
+    penalty: str, weight: float, model: nnx.Module | None
 ) -> list[optax.GradientTransformation]:
     """Returns KernOrth, or OrthConv with the stride of each layer.
 
@@ -115,7 +115,7 @@ def _orthogonal(
                 layers[path] = max(np.atleast_1d(module.strides or 1))
         elif isinstance(module, nnx.Linear):
             layers[path] = 1
-    if kind == "kernel":
+    if penalty == "kernel":
         return [add_orthogonality(weight, "kernorth", layers=list(layers))]
     convolutions = [path for path, m in modules(model) if isinstance(m, nnx.Conv)]
     for path in convolutions[:1]:

@@ -26,7 +26,7 @@ from tpp_jax.experiment.records.progress import Progress
 from tpp_jax.experiment.records.stopping import Signals, Stopped, locked
 from tpp_jax.experiment.records.summary import draw, finish, read_summary
 from tpp_jax.experiment.records.terminal import say
-from tpp_jax.experiment.setup import Setup, check
+from tpp_jax.experiment.setup import Setup, make_setup
 from tpp_jax.experiment.tools import Run, Tools
 from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.plan import Plan
@@ -109,11 +109,11 @@ def _carry_out(
     folders.check_kinds(workdir)
     if (workdir / "summary.json").exists():
         return _finished(config, workdir, hidden)
-    setup = check(config)
+    setup = make_setup(config)
     folders.make(workdir)
     first = processes.is_first()
     with (
-        folders.errors_told(workdir),
+        folders.errors_explained(workdir),
         locked(workdir) if first else contextlib.nullcontext(),
         Progress(workdir / "tensorboard", quiet=not first, hidden=hidden) as progress,
         _opened(setup, workdir, progress, signals, take) as (run, tools),
@@ -150,7 +150,7 @@ def _finished(
     if not hidden:
         say(f"The run in {workdir} is finished; see {file}.")
     if processes.is_first() and not (workdir / "report.html").exists():
-        with folders.errors_told(workdir):
+        with folders.errors_explained(workdir):
             page = draw(workdir)
         if not hidden:
             say(f"Its report was missing, and is drawn: {page}")

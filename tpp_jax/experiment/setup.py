@@ -117,7 +117,7 @@ class Setup:
         )
 
 
-def check(tree: Tree) -> Setup:
+def make_setup(tree: Tree) -> Setup:
     """Loads the data, builds the model and tries the plan, to find errors early.
 
     Args:

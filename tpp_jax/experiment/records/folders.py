@@ -60,7 +60,7 @@ def check_kinds(workdir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def errors_told(workdir: pathlib.Path) -> Iterator[None]:
+def errors_explained(workdir: pathlib.Path) -> Iterator[None]:
     """Turns errors of the system about the files in a folder into a TPPError.
 
     Raises:

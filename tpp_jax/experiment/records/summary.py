@@ -156,6 +156,6 @@ def _of_fine_tuning(
             name=last.name,
             start=sum(result.steps for result in results[:-1]),
             phase=setup.phases(setup.plan)["finetune"],
-            kind=setup.config.finetune.schedule,
+            schedule=setup.config.finetune.schedule,
         ),
     }
