@@ -105,7 +105,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, config: Tree) -> "RunConfig":
-        """Makes a typed config of a tree of values, and checks it.
+        """Checks the values of a config and returns them typed.
 
         Args:
           config: Values of all fields, as a ConfigDict or nested dicts.

@@ -48,8 +48,9 @@ fields of `base`: `--config.base.data.dir=…`.
 Lengths are in steps (training batches) unless a line says otherwise. Whole numbers may
 be as large as 2147483647 unless a line says less.
 
-`RunConfig` in [config.py](../tpp_jax/experiment/config.py) declares the fields; from
-Python, `RunConfig.from_dict(get_config())` checks a config and gives its values typed.
+`RunConfig` in [config.py](../tpp_jax/experiment/config.py) and its sections in
+[sections.py](../tpp_jax/experiment/sections.py) declare the fields. From
+Python, `RunConfig.from_dict(get_config())` checks a config and returns it typed.
 """
 
 
