@@ -37,7 +37,6 @@ from tpp_jax.saving import save_model, with_arrays
 from tpp_jax.storage import processes
 from tpp_jax.training import parallel
 from tpp_jax.training.evaluation import Evaluator
-from tpp_jax.training.feeds import open_feed
 from tpp_jax.training.state import arrays_of, initial_state, part, with_state
 from tpp_jax.training.step import (
     TrainState,
@@ -203,11 +202,10 @@ class Run:
         if (found := self.checkpoints.restore()) is not None:
             self._restore(*found)
         config = setup.config
-        self.feed = open_feed(
-            setup.dataset, config.data, setup.devices, config.accumulate
-        )
+        self.task = setup.task()
+        self.feed = self.task.feed(setup.devices, config.accumulate)
         self.evaluate = Evaluator(
-            self.feed, self.setup.step_config(), setup.devices, config.parallel
+            self.task, self.feed, setup.step_config(), setup.devices, config.parallel
         )
         self.history = History(
             workdir / "metrics.jsonl",
@@ -221,8 +219,8 @@ class Run:
                 "left where they are, and left out."
             )
         if config.jacobian_every:
-            images = config.jacobian_images
-            self.jacobian = measures.JacobianMeter(setup.dataset, images)
+            probes = self.task.probes(config.jacobian_images)
+            self.jacobian = measures.JacobianMeter(*self.task.inputs(probes))
 
     def _restore(
         self, arrays: dict[str, Any], meta: dict[str, Any], damaged: list[str]
@@ -375,16 +373,18 @@ class Run:
         plan = self.plans[-1] if self.plans else self.setup.plan
         graphdef = graphdef_of(self.model, training=True)
         step_config = self.setup.step_config(phase.kind)
+        loss = self.setup.task(phase.kind).loss
 
         def steps_of(tx: optax.GradientTransformation) -> Callable[..., Any]:
             axis = parallel.axis_name(devices)
-            step = make_train_step(graphdef, tx, step_config, feed.train_batch, axis)
+            select = feed.train_batch
+            step = make_train_step(graphdef, tx, loss, step_config, select, axis)
             return make_train_steps(step, loop=loop)
 
         on_devices = functools.partial(
             parallel.on_devices,
             devices=devices,
-            parts=config.accumulate,
+            accumulate=config.accumulate,
             kind=config.parallel,
         )
         return lockstep.Ask(

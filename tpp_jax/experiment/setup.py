@@ -19,6 +19,7 @@ from tpp_jax.experiment.config import check_fields, check_values
 from tpp_jax.experiment.measures import report_layer
 from tpp_jax.experiment.methods import Stage, stages_of
 from tpp_jax.experiment.phases import Phase
+from tpp_jax.experiment.tasks import make_task, open_data
 from tpp_jax.graph.groups import Groups
 from tpp_jax.interop.torch_weights import load_torch
 from tpp_jax.method.schedule import GrowingSchedule
@@ -30,8 +31,8 @@ from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
 from tpp_jax.saving import load_model
 from tpp_jax.training import parallel
-from tpp_jax.training.feeds import open_data
 from tpp_jax.training.step import StepConfig
+from tpp_jax.training.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,21 +79,21 @@ class Setup:
         read = {name: x for name, x in fields.items() if name not in left_out}
         return kind, self.rounds, read
 
+    def task(self, kind: str = "") -> Task:
+        """Returns the task, as a phase of some kind trains it, or else to evaluate."""
+        recipe = self.config[kind] if kind in ("pretrain", "finetune") else None
+        return make_task(self.config, self.dataset, recipe)
+
     def step_config(self, kind: str = "") -> StepConfig:
         """Returns how to compute: in a phase of some kind, or else to evaluate."""
-        config, dataset = self.config, self.dataset
-        recipe = config.get(kind, {}) if kind in ("pretrain", "finetune") else {}
-        names = "label_smoothing", "mixup", "cutmix", "ema"
+        config = self.config
         return StepConfig(
-            dataset.mean,
-            dataset.std,
-            dataset.num_classes,
             config.model.dtype,
             config.model.remat,
             config.accumulate,
             config.skip_nonfinite,
             config.sync_bn,
-            **{name: recipe[name] for name in names if name in recipe},
+            config[kind].ema if kind in ("pretrain", "finetune") else 0.0,
         )
 
 
