@@ -81,12 +81,11 @@ def main(argv: list[str]) -> None:
     if not workdir and mode not in ("inspect", "profile"):
         sys.exit("error: --workdir is missing: give a folder for the run")
     # Imported late, so that --help and a wrong flag answer at once.
-    from tpp_jax.commands import inspect, profile, sweep
+    from tpp_jax.commands import evaluate, inspect, profile, sweep
     from tpp_jax.errors import TPPError
     from tpp_jax.experiment import run
     from tpp_jax.experiment.records import terminal
     from tpp_jax.storage import processes
-    from tpp_jax.training import evaluation
     from tpp_jax.xla import compilation
 
     compilation.keep_compiled_programs()
@@ -97,7 +96,7 @@ def main(argv: list[str]) -> None:
         elif _PROCESSES.value is not None or _PROCESS.value is not None:
             raise TPPError("--num_processes and --process_id need --coordinator too")
         if mode == "evaluate":  # data.dir, if given: where it has moved to
-            print(json.dumps(evaluation.evaluate(workdir, config.data.dir)))
+            print(json.dumps(evaluate.evaluate(workdir, config.data.dir)))
         elif mode == "report":
             terminal.say(f"{sweep.write_report(workdir)} shows it.")
         else:

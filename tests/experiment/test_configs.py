@@ -16,6 +16,7 @@ from tpp_jax.experiment.config import check_values, default_config
 from tpp_jax.experiment.run import train
 from tpp_jax.experiment.setup import make_setup
 from tpp_jax.training import parallel
+from tpp_jax.training.classification import ImageClassification
 
 
 def small_config(**fields):
@@ -43,13 +44,10 @@ def digits(name="mlp7_relu"):
 
 
 def plan_for(config, groups, model, dataset=None):
-    """The plan of a config, with its training batches if there is a data set."""
-    batches = None
-    if dataset is not None:
-        batches = planning.training_batches(
-            dataset, config.data.batch_size, config.prune.batches, config.seed
-        )
-    return planning.plan_for(config.prune, groups, model, config.seed, batches)
+    """The plan of a config, by its training data if there is a data set."""
+    size = config.data.batch_size
+    task = dataset and ImageClassification(dataset, batch_size=size)
+    return planning.plan_for(config.prune, groups, model, config.seed, task)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import tpp_jax as tpp
 from tests.end_to_end.runs import arrays_of, history_of
 from tests.experiment.test_errors import small_config
 from tests.experiment.test_reliability import stop_at
-from tests.training.test_step import CONFIG, DATA, digits, initial_state
+from tests.training.test_step import CONFIG, digits_task, initial_state
 from tests.training.test_step import assert_alike as assert_alike_trees
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import lockstep, run
@@ -21,7 +21,6 @@ from tpp_jax.experiment.program import Program
 from tpp_jax.models import CifarResNet
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import load_model_info
-from tpp_jax.training.feeds import open_feed
 from tpp_jax.training.step import graphdef_of, make_train_step, make_train_steps
 
 SEEDS = 0, 1, 2
@@ -146,7 +145,8 @@ def test_a_step_of_replicas_with_convolutions_is_their_single_steps(unroll):
         granularity=0.5, every=1, stabilize=10, zero_out_every=1
     )
     graphdef = graphdef_of(models[0], training=True)
-    feed = open_feed(digits(), DATA, device)
+    task = digits_task()
+    feed = task.feed(device)
 
     def steps_of(kept):
         plan = Plan(kept, groups)
@@ -155,7 +155,7 @@ def test_a_step_of_replicas_with_convolutions_is_their_single_steps(unroll):
             optax.sgd(0.01),
             tpp.zero_pruned(plan, schedule),
         )
-        step = make_train_step(graphdef, tx, CONFIG, feed.train_batch)
+        step = make_train_step(graphdef, tx, task.loss, CONFIG, feed.train_batch)
         return make_train_steps(step, loop=False)
 
     states = [initial_state(model, optax.sgd(0.01)) for model in models]

@@ -17,6 +17,7 @@ from tpp_jax.experiment.choosing import counts_of_round
 from tpp_jax.experiment.methods import METHODS, Stage, stages_of
 from tpp_jax.experiment.phases import Phase, training_phase
 from tpp_jax.experiment.setup import make_setup
+from tpp_jax.training.classification import ImageClassification
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,10 +107,15 @@ def test_a_rate_that_falls_steadily_has_no_first_stage():
     assert measures.trainability_accuracy(*args) is None
 
 
+def meter_of(dataset, number):
+    task = ImageClassification(dataset)
+    return measures.JacobianMeter(*task.inputs(task.probes(number)))
+
+
 def test_the_jacobian_is_measured_on_the_first_test_images_normalised():
     dataset = tpp.data.load("digits", pad_to=32)
     model = filled(lambda: tpp.models.create("lenet5", rngs=nnx.Rngs(0)))
-    found = measures.JacobianMeter(dataset, 3)(model)
+    found = meter_of(dataset, 3)(model)
     images = dataset.test_images[:3] / 255
     images = (images - np.array(dataset.mean)) / np.array(dataset.std)
     values = tpp.jacobian_singular_values(model, jnp.asarray(images, jnp.float32))
@@ -127,7 +133,7 @@ def test_a_network_that_ignores_its_input_has_no_condition_number():
     dataset = tpp.data.load("digits", pad_to=32)
     model = tpp.models.create("lenet5", rngs=nnx.Rngs(0))
     model.fc5.kernel.set_value(jnp.zeros_like(model.fc5.kernel[...]))
-    found = measures.JacobianMeter(dataset, 2)(model)
+    found = meter_of(dataset, 2)(model)
     assert (found["mean"], found["max"], found["condition"]) == (0, 0, None)
     assert "jsv_condition" not in measures.jacobian_scalars(found)
 

@@ -23,12 +23,12 @@ from tpp_jax.experiment.records.folders import config_of
 from tpp_jax.experiment.records.terminal import Terminal, say
 from tpp_jax.experiment.sections import DataConfig
 from tpp_jax.experiment.setup import initial_model, random_model
+from tpp_jax.experiment.tasks import open_data
 from tpp_jax.graph.groups import Groups
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.flops import count
 from tpp_jax.saving import load_model
-from tpp_jax.training.feeds import open_data
 
 _WIDTHS = 80, 120  # of the table on a terminal: the least and the most
 

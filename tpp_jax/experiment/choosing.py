@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from tpp_jax.experiment.methods import Stage
-from tpp_jax.experiment.planning import plan_for, training_batches
+from tpp_jax.experiment.planning import plan_for
 from tpp_jax.experiment.position import Result
 from tpp_jax.experiment.setup import Setup, random_model
 from tpp_jax.experiment.tools import Run, Tools
@@ -72,13 +72,8 @@ def choose(run: Run, stage: Stage, tools: Tools) -> Run:
 def _planned(
     run: Run, groups: Groups, setup: Setup, counts: Mapping[str, int] | None = None
 ) -> Plan:
-    config = setup.config
-    batches = training_batches(
-        setup.dataset, config.data.batch_size, config.prune.batches, config.seed
-    )
-    return plan_for(
-        config.prune, groups, run.model, config.seed, batches, counts=counts
-    )
+    config, task = setup.config, setup.task(dtype="float32")
+    return plan_for(config.prune, groups, run.model, config.seed, task, counts=counts)
 
 
 def _counts(run: Run, stage: Stage, groups: Groups, setup: Setup) -> dict[str, int]:

@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tpp_jax import data
 from tpp_jax.analysis.jacobian import jacobian_singular_values, summarize
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.phases import Phase
@@ -31,23 +30,15 @@ _BINS = 50
 
 
 class JacobianMeter:
-    """Jacobian singular values on the same test images at every measurement."""
+    """Jacobian singular values at the same inputs in every measurement."""
 
-    def __init__(self, dataset: data.Dataset | data.Stream, number: int) -> None:
-        """Chooses the images.
+    def __init__(self, inputs: Float[Array, "n ..."]) -> None:
+        """Keeps the inputs.
 
         Args:
-          dataset: Data set whose first test images are used.
-          number: Number of images; at most all.
+          inputs: Inputs of the network for some examples.
         """
-        if isinstance(dataset, data.Dataset):
-            pixels = dataset.test_images[:number]
-        else:
-            number = min(number, dataset.num_test)
-            batches = dataset.test_batches(number)
-            pixels = next(batches)[0]
-            batches.close()
-        self._images = data.normalize(jnp.asarray(pixels), dataset.mean, dataset.std)
+        self._inputs = inputs
 
     def __call__(self, model: nnx.Module) -> dict[str, Any]:
         """Measures a network, in evaluation mode and single precision.
@@ -60,7 +51,7 @@ class JacobianMeter:
         # On the host: weights on several devices do not combine with images on one.
         graphdef, state = nnx.split(model)
         model = nnx.merge(graphdef, jax.device_get(state))
-        values = np.asarray(jacobian_singular_values(model, self._images), np.float64)
+        values = np.asarray(jacobian_singular_values(model, self._inputs), np.float64)
         found = summarize(values)
         condition = float(found.condition_numbers.mean())
         counts, edges = np.histogram(values, _BINS)

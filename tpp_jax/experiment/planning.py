@@ -1,16 +1,12 @@
 """The plan that a config asks for, from a network's weights and some training data."""
 
-import contextlib
-import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import optax
+import jax
 from flax import nnx
-from jaxtyping import Array, Float
 
-from tpp_jax import data
 from tpp_jax.experiment.sections import PruneConfig
 from tpp_jax.graph.groups import Groups
 from tpp_jax.pruning.activations import activation_means
@@ -18,9 +14,7 @@ from tpp_jax.pruning.criteria import CRITERIA
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
-
-Batches = Iterable[tuple[Float[Array, "b h w c"], Any]]
-"""Pairs of normalised images and labels."""
+from tpp_jax.training.task import Task
 
 
 def plan_for(
@@ -28,7 +22,7 @@ def plan_for(
     groups: Groups,
     model: Any,
     seed: int,
-    batches: Batches | None = None,
+    task: Task | None = None,
     *,
     scope: str = "",
     counts: Mapping[str, int] | None = None,
@@ -40,19 +34,18 @@ def plan_for(
       groups: Groups of the model.
       model: Network with its weights, or these by name.
       seed: Seed of the run, for the criteria that draw random numbers.
-      batches: Training batches for the criteria that measure something on data, see
-        :func:`training_batches`; not read by the others. Without them ``l1`` stands in
-        for such criteria, to try the rest.
+      task: Task for the criteria that measure something on its data. Without one
+        ``l1`` stands in for these criteria, to try the rest.
       scope: Scope in place of the config's.
       counts: Numbers of channels of each group to keep, in place of ratios and targets.
     """
     target = prune.flops or prune.params
     statistics, criterion = None, prune.criterion
     if criterion in CRITERIA and (needed := CRITERIA[criterion].statistics):
-        if batches is None:
+        if task is None:
             criterion = "l1"
         else:
-            statistics = _statistics(needed, model, batches, seed)
+            statistics = _statistics(needed, model, task, prune.batches, seed)
     amount: dict[str, Any] = {"counts": counts}
     if counts is None:
         amount = dict(
@@ -75,38 +68,29 @@ def plan_for(
     )
 
 
-def training_batches(
-    dataset: data.Dataset | data.Stream, batch_size: int, number: int, seed: int
-) -> Iterator[tuple[Float[Array, "b h w c"], Any]]:
-    """Yields the first training batches of a random order, normalised.
+def _statistics(
+    needed: str, model: nnx.Module, task: Task, number: int, seed: int
+) -> Any:
+    """Measures what a criterion needs on the first training batches.
 
     Args:
-      dataset: Data, in memory or streamed. Every process reads all of a batch.
-      batch_size: Number of images in a batch.
+      needed: Name of what is measured.
+      model: Network with its weights.
+      task: Task whose data and loss are used.
       number: Number of batches; fewer if an epoch has not as many.
-      seed: Seed of the order.
+      seed: Seed of the order of the data and of random vectors.
     """
-    if isinstance(dataset, data.Stream):
-        dataset = dataclasses.replace(dataset, shard=(0, 1))
-    batches = dataset.train_batches(batch_size, seed)
-    number = min(number, dataset.num_train // batch_size)
-    with contextlib.closing(batches):
-        for images, labels in itertools.islice(batches, number):
-            yield data.normalize(images, dataset.mean, dataset.std), labels
+    batches = itertools.islice(task.samples(seed), number)
+    key = jax.random.key(seed)
 
+    def loss(model: nnx.Module, batch: Any) -> Any:
+        return task.loss(model, batch, key)[0]
 
-def _statistics(kind: str, model: nnx.Module, batches: Batches, seed: int) -> Any:
-    """Measures what a criterion needs."""
-
-    def loss(model: nnx.Module, batch: tuple[Any, Any]) -> Any:
-        logits = model(batch[0])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
-
-    match kind:
+    match needed:
         case "loss_gradient":
             return loss_gradient(loss, model, batches)
         case "hessian_diagonal":
             return hessian_diagonal(loss, model, batches, seed=seed)
         case "activation_means":
-            return activation_means(model, (images for images, _ in batches))
-    raise ValueError(kind)
+            return activation_means(model, map(task.inputs, batches))
+    raise ValueError(needed)

@@ -13,13 +13,13 @@ from tpp_jax.experiment.phases import Phase
 from tpp_jax.experiment.setup import Setup
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training import parallel
-from tpp_jax.training.feeds import Resident, Streamed
 from tpp_jax.training.step import (
     TrainState,
     graphdef_of,
     make_train_step,
     make_train_steps,
 )
+from tpp_jax.training.task import Feed
 
 Kept = dict[str, Any]
 Result = tuple[TrainState, dict[str, Any]]
@@ -71,7 +71,7 @@ def make_program(
     model: nnx.Module,
     plan: Plan,
     setup: Setup,
-    feed: Resident | Streamed,
+    feed: Feed,
 ) -> Program:
     """Returns the program of a phase.
 
@@ -87,17 +87,18 @@ def make_program(
     at_once = config.steps_per_dispatch or (1 if on_cpu else feed.at_once)
     at_once = min(at_once, feed.at_once)
     graphdef = graphdef_of(model, training=True)
-    step_config = setup.step_config(phase.part)
+    step_config, loss = setup.step_config(phase.part), setup.task(phase.part).loss
 
     def steps_of(tx: optax.GradientTransformation) -> Callable[..., Any]:
         axis = parallel.axis_name(devices)
-        step = make_train_step(graphdef, tx, step_config, feed.train_batch, axis)
+        select = feed.train_batch
+        step = make_train_step(graphdef, tx, loss, step_config, select, axis)
         return make_train_steps(step, loop=at_once > 1)
 
     on_devices = functools.partial(
         parallel.on_devices,
         devices=devices,
-        parts=config.accumulate,
+        accumulate=config.accumulate,
         kind=config.parallel,
     )
     return Program(

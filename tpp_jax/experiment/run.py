@@ -33,7 +33,6 @@ from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import with_arrays
 from tpp_jax.storage import processes
 from tpp_jax.training.evaluation import Evaluator
-from tpp_jax.training.feeds import open_feed
 from tpp_jax.training.state import part
 
 
@@ -171,16 +170,17 @@ def _opened(
     cannot be finished, and is left as it is.
     """
     config, devices = setup.config, setup.devices
-    data = dataclasses.asdict(config.data)
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
     together = True
     try:
         run = _resumed(setup, workdir, checkpoints, progress)
-        feed = open_feed(setup.dataset, data, devices, config.accumulate)
-        evaluate = Evaluator(feed, setup.step_config(), devices, config.parallel)
+        task = setup.task()
+        feed = task.feed(devices, config.accumulate)
+        evaluate = Evaluator(task, feed, setup.step_config(), devices, config.parallel)
         meter = None
         if config.jacobian_every:
-            meter = measures.JacobianMeter(setup.dataset, config.jacobian_images)
+            probes = task.probes(config.jacobian_images)
+            meter = measures.JacobianMeter(*task.inputs(probes))
         tools = Tools(
             setup=setup,
             workdir=workdir,

@@ -17,6 +17,7 @@ from tpp_jax.experiment.methods import METHODS, Method, Stage, stages_of
 from tpp_jax.experiment.phases import Phase, strength_schedule, training_phase
 from tpp_jax.experiment.planning import plan_for
 from tpp_jax.experiment.sections import InitConfig, TrainingConfig
+from tpp_jax.experiment.tasks import make_task, open_data
 from tpp_jax.graph.groups import Groups
 from tpp_jax.interop.torch_weights import load_torch
 from tpp_jax.method.schedule import GrowingSchedule
@@ -24,8 +25,8 @@ from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import load_model
 from tpp_jax.training import parallel
-from tpp_jax.training.feeds import open_data
 from tpp_jax.training.step import StepConfig
+from tpp_jax.training.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,20 +101,28 @@ class Setup:
         read = {name: x for name, x in fields.items() if name not in left_out}
         return phase.kind, self.rounds, read
 
+    def task(self, part: str = "", dtype: str = "") -> Task:
+        """Returns the task.
+
+        Args:
+          part: Part of the config whose phases train it; "" elsewhere.
+          dtype: Type of the inputs in place of the config's.
+        """
+        fields, recipe = dataclasses.asdict(self.config), self.recipe(part)
+        fields["model"]["dtype"] = dtype or self.config.model.dtype
+        own = None if recipe is None else dataclasses.asdict(recipe)
+        return make_task(fields, self.dataset, own)
+
     def step_config(self, part: str = "") -> StepConfig:
         """Returns how to compute: in phases of a part of the config, or elsewhere."""
-        config, dataset = self.config, self.dataset
-        recipe, names = self.recipe(part), ("label_smoothing", "mixup", "cutmix", "ema")
+        config, recipe = self.config, self.recipe(part)
         return StepConfig(
-            dataset.mean,
-            dataset.std,
-            dataset.num_classes,
             config.model.dtype,
             config.model.remat,
             config.accumulate,
             config.skip_nonfinite,
             config.sync_bn,
-            **{name: getattr(recipe, name) for name in names if recipe is not None},
+            0.0 if recipe is None else recipe.ema,
         )
 
 

@@ -19,7 +19,7 @@ from tpp_jax.experiment.setup import Setup
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.storage import processes
 from tpp_jax.training.evaluation import Evaluator
-from tpp_jax.training.feeds import Resident, Streamed
+from tpp_jax.training.task import Feed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Tools:
     progress: Progress
     history: History
     checkpoints: Checkpoints
-    feed: Resident | Streamed
+    feed: Feed
     evaluate: Evaluator
     jacobian: measures.JacobianMeter | None
     signals: Signals
