@@ -52,8 +52,10 @@ def plain_errors() -> Iterator[None]:
 
 
 with plain_errors():  # reads --config.… already here, to make its default
+    from tpp_jax.experiment.config_docs import flag_help
+
     _DEFAULT = pathlib.Path(__file__).parent / "configs" / "digits_resnet8_tpp.py"
-    _CONFIG = config_flags.DEFINE_config_file("config", str(_DEFAULT), "What to run.")
+    _CONFIG = config_flags.DEFINE_config_file("config", str(_DEFAULT), flag_help())
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run and its results.")
 _MODE = flags.DEFINE_enum(
     "mode",
