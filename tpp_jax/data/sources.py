@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +53,9 @@ class Dataset(NamedTuple):
 
     def train_batches(
         self, batch_size: int, seed: int
-    ) -> Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]]:
+    ) -> Generator[
+        tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]], None, None
+    ]:
         """Yields the whole batches of one epoch, in random order, not augmented."""
         order = np.random.default_rng(seed).permutation(self.num_train)
         for start in range(0, self.num_train - batch_size + 1, batch_size):

@@ -163,8 +163,8 @@ def make_train_step(
             if not config.sync_bn:
                 stats = jax.lax.pmean(stats, axis)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
+        params: Any = optax.apply_updates(state.params, updates)
+        average: Any = state.average
         if config.ema:
             t = state.step.astype(jnp.float32)
             rate = 1 - jnp.minimum(config.ema, (1 + t) / (10 + t))
