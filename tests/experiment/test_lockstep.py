@@ -1,5 +1,7 @@
 """Runs that advance together come to what each comes to alone."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from tests.training.test_step import CONFIG, digits_task, initial_state
 from tests.training.test_step import assert_alike as assert_alike_trees
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import lockstep, run
+from tpp_jax.experiment.program import Program
 from tpp_jax.models import CifarResNet
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import load_model_info
@@ -171,3 +174,55 @@ def test_a_step_of_replicas_with_convolutions_is_their_single_steps(unroll):
     for plan, state, key, result in zip(plans, states, keys, results, strict=True):
         alone = jax.jit(steps_of(plan.kept))(state, key, 1, order, images)
         assert_alike_trees(result, alone, rtol=1e-4, atol=1e-5)
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def test_whatever_is_no_error_of_a_run_ends_all_of_them():
+    closed = []
+
+    def waits(take):
+        try:
+            take(program(), (None, None, 1), left=1)
+        finally:
+            closed.append(threading.current_thread())
+
+    def killed(take):
+        raise Killed
+
+    with pytest.raises(Killed):
+        lockstep.drive([waits, killed, waits])
+    assert len(closed) == 1  # the third had not begun
+    assert not any(thread.is_alive() for thread in closed)
+
+
+def test_what_a_program_raises_reaches_the_runs_that_asked_for_it():
+    def fails(take):
+        take(program(), (None, None, 1), left=1)
+
+    def ends(take):
+        return "done"
+
+    failed, done = lockstep.drive([fails, ends])
+    assert isinstance(failed, ZeroDivisionError) and done == "done"
+
+
+def test_a_single_run_works_in_the_thread_that_asks_for_it():
+    threads = lockstep.drive([lambda take: threading.current_thread()])
+    assert threads == [threading.current_thread()]
+
+
+def program():
+    """Steps that fail."""
+    return Program(
+        tx=optax.identity(),
+        steps=lambda *arguments: 1 / 0,
+        at_once=1,
+        likeness=None,
+        steps_of=lambda kept: None,
+        compile=lambda fn: fn,
+        unroll=False,
+        kept={},
+    )

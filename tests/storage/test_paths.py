@@ -83,7 +83,7 @@ def test_a_run_in_a_folder_of_brackets_is_continued_and_evaluated(
     config = small_config(**{"pretrain.epochs": 1})
     with monkeypatch.context() as patch:
         # As if killed once the dense network is trained.
-        patch.setattr(run.cutting, "choose", _killed)
+        patch.setattr(run.choosing, "choose", _killed)
         with pytest.raises(KeyboardInterrupt):
             run.train(config, workdir)
     summary = run.train(config, workdir)

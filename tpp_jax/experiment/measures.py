@@ -1,7 +1,7 @@
-"""What is measured of a network on its way, beside loss and accuracy.
+"""Measurements of a network during a run, in addition to loss and accuracy.
 
-Jacobian singular values, the Gram matrix of a layer, the norm of what is to be pruned,
-and how well the pruned network trains at first.
+Jacobian singular values, the Gram matrix of a layer, the norm of the filters to be
+pruned, and how well the pruned network trains at first.
 """
 
 import math
@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -49,7 +48,7 @@ class JacobianMeter:
           the mean over images of the largest by the smallest, None if it is infinite;
           ``edges`` and ``counts`` of a histogram of 50 bins.
         """
-        # On the host, lest a copy on several devices meet images on one.
+        # On the host: weights on several devices do not combine with images on one.
         graphdef, state = nnx.split(model)
         model = nnx.merge(graphdef, jax.device_get(state))
         values = np.asarray(jacobian_singular_values(model, self._inputs), np.float64)
@@ -68,7 +67,7 @@ class JacobianMeter:
 
 
 def jacobian_scalars(jacobian: Mapping[str, Any]) -> dict[str, float]:
-    """Returns what of a measurement is logged, as ``jsv_mean``…; all are finite."""
+    """Returns the finite numbers of a measurement to be logged, as ``jsv_mean``…"""
     names = "mean", "std", "min", "max", "condition"
     return {f"jsv_{n}": jacobian[n] for n in names if jacobian[n] is not None}
 
@@ -86,25 +85,29 @@ def pruned_norm(plan: Plan, params: Any) -> Float[Array, ""]:
     return jnp.sqrt(total)
 
 
-def report_layer(config: ml_collections.ConfigDict, plan: Plan) -> Member:
+def report_layer(name: str, plan: Plan) -> Member:
     """Returns the filters of the layer whose Gram matrix is kept.
 
+    Args:
+      name: Name of the layer; "" for the first one that filters are pruned of.
+      plan: The plan.
+
     Raises:
-      TPPError: the config names a layer that no filter is pruned of.
+      TPPError: No filter of that layer is pruned.
     """
-    if member := find_report_layer(config, plan):
+    if member := find_report_layer(name, plan):
         return member
     names = dict.fromkeys(layer_name(member.leaf) for member in _pruned_filters(plan))
     raise TPPError(
-        f"config.report_layer is {config.report_layer!r}, but filters are pruned of "
+        f"config.report_layer is {name!r}, but filters are pruned of "
         f"{', '.join(names)}: choose one of those"
     )
 
 
-def find_report_layer(config: ml_collections.ConfigDict, plan: Plan) -> Member | None:
+def find_report_layer(name: str, plan: Plan) -> Member | None:
     """Returns what :func:`report_layer` does; None if the plan prunes none of it."""
     for member in _pruned_filters(plan):
-        if config.report_layer in ("", layer_name(member.leaf)):
+        if name in ("", layer_name(member.leaf)):
             return member
     return None
 
@@ -119,16 +122,17 @@ def save_gram(
 ) -> None:
     """Adds a layer's Gram matrix W Wᵀ to an ``.npz`` file.
 
-    All of a file are divided by the mean diagonal of its first, so that its filters
-    have length 1 on average.
+    All matrices of a file are divided by the mean diagonal of the first one, whose
+    filters have length 1 on average then.
 
     Args:
-      file: made if missing; holds for each moment float32 [n, n], ``layer``,
-        ``pruned`` (bool [n], of the unpruned layer) and ``scale``, the divisor.
-      moment: name of the matrix; one of that name is replaced.
-      model: with its weights, pruned or not.
-      member: the filters.
-      plan: which of them are pruned.
+      file: The file; made if missing. It holds a float32 [n, n] array for each matrix,
+        ``layer``, ``pruned`` (bool [n], of the unpruned layer) and ``scale``, the
+        divisor.
+      moment: Name of the matrix; one of that name is replaced.
+      model: Network with its weights, pruned or not.
+      member: Filters of the layer.
+      plan: Plan that prunes some of them.
     """
     content = read_grams(file)
     kernel = np.asarray(named_leaves(nnx.state(model))[member.leaf], np.float64)
@@ -148,7 +152,7 @@ def save_gram(
 
 
 def read_grams(file: pathlib.Path) -> dict[str, Any]:
-    """Reads what :func:`save_gram` wrote; empty if there is none, or no whole one."""
+    """Reads what :func:`save_gram` wrote; empty if the file is missing or damaged."""
     try:
         with np.load(file) as saved:
             return dict(saved)
@@ -161,16 +165,16 @@ def trainability_accuracy(
     name: str,
     start: int,
     phase: Phase,
-    kind: str,
+    schedule: str,
 ) -> float | None:
     """Returns the mean test accuracy while fine-tuning at its first learning rate.
 
     Args:
-      history: rows with ``phase``, ``step`` and ``test_accuracy``.
-      name: of the phase in them.
-      start: the step of the run at which the phase starts.
-      phase: of fine-tuning.
-      kind: of its learning rate's schedule; one that falls steadily has no stages.
+      history: Rows with ``phase``, ``step`` and ``test_accuracy``.
+      name: Name of the phase in them.
+      start: Step of the run at which the phase starts.
+      phase: Phase of fine-tuning.
+      schedule: Schedule of its learning rate; a rate that falls steadily has no stages.
 
     Returns:
       Percent, or None if nothing was measured in that stage.
@@ -179,7 +183,7 @@ def trainability_accuracy(
       Wang et al., Dynamical Isometry: The Missing Ingredient for Neural Network
       Pruning, 2021.
     """
-    if kind != "step":
+    if schedule != "step":
         return None
     steps = np.arange(phase.steps)
     rates = np.broadcast_to(np.asarray(phase.learning_rate(steps)), steps.shape)

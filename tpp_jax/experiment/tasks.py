@@ -1,16 +1,16 @@
 """The task that a config asks for."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_collections
 
 from tpp_jax import data
 from tpp_jax.training.classification import ImageClassification
 from tpp_jax.training.task import Task
 
-Fields = ml_collections.ConfigDict | dict[str, Any]
+Fields = Mapping[str, Any]
 
 
 def open_data(settings: Fields) -> data.Dataset | data.Stream:
