@@ -217,7 +217,7 @@ def test_a_stabilize_phase_that_ends_before_the_last_layer_s_turn_is_refused():
     _, _, plan = small()
     for stabilize in (5, 0):
         short = tpp.growing_schedule(stabilize=stabilize, zero_out_every=3)
-        with pytest.raises(ValueError, match="before layer 1 .* at least 6 steps"):
+        with pytest.raises(ValueError, match=r"before layer 1 .* at least 6 steps"):
             tpp.zero_pruned(plan, short)
     tpp.zero_pruned(plan, tpp.growing_schedule(stabilize=6, zero_out_every=3))
 

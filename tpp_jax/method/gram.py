@@ -46,9 +46,9 @@ def gram_penalty(
     """Returns the penalty of one layer, L(W) above.
 
     Args:
-      kernel: float, filters on the last axis.
-      pruned: which filters are to be pruned.
-      target: see :data:`Target`.
+      kernel: Float, filters on the last axis.
+      pruned: Which filters are to be pruned.
+      target: See :data:`Target`.
 
     Example:
       >>> gram_penalty(jnp.eye(3), jnp.array([True, False, False]))
@@ -76,16 +76,16 @@ def gram_penalty_and_grad(
     """Returns the penalty and its gradient, sharing the one Gram matrix.
 
     Args:
-      kernel: float.
-      pruned: which filters are to be pruned, of the shape of the kernel along the axes
+      kernel: Float.
+      pruned: Which filters are to be pruned, of the shape of the kernel along the axes
         of its filters.
-      target: see :data:`Target`.
-      filters: axes of the kernel that index its filters together.
-      batch: axes along which kernels of their own are stacked; their penalties are
+      target: See :data:`Target`.
+      filters: Axes of the kernel that index its filters together.
+      batch: Axes along which kernels of their own are stacked; their penalties are
         added up.
 
     Raises:
-      TPPError: an unknown target, or a mask that is not of the kernel's filters.
+      TPPError: An unknown target, or a mask that is not of the kernel's filters.
     """
     gram = _Gram(kernel, pruned, filters, batch)
     if target == "decorrelate":
@@ -110,10 +110,10 @@ def kept_penalty_and_grad(
     the two parts of the Gram matrix have weights of their own.
 
     Args:
-      kernel: float.
-      pruned: as for :func:`gram_penalty_and_grad`.
-      filters: as for :func:`gram_penalty_and_grad`.
-      batch: as for :func:`gram_penalty_and_grad`.
+      kernel: Float.
+      pruned: As for :func:`gram_penalty_and_grad`.
+      filters: As for :func:`gram_penalty_and_grad`.
+      batch: As for :func:`gram_penalty_and_grad`.
 
     Example:
       >>> kept_penalty_and_grad(2 * jnp.eye(3), jnp.array([True, False, False]))[0]
@@ -128,8 +128,8 @@ class _Gram:
     """The Gram matrices of a kernel.
 
     Attributes:
-      matrix: float ``[*batch, *filters, *filters]``.
-      any_pruned: bool ``[*filters, *filters]``: whether either filter is to be pruned.
+      matrix: Float ``[*batch, *filters, *filters]``.
+      any_pruned: Bool ``[*filters, *filters]``: whether either filter is to be pruned.
     """
 
     def __init__(

@@ -65,8 +65,8 @@ def orthogonalize(kernel: Kernel, activation: Activation = "relu") -> Kernel:
     PyTorch, and so gets another orthogonal matrix than there.)
 
     Args:
-      kernel: float, filters on the last axis.
-      activation: that follows the layer, a name in :data:`GAINS`.
+      kernel: Float, filters on the last axis.
+      activation: That follows the layer, a name in :data:`GAINS`.
 
     References:
       Wang et al., Dynamical Isometry: The Missing Ingredient for Neural Network
@@ -100,12 +100,12 @@ def delta_orthogonalize(
     random one gives.
 
     Args:
-      kernel: float, HWIO or IO; only its shape and type matter.
-      gaussian: of normal numbers, with m = max(I, O).
-      activation: that follows the layer, a name in :data:`GAINS`.
+      kernel: Float, HWIO or IO; only its shape and type matter.
+      gaussian: Of normal numbers, with m = max(I, O).
+      activation: That follows the layer, a name in :data:`GAINS`.
 
     Raises:
-      TPPError: the random matrix is of another size.
+      TPPError: The random matrix is of another size.
 
     References:
       Xiao et al., Dynamical Isometry and a Mean Field Theory of CNNs, ICML 2018.
@@ -138,9 +138,9 @@ def approximate_isometry(
     moves by more than ``steps * learning_rate``.
 
     Args:
-      kernel: float, filters on the last axis.
-      steps: how many.
-      learning_rate: how far a weight moves in one.
+      kernel: Float, filters on the last axis.
+      steps: How many.
+      learning_rate: How far a weight moves in one.
 
     References:
       Lee et al., A Signal Propagation Perspective for Pruning Neural Networks at
@@ -205,18 +205,18 @@ def reinitialize(
     """Returns the model with its kernels made anew; biases and norms stay.
 
     Args:
-      model: an NNX module, which is left untouched, or a parameter pytree.
-      recipe: a name in :data:`RECIPES`, or a function ``(kernel, activation, key)``.
-      layers: whose kernels; all by default, the classifier's included, as in the
+      model: An NNX module, which is left untouched, or a parameter pytree.
+      recipe: A name in :data:`RECIPES`, or a function ``(kernel, activation, key)``.
+      layers: Whose kernels; all by default, the classifier's included, as in the
         original.
-      activation: that follows the layers, a name in :data:`GAINS`.
-      key: for the recipes that draw; each kernel's draw depends on its name alone.
+      activation: That follows the layers, a name in :data:`GAINS`.
+      key: For the recipes that draw; each kernel's draw depends on its name alone.
 
     Returns:
       A module of the same class, or a pytree of the same structure.
 
     Raises:
-      TPPError: an unknown recipe or activation, a recipe that draws without a key, or a
+      TPPError: An unknown recipe or activation, a recipe that draws without a key, or a
         pattern that matches no kernel.
 
     Example:
@@ -254,12 +254,12 @@ def kernels_of(
     collection ``params`` is no part of a layer's name.
 
     Args:
-      model: an NNX module or a parameter pytree.
-      layers: see :data:`Layers`.
-      skip: patterns of layers that are left out.
+      model: An NNX module or a parameter pytree.
+      layers: See :data:`Layers`.
+      skip: Patterns of layers that are left out.
 
     Raises:
-      TPPError: a pattern, or a plan, matches no kernel.
+      TPPError: A pattern, or a plan, matches no kernel.
 
     Example:
       >>> sorted(kernels_of({"a": {"kernel": jnp.eye(2)}, "b": {"kernel": jnp.eye(2)}}))

@@ -54,13 +54,13 @@ def kernel_orthogonality(
     ‖W Wᵀ − I‖² = ‖Wᵀ W − I‖² + N − D; but of the larger side it is never 0.
 
     Args:
-      kernel: float, filters on the last axis.
-      norm: see :data:`Norm`.
-      side: see :data:`Side`. The original's mean of squares takes ``"inputs"`` for a
+      kernel: Float, filters on the last axis.
+      norm: See :data:`Norm`.
+      side: See :data:`Side`. The original's mean of squares takes ``"inputs"`` for a
         kernel with fewer filters than input channels, else ``"filters"``.
 
     Raises:
-      TPPError: an unknown norm or side.
+      TPPError: An unknown norm or side.
 
     References:
       Xie et al., All You Need is Beyond a Good Init, CVPR 2017, section 3.
@@ -92,16 +92,16 @@ def convolution_orthogonality(
     is to be the identity, and at all others 0.
 
     Args:
-      kernel: float, HWIO, of any number of spatial axes.
-      stride: the layer's own.
-      padding: on every side; by default ⌊(k − 1) / stride⌋ · stride for a window of k,
+      kernel: Float, HWIO, of any number of spatial axes.
+      stride: The layer's own.
+      padding: On every side; by default ⌊(k − 1) / stride⌋ · stride for a window of k,
         all the shifts at which two filters overlap. The released original has 1, and a
         stride of 2, for every layer; with a window of 3 the shifts are then −1 and 1,
         and the identity is asked for at 1.
-      norm: see :data:`Norm`.
+      norm: See :data:`Norm`.
 
     Raises:
-      TPPError: an unknown norm, a kernel without a window, or a stride or padding out
+      TPPError: An unknown norm, a kernel without a window, or a stride or padding out
         of range.
 
     References:
@@ -156,23 +156,23 @@ def add_orthogonality(
     see the same channels, such as depthwise and grouped convolutions.
 
     Args:
-      weight: of the sum over layers; 0.1 in the paper.
+      weight: Of the sum over layers; 0.1 in the paper.
       kind: ``"kernorth"`` or ``"orthconv"``; the latter takes KernOrth for dense layers
         and windows of one pixel, which have no shifts.
-      layers: whose kernels.
-      skip: patterns of layers that are left out. For OrthConv the original leaves out
+      layers: Whose kernels.
+      skip: Patterns of layers that are left out. For OrthConv the original leaves out
         the first convolution.
-      norm: see :data:`Norm`.
-      side: for KernOrth, see :data:`Side`.
-      stride: for OrthConv. Where layers differ, chain one transform for each stride.
-      padding: for OrthConv, see :func:`convolution_orthogonality`; the released
+      norm: See :data:`Norm`.
+      side: For KernOrth, see :data:`Side`.
+      stride: For OrthConv. Where layers differ, chain one transform for each stride.
+      padding: For OrthConv, see :func:`convolution_orthogonality`; the released
         original's is ``stride=2, padding=1``.
 
     Returns:
       A transform of gradients that needs ``params``.
 
     Raises:
-      TPPError: an unknown kind or norm; when it meets the parameters, a pattern that
+      TPPError: An unknown kind or norm; when it meets the parameters, a pattern that
         matches no kernel.
 
     References:

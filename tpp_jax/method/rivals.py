@@ -26,7 +26,7 @@ class GrowingState(NamedTuple):
     """State of :func:`add_growing_l2`.
 
     Attributes:
-      step: int32, updates done.
+      step: Int32, updates done.
       strength: λ of the last update.
     """
 
@@ -53,7 +53,7 @@ def add_growing_l2(
     those which the loss holds on to least shrink most.
 
     Args:
-      plan: whose pruned groups are meant, whatever it keeps of their channels.
+      plan: Whose pruned groups are meant, whatever it keeps of their channels.
       schedule: λ by step, counted from 0.
 
     Returns:
@@ -100,8 +100,8 @@ def add_group_lasso(plan: Plan, weight: float = 1e-3) -> optax.GradientTransform
     makes filters vanish as wholes. At 0 its derivative is taken as 0.
 
     Args:
-      plan: whose pruned groups are meant, whatever it keeps of their channels.
-      weight: of the penalty.
+      plan: Whose pruned groups are meant, whatever it keeps of their channels.
+      weight: Of the penalty.
 
     Returns:
       A transform of gradients that needs ``params``; to stand before weight decay. It

@@ -23,9 +23,9 @@ class GrowingSchedule:
 
     Attributes:
       strengths: λ in each interval, from 0 to the first that reaches the ceiling.
-      every: steps in an interval (τ).
-      stabilize: steps that the run goes on for at full strength.
-      zero_out_every: while stabilizing, the layer of index i (in order of execution) is
+      every: Steps in an interval (τ).
+      stabilize: Steps that the run goes on for at full strength.
+      zero_out_every: While stabilizing, the layer of index i (in order of execution) is
         set to zero from the ``(i + 1) * zero_out_every``-th step on.
     """
 
@@ -75,8 +75,8 @@ def growing_schedule(
       granularity: Δ, what λ grows by in an interval; unused by poly.
       every: τ, steps in an interval.
       ceiling: λ_max. The strength is not clipped: with Δ = 0.07 it ends at 1.05.
-      stabilize: steps at full strength afterwards.
-      zero_out_every: steps between the zero-out of one layer and the next.
+      stabilize: Steps at full strength afterwards.
+      zero_out_every: Steps between the zero-out of one layer and the next.
       regularize_steps: T, for poly only.
 
     Returns:
@@ -84,7 +84,7 @@ def growing_schedule(
       and 10,000 of stabilizing.
 
     Raises:
-      TPPError: an unknown kind, a number out of range, poly without its T or with
+      TPPError: An unknown kind, a number out of range, poly without its T or with
         one that is no multiple of ``every``, linear with a T.
 
     Example:

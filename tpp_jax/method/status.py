@@ -16,18 +16,18 @@ class Status:
     """Where a run of TPP stands.
 
     Attributes:
-      step: updates done.
+      step: Updates done.
       strength: λ of the last update; None without ``add_tpp_penalties``.
       gram: Gram energy: Σ over pruned layers of the Gram penalty at the last update,
         unweighted; None without ``add_tpp_penalties``.
       pruned_norm: Euclidean norm of the pruned filters, their biases and their norms'
         scales and biases.
-      zeroed: number of layers whose pruned filters are exactly zero.
-      layers: number of layers that lose filters.
-      ready: whether the cut changes nothing: all that it removes is exactly zero where
+      zeroed: Number of layers whose pruned filters are exactly zero.
+      layers: Number of layers that lose filters.
+      ready: Whether the cut changes nothing: all that it removes is exactly zero where
         it is produced, and no norm or softmax runs over channels that are removed. (An
         activation that is not zero at zero, a sigmoid for instance, must not follow.)
-      reason: why it is not ready, None if it is.
+      reason: Why it is not ready, None if it is.
     """
 
     step: int
@@ -44,17 +44,17 @@ def status(opt_state: Any, plan: Plan, params: Any) -> Status:
     """Returns where a run of TPP stands.
 
     Args:
-      opt_state: state of an optimizer with :func:`tpp_jax.add_tpp_penalties` or
+      opt_state: State of an optimizer with :func:`tpp_jax.add_tpp_penalties` or
         :func:`tpp_jax.zero_pruned` in it, at any depth: optax's chains and wrappers,
         ``nnx.Optimizer``, a training state.
-      plan: what is pruned; concrete.
-      params: the parameters now, whole or cut, as the optimizer sees them.
+      plan: What is pruned; concrete.
+      params: The parameters now, whole or cut, as the optimizer sees them.
 
     Returns:
       Numbers on the host; after the cut the norm is 0 and the run is ready.
 
     Raises:
-      TPPError: there is no such state, or more than one; the transforms stand in a
+      TPPError: There is no such state, or more than one; the transforms stand in a
         wrong order in their chain; a planned parameter is missing; something is traced.
 
     Example:

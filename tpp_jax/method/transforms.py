@@ -39,7 +39,7 @@ class TPPState(NamedTuple):
     """State of :func:`add_tpp_penalties`.
 
     Attributes:
-      step: int32, updates done.
+      step: Int32, updates done.
       strength: λ of the last update.
       gram: Σ over pruned layers of the Gram penalty at the last update, unweighted.
     """
@@ -53,10 +53,10 @@ class ZeroPrunedState(NamedTuple):
     """State of :func:`zero_pruned`.
 
     Attributes:
-      step: int32, updates done.
-      cleared: int32, the step of the last update, which set to zero what was due at
+      step: Int32, updates done.
+      cleared: Int32, the step of the last update, which set to zero what was due at
         that step; -1 before any.
-      undone: bool, whether the last update found something nonzero that the one before
+      undone: Bool, whether the last update found something nonzero that the one before
         had set to zero: then the transform does not stand last in its chain.
     """
 
@@ -82,13 +82,13 @@ def add_tpp_penalties(
     ``λ · β``.
 
     Args:
-      plan: which filters are pruned.
+      plan: Which filters are pruned.
       schedule: λ by step, counted from 0.
-      gram_weight: weight of the Gram penalty; 0 leaves it out (ablation, GReg-1).
-      bn: whether norms' scales and biases are shrunk.
-      l2: whether pruned filters and their biases are.
-      target: of the Gram matrix, see :data:`tpp_jax.method.gram.Target`.
-      kept_weight: weight of ‖W Wᵀ − I‖² / N² among the kept filters, which does not
+      gram_weight: Weight of the Gram penalty; 0 leaves it out (ablation, GReg-1).
+      bn: Whether norms' scales and biases are shrunk.
+      l2: Whether pruned filters and their biases are.
+      target: Of the Gram matrix, see :data:`tpp_jax.method.gram.Target`.
+      kept_weight: Weight of ‖W Wᵀ − I‖² / N² among the kept filters, which does not
         grow with λ (ablation; 0.1 in the original).
 
     Returns:
@@ -99,7 +99,7 @@ def add_tpp_penalties(
       is not penalised.
 
     Raises:
-      TPPError: from ``init`` or ``update``: a parameter that the plan prunes is missing
+      TPPError: From ``init`` or ``update``: a parameter that the plan prunes is missing
         from the tree of parameters, is there twice, or has another shape.
 
     References:
@@ -162,15 +162,15 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
     what the unsliced one was. Here they are zeroed too.)
 
     Args:
-      plan: which filters are pruned.
-      schedule: tells when each layer's turn is.
+      plan: Which filters are pruned.
+      schedule: Tells when each layer's turn is.
 
     Returns:
       A transform to stand last in the chain; it needs ``params``. Parameters are found
       as by :func:`add_tpp_penalties`. What the plan has cut already is left alone.
 
     Raises:
-      TPPError: the stabilize phase ends before the last layer's turn; from ``init`` or
+      TPPError: The stabilize phase ends before the last layer's turn; from ``init`` or
         ``update``, as :func:`add_tpp_penalties`; from an ``update`` that is not traced,
         what the last one set to zero is so no more. (Under ``jit`` the state remembers
         that, and :func:`tpp_jax.status` raises.)
