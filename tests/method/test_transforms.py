@@ -181,12 +181,12 @@ def zeroed_leaves(step):
             continue
         zeroed.add(name)
         np.testing.assert_array_equal(
-            after[name], np.where(_produced_mask(name, mask[name]), leaf + 1, 0)
+            after[name], np.where(_produced_mask(mask[name]), leaf + 1, 0)
         )
     return zeroed
 
 
-def _produced_mask(name, mask):
+def _produced_mask(mask):
     """A mask without what the pruned inputs of a kernel cut out."""
     mask = np.asarray(mask)
     return mask.reshape(-1, mask.shape[-1]).any(axis=0) if mask.ndim > 1 else mask > 0
