@@ -1,14 +1,14 @@
-"""The exceptions that stand for a mistake in how the library is used."""
+"""Exceptions for mistakes in the use of the library."""
 
 
 class TPPError(ValueError):
-    """An error of the user's making, such as a wrong name, pattern or folder.
+    """A mistake of the user, such as a wrong name, pattern or folder.
 
-    Its message is one or two sentences that name the thing at fault and the fix.
-    `launch.py` prints that message alone; everything else that is raised is a defect
-    of this library and keeps its traceback.
+    The message is one or two sentences that name the cause and the fix. `launch.py`
+    prints only that message; any other exception is a defect of this library and keeps
+    its traceback.
     """
 
 
 class TPPTypeError(TPPError, TypeError):
-    """A :class:`TPPError` about an argument of a wrong type, or one that is missing."""
+    """A :class:`TPPError` about an argument that has the wrong type or is missing."""

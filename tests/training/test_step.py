@@ -430,5 +430,7 @@ def test_one_evaluator_measures_a_network_and_what_is_left_of_it():
 
 
 def test_a_batch_that_does_not_split_names_the_nearest_sizes():
-    with pytest.raises(ValueError, match="62 does not split over 4 devices.* 60 or 64"):
+    with pytest.raises(
+        ValueError, match=r"62 does not split over 4 devices.* 60 or 64"
+    ):
         parallel.check_batch_size(62, jax.devices()[:4])

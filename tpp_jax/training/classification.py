@@ -115,13 +115,14 @@ class ImageClassification:
         With mixup or cutmix the accuracy counts guesses of an image's own label.
         """
         [x] = self.inputs(batch, self.dtype)
-        x, targets = self._targets(x, batch.labels, key)
+        labels = jnp.asarray(batch.labels)
+        x, targets = self._targets(x, labels, key)
         logits = model(x).astype(jnp.float32)
         if targets.ndim == 1:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         else:
             losses = optax.softmax_cross_entropy(logits, targets)
-        hits = jnp.argmax(logits, -1) == batch.labels
+        hits = jnp.argmax(logits, -1) == labels
         return losses.mean(), {"accuracy": hits.mean()}
 
     def metrics(
@@ -169,7 +170,8 @@ class ImageClassification:
 
     def _augment(self, keys: Key[Array, " n"], batch: Images) -> Images:
         padding, flip = self.crop_padding, self.flip
-        pixels = data.augment(keys, batch.pixels, crop_padding=padding, flip=flip)
+        pixels = jnp.asarray(batch.pixels)
+        pixels = data.augment(keys, pixels, crop_padding=padding, flip=flip)
         return Images(pixels, batch.labels)
 
     def _targets(

@@ -73,8 +73,10 @@ class Resident:
         self._key, self._epoch = key, -1
 
     def steps_left(self, step: int) -> int:
-        """Returns the number of steps to the end of the epoch, whose order is one of
-        the arguments."""
+        """Returns the number of steps to the end of the epoch.
+
+        The order of the epoch is one of the arguments.
+        """
         per_epoch = self._n // self._batch_size
         return per_epoch - step % per_epoch
 

@@ -163,25 +163,32 @@ def make_train_step(
             if not config.sync_bn:
                 stats = jax.lax.pmean(stats, axis)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
+        params: Any = optax.apply_updates(state.params, updates)
+        average: Any = state.average
         if config.ema:
             t = state.step.astype(jnp.float32)
             rate = 1 - jnp.minimum(config.ema, (1 + t) / (10 + t))
             average = optax.incremental_update((params, stats), average, rate)
         after = TrainState(state.step + 1, params, stats, opt_state, average)
         if config.skip_nonfinite:
-            ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
-            before = state._replace(step=after.step)
-            after, metrics = jax.tree.map(
-                lambda new, old: jnp.where(ok, new, old),
-                (after, metrics),
-                (before, jax.tree.map(jnp.zeros_like, metrics)),
-            )
-            metrics["skipped"] = 1.0 - ok
+            return _if_finite(grads, metrics, state, after)
         return after, metrics
 
     return step
+
+
+def _if_finite(
+    grads: nnx.State, metrics: Metrics, before: TrainState, after: TrainState
+) -> tuple[TrainState, Metrics]:
+    """Returns the state and metrics of a step that counts only if it is finite."""
+    ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
+    before = before._replace(step=after.step)
+    state, metrics = jax.tree.map(
+        lambda new, old: jnp.where(ok, new, old),
+        (after, metrics),
+        (before, jax.tree.map(jnp.zeros_like, metrics)),
+    )
+    return state, {**metrics, "skipped": 1.0 - ok}
 
 
 def _in(dtype: str, params: nnx.State, stats: nnx.State) -> nnx.State:
@@ -215,10 +222,14 @@ def make_train_steps(step: Callable[..., Any], *, loop: bool) -> Callable[..., A
       ``steps(state, key, n, *data) -> (state, metrics)`` with the metrics averaged over
       the steps.
     """
-    if not loop:
-        return lambda state, key, n, *data: step(state, key, *data)
 
-    def steps(
+    def one(
+        state: TrainState, key: Key[Array, ""], n: Int[Array, ""], *data: Any
+    ) -> tuple[TrainState, Metrics]:
+        del n
+        return step(state, key, *data)
+
+    def several(
         state: TrainState, key: Key[Array, ""], n: Int[Array, ""], *data: Any
     ) -> tuple[TrainState, Metrics]:
         def body(_: Any, carry: Any) -> Any:
@@ -231,7 +242,7 @@ def make_train_steps(step: Callable[..., Any], *, loop: bool) -> Callable[..., A
         state, sums = jax.lax.fori_loop(0, n, body, (state, zeros))
         return state, jax.tree.map(lambda total: total / n, sums)
 
-    return steps
+    return several if loop else one
 
 
 def make_eval_step(

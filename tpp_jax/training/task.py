@@ -4,12 +4,12 @@ The training and the evaluation step, the feeds and the runs know a task by this
 protocol alone. :mod:`tpp_jax.training.classification` is the first implementation.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from tpp_jax.reports.headline import Headline
 
@@ -60,15 +60,13 @@ class Feed(Protocol):
         """
         ...
 
-    def train_batch(
-        self, step: Int[Array, ""], key: Key[Array, ""], *data: Any
-    ) -> Batch:
-        """Returns this device's share of a training batch.
+    @property
+    def train_batch(self) -> Callable[..., Batch]:
+        """Function that makes this device's share of a training batch.
 
-        Args:
-          step: Step of the phase.
-          key: Key of the step, the same on all devices.
-          *data: Arguments from ``train_data``.
+        It is called as ``train_batch(step, key, *data)`` with the step of the phase, a
+        key of that step, which is the same on all devices, and the arguments from
+        ``train_data``.
         """
         ...
 
@@ -76,11 +74,13 @@ class Feed(Protocol):
         """Yields the arguments of the steps of an evaluation."""
         ...
 
-    def eval_batch(self, *data: Any) -> tuple[Batch, Bool[Array, " n"]]:
-        """Returns this device's share of an evaluation batch, of constant size.
+    @property
+    def eval_batch(self) -> Callable[..., tuple[Batch, Bool[Array, " n"]]]:
+        """Function that makes this device's share of an evaluation batch.
 
-        Returns:
-          The batch, and which of its examples count: the rest is padding.
+        It is called as ``eval_batch(*data)`` with the arguments from ``eval_data`` and
+        returns a batch of constant size, and which of its examples count: the others
+        are padding.
         """
         ...
 
