@@ -67,7 +67,7 @@ class JacobianMeter:
 
 
 def jacobian_scalars(jacobian: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the finite numbers of a measurement to be logged, as ``jsv_mean``…"""
+    """Returns the finite numbers of a measurement, to be logged as ``jsv_mean`` etc."""
     names = "mean", "std", "min", "max", "condition"
     return {f"jsv_{n}": jacobian[n] for n in names if jacobian[n] is not None}
 
