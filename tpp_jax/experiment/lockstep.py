@@ -55,7 +55,7 @@ def drive(runs: Sequence[Callable[[Take], Any]]) -> list[Any]:
       runs: Functions that carry out a run, given how to take its steps.
 
     Returns:
-      What each returned, or the exception that ended it.
+      The result of each run, or the exception that ended it.
     """
     if len(runs) == 1:
         try:

@@ -31,7 +31,7 @@ Recent = Sequence[tuple[int, Mapping[str, Any]]]
 
 
 def train(run: Run, stage: Stage, tools: Tools) -> Run:
-    """Trains for one phase, from wherever the checkpoint left it.
+    """Trains for one phase, from the step at which the checkpoint left it.
 
     Raises:
       TPPError: The loss is not finite, or a checkpoint cannot be written.
@@ -129,7 +129,7 @@ def _finish(
     best = score if best is None else best
     result = Result(stage.name, phase.steps, seconds, score, best, more)
     tools.feed.close()
-    # What is handed on are the averages, where they were kept.
+    # The next stage starts from the averages, if they were kept.
     params, stats = state.network
     state = state._replace(params=params, stats=stats, average=None)
     run = run.at(results=(*run.position.results, result), recent=())

@@ -1,7 +1,7 @@
 """A whole run, from one config: dense training, pruning by some method, fine-tuning.
 
-The checkpoint is the run: it holds the position (phase and step), the plan, the config
-and all state, so that the same command continues where a killed one was.
+The checkpoint is the run: it holds the position (phase, step, plans, config, results)
+and all arrays, so that the same command continues a run that was killed.
 """
 
 import contextlib
@@ -62,17 +62,17 @@ def train_together(
 ) -> list[dict | BaseException]:
     """Carries several runs to their ends, equal steps of them as one program.
 
-    Runs share the steps of a phase if these differ in seeds and plans of equal counts
-    alone, whatever else the runs do; each comes to what it would alone, up to rounding.
-    A resumed run too, at whatever step the others are.
+    Runs share the steps of a phase if these differ only in seeds and in plans of equal
+    counts, whatever else the runs do. The result of each is what it is alone, up to
+    rounding. Runs that are resumed at different steps are joined too.
 
     Args:
       configs: Configs of the runs.
       workdirs: Their folders.
 
     Returns:
-      The summary of each run, or what ended it, see :func:`train`. The first one is
-      shown.
+      The summary of each run, or the exception that ended it, see :func:`train`. The
+      progress of the first one is shown.
 
     Raises:
       Stopped: SIGTERM or SIGINT (Ctrl-C) came; all runs are saved.
@@ -104,7 +104,7 @@ def _carry_out(
     signals: Signals,
     hidden: bool = False,
 ) -> dict[str, Any]:
-    """Carries a run to its end, whose steps are taken by a function."""
+    """Carries a run to its end; ``take`` takes its training steps."""
     folders.check_kinds(workdir)
     if (workdir / "summary.json").exists():
         return _finished(config, workdir, hidden)
@@ -122,12 +122,12 @@ def _carry_out(
         processes.check_alike(workdir, config.to_json())
         with processes.losses_told():
             for stage in setup.stages:
-                run = do(run, stage, tools)
+                run = _perform(run, stage, tools)
             return finish(run, tools)
 
 
-def do(run: Run, stage: Stage, tools: Tools) -> Run:
-    """Goes through a stage, or what is left of it."""
+def _perform(run: Run, stage: Stage, tools: Tools) -> Run:
+    """Performs a stage, or what is left of it."""
     match stage.kind:
         case "dense":
             return choosing.keep_dense(run, stage, tools)
@@ -142,7 +142,7 @@ def do(run: Run, stage: Stage, tools: Tools) -> Run:
 def _finished(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, hidden: bool
 ) -> dict:
-    """Returns the summary of a finished run, and draws its report if a kill kept it."""
+    """Returns the summary of a finished run; draws its report if it is missing."""
     file = workdir / "summary.json"
     summary = read_summary(file)
     _same_config(summary["config"], config.to_dict(), workdir)
@@ -248,7 +248,7 @@ def _resumed(
 
 
 _MAY_CHANGE = ("num_devices", "parallel", "keep_checkpoints", "data.dir")
-"""Fields in which the config of a run that goes on may differ from what it was."""
+"""Fields of the config that may change when a run is continued."""
 
 
 def _same_config(

@@ -1,4 +1,4 @@
-"""What goes from stage to stage, and what all stages of a run use."""
+"""The two arguments of a stage: the run as it is, and the tools of all stages."""
 
 import dataclasses
 import pathlib
@@ -24,7 +24,7 @@ from tpp_jax.training.task import Feed, Task
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run at some moment: what a stage is given, and what it returns changed.
+    """A run at some moment. A stage takes one and returns the next.
 
     Attributes:
       position: Where the run is, as data.
