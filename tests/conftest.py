@@ -18,7 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis  # noqa: E402
 
-from tpp_jax.xla.compilation import keep_compiled_programs  # noqa: E402
+from tpp_jax.commands.compilation import keep_compiled_programs  # noqa: E402
 
 # Many tests train the same small networks.
 keep_compiled_programs()
