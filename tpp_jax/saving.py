@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from flax import linen, nnx
 
 from tpp_jax import models
@@ -375,14 +374,12 @@ def _write(
     target: pathlib.Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]
 ) -> None:
     first, shared = processes.is_first(), jax.process_count() > 1
+    saver = items.checkpointer()
     try:
         with folders.work_folder(target, shared, make=first) as work:
             new = work / folders.NEW
             processes.wait_for_all(f"saving {target.name}")
-            with (
-                plain(new, new=True) as place,
-                ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver,
-            ):
+            with plain(new, new=True) as place, saver:
                 saver.save(place, items.to_save(dict(arrays), meta))
             if first:
                 manifest = {"format": _FORMAT, "files": folders.files_in(new)}
@@ -411,11 +408,9 @@ def _load(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     folder = folders.whereabouts(folders.resolved(path))
     if not folder.is_dir():
         raise TPPError(f"there is no saved model at {folder}")
+    loader = items.checkpointer()
     try:
-        with (
-            plain(folder) as place,
-            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as loader,
-        ):
+        with plain(folder) as place, loader:
             restored = loader.restore(place, items.to_restore())
         arrays, meta = items.checked(restored)
     except Exception as error:  # orbax and tensorstore raise of every kind here

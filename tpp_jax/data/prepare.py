@@ -12,10 +12,9 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
-from tpp_jax.data.sources import NAMES, prepare_command
-from tpp_jax.errors import TPPError
+from tpp_jax.data.sources import NAMES
+from tpp_jax.errors import TPPError, require
 
 IMAGENET_FILES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 """What must be downloaded by hand, after registering, to prepare ImageNet."""
@@ -42,12 +41,7 @@ def prepare(name: str, data_dir: str | None = None) -> str:
             f"{name!r} cannot be prepared. Choose from: {', '.join(choices)}; digits "
             "needs no preparation."
         )
-    for package in ("tensorflow", "importlib_resources", "tensorflow_datasets"):
-        if find_spec(package) is None:
-            raise TPPError(
-                f"Preparing {name} needs the package {package}, which is not "
-                f"installed: {prepare_command(name, data_dir)}"
-            )
+    require("prepare", "tensorflow", "importlib_resources", "tensorflow_datasets")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow loads
     import tensorflow_datasets as tfds
 

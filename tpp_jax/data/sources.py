@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPError, require
 
 
 class Dataset(NamedTuple):
@@ -134,6 +134,7 @@ def _load_digits() -> Dataset:
     beginning with the first, is a test image. Both splits keep the original order, and
     their class shares agree to within one image.
     """
+    require("train", "sklearn")
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -171,15 +172,9 @@ def open_builder(name: str, data_dir: str | None) -> Any:
     Raises:
       TPPError: a package is missing, or what is prepared cannot be understood.
     """
-    try:
-        import array_record  # noqa: F401  (tfds imports it late, with a poorer message)
-        import PIL  # noqa: F401
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise TPPError(
-            f"Reading {name} needs the package {error.name}, which is not installed: "
-            "pip install tensorflow-datasets array_record pillow"
-        ) from error
+    require("train", "array_record", "PIL", "tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     data_dir = os.path.expanduser(data_dir) if data_dir else None
     try:
         return tfds.builder(name, data_dir=data_dir)

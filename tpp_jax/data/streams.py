@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
-from absl import flags
 from jaxtyping import Int32, UInt8
 
 from tpp_jax.data import folders, sources
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPError, require
 
 STREAMED = ("folder", "imagenet2012")
 """The data sets that `open_stream` knows."""
@@ -143,6 +142,7 @@ class Stream:
         count: int | None,
         parts: int = 1,
     ) -> Batches:
+        require("train", "grain", "PIL")
         import grain  # late: data sets in memory do not need it
 
         index, processes = self.shard
@@ -157,7 +157,9 @@ class Stream:
         batches = grain.MapDataset.range(start, _ENDLESS).map(batch)
         batches = batches.to_iter_dataset(options)
         if self.workers:
-            if not flags.FLAGS.is_parsed():  # outside launch.py; Grain reads its own
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # by no command line; Grain reads its own
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self.workers), _begin_worker

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import importlib.util
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPError, require
 from tpp_jax.graph.bridge import follow_arrays
 from tpp_jax.graph.functions import set_evaluation
 from tpp_jax.graph.naming import layer_name, map_named, named_leaves
@@ -109,11 +108,8 @@ def save_torch(
         raise TPPError(
             f"{path} does not say what to write: end it in .safetensors or .pth"
         )
-    if path.suffix != ".safetensors" and importlib.util.find_spec("torch") is None:
-        raise TPPError(
-            f"{path.suffix} files are written by PyTorch, which is not installed: save "
-            "as .safetensors, or install tpp_jax[torch]"
-        )
+    if path.suffix != ".safetensors":
+        require("torch", "torch")
     leaves = named_leaves(nnx.split(model, nnx.RngState, ...)[2])
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
         raise TPPError(
