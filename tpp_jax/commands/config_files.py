@@ -7,8 +7,6 @@ import sys
 import types
 from collections.abc import Sequence
 
-import tpp_jax
-
 DEFAULT = "digits_resnet8_tpp.py"
 
 
@@ -17,7 +15,7 @@ def folder() -> pathlib.Path:
 
     An installed package holds them; a checkout has them next to the package.
     """
-    package = pathlib.Path(tpp_jax.__file__).parent
+    package = pathlib.Path(__file__).parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
