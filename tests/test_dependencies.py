@@ -13,8 +13,8 @@ from tpp_jax.errors import TPPError, require
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# A process in which no package of an extra can be imported prunes a network.
-CORE = """
+# Some packages cannot be imported in a process that begins so.
+REFUSE = """
 import sys
 
 class Refuse:
@@ -23,7 +23,9 @@ class Refuse:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Refuse())
-
+"""
+# A network is pruned; then what needs an extra is called.
+CORE = """
 import jax
 import jax.numpy as jnp
 import optax
@@ -86,19 +88,24 @@ MODULES = {
 }
 
 
+def without(refused, program, cwd):
+    """Runs a program where some packages cannot be imported."""
+    return subprocess.run(
+        [sys.executable, "-c", REFUSE.format(refused=refused) + program],
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": ""},
+        text=True,
+        capture_output=True,
+    )
+
+
 def test_the_core_works_without_the_extras_and_says_what_is_missing(tmp_path):
     lines = [line for name in ("train", "plots", "torch") for line in extras()[name]]
     names = [re.split(r"[\[>=<]", line)[0] for line in lines]
     refused = {MODULES.get(name, name.replace("-", "_")) for name in names}
     refused -= {"absl", "etils"}  # optax and Orbax, which Flax requires, bring them
     assert {"orbax", "grain", "matplotlib", "torch", "ml_collections"} <= refused
-    done = subprocess.run(
-        [sys.executable, "-c", CORE.format(refused=refused)],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": ""},
-        text=True,
-        capture_output=True,
-    )
+    done = without(refused, CORE, tmp_path)
     assert done.returncode == 0, done.stderr
     missing = [
         ("orbax.checkpoint", "train"),
@@ -114,6 +121,22 @@ def test_the_core_works_without_the_extras_and_says_what_is_missing(tmp_path):
         f"pip install 'tpp_jax[{extra}]'"
         for package, extra in missing
     ]
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [("ml_collections", "train"), ("tensorboardX", "train"), ("matplotlib", "plots")],
+)
+def test_the_command_line_names_the_extra_that_it_needs(package, extra, tmp_path):
+    program = "from tpp_jax.commands.command_line import main; "
+    program += "sys.argv[1:] = ['--workdir=run']; main()"
+    done = without({package}, program, tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"error: the package {package}, which is needed here, is not installed: "
+        f"pip install 'tpp_jax[{extra}]'\n"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_package_inside_a_missing_one_is_missing():

@@ -51,9 +51,11 @@ def _define_flags() -> None:
     from absl import flags
     from ml_collections import config_flags
 
+    from tpp_jax.experiment.config_docs import flag_help
+
     # Reads --config.… already here, to make its default.
     default = str(config_files.folder() / config_files.DEFAULT)
-    config_flags.DEFINE_config_file("config", default, "What to run.")
+    config_flags.DEFINE_config_file("config", default, flag_help())
     flags.DEFINE_string("workdir", None, "Folder of the run and its results.")
     flags.DEFINE_enum(
         "mode",
@@ -88,6 +90,8 @@ def _plain_errors() -> Iterator[None]:
 
     try:
         yield
+    except TPPError as error:
+        sys.exit(f"error: {error}")
     except Exception as error:
         if isinstance(error, flags.Error) and "Traceback" not in str(error):
             sys.exit(f"error: {str(error).strip()}")

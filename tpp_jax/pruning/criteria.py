@@ -1,14 +1,15 @@
 """Importance scores: which filters matter least.
 
-A criterion is a function from the filters of one layer, float ``[n, d]`` (row i is all
-the weights that make channel i), to scores ``[n]``; the lowest go first. Some need more
-than weights: their second argument ``[n, d]`` holds a statistic for each weight, from
-:mod:`tpp_jax.pruning.statistics`. The scores of a group's channels are those in each
-layer that produces them, reduced to one.
+A criterion scores the filters of one layer, float ``[n, d]``: row i holds all weights
+that make channel i. The lowest scores are pruned first. Some criteria need more than
+weights: their second argument ``[n, d]`` holds a statistic for each weight, from
+:mod:`tpp_jax.pruning.statistics`. A group's channels are scored in each layer that
+produces them, and the scores of a channel are reduced to one.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -18,7 +19,32 @@ from tpp_jax.graph.groups import Group, Member
 
 Filters = Float[np.ndarray, "n d"]
 Scores = Float[np.ndarray, " n"]
-Criterion = Callable[..., Scores]
+Score = Callable[..., Scores]
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+    """A way to score the filters of a layer; the lowest scores are pruned.
+
+    Attributes:
+      score: Function ``(filters) -> scores``, from float ``[n, d]`` to float ``[n]``;
+        with statistics ``(filters, statistics) -> scores``, both float ``[n, d]``.
+      statistics: Name of the function of :mod:`tpp_jax` that measures the statistics;
+        None if the weights are enough. A user's own function of two arguments needs no
+        name: it is called with whatever tree ``make_plan`` is given.
+      of: Arrays that are scored: the ``"kernels"`` that make the channels, or the
+        scales of the ``"norms"`` that the channels run through.
+
+    Example:
+      >>> widest = Criterion(lambda filters: np.ptp(filters, axis=1))
+      >>> widest.score(np.array([[1.0, 4.0], [2.0, 2.0]])).tolist()
+      [3.0, 0.0]
+    """
+
+    score: Score
+    statistics: str | None = None
+    of: Literal["kernels", "norms"] = "kernels"
+
 
 # What libraries call the factors of a norm.
 _SCALES = ("scale", "gamma", "weight")
@@ -106,24 +132,17 @@ def activation(filters: Filters, means: Filters) -> Scores:
 
 
 CRITERIA: dict[str, Criterion] = {
-    "l1": l1,
-    "l2": l2,
-    "bn_scale": bn_scale,
-    "fpgm": fpgm,
-    "lamp": lamp,
-    "taylor": taylor,
-    "taylor_fo": taylor_fo,
-    "hessian": hessian,
-    "activation": activation,
+    "l1": Criterion(l1),
+    "l2": Criterion(l2),
+    "bn_scale": Criterion(bn_scale, of="norms"),
+    "fpgm": Criterion(fpgm),
+    "lamp": Criterion(lamp),
+    "taylor": Criterion(taylor, statistics="loss_gradient"),
+    "taylor_fo": Criterion(taylor_fo, statistics="loss_gradient"),
+    "hessian": Criterion(hessian, statistics="hessian_diagonal"),
+    "activation": Criterion(activation, statistics="activation_means"),
 }
-
-# The criteria that need statistics, and what makes them.
-STATISTICS: dict[str, str] = {
-    "taylor": "loss_gradient",
-    "taylor_fo": "loss_gradient",
-    "hessian": "hessian_diagonal",
-    "activation": "activation_means",
-}
+"""The criteria that have a name, in the order in which messages list them."""
 
 REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mean": lambda scores: np.mean(scores, axis=0),
@@ -134,41 +153,52 @@ REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def find_criterion(
-    criterion: str | Criterion, seed: int, with_statistics: bool = False
+    criterion: str | Criterion | Score, seed: int, has_statistics: bool = False
 ) -> Criterion:
     """Returns a criterion by name.
 
     Args:
-      criterion: one of :data:`CRITERIA`, ``"random"``, or a function, which is returned
-        as it is.
-      seed: of ``"random"``; every layer draws anew.
-      with_statistics: whether there are statistics for it.
+      criterion: Name in :data:`CRITERIA`, or ``"random"``; a criterion is returned as
+        it is, and a function becomes one that scores kernels.
+      seed: Seed of ``"random"``, which draws new numbers for every layer.
+      has_statistics: Whether there are statistics for it.
 
     Raises:
-      TPPError: an unknown name, or statistics that are missing or of no use to it.
+      TPPError: The name is unknown, or the statistics are missing or not used.
     """
-    if callable(criterion):
+    if isinstance(criterion, str):
+        if criterion == "random":
+            draws = np.random.default_rng(seed)
+            found = Criterion(lambda filters: draws.random(filters.shape[0]))
+        elif criterion in CRITERIA:
+            found = CRITERIA[criterion]
+        else:
+            raise TPPError(
+                f"unknown criterion {criterion!r}: choose one of "
+                f"{', '.join([*CRITERIA, 'random'])}, or pass a function from filters "
+                "[n, d] to scores [n]"
+            )
+        if has_statistics and found.statistics is None:
+            with_statistics = [name for name, c in CRITERIA.items() if c.statistics]
+            raise TPPError(
+                f"the criterion {criterion!r} has no use for statistics; "
+                f"{', '.join(with_statistics)} and functions of two arguments have"
+            )
+    else:
+        found = criterion if isinstance(criterion, Criterion) else Criterion(criterion)
+    if found.statistics is not None and not has_statistics:
+        raise TPPError(
+            f"the criterion {_name(criterion)!r} needs more than weights: pass "
+            f"statistics=tpp_jax.{found.statistics}(...)"
+        )
+    return found
+
+
+def _name(criterion: str | Criterion | Score) -> str:
+    if isinstance(criterion, str):
         return criterion
-    if criterion not in (*CRITERIA, "random"):
-        raise TPPError(
-            f"unknown criterion {criterion!r}: choose one of "
-            f"{', '.join([*CRITERIA, 'random'])}, or pass a function from filters "
-            "[n, d] to scores [n]"
-        )
-    if criterion in STATISTICS and not with_statistics:
-        raise TPPError(
-            f"the criterion {criterion!r} needs more than weights: pass statistics="
-            f"tpp_jax.{STATISTICS[criterion]}(...)"
-        )
-    if with_statistics and criterion not in STATISTICS:
-        raise TPPError(
-            f"the criterion {criterion!r} has no use for statistics; "
-            f"{', '.join(STATISTICS)} and functions of two arguments have"
-        )
-    if criterion == "random":
-        draws = np.random.default_rng(seed)
-        return lambda filters: draws.random(filters.shape[0])
-    return CRITERIA[criterion]
+    score = criterion.score if isinstance(criterion, Criterion) else criterion
+    return getattr(score, "__name__", repr(score))
 
 
 def filters_of(member: Member, array: Any) -> Filters:
@@ -196,20 +226,20 @@ def group_scores(
     """Returns the score of each of a group's channels, float ``[group.size]``.
 
     Args:
-      group: the group.
-      leaves: parameter arrays by dotted name.
-      criterion: scores the filters of one layer.
-      reduce: one of :data:`REDUCTIONS`: what is made of the scores in the layers that
-        produce the channels; ``"first"`` takes those of the first of them.
-      statistics: by dotted name, arrays that can be broadcast to the parameters; given
-        to the criterion as its second argument.
+      group: Group to score.
+      leaves: Parameter arrays by dotted name.
+      criterion: Criterion that scores the filters of one layer.
+      reduce: Name in :data:`REDUCTIONS`: how a channel's scores in the layers that
+        produce it become one; ``"first"`` takes the score in the first layer.
+      statistics: Arrays by dotted name that can be broadcast to the parameters; the
+        second argument of the criterion.
 
     Raises:
-      TPPError: there is nothing to score, a statistic is missing or of another shape,
-        or the criterion returned something that is not one number a filter.
+      TPPError: There is nothing to score, a statistic is missing or of another shape,
+        or the criterion did not return one number per filter.
     """
     members = [m for m in group.members if m.role == "produced"]
-    if criterion is bn_scale:
+    if criterion.of == "norms":
         members = _scales(group)
     scores = []
     for member in members:
@@ -217,7 +247,7 @@ def group_scores(
         if statistics is not None:
             array = _statistic(member, leaves, statistics)
             arguments.append(filters_of(member, array))
-        score = np.asarray(criterion(*arguments))
+        score = np.asarray(criterion.score(*arguments))
         if score.shape != (group.size,):
             raise TPPError(
                 f"the criterion gave an array of shape {score.shape} for "
@@ -242,7 +272,7 @@ def _scales(group: Group) -> list[Member]:
     ]
     if not found:
         raise TPPError(
-            f"the criterion 'bn_scale' needs a norm after {group.name}, with a "
+            f"a criterion of norms' scales needs a norm after {group.name}, with a "
             f"parameter named {' or '.join(_SCALES)}: skip that layer, or choose "
             "another criterion"
         )

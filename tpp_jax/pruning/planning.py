@@ -14,9 +14,10 @@ from tpp_jax.errors import TPPError, TPPTypeError
 from tpp_jax.graph.naming import longest_known_suffix, named_leaves
 from tpp_jax.graph.records import Group, Groups
 from tpp_jax.pruning.criteria import (
+    CRITERIA,
     REDUCTIONS,
-    STATISTICS,
     Criterion,
+    Score,
     find_criterion,
     group_scores,
 )
@@ -36,7 +37,7 @@ def make_plan(
     flops: float | None = None,
     params: float | None = None,
     skip: Sequence[str] | str = (),
-    criterion: str | Criterion = "l1",
+    criterion: str | Criterion | Score = "l1",
     statistics: Any = None,
     scores: Mapping[str, Any] | None = None,
     scope: str = "local",
@@ -69,9 +70,10 @@ def make_plan(
         ratios, all groups that a single number would prune get equal ones.
       params: likewise, of its parameters. With both targets, both are met.
       skip: patterns of layers that are left whole, whatever the ratios say.
-      criterion: a name in :data:`tpp_jax.pruning.criteria.CRITERIA`, ``"random"``, or a
+      criterion: Name in :data:`tpp_jax.pruning.criteria.CRITERIA`, ``"random"``, a
         function from filters ``[n, d]`` (and their statistics ``[n, d]``, if given) to
-        scores ``[n]``; the lowest scores go.
+        scores ``[n]``, or a :class:`~tpp_jax.pruning.criteria.Criterion`. The lowest
+        scores are pruned.
       statistics: for a criterion that needs more than weights: a pytree named like the
         parameters, from :mod:`tpp_jax.pruning.statistics`.
       scores: scores of one's own: group name → float ``[group.size]``. They stand in
@@ -148,8 +150,8 @@ def make_plan(
         score = find_criterion(criterion, seed, statistics is not None)
         extra = None if statistics is None else _by_parameter(statistics, groups)
         ranks |= {g.name: group_scores(g, leaves, score, reduce, extra) for g in rest}
-    elif not callable(criterion):  # not needed, but a wrong name is a mistake still
-        find_criterion(criterion, seed, criterion in STATISTICS)
+    elif isinstance(criterion, str) and criterion not in (*CRITERIA, "random"):
+        find_criterion(criterion, seed)  # not needed, but a wrong name is a mistake
     if counts is not None:
         pass
     elif flops is None and params is None:
