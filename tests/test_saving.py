@@ -417,7 +417,7 @@ def test_without_a_plan_layers_may_be_narrower_but_not_windows(tmp_path):
 
     tpp.save_model(tmp_path / "m", conv(4, (3, 3)))
     assert tpp.load_model(tmp_path / "m", conv(8, (3, 3)))[0].kernel.shape[-1] == 4
-    with pytest.raises(TPPError, match="0.kernel was saved as"):
+    with pytest.raises(TPPError, match=r"0.kernel was saved as"):
         tpp.load_model(tmp_path / "m", conv(8, (5, 5)))
 
 
@@ -507,7 +507,7 @@ def a_file(folder):
 def test_what_is_no_saved_model_is_not_replaced(tmp_path, make):
     make(tmp_path / "here")
     before = there(tmp_path)
-    with pytest.raises(TPPError, match="here is (not replaced|a file)"):
+    with pytest.raises(TPPError, match=r"here is (not replaced|a file)"):
         tpp.save_model(tmp_path / "here", Net())
     assert there(tmp_path) == before
 
@@ -556,13 +556,13 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TPPError, match="could not be saved at .*file/m .File exists"):
+    with pytest.raises(TPPError, match=r"could not be saved at .*file/m .File exists"):
         tpp.save_model(tmp_path / "file" / "m", Net())
     with pytest.raises(TPPError, match="could not be saved at /proc/m "):
         tpp.save_model("/proc/m", Net())
     if os.getuid():  # root may write anywhere
         tmp_path.chmod(0o500)
-        with pytest.raises(TPPError, match="could not be saved at .*Permission"):
+        with pytest.raises(TPPError, match=r"could not be saved at .*Permission"):
             tpp.save_model(tmp_path / "m", Net())
 
 
@@ -580,7 +580,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(
-            TPPError, match="could not be saved .*.File too large.; what"
+            TPPError, match=r"could not be saved .*.File too large.; what"
         ):
             tpp.save_model(tmp_path / "m", large)
     finally:

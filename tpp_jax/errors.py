@@ -1,19 +1,19 @@
-"""The exceptions that stand for a mistake in how the library is used."""
+"""Exceptions for mistakes in the use of the library."""
 
 import importlib.util
 
 
 class TPPError(ValueError):
-    """An error of the user's making, such as a wrong name, pattern or folder.
+    """A mistake of the user, such as a wrong name, pattern or folder.
 
-    Its message is one or two sentences that name the thing at fault and the fix. The
-    command line prints that message alone; everything else that is raised is a defect
-    of this library and keeps its traceback.
+    The message is one or two sentences that name the cause and the fix. The command
+    line prints only that message; any other exception is a defect of this library and
+    keeps its traceback.
     """
 
 
 class TPPTypeError(TPPError, TypeError):
-    """A :class:`TPPError` about an argument of a wrong type, or one that is missing."""
+    """A :class:`TPPError` about an argument that has the wrong type or is missing."""
 
 
 def require(extra: str, *packages: str) -> None:
@@ -24,7 +24,7 @@ def require(extra: str, *packages: str) -> None:
       *packages: Names to import, such as ``"orbax.checkpoint"``.
 
     Raises:
-      TPPError: one of them is not installed.
+      TPPError: If one of them is not installed.
     """
     for package in packages:
         if not _installed(package):

@@ -59,7 +59,7 @@ def save_model(
       metrics: Numbers, text or arrays to keep with the model, as JSON.
 
     Raises:
-      TPPError: the path holds something else, the model holds something that cannot be
+      TPPError: The path holds something else, the model holds something that cannot be
         saved, or it could not be written.
     """
     is_leaf = jax.tree_util.all_leaves([model])
@@ -115,7 +115,7 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
       whole numbers that are attributes of its layers are those of the saved one.
 
     Raises:
-      TPPError: there is no readable model, it does not say what it is and ``model`` is
+      TPPError: There is no readable model, it does not say what it is and ``model`` is
         not given, or its classes, arrays, shapes or types are not those of ``model``.
 
     Example:
@@ -164,7 +164,7 @@ def load_model_info(path: str | pathlib.Path) -> dict[str, Any]:
     """Returns what was saved with a model: its spec, plan, config and metrics.
 
     Raises:
-      TPPError: there is no readable model.
+      TPPError: There is no readable model.
     """
     meta = _load(path)[1]
     return {key: value for key, value in meta.items() if key != "contents"}
@@ -188,7 +188,7 @@ def with_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:
     """Returns a model of the same structure that holds the given arrays by name.
 
     Raises:
-      TPPError: the names are not those of the model's arrays.
+      TPPError: The names are not those of the model's arrays.
     """
     return _filled_module(model, {n: jnp.asarray(x) for n, x in arrays.items()})
 

@@ -161,7 +161,9 @@ def test_a_file_says_so_too_and_the_other_can_be_picked(tmp_path):
     with pytest.warns(UserWarning, match=r"read_torch\(file, key='ema'\)"):
         np.testing.assert_array_equal(read_torch(path)["w"], np.arange(4))
     np.testing.assert_array_equal(read_torch(path, key="ema")["w"], [2, 3])
-    with pytest.raises(TPPError, match="c.pth: there are no weights under the key 'x'"):
+    with pytest.raises(
+        TPPError, match=r"c.pth: there are no weights under the key 'x'"
+    ):
         read_torch(path, key="x")
 
 

@@ -71,7 +71,7 @@ def test_links_are_removed_again(tmp_path):
 
 
 def test_a_new_folder_whose_own_name_is_misread_is_refused(tmp_path):
-    with pytest.raises(TPPError, match="misreads one of .* use another folder"):
+    with pytest.raises(TPPError, match=r"misreads one of .* use another folder"):
         with plain(tmp_path / "[x]", new=True):
             pass
 

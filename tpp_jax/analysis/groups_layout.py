@@ -12,9 +12,9 @@ class Row(NamedTuple):
     """A layer, or a norm or another array that channels pass.
 
     Attributes:
-      name: of the layer.
-      shape: of its kernel, ``3×3×16×16 → 3×3×16×8``; "" for what has none.
-      is_layer: whether it is a convolution or dense layer.
+      name: Of the layer.
+      shape: Of its kernel, ``3×3×16×16 → 3×3×16×8``; "" for what has none.
+      is_layer: Whether it is a convolution or dense layer.
     """
 
     name: str
@@ -26,9 +26,9 @@ class Lane(NamedTuple):
     """The place of a group.
 
     Attributes:
-      group: which one.
-      column: counted from the left.
-      roles: row → the roles in which the group runs through that row's arrays.
+      group: Which one.
+      column: Counted from the left.
+      roles: Row → the roles in which the group runs through that row's arrays.
     """
 
     group: Group
@@ -54,8 +54,8 @@ def place_groups(groups: Groups, plan: Plan | None) -> tuple[list[Row], list[Lan
     its last.
 
     Args:
-      groups: of the model.
-      plan: if given, the rows tell the shapes that it leaves.
+      groups: Of the model.
+      plan: If given, the rows tell the shapes that it leaves.
 
     Returns:
       The rows from top to bottom, and the lanes by their first rows.

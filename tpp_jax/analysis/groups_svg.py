@@ -38,9 +38,9 @@ def draw_groups(
     """Draws the groups of a model into an SVG file.
 
     Args:
-      groups: from :func:`tpp_jax.channel_groups`.
-      path: of the file; its folder must exist.
-      plan: if given, lanes are pale for the share of the channels that goes.
+      groups: From :func:`tpp_jax.channel_groups`.
+      path: Of the file; its folder must exist.
+      plan: If given, lanes are pale for the share of the channels that goes.
 
     Example:
       >>> import tempfile, jax.numpy as jnp

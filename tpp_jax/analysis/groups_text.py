@@ -47,9 +47,9 @@ def describe_groups(groups: Groups, plan: Plan | None = None, width: int = 100) 
     """Returns the groups of a model as a plain text table, for people.
 
     Args:
-      groups: from :func:`tpp_jax.channel_groups`.
-      plan: if given, the table tells how many channels it leaves.
-      width: of the text, in characters.
+      groups: From :func:`tpp_jax.channel_groups`.
+      plan: If given, the table tells how many channels it leaves.
+      width: Of the text, in characters.
 
     Returns:
       A row for each group, in order of execution: its name, how many channels it has,
@@ -146,8 +146,8 @@ def member_lines(group: Group, groups: Groups) -> list[tuple[str, str]]:
     """Lists what a group runs through: ``("from", "conv1.kernel[3]")``, one per role.
 
     Args:
-      group: one of the groups.
-      groups: all of them; tells which arrays a layer has and how wide they are.
+      group: One of the groups.
+      groups: All of them; tells which arrays a layer has and how wide they are.
     """
     prefix = _common_module(group)
     lines = []

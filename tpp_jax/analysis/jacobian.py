@@ -33,10 +33,10 @@ class Summary(NamedTuple):
     """What a table shows of singular values, as the original computes it.
 
     Attributes:
-      mean: over all singular values of all images.
-      std: likewise, their standard deviation.
-      min: the smallest of all.
-      max: the largest of all.
+      mean: Over all singular values of all images.
+      std: Likewise, their standard deviation.
+      min: The smallest of all.
+      max: The largest of all.
       condition_numbers: [b], of each image: its largest by its smallest, infinite where
         that is 0.
     """
@@ -75,25 +75,25 @@ def jacobian_singular_values(
     logits. Who needs it asks for ``"exact"``.
 
     Args:
-      model: an NNX module, which is left untouched and run in evaluation mode; or a
+      model: An NNX module, which is left untouched and run in evaluation mode; or a
         Linen module or a function ``fn(params, images)``, to be given in a form that
         evaluates.
-      images: a batch, normalised as in training.
-      params: the Linen module's variables or the function's parameter tree.
-      plan: the plan by which a Linen module's variables were sliced.
-      method: see above.
-      at_once: how many backward passes run side by side, which bounds the memory: that
+      images: A batch, normalised as in training.
+      params: The Linen module's variables or the function's parameter tree.
+      plan: The plan by which a Linen module's variables were sliced.
+      method: See above.
+      at_once: How many backward passes run side by side, which bounds the memory: that
         of a gradient of as many images. One image's whole Jacobian is held besides.
-      iterations: steps of ``"extremes"``.
-      seed: of its starting vector.
-      **kwargs: keyword arguments of the model.
+      iterations: Steps of ``"extremes"``.
+      seed: Of its starting vector.
+      **kwargs: Keyword arguments of the model.
 
     Returns:
       float, k = min(logits, numbers in an image) values; with ``"extremes"`` two: the
       estimates of the largest and of the smallest of those.
 
     Raises:
-      TPPError: the images are no floating-point batch, the model does not return one
+      TPPError: The images are no floating-point batch, the model does not return one
         array with a row for each image, or a number or the method is unknown.
 
     References:
@@ -143,7 +143,7 @@ def summarize(values: Float[Array, "b k"]) -> Summary:
     """Returns the mean, deviation, ends and condition numbers of singular values.
 
     Args:
-      values: from :func:`jacobian_singular_values`; mean and deviation say something
+      values: From :func:`jacobian_singular_values`; mean and deviation say something
         only of all values, not of the two of ``"extremes"``.
 
     Example:

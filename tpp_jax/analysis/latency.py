@@ -29,10 +29,10 @@ class Pair(NamedTuple):
     """A dense and a pruned network, or a layer of both: seconds and FLOPs of a call.
 
     Attributes:
-      dense_seconds: median over calls.
-      pruned_seconds: likewise.
-      dense_flops: of one image.
-      pruned_flops: likewise.
+      dense_seconds: Median over calls.
+      pruned_seconds: Likewise.
+      dense_flops: Of one image.
+      pruned_flops: Likewise.
     """
 
     dense_seconds: float
@@ -66,11 +66,11 @@ def compare(
     """Times both networks' evaluation, calls taking turns.
 
     Args:
-      dense: a network; left untouched.
-      pruned: the same, sliced.
+      dense: A network; left untouched.
+      pruned: The same, sliced.
       image_shape: ``(h, w, c)``.
-      batch_size: images of a call.
-      dtype: of the computation, parameters included.
+      batch_size: Images of a call.
+      dtype: Of the computation, parameters included.
     """
     images = jnp.zeros((batch_size, *image_shape), dtype)
     calls = [_forward(model, images) for model in (dense, pruned)]

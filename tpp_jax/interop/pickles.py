@@ -29,9 +29,9 @@ class Record:
     """An object that the pickle would have made by calling something.
 
     Attributes:
-      what: what would have been called, a :class:`Global` unless the file is odd.
-      args: what it would have been called with; keywords are left out.
-      state: what would have been put into the object afterwards.
+      what: What would have been called, a :class:`Global` unless the file is odd.
+      args: What it would have been called with; keywords are left out.
+      state: What would have been put into the object afterwards.
     """
 
     what: Any
@@ -69,8 +69,8 @@ def read_pickle(
     """Reads one pickle of any protocol, and leaves the stream just behind it.
 
     Args:
-      stream: with ``read``, ``readline`` and ``tell``.
-      persistent: what stands for a *persistent id*, by which a pickle refers to things
+      stream: With ``read``, ``readline`` and ``tell``.
+      persistent: What stands for a *persistent id*, by which a pickle refers to things
         that are kept outside of it; a pickle with any is refused without.
 
     Returns:

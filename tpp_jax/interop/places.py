@@ -39,9 +39,9 @@ class Place(NamedTuple):
     """Where an array of a module is found in a state dict.
 
     Attributes:
-      leaf: our name.
+      leaf: Our name.
       name: PyTorch's.
-      is_kernel: whether the axes are in another order: PyTorch has (out, in, *window),
+      is_kernel: Whether the axes are in another order: PyTorch has (out, in, *window),
         we have (*window, in, out).
       pixels: (height, width) of the flattened feature map that the kernel is applied
         to; None if there is none, or it is flattened in PyTorch's order.
@@ -83,7 +83,7 @@ def places(model: nnx.Module, flattened: Flattened | None = None) -> list[Place]
     """Returns the place of every array of a model, in the order of its state.
 
     Raises:
-      TPPError: a layer has no counterpart in PyTorch, or ``flattened`` is wrong.
+      TPPError: A layer has no counterpart in PyTorch, or ``flattened`` is wrong.
     """
     by_path = dict(modules(model))
     leaves = named_leaves(nnx.split(model, nnx.RngState, ...)[2])

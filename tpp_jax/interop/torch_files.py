@@ -69,17 +69,17 @@ def read_torch(path: str | pathlib.Path, *, key: str | None = None) -> Tensors:
     """Reads the tensors of a file, whatever its suffix says.
 
     Args:
-      path: a ``.safetensors`` file; one that ``torch.save`` wrote in any version of
+      path: A ``.safetensors`` file; one that ``torch.save`` wrote in any version of
         PyTorch: a state dict, a checkpoint with one inside, or a whole module; or the
         ``.index.json`` of a checkpoint in several files, which are in the same folder.
-      key: which entry of a checkpoint to take; None for ``state_dict``,
+      key: Which entry of a checkpoint to take; None for ``state_dict``,
         ``model_state_dict``, ``model`` or ``net``, the first of these that there is.
 
     Returns:
       Arrays by PyTorch's names, of PyTorch's shapes and types. They may be read-only.
 
     Raises:
-      TPPError: the file is missing, damaged, or holds no weights.
+      TPPError: The file is missing, damaged, or holds no weights.
     """
     path = pathlib.Path(path)
     content = _content(path)
@@ -120,7 +120,7 @@ def _shards(content: bytes, path: pathlib.Path) -> dict[str, str] | None:
     """Returns the file of each tensor if the content is an index; None if it is not.
 
     Raises:
-      TPPError: it is other JSON, or an index of files that are not in its own folder.
+      TPPError: It is other JSON, or an index of files that are not in its own folder.
     """
     if content[:1] != b"{" or _is_safetensors(content):
         return None
@@ -179,12 +179,12 @@ def tensors_in(saved: Any, key: str | None = None) -> Tensors:
     ``model_ema``, a warning says which one is taken.
 
     Args:
-      saved: tensors by name (PyTorch's, NumPy's or JAX's), a checkpoint that holds them
+      saved: Tensors by name (PyTorch's, NumPy's or JAX's), a checkpoint that holds them
         as ``state_dict``, ``model`` or ``net``, or what was read off a pickled module.
-      key: which entry of a checkpoint to take; None for the first of those.
+      key: Which entry of a checkpoint to take; None for the first of those.
 
     Raises:
-      TPPError: there are no tensors, or something else among them.
+      TPPError: There are no tensors, or something else among them.
     """
     if key is not None:
         if not isinstance(saved, Mapping) or not _holds_weights(saved.get(key)):
@@ -241,9 +241,9 @@ def _warn_of_others(saved: Mapping[str, Any], taken: str, compare: bool) -> None
     """Warns if a checkpoint holds other weights than those that are taken.
 
     Args:
-      saved: the checkpoint.
-      taken: the key of what is taken.
-      compare: whether to leave out a single other set of the same numbers.
+      saved: The checkpoint.
+      taken: The key of what is taken.
+      compare: Whether to leave out a single other set of the same numbers.
     """
     others = [k for k, x in saved.items() if k != taken and _holds_weights(x)]
     if len(others) == 1 and compare and _are_same(saved[taken], saved[others[0]]):

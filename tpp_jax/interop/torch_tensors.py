@@ -50,10 +50,10 @@ class Storage:
     """Where a tensor's numbers are.
 
     Attributes:
-      dtype: type of the numbers.
-      key: name of their bytes.
-      source: all bytes by name; a stream's come after the pickle and are added then.
-      start: first number that belongs to this storage.
+      dtype: Type of the numbers.
+      key: Name of their bytes.
+      source: All bytes by name; a stream's come after the pickle and are added then.
+      start: First number that belongs to this storage.
     """
 
     dtype: np.dtype
@@ -66,7 +66,7 @@ def dtype_of_storage(kind: Any) -> np.dtype:
     """Returns the type in ``torch.FloatStorage``, ``torch.cuda.HalfStorage``, …
 
     Raises:
-      TPPError: it is one that NumPy does not have.
+      TPPError: It is one that NumPy does not have.
     """
     name = kind.name.rpartition(".")[2].removesuffix("Storage")
     if name not in _DTYPES:
@@ -82,7 +82,7 @@ def tensors_of_module(root: Record) -> Tensors:
     """Returns what ``state_dict()`` of a pickled module would.
 
     Raises:
-      TPPError: modules are within themselves, or there are too many entries.
+      TPPError: Modules are within themselves, or there are too many entries.
     """
     found: dict[str, Any] = {}
     stack = [("", 0, root)]
@@ -122,8 +122,8 @@ def as_numpy(value: Any) -> np.ndarray:
     """Returns a tensor as an array, a view where it can be.
 
     Raises:
-      TPPError: its numbers are not there, or kept in a way that is not read here.
-      ValueError: the record of it is damaged.
+      TPPError: Its numbers are not there, or kept in a way that is not read here.
+      ValueError: The record of it is damaged.
     """
     if isinstance(value, Record):
         return _rebuild(value)

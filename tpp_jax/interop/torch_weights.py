@@ -42,15 +42,15 @@ def load_torch(
     and does not use, is left out.
 
     Args:
-      source: a ``.safetensors`` file, one that ``torch.save`` wrote (a state dict, a
+      source: A ``.safetensors`` file, one that ``torch.save`` wrote (a state dict, a
         checkpoint with one, or a whole module), the ``.index.json`` of a checkpoint in
         several files, or a state dict: tensors of PyTorch, NumPy or JAX by name. Of a
         checkpoint with several sets of weights, such as ``model`` and ``model_ema``,
         the first of ``state_dict``, ``model_state_dict``, ``model`` and ``net`` is
         taken, with a warning.
-      model: has the structure; its arrays are not used, and it may be abstract
+      model: Has the structure; its arrays are not used, and it may be abstract
         (``nnx.eval_shape``).
-      pruned: whether layers may be narrower than the model's.
+      pruned: Whether layers may be narrower than the model's.
       flattened: ``{layer: (height, width)}`` for every dense layer that is applied to a
         flattened feature map. Only for your own modules, and if they flatten pixels
         before channels; the networks of ``tpp_jax.models`` tell it themselves.
@@ -60,7 +60,7 @@ def load_torch(
       ``jax.enable_x64``. The given one is untouched.
 
     Raises:
-      TPPError: the file cannot be read, or the tensors are not those of the model.
+      TPPError: The file cannot be read, or the tensors are not those of the model.
 
     Example:
       >>> model = nnx.List([nnx.Linear(3, 2, rngs=nnx.Rngs(0))])
@@ -94,13 +94,13 @@ def save_torch(
     :func:`tpp_jax.interop.layers.describe_layers`. Each file is replaced as a whole.
 
     Args:
-      model: with its arrays.
-      path: a file that ends in ``.safetensors``; or in ``.pth`` or ``.pt``, which needs
+      model: With its arrays.
+      path: A file that ends in ``.safetensors``; or in ``.pth`` or ``.pt``, which needs
         PyTorch. Folders are made.
-      flattened: see :func:`load_torch`.
+      flattened: See :func:`load_torch`.
 
     Raises:
-      TPPError: another ending, PyTorch is not there, or the model is abstract or has a
+      TPPError: Another ending, PyTorch is not there, or the model is abstract or has a
         layer of which PyTorch has none alike.
     """
     path = pathlib.Path(path)
@@ -221,7 +221,7 @@ def _follow_widths(model: nnx.Module) -> None:
     """Sets the static sizes of a module to those of its arrays, and tries it.
 
     Raises:
-      TPPError: the widths do not go together.
+      TPPError: The widths do not go together.
     """
     for path, module in modules(model):
         if not isinstance(module, LAYERS):

@@ -25,11 +25,11 @@ class Grid(NamedTuple):
     """The results of a sweep.
 
     Attributes:
-      title: of the table.
+      title: Of the table.
       rows, columns: their names.
-      metrics: which of :data:`METRICS` are shown.
+      metrics: Which of :data:`METRICS` are shown.
       results: (row, column, seed) → metrics, of the runs that are done.
-      planned: how many runs there are in all.
+      planned: How many runs there are in all.
       paper: (row, column, metric) → published mean, and standard deviation or None.
     """
 
@@ -47,7 +47,7 @@ class Entry(NamedTuple):
 
     Attributes:
       mean, std: over seeds; the standard deviation is the population's, as the paper's.
-      n: how many runs; 0 if none is done.
+      n: How many runs; 0 if none is done.
       paper, paper_std: what is published, None if nothing is.
     """
 

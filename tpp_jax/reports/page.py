@@ -45,8 +45,8 @@ def of_run(
     """Returns the page of a run that is done.
 
     Args:
-      summary: of the run.
-      pictures: name → SVG, see :func:`tpp_jax.reports.plots.save`.
+      summary: Of the run.
+      pictures: Name → SVG, see :func:`tpp_jax.reports.plots.save`.
     """
     config = summary["config"]
     title = f"{config['model']['name']} on {config['data']['name']}"
@@ -96,9 +96,9 @@ def of_grid(
     """Returns the page of a sweep, finished or not.
 
     Args:
-      grid: its results so far.
-      pictures: metric → SVG.
-      failed: name of a cell → what it said.
+      grid: Its results so far.
+      pictures: Metric → SVG.
+      failed: Name of a cell → what it said.
     """
     parts = [f"<p>{html.escape(grids.explanation(grid))}</p>"]
     for metric in grid.metrics:

@@ -48,10 +48,10 @@ def of_run(
     """Returns how to draw the pictures of a run, by name.
 
     Args:
-      history: rows of metrics with ``step`` and ``phase``; others are left out, and so
+      history: Rows of metrics with ``step`` and ``phase``; others are left out, and so
         is what is no finite number.
-      summary: of the run.
-      grams: from ``gram.npz``, empty if there is none.
+      summary: Of the run.
+      grams: From ``gram.npz``, empty if there is none.
     """
     found: dict[str, Drawing] = {
         "curves": lambda: _curves(history, summary),

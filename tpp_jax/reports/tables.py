@@ -15,8 +15,8 @@ def layer_table(dense: Count, pruned: Count) -> rich.table.Table:
     """Returns a table of every layer before and after: channels, parameters, FLOPs.
 
     Args:
-      dense: the network as it was.
-      pruned: the network after slicing, with the same layers.
+      dense: The network as it was.
+      pruned: The network after slicing, with the same layers.
     """
     table = rich.table.Table(title="Before → after pruning")
     table.add_column("layer", overflow="fold")

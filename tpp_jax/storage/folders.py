@@ -35,7 +35,7 @@ def resolved(path: str | pathlib.Path) -> pathlib.Path:
     """Returns the absolute path that a path leads to, links followed.
 
     Raises:
-      TPPError: it leads in a circle.
+      TPPError: It leads in a circle.
     """
     try:
         return pathlib.Path(path).resolve()
@@ -47,7 +47,7 @@ def whereabouts(target: pathlib.Path) -> pathlib.Path:
     """Returns where the content of a folder is: at its path, unless a swap was cut off.
 
     Args:
-      target: resolved path.
+      target: Resolved path.
     """
     if not target.exists():
         for work in _work_folders(target):
@@ -60,7 +60,7 @@ def check_replaceable(target: pathlib.Path) -> None:
     """Refuses a target that holds anything but a saved model.
 
     Raises:
-      TPPError: it is a file, or a folder with files that are not of a saved model.
+      TPPError: It is a file, or a folder with files that are not of a saved model.
     """
     if not target.exists():
         return
@@ -129,9 +129,9 @@ def work_folder(
     had moved away comes back, and their work folders are removed.
 
     Args:
-      target: resolved path of what is to be replaced.
-      shared: whether several processes write into the one work folder together.
-      make: whether this process is the one that makes and removes it.
+      target: Resolved path of what is to be replaced.
+      shared: Whether several processes write into the one work folder together.
+      make: Whether this process is the one that makes and removes it.
     """
     tag = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     work = target.parent / f"{_prefix(target)}{'shared' if shared else tag}"
@@ -156,8 +156,8 @@ def swap(work: pathlib.Path, target: pathlib.Path) -> None:
     """Puts the new folder that is in a work folder in the place of the target.
 
     Args:
-      work: with the complete folder ``new``; the old target is moved here.
-      target: resolved path; a folder, or nothing.
+      work: With the complete folder ``new``; the old target is moved here.
+      target: Resolved path; a folder, or nothing.
     """
     new, old = work / NEW, work / "old"
     _to_disk(new)

@@ -60,7 +60,7 @@ def checked(items: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
     Orbax finds files that are missing or cut short, and not a bit that has flipped.
 
     Raises:
-      Damaged: the contents do not match their checksum.
+      Damaged: The contents do not match their checksum.
     """
     arrays, meta = items["arrays"], dict(items["meta"])
     if meta.pop("checksum", None) != _checksum(arrays, meta):

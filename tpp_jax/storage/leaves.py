@@ -44,7 +44,7 @@ def encode(leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, 
     """Returns the arrays to save, on the host, and a note of each leaf that needs one.
 
     Raises:
-      TPPError: a leaf is abstract, traced or deleted, or an object that is no data.
+      TPPError: A leaf is abstract, traced or deleted, or an object that is no data.
     """
     notes: dict[str, Note] = {}
     on_device: dict[str, jax.Array] = {}
@@ -83,7 +83,7 @@ def decode(
         rounded.
 
     Raises:
-      TPPError: a leaf cannot be made here: 64 bits without ``jax.enable_x64``, or an
+      TPPError: A leaf cannot be made here: 64 bits without ``jax.enable_x64``, or an
         unknown kind of PRNG key.
     """
     names = [*arrays, *(name for name in notes if name not in arrays)]
@@ -220,7 +220,7 @@ def rebuild(description: Any, leaves: Mapping[str, Any]) -> Any:
     """Returns the tree that :func:`describe` described.
 
     Raises:
-      TPPError: it has a container or a leaf that cannot be made from data alone.
+      TPPError: It has a container or a leaf that cannot be made from data alone.
     """
     [(kind, content)] = description.items()
     if kind == "none":

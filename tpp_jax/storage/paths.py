@@ -26,15 +26,15 @@ def plain(path: str | pathlib.Path, *, new: bool = False) -> Iterator[pathlib.Pa
     """Gives a path to a folder that holds no character that would be misread.
 
     Args:
-      path: of the folder.
-      new: whether it is to be made or replaced: then the link is to its parent, which
+      path: Of the folder.
+      new: Whether it is to be made or replaced: then the link is to its parent, which
         is made if missing.
 
     Yields:
       The absolute path itself, or one through a link that is removed afterwards.
 
     Raises:
-      TPPError: there can be no link, or the last name of a new folder is one that would
+      TPPError: There can be no link, or the last name of a new folder is one that would
         be misread.
     """
     path = pathlib.Path(path).absolute()
