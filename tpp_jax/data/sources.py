@@ -19,22 +19,25 @@ from tpp_jax.errors import TPPError, require
 
 
 class Dataset(NamedTuple):
-    """A data set in memory, with the statistics that normalise it."""
+    """A data set in memory, with the statistics that normalise it.
+
+    Attributes:
+      train_images: Training pixels, 0 to 255.
+      train_labels: Training classes, 0 to ``num_classes`` - 1.
+      test_images: Test pixels, 0 to 255.
+      test_labels: Test classes, 0 to ``num_classes`` - 1.
+      num_classes: Number of classes.
+      mean: Mean per channel for the normalisation of inputs, in units of pixel / 255.
+      std: Standard deviation per channel, in units of pixel / 255.
+    """
 
     train_images: UInt8[np.ndarray, "train h w c"]
-    """Training pixels, 0 to 255."""
     train_labels: Int32[np.ndarray, " train"]
-    """Training classes, 0 to `num_classes` - 1."""
     test_images: UInt8[np.ndarray, "test h w c"]
-    """Test pixels, 0 to 255."""
     test_labels: Int32[np.ndarray, " test"]
-    """Test classes, 0 to `num_classes` - 1."""
     num_classes: int
-    """Number of classes."""
     mean: tuple[float, ...]
-    """Mean per channel for the normalisation of inputs, in units of pixel / 255."""
     std: tuple[float, ...]
-    """Standard deviation per channel, in units of pixel / 255."""
 
     @property
     def num_train(self) -> int:

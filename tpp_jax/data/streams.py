@@ -354,8 +354,22 @@ def open_stream(
       shard: Index and number of the equal shares of each batch, of which this process
         reads one: ``(process_index, process_count)`` if several processes train.
 
+    Returns:
+      The data set, whose images are read when its batches are.
+
     Raises:
       TPPError: If the data set does not exist or is invalid.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from PIL import Image
+      >>> root = pathlib.Path(tempfile.mkdtemp())
+      >>> for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+      ...     (root / name).mkdir(parents=True)
+      ...     Image.new("RGB", (12, 9)).save(root / name / "1.png")
+      >>> stream = open_stream("folder", str(root), image_size=8, resize=8)
+      >>> stream.num_classes, stream.num_train
+      (2, 2)
     """
     if name == "folder":
         train, test, num_classes = folders.open_folders(data_dir)
