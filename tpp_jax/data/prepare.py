@@ -42,7 +42,6 @@ def prepare(name: str, data_dir: str | None = None) -> str:
             "needs no preparation."
         )
     require("prepare", "tensorflow", "importlib_resources", "tensorflow_datasets")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow loads
     import tensorflow_datasets as tfds
 
     data_dir = os.path.expanduser(data_dir) if data_dir else None
@@ -95,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", metavar="NAME", help="such as cifar10")
     parser.add_argument("--data_dir", help="default: ~/tensorflow_datasets")
     options = parser.parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow loads
     try:
         for name in options.names:
             print(f"{name} is ready in {prepare(name, options.data_dir)}")
