@@ -77,7 +77,10 @@ def activation_means(
         meter = _Meter(shape_of)
         meter.run(closed.jaxpr, closed.consts, [*leaves, *others])
         found = meter.inner | meter.found
-        return {name: sum(means) / len(means) for name, means in found.items()}
+        return {
+            name: functools.reduce(jnp.add, means) / len(means)
+            for name, means in found.items()
+        }
 
     runs = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
     return mean_of(measure, ((function.params, inputs) for inputs in runs))
@@ -211,10 +214,12 @@ class _Meter:
         size = jnp.abs(output).astype(jnp.promote_types(output.dtype, jnp.float32))
         for leaf, axes in (kernel.leaves or {}).items():
             # The parameter's axes in the order of the output.
-            own = [axes[axis] for axis in sorted(became, key=lambda axis: became[axis])]
-            if None in own or len(self.shape_of[leaf]) < 2:
+            by_output = sorted(became, key=lambda axis: became[axis])
+            own = [i for i in (axes[axis] for axis in by_output) if i is not None]
+            if len(own) < len(became) or len(self.shape_of[leaf]) < 2:
                 continue
-            means = jnp.transpose(jnp.mean(size, axis=rest), np.argsort(own))
+            order = np.argsort(own).tolist()
+            means = jnp.transpose(jnp.mean(size, axis=rest), order)
             shape = self.shape_of[leaf]
             means = means.reshape([n if i in own else 1 for i, n in enumerate(shape)])
             found = known.setdefault(leaf, [means])

@@ -52,7 +52,7 @@ _SCALES = ("scale", "gamma", "weight")
 
 def l1(filters: Filters) -> Scores:
     """Mean absolute weight (TPP section 3.2; Li et al. 2017)."""
-    return np.mean(np.abs(filters), axis=1, dtype=np.float64)
+    return np.asarray(np.mean(np.abs(filters), axis=1, dtype=np.float64))
 
 
 def l2(filters: Filters) -> Scores:
