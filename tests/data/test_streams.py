@@ -278,7 +278,7 @@ def test_what_is_no_image_or_has_gone_is_named(root, tmp_path):
     file = broken(root, tmp_path)
     stream = open_stream("folder", str(file.parents[2]), **SIZES)
     file.write_text("<html>404</html>")
-    with pytest.raises(TPPError, match=r"01.png cannot be read .its content is not an"):
+    with pytest.raises(TPPError, match=r"01.png cannot be read .its content is not a"):
         list(stream.test_batches(4))
     file.unlink()
     with pytest.raises(TPPError, match=r"01.png cannot be read .No such file"):

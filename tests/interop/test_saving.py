@@ -91,7 +91,7 @@ def test_widths_that_do_not_go_together_are_refused():
     half = narrow(weights, "conv1.weight", 0, 3)
     with pytest.raises(TPPError, match="conv1 has arrays for 3 and for 6 channels"):
         load_torch(half, model, pruned=True)
-    with pytest.raises(TPPError, match="do not go together in this LeNet5"):
+    with pytest.raises(TPPError, match="do not fit each other in this LeNet5"):
         load_torch(narrow(half, "conv1.bias", 0, 3), model, pruned=True)
     both = narrow(narrow(half, "conv1.bias", 0, 3), "conv2.weight", 1, 3)
     small = load_torch(both, model, pruned=True)
@@ -192,7 +192,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     save_torch(filled(Tiny), path)
     before = path.read_bytes()
 
-    def fail(tensors, partial):
+    def fail(_, partial):
         partial.write_bytes(b"half")
         raise OSError("no space left")
 

@@ -1,5 +1,6 @@
 """PyTorch's files as it writes them, as others damage them and as nobody should."""
 
+import contextlib
 import io
 import json
 import os
@@ -213,7 +214,7 @@ def test_a_module_that_holds_itself_is_refused(tmp_path):
     )
     with zipfile.ZipFile(tmp_path / "m.pth", "w") as archive:
         archive.writestr("archive/data.pkl", data)
-    with pytest.raises(TPPError, match="holds itself"):
+    with pytest.raises(TPPError, match="contains itself"):
         read_torch(tmp_path / "m.pth")
 
 
@@ -277,10 +278,8 @@ def test_a_damaged_file_is_read_or_an_error(name, tmp_path):
         for place in rng.integers(len(content), size=3):
             damaged[place] = rng.integers(256)
         path.write_bytes(damaged)
-        try:
+        with contextlib.suppress(TPPError):
             read_torch(path)
-        except TPPError:
-            pass
 
 
 @pytest.mark.parametrize(
@@ -289,8 +288,8 @@ def test_a_damaged_file_is_read_or_an_error(name, tmp_path):
         (b"", "is empty"),
         (b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "run git lfs pull"),
-        (b"garbage" * 99, "is damaged, or no file of weights"),
-        (b"PK\x03\x04" + b"\0" * 99, "is damaged, or no file of weights"),
+        (b"garbage" * 99, "is damaged, or not a file of weights"),
+        (b"PK\x03\x04" + b"\0" * 99, "is damaged, or not a file of weights"),
         (pickle.dumps([1]), "not one that torch.save wrote"),
     ],
 )
@@ -331,7 +330,7 @@ def test_safetensors_of_an_unknown_type_are_an_error(tmp_path):
     header = json.dumps({"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}})
     path = tmp_path / "w.safetensors"
     path.write_bytes(struct.pack("<q", len(header)) + header.encode() + b"x")
-    with pytest.raises(TPPError, match="w is of type F4, which is not read here"):
+    with pytest.raises(TPPError, match="w is of type F4, which is not supported"):
         read_torch(path)
 
 
@@ -346,9 +345,9 @@ def test_safetensors_of_an_unknown_type_are_an_error(tmp_path):
             {"epoch": 3, "weights": {"w": np.ones(2)}},
             "epoch, weights.*epoch is of type int",
         ),
-        ([np.ones(2)], "this is of type list"),
-        (3, "this is of type int"),
-        ({1: np.ones(2)}, "a state dict is wanted"),
+        ([np.ones(2)], "it is of type list instead of a state dict"),
+        (3, "it is of type int instead of a state dict"),
+        ({1: np.ones(2)}, "a dict of 1 instead of a state dict"),
     ],
 )
 def test_what_is_no_state_dict_is_told(value, message):

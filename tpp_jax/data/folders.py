@@ -59,10 +59,10 @@ class ClassFolders:
             found = sorted(search.images(name))
             if not found:
                 others = ignored.others.total() - before
-                but = (
-                    f" that can be read, but {others} of other types" if others else ""
+                hint = f", but {others} of unsupported types" if others else ""
+                raise TPPError(
+                    f"the class folder {folder / name} holds no images{hint}"
                 )
-                raise TPPError(f"the class folder {folder / name} holds no images{but}")
             names += map(os.fsencode, found)
             labels += [label] * len(found)
         if not labels:
