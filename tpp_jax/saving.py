@@ -61,6 +61,14 @@ def save_model(
     Raises:
       TPPError: The path holds something else, the model holds something that cannot be
         saved, or it could not be written.
+
+    Example:
+      >>> import tempfile
+      >>> model = models.create("mlp7_relu", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+      >>> folder = pathlib.Path(tempfile.mkdtemp()) / "model"
+      >>> save_model(folder, model, metrics={"accuracy": 0.5})
+      >>> type(load_model(folder)).__name__
+      'MLP'
     """
     is_leaf = jax.tree_util.all_leaves([model])
     if isinstance(model, linen.Module) or is_leaf and callable(model):
@@ -104,10 +112,10 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
 
     Args:
       path: Folder of the saved model.
-      model: For a module, one of the saved one's class in its unpruned form (its arrays
-        are not used). Not needed if the saved model came from
-        ``tpp_jax.models.create``. For a tree, one of the same structure; needed only if
-        it has containers other than Python's and Flax's, or functions as leaves.
+      model: Module of the saved one's class in its unpruned form, whose arrays are not
+        used; not needed if the saved model came from ``tpp_jax.models.create``. For a
+        saved tree, a tree of the same structure; needed only if it has containers other
+        than Python's and Flax's, or functions as leaves.
 
     Returns:
       The module, or the tree, with the saved arrays, pruned widths included. A module
@@ -163,8 +171,22 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
 def load_model_info(path: str | pathlib.Path) -> dict[str, Any]:
     """Returns what was saved with a model: its spec, plan, config and metrics.
 
+    Args:
+      path: Folder of the saved model.
+
+    Returns:
+      ``model``, the arguments of ``tpp_jax.models.create`` or None; ``plan``, which
+      :meth:`tpp_jax.Plan.from_dict` reads, or None; ``config`` and ``metrics``.
+
     Raises:
       TPPError: There is no readable model.
+
+    Example:
+      >>> import tempfile
+      >>> folder = pathlib.Path(tempfile.mkdtemp()) / "model"
+      >>> save_model(folder, {"w": jnp.ones(3)}, metrics={"accuracy": 0.5})
+      >>> load_model_info(folder)["metrics"]
+      {'accuracy': 0.5}
     """
     meta = _load(path)[1]
     return {key: value for key, value in meta.items() if key != "contents"}

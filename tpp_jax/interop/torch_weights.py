@@ -103,6 +103,13 @@ def save_torch(
     Raises:
       TPPError: If the path has another ending, PyTorch is not installed, or the model
         is abstract or has a layer without an equivalent in PyTorch.
+
+    Example:
+      >>> import tempfile
+      >>> file = pathlib.Path(tempfile.mkdtemp()) / "weights.safetensors"
+      >>> save_torch(nnx.List([nnx.Linear(3, 2, rngs=nnx.Rngs(0))]), file)
+      >>> sorted(tensors_in(read_torch(file)))
+      ['0.bias', '0.weight']
     """
     path = pathlib.Path(path)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
