@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from tests.experiment.test_errors import small_config
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment import config as config_module
 from tpp_jax.experiment.config import check_values, default_config
+from tpp_jax.experiment.fields import flat
 from tpp_jax.experiment.setup import check
 from tpp_jax.method.schedule import growing_schedule
 from tpp_jax.training.optimizers import MOST_STEPS, learning_rate
 
-FIELDS = config_module._values(default_config())
+FIELDS = flat(default_config())
 
 
 def with_field(name, value, config=None):

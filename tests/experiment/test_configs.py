@@ -110,11 +110,11 @@ def test_fewer_batches_than_asked_for_will_do():
     ("field", "value", "message"),
     [
         ("flops", -0.5, "config.prune.flops is -0.5, must be at least 0"),
-        ("flops", 1.5, r"flops=1.5 is not in \(0, 1\]"),
+        ("flops", 1.5, "config.prune.flops is 1.5, must be at most 1"),
         ("batches", 0, "config.prune.batches is 0"),
         ("min_channels", 0, "min_channels is 0"),
         ("min_channels", 1000, "prunes nothing.*lower config.prune.min_channels"),
-        ("reduce", "median", "unknown reduce 'median'"),
+        ("reduce", "median", "unknown config.prune.reduce 'median': choose 'mean' or"),
         ("criterion", "tailor", "unknown criterion 'tailor'"),
         ("params", 0.0005, "params=0.0005 is out of reach"),
     ],

@@ -52,7 +52,7 @@ def small_config(**fields):
         ("prune.ratios", "*net*:0.0", "prunes nothing"),
         ("prune.skip", "conv1", "'conv1' matches no layer"),
         ("prune.criterion", "magic", "unknown criterion 'magic'"),
-        ("prune.scope", "all", "unknown scope 'all'"),
+        ("prune.scope", "all", "unknown config.prune.scope 'all'"),
         ("prune.schedule.kind", "poly2", "needs regularize_steps"),
         ("prune.schedule.kind", "sine", "unknown schedule 'sine'"),
         ("prune.schedule.every", 0, "every is 0"),

@@ -352,7 +352,7 @@ def test_states_without_arrays_like_parameters_pass():
 )
 def test_a_tree_of_which_nothing_matches_is_refused(tree):
     for apply in (tpp.slice_tree, tpp.mask_tree):
-        with pytest.raises(TPPError, match="nothing in the tree is named .* w1, b1"):
+        with pytest.raises(TPPError, match="no leaf of the tree has the name .* w1, b1"):
             apply(PLAN, tree)
     nothing = tpp.make_plan(GROUPS, PARAMS, {})
     assert jax.tree.structure(tpp.slice_tree(nothing, tree)) == jax.tree.structure(tree)

@@ -7,8 +7,9 @@ from flax import nnx
 
 import tpp_jax as tpp
 from tests.reference import GOLDEN, filled
+from tpp_jax.errors import TPPError
 from tpp_jax.pruning import criteria
-from tpp_jax.pruning.criteria import CRITERIA, STATISTICS
+from tpp_jax.pruning.criteria import CRITERIA, Criterion
 
 FILTERS = np.array([[3, -4], [0, 1], [0, 0], [-6, 8]], np.float32)
 OTHERS = np.array([[1, 1], [2, -3], [9, 9], [0.5, -0.25]], np.float32)
@@ -24,7 +25,7 @@ OTHERS = np.array([[1, 1], [2, -3], [9, 9], [0.5, -0.25]], np.float32)
     ],
 )
 def test_scores_of_weights_alone(name, scores):
-    np.testing.assert_allclose(CRITERIA[name](FILTERS), scores, rtol=1e-6)
+    np.testing.assert_allclose(CRITERIA[name].score(FILTERS), scores, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +38,8 @@ def test_scores_of_weights_alone(name, scores):
     ],
 )
 def test_scores_of_weights_and_statistics(name, scores):
-    assert name in STATISTICS
-    np.testing.assert_allclose(CRITERIA[name](FILTERS, OTHERS), scores, rtol=1e-6)
+    assert CRITERIA[name].statistics
+    np.testing.assert_allclose(CRITERIA[name].score(FILTERS, OTHERS), scores, rtol=1e-6)
 
 
 def test_fpgm_is_the_distance_to_the_other_filters():
@@ -202,7 +203,7 @@ def test_statistics_may_have_one_value_for_each_channel():
         ("taylor_fo", None, "loss_gradient"),
         ("hessian", None, "hessian_diagonal"),
         ("activation", None, "activation_means"),
-        ("l1", {"a": {"kernel": OTHERS.T}}, "'l1' has no use for statistics"),
+        ("l1", {"a": {"kernel": OTHERS.T}}, "'l1' uses no statistics"),
         ("taylor", {"b": {"kernel": OTHERS}}, "no statistic for a.kernel"),
         ("taylor", {"a": {"kernel": np.ones(3)}}, r"shape \(3,\).*fit.*\(2, 4\)"),
         ("taylor", {"a": {"kernel": np.full(4, np.nan)}}, "nan for filters of a.kern"),
@@ -275,8 +276,8 @@ def test_the_recorded_filters_are_chosen(recorded, name, pick):
         groups,
         params,
         {f"layer.{n}": len(p) / len(weights[n]) for n, p in expected.items()},
-        criterion=LARGEST[pick](CRITERIA[name]),
-        statistics=gradients if name in STATISTICS else None,
+        criterion=LARGEST[pick](CRITERIA[name].score),
+        statistics=gradients if CRITERIA[name].statistics else None,
     )
     assert len(expected) == 4
     for layer, pruned in expected.items():
@@ -359,3 +360,23 @@ def test_counts_follow_the_recorded_table(recorded):
         for ratio, count in zip(ratios.tolist(), row, strict=True):
             plan = tpp.make_plan(groups, params, {"a": ratio})
             assert len(plan.pruned("a")) == count, (n, ratio)
+
+
+def test_a_criterion_of_one_s_own_says_what_it_needs():
+    params, groups = chain(a=FILTERS.T, b=np.ones((4, 2)))
+    own = Criterion(criteria.taylor, statistics="loss_gradient")
+    with pytest.raises(TPPError, match="'taylor' needs more than weights"):
+        tpp.make_plan(groups, params, {"a": 0.5}, criterion=own)
+    tree = {"a.kernel": OTHERS.T}
+    plan, named = (
+        tpp.make_plan(groups, params, {"a": 0.5}, criterion=one, statistics=tree)
+        for one in (own, "taylor")
+    )
+    assert plan == named
+
+
+def test_a_criterion_of_one_s_own_may_score_norms():
+    model, groups = normed()
+    own = Criterion(lambda scales: -np.abs(scales[:, 0]), of="norms")
+    plan = tpp.make_plan(groups, model, "conv:0.5", criterion=own)
+    np.testing.assert_array_equal(plan.pruned("conv"), [0, 2])

@@ -24,7 +24,7 @@ from tpp_jax.interop.torch_weights import load_torch
 from tpp_jax.method.schedule import GrowingSchedule
 from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.channels import channel_groups
-from tpp_jax.pruning.criteria import STATISTICS
+from tpp_jax.pruning.criteria import CRITERIA
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
@@ -227,7 +227,7 @@ def plan_for(
     fields = config.prune
     target = fields.flops or fields.params
     statistics, criterion = None, fields.criterion
-    if criterion in STATISTICS:
+    if criterion in CRITERIA and CRITERIA[criterion].statistics:
         if dataset is None:
             criterion = "l1"
         else:
@@ -272,7 +272,7 @@ def _statistics(
         logits = model(batch[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-    match STATISTICS[config.prune.criterion]:
+    match CRITERIA[config.prune.criterion].statistics:
         case "loss_gradient":
             return loss_gradient(loss, model, zip(images, labels, strict=True))
         case "hessian_diagonal":
