@@ -27,6 +27,7 @@ from tpp_jax.experiment.records.history import is_number
 from tpp_jax.experiment.records.summary import draw, read_summary
 from tpp_jax.experiment.records.terminal import say
 from tpp_jax.reports import grids, page, plots
+from tpp_jax.reports.headline import headline_of
 from tpp_jax.storage import processes
 
 
@@ -298,7 +299,9 @@ def read_grid(workdir: pathlib.Path) -> grids.Grid:
     for key, name in names.items():
         file = workdir / "cells" / name / "summary.json"
         if file.exists():
-            results[key] = grids.metrics_of(read_summary(file))
+            summary = read_summary(file)
+            results[key] = grids.metrics_of(summary)
+            grid = grid._replace(headline=headline_of(summary))
     return grid._replace(results=results)
 
 

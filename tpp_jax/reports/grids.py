@@ -8,17 +8,30 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-METRICS = {
-    "best_accuracy": "best test accuracy of the fine-tuning, %",
-    "last_accuracy": "test accuracy at the end, %",
-    "trainability_accuracy": "mean test accuracy at the first learning rate, %",
-    "cut_accuracy": "test accuracy right after the cut, %",
-    "dense_accuracy": "test accuracy of the dense network, %",
-    "jsv_mean": "mean Jacobian singular value right after the cut",
-    "speedup": "FLOPs, dense by pruned",
-    "sparsity": "parameters removed, %",
-}
-"""What can be told of a run, and what it is."""
+from tpp_jax.reports.headline import ACCURACY, Headline, headline_of
+
+
+def metrics_about(headline: Headline) -> dict[str, str]:
+    """Returns what can be shown of runs, by name, each with its description.
+
+    Args:
+      headline: Metric by which the runs are judged.
+    """
+    name, unit = headline.name, f", {headline.unit}" if headline.unit else ""
+    return {
+        f"best_{name}": f"best test {name} of the fine-tuning{unit}",
+        f"last_{name}": f"test {name} at the end{unit}",
+        f"trainability_{name}": f"mean test {name} at the first learning rate{unit}",
+        f"cut_{name}": f"test {name} right after the cut{unit}",
+        f"dense_{name}": f"test {name} of the dense network{unit}",
+        "jsv_mean": "mean Jacobian singular value right after the cut",
+        "speedup": "FLOPs, dense by pruned",
+        "sparsity": "parameters removed, %",
+    }
+
+
+METRICS = metrics_about(ACCURACY)
+"""Metrics of runs that classify images, and their descriptions."""
 
 
 class Grid(NamedTuple):
@@ -27,10 +40,11 @@ class Grid(NamedTuple):
     Attributes:
       title: Of the table.
       rows, columns: their names.
-      metrics: Which of :data:`METRICS` are shown.
+      metrics: Names of the metrics that are shown, of :func:`metrics_about`.
       results: (row, column, seed) → metrics, of the runs that are done.
       planned: How many runs there are in all.
       paper: (row, column, metric) → published mean, and standard deviation or None.
+      headline: Metric by which the runs are judged.
     """
 
     title: str
@@ -40,6 +54,7 @@ class Grid(NamedTuple):
     results: Mapping[tuple[str, str, int], Mapping[str, float]]
     planned: int
     paper: Mapping[tuple[str, str, str], tuple[float, float | None]]
+    headline: Headline = ACCURACY
 
 
 class Entry(NamedTuple):
@@ -64,13 +79,15 @@ class Entry(NamedTuple):
 
 
 def metrics_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Returns what a run's summary tells of :data:`METRICS`."""
+    """Returns what :func:`metrics_about` describes of a run's summary."""
     cuts = [p for p in summary["phases"] if p["name"].startswith("slice")]
-    cut = cuts[-1] if cuts else {}
+    cut, name = cuts[-1] if cuts else {}, headline_of(summary).name
     found = {
-        **{name: summary[name] for name in list(METRICS)[:3]},
-        "cut_accuracy": cut.get("accuracy"),
-        "dense_accuracy": summary["dense"]["accuracy"],
+        f"best_{name}": summary[f"best_{name}"],
+        f"last_{name}": summary[f"last_{name}"],
+        f"trainability_{name}": summary[f"trainability_{name}"],
+        f"cut_{name}": cut.get(name),
+        f"dense_{name}": summary["dense"][name],
         "jsv_mean": cut.get("jacobian", {}).get("mean"),
         "speedup": summary["speedup"],
         "sparsity": 100 * summary["sparsity"],
@@ -96,7 +113,7 @@ def markdown(grid: Grid) -> str:
     """Returns the tables, one for each metric."""
     lines = [f"# {literal(grid.title)}", "", explanation(grid)]
     for metric in grid.metrics:
-        lines += ["", f"## {heading(metric)}", ""]
+        lines += ["", f"## {heading(grid, metric)}", ""]
         lines.append(f"| | {' | '.join(map(literal, grid.columns))} |")
         lines.append(f"|---|{'---|' * len(grid.columns)}")
         for row in grid.rows:
@@ -115,9 +132,9 @@ def literal(text: str) -> str:
     return re.sub(r"([\\|$*<`])", r"\\\1", " ".join(text.split()))
 
 
-def heading(metric: str) -> str:
-    """Returns what a metric is, as a sentence starts."""
-    words = METRICS[metric]
+def heading(grid: Grid, metric: str) -> str:
+    """Returns the description of a metric, with a capital letter."""
+    words = metrics_about(grid.headline)[metric]
     return words[0].upper() + words[1:]
 
 
@@ -152,9 +169,7 @@ def csv(grid: Grid) -> str:
     """Returns all entries, one to a line."""
     lines = io.StringIO()
     writer = csv_format.writer(lines, lineterminator="\n")
-    writer.writerow(
-        "row column metric mean std runs paper paper_std difference".split()
-    )
+    lines.write("row,column,metric,mean,std,runs,paper,paper_std,difference\n")
     for row, column, metric in _places(grid):
         e = entry(grid, row, column, metric)
         numbers = (e.mean, e.std) if e.n else (None, None)

@@ -12,6 +12,7 @@ import matplotlib.figure
 import numpy as np
 
 from tpp_jax.reports import grids
+from tpp_jax.reports.headline import headline_of
 
 _COLORS = {
     "pretrain": "#4c72b0",
@@ -105,8 +106,10 @@ def on_dark(svg: str) -> str:
 def _curves(
     history: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> matplotlib.figure.Figure:
-    """Accuracy, loss, strength λ, Gram penalty and the norm of what is to be pruned."""
+    """Headline, loss, strength λ, Gram penalty and the norm of the pruned filters."""
     ink = matplotlib.rcParams["text.color"]
+    headline = headline_of(summary)
+    metric = headline.name
     history = [row for row in history if isinstance(row.get("phase"), str)]
     norms = _series(history, "pruned_norm")
     ratios = (3, 2, 2, 1.4)[: 4 if norms[1] else 3]
@@ -117,11 +120,10 @@ def _curves(
     for name in seen:
         rows = [row for row in history if row["phase"] == name]
         color = _COLORS.get(name.partition("_")[0], "#4c72b0")
-        steps, accuracy = _series(rows, "accuracy")
-        axes[0].plot(steps, accuracy, color=color, alpha=0.35, linewidth=1)
-        steps, accuracy = _series(rows, "test_accuracy")
+        axes[0].plot(*_series(rows, metric), color=color, alpha=0.35, linewidth=1)
+        steps, scores = _series(rows, f"test_{metric}")
         axes[0].plot(
-            steps, accuracy, "o-", color=color, markersize=3, label=literal(name)
+            steps, scores, "o-", color=color, markersize=3, label=literal(name)
         )
         axes[1].semilogy(*_series(rows, "loss"), color=color, linewidth=1)
         steps, strength = _series(rows, "strength")
@@ -143,12 +145,14 @@ def _curves(
         gram = axes[2].twinx()
         gram.semilogy(steps, np.maximum(values, 1e-12), color="0.5", linewidth=1)
         gram.set_ylabel("Gram penalty (grey)")
-    axes[0].set_ylabel("accuracy, %\n(faint: training batches)")
-    dense = summary["dense"]["accuracy"]
+    unit = f", {headline.unit}" if headline.unit else ""
+    axes[0].set_ylabel(literal(f"{metric}{unit}") + "\n(faint: training batches)")
+    dense = summary["dense"][metric]
     if dense is not None:
         axes[0].axhline(dense, color="0.6", linestyle=":", label="dense")
-    low = min([*_series(history, "test_accuracy")[1], 100.0])
-    axes[0].set_ylim(max(low - 5, 0), 100.5)
+    if headline.unit == "%":
+        low = min([*_series(history, f"test_{metric}")[1], 100.0])
+        axes[0].set_ylim(max(low - 5, 0), 100.5)
     if seen or dense is not None:
         columns = min(len(seen) + 1, 5)
         axes[0].legend(loc="lower right", ncols=columns, fontsize="small")
@@ -162,11 +166,11 @@ def _curves(
     axes[-1].set_xlabel("step")
     model = summary["config"]["model"]["name"]
     data = summary["config"]["data"]["name"]
-    pruned = summary["pruned"] and summary["pruned"]["accuracy"]
-    accuracies = " → ".join(f"{x:.2f} %" for x in (dense, pruned) if x is not None)
+    pruned = summary["pruned"] and summary["pruned"][metric]
+    change = " → ".join(headline.text(x) for x in (dense, pruned) if x is not None)
     figure.suptitle(
         f"{literal(model)} on {literal(data)}: {summary['speedup']:.2f}× fewer FLOPs, "
-        f"{accuracies}"
+        f"{literal(change)}"
     )
     for one in axes:
         one.grid(alpha=0.25)
@@ -233,7 +237,7 @@ def _jacobians(phases: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
         )
         one.set_yticks([])
         one.grid(alpha=0.25)
-    axes[-1].set_xlabel("singular values of ∂logits/∂image")
+    axes[-1].set_xlabel("singular values of ∂output/∂input")
     return figure
 
 
@@ -305,7 +309,7 @@ def _rows(grid: grids.Grid, metric: str) -> matplotlib.figure.Figure:
         axes.plot(places, published, "x", color=color, markersize=6)
     axes.set_xticks(range(len(grid.columns)), [literal(x) for x in grid.columns])
     axes.set_xlim(-0.5, len(grid.columns) - 0.5)
-    axes.set_title(grids.heading(metric), fontsize="medium")
+    axes.set_title(grids.heading(grid, metric), fontsize="medium")
     low, high = axes.dataLim.intervaly
     if 0 < low < high / 100:
         axes.set_yscale("log")

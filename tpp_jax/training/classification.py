@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from tpp_jax import data, models
-from tpp_jax.reports.headline import Headline
+from tpp_jax.reports.headline import ACCURACY, Headline
 from tpp_jax.training.feeds import EVAL_BATCH, Resident, Streamed
 from tpp_jax.training.task import Feed, Metrics
 
@@ -63,7 +63,7 @@ class ImageClassification:
     @property
     def headline(self) -> Headline:
         """Accuracy on the test set, in percent."""
-        return Headline("accuracy", "%")
+        return ACCURACY
 
     @property
     def examples(self) -> str:

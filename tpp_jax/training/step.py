@@ -114,13 +114,9 @@ def make_train_step(
     def forward(
         params: nnx.State, stats: nnx.State, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[nnx.State, Metrics]]:
-        model = nnx.merge(graphdef, _in(config.dtype, params, stats), stats, copy=True)
-        use_fast_convolutions(model)
-        roll_blocks(model)
+        model = _merged(graphdef, params, stats, config.dtype)
         if axis is not None and config.sync_bn:
-            for _, module in nnx.iter_modules(model):
-                if isinstance(module, BatchNorm):
-                    module.axis_name = axis
+            _synchronise(model, axis)
         value, metrics = loss(model, batch, key)
         return value, (nnx.state(model, nnx.BatchStat), {**metrics, "loss": value})
 
@@ -189,6 +185,23 @@ def _if_finite(
         (before, jax.tree.map(jnp.zeros_like, metrics)),
     )
     return state, {**metrics, "skipped": 1.0 - ok}
+
+
+def _merged(
+    graphdef: nnx.GraphDef, params: nnx.State, stats: nnx.State, dtype: str
+) -> nnx.Module:
+    """Returns the model to compute with."""
+    model = nnx.merge(graphdef, _in(dtype, params, stats), stats, copy=True)
+    use_fast_convolutions(model)
+    roll_blocks(model)
+    return model
+
+
+def _synchronise(model: nnx.Module, axis: str) -> None:
+    """Makes batch norms normalise by the batch of all devices of an axis."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            module.axis_name = axis
 
 
 def _in(dtype: str, params: nnx.State, stats: nnx.State) -> nnx.State:
@@ -271,9 +284,7 @@ def make_eval_step(
         params: nnx.State, stats: nnx.State, *data: Any
     ) -> tuple[dict[str, Array], Int[Array, ""]]:
         batch, counts = select(*data)
-        model = nnx.merge(graphdef, _in(config.dtype, params, stats), stats, copy=True)
-        use_fast_convolutions(model)
-        roll_blocks(model)
+        model = _merged(graphdef, params, stats, config.dtype)
         hold_blocks(model)
         values = metrics(model, batch)
         sums = {name: jnp.sum(x, where=counts) for name, x in values.items()}
