@@ -1,4 +1,4 @@
-"""Tables of a pruned network, for the terminal."""
+"""Tables about a pruned network, for the terminal."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,8 +15,8 @@ def layer_table(dense: Count, pruned: Count) -> rich.table.Table:
     """Returns a table of every layer before and after: channels, parameters, FLOPs.
 
     Args:
-      dense: The network as it was.
-      pruned: The network after slicing, with the same layers.
+      dense: Counts of the network before pruning.
+      pruned: Counts of the network after slicing, with the same layers.
     """
     table = rich.table.Table(title="Before → after pruning")
     table.add_column("layer", overflow="fold")
@@ -43,10 +43,14 @@ def layer_table(dense: Count, pruned: Count) -> rich.table.Table:
 
 
 def result_table(summary: Mapping[str, Any]) -> rich.table.Table:
-    """Returns a table of what a run achieved, from its summary."""
+    """Returns a table of the results of a run.
+
+    Args:
+      summary: Summary of the run.
+    """
     table = rich.table.Table(
         title=f"{summary['speedup']:.2f}× fewer FLOPs, "
-        f"{100 * summary['sparsity']:.1f} % of the parameters gone"
+        f"{100 * summary['sparsity']:.1f} % of the parameters removed"
     )
     table.add_column("network", overflow="fold")
     table.add_column("test accuracy", justify="right")
@@ -57,27 +61,33 @@ def result_table(summary: Mapping[str, Any]) -> rich.table.Table:
 
 
 def accuracies(summary: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-    """Yields what a run measured of its network, in order; None for what it did not."""
+    """Yields the accuracies of a run's network, in order; None for unmeasured ones.
+
+    Args:
+      summary: Summary of the run.
+
+    Yields:
+      A description of the network, and its test accuracy in %.
+    """
     yield "dense", summary["dense"]["accuracy"]
     yield "cut at once (one-shot)", summary["one_shot"]["accuracy_after"]
-    done = ""  # to the network since it was last cut
+    done = ""  # treatment of the network since the last cut
     for phase in summary["phases"]:
-        name = phase["name"]
-        kind, _, count = name.partition("_")
+        stage, _, count = phase["name"].partition("_")
         cut = "the cut" if not count else f"cut {count}"
-        if kind == "slice":
+        if stage == "slice":
             after = phase["accuracy_after"]
             if done:
                 yield f"{done}, before {cut}", phase["accuracy_before"]
             if done or count or after != summary["one_shot"]["accuracy_after"]:
                 yield f"{done or 'pruned'}, after {cut}", after
             if phase["accuracy"] != after:
-                yield "its kernels made anew", phase["accuracy"]
-        elif kind == "extra":
+                yield "kernels reinitialized", phase["accuracy"]
+        elif stage == "extra":
             yield "trained on", phase["accuracy"]
-        elif kind == "finetune":
+        elif stage == "finetune":
             yield "fine-tuned", phase["accuracy"]
-        done = _DONE.get(kind, "")
+        done = _DONE.get(stage, "")
 
 
 def _change(before: int, after: int) -> str:
