@@ -1,6 +1,7 @@
 """A saved model comes back as it was, and nothing else is lost for it."""
 
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -393,7 +394,7 @@ def test_a_layer_of_another_class_with_the_same_arrays_is_refused(tmp_path):
     layer = make(lambda n: nnx.LayerNorm(n, rngs=nnx.Rngs(0)))
     group = make(lambda n: nnx.GroupNorm(n, 2, rngs=nnx.Rngs(0)))
     tpp.save_model(tmp_path / "m", layer)
-    message = "the saved model, at 1, is a LayerNorm and the given one a GroupNorm"
+    message = "the saved model, at 1, is a LayerNorm and the given one is a GroupNorm"
     with pytest.raises(TPPError, match=message):
         tpp.load_model(tmp_path / "m", group)
 
@@ -616,12 +617,11 @@ def test_killed_at_any_step_of_the_swap_one_of_both_is_there(
             left[0] -= 1
         return rename(self, target)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(folders.os, "getpid", lambda: pid)
         patch.setattr(folders.shutil, "rmtree", lambda *args, **more: None)
         patch.setattr(pathlib.Path, "rename", rename)
         tpp.save_model(tmp_path / "m", filled(2))
-        raise Killed
     if is_there:
         expected = 2 if renames == 2 else 1
         assert number_of(tpp.load_model(tmp_path / "m", Net())) == expected

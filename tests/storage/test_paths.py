@@ -71,9 +71,9 @@ def test_links_are_removed_again(tmp_path):
 
 
 def test_a_new_folder_whose_own_name_is_misread_is_refused(tmp_path):
-    with pytest.raises(TPPError, match=r"misreads one of .* use another folder"):
-        with plain(tmp_path / "[x]", new=True):
-            pass
+    message = r"misreads one of .* use another folder"
+    with pytest.raises(TPPError, match=message), plain(tmp_path / "[x]", new=True):
+        pass
 
 
 def test_a_run_in_a_folder_of_brackets_is_continued_and_evaluated(
@@ -93,5 +93,5 @@ def test_a_run_in_a_folder_of_brackets_is_continued_and_evaluated(
     assert measured["accuracy"] == pytest.approx(summary["pruned"]["accuracy"])
 
 
-def _killed(*arguments):
+def _killed(*_):
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Plots, tables and pages."""
+"""Plots, tables and pages about runs and sweeps."""
 
 from tpp_jax.errors import require
 

@@ -1,4 +1,4 @@
-"""Tables of many runs: mean and spread over seeds, beside what is published."""
+"""Tables of many runs: mean and spread over seeds, compared with published values."""
 
 import csv as csv_format
 import io
@@ -38,12 +38,13 @@ class Grid(NamedTuple):
     """The results of a sweep.
 
     Attributes:
-      title: Of the table.
-      rows, columns: their names.
-      metrics: Names of the metrics that are shown, of :func:`metrics_about`.
-      results: (row, column, seed) → metrics, of the runs that are done.
-      planned: How many runs there are in all.
-      paper: (row, column, metric) → published mean, and standard deviation or None.
+      title: Title of the table.
+      rows: Names of the rows.
+      columns: Names of the columns.
+      metrics: Names of the metrics to show, from :func:`metrics_about`.
+      results: Metrics of the finished runs, by row, column and seed.
+      planned: Total number of runs.
+      paper: Published mean, and standard deviation or None, by row, column and metric.
       headline: Metric by which the runs are judged.
     """
 
@@ -61,9 +62,11 @@ class Entry(NamedTuple):
     """One entry of a table.
 
     Attributes:
-      mean, std: over seeds; the standard deviation is the population's, as the paper's.
-      n: How many runs; 0 if none is done.
-      paper, paper_std: what is published, None if nothing is.
+      mean: Mean over seeds.
+      std: Standard deviation over seeds; that of the population, as in the paper.
+      n: Number of finished runs.
+      paper: Published mean, if any.
+      paper_std: Published standard deviation, if any.
     """
 
     mean: float
@@ -74,12 +77,16 @@ class Entry(NamedTuple):
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the published, where there are both."""
+        """Mean minus published mean; None if one of them is missing."""
         return self.mean - self.paper if self.n and self.paper is not None else None
 
 
 def metrics_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Returns what :func:`metrics_about` describes of a run's summary."""
+    """Returns the metrics of :func:`metrics_about` that a run's summary contains.
+
+    Args:
+      summary: Summary of the run.
+    """
     cuts = [p for p in summary["phases"] if p["name"].startswith("slice")]
     cut, name = cuts[-1] if cuts else {}, headline_of(summary).name
     found = {
@@ -96,7 +103,14 @@ def metrics_of(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def entry(grid: Grid, row: str, column: str, metric: str) -> Entry:
-    """Returns mean and spread of a metric over the seeds that are done."""
+    """Returns mean and spread of a metric over the finished seeds.
+
+    Args:
+      grid: Results of the sweep.
+      row: Name of the row.
+      column: Name of the column.
+      metric: Name of the metric.
+    """
     values = [
         metrics[metric]
         for (r, c, _), metrics in grid.results.items()
@@ -110,7 +124,11 @@ def entry(grid: Grid, row: str, column: str, metric: str) -> Entry:
 
 
 def markdown(grid: Grid) -> str:
-    """Returns the tables, one for each metric."""
+    """Returns the tables in Markdown, one for each metric.
+
+    Args:
+      grid: Results of the sweep.
+    """
     lines = [f"# {literal(grid.title)}", "", explanation(grid)]
     for metric in grid.metrics:
         lines += ["", f"## {heading(grid, metric)}", ""]
@@ -123,7 +141,10 @@ def markdown(grid: Grid) -> str:
 
 
 def literal(text: str) -> str:
-    r"""Returns what Markdown shows as the given text, within a table too.
+    r"""Returns Markdown that renders as the given text, also inside a table.
+
+    Args:
+      text: Text to render.
 
     Example:
       >>> print(literal("$L_1$ | half"))
@@ -133,13 +154,22 @@ def literal(text: str) -> str:
 
 
 def heading(grid: Grid, metric: str) -> str:
-    """Returns the description of a metric, with a capital letter."""
+    """Returns the description of a metric with an initial capital.
+
+    Args:
+      grid: Results of the sweep.
+      metric: Name of the metric.
+    """
     words = metrics_about(grid.headline)[metric]
     return words[0].upper() + words[1:]
 
 
 def explanation(grid: Grid) -> str:
-    """Returns how to read the table."""
+    """Returns a sentence that explains the entries of the tables.
+
+    Args:
+      grid: Results of the sweep.
+    """
     seeds = len({seed for _, _, seed in grid.results})
     published = "; in brackets the published value, and ours minus it"
     return (
@@ -149,7 +179,14 @@ def explanation(grid: Grid) -> str:
 
 
 def text(grid: Grid, row: str, column: str, metric: str) -> str:
-    """Returns an entry as ``ours ± spread [published ± spread, difference]``."""
+    """Returns an entry as ``ours ± spread [published ± spread, difference]``.
+
+    Args:
+      grid: Results of the sweep.
+      row: Name of the row.
+      column: Name of the column.
+      metric: Name of the metric.
+    """
     found = entry(grid, row, column, metric)
     digits = 4 if metric == "jsv_mean" else 2
     ours = "–" if not found.n else f"{found.mean:.{digits}f}"
@@ -166,10 +203,15 @@ def text(grid: Grid, row: str, column: str, metric: str) -> str:
 
 
 def csv(grid: Grid) -> str:
-    """Returns all entries, one to a line."""
+    """Returns all entries as CSV, one per line.
+
+    Args:
+      grid: Results of the sweep.
+    """
     lines = io.StringIO()
     writer = csv_format.writer(lines, lineterminator="\n")
-    lines.write("row,column,metric,mean,std,runs,paper,paper_std,difference\n")
+    header = ["row", "column", "metric", "mean", "std", "runs"]
+    writer.writerow([*header, "paper", "paper_std", "difference"])
     for row, column, metric in _places(grid):
         e = entry(grid, row, column, metric)
         numbers = (e.mean, e.std) if e.n else (None, None)

@@ -1,4 +1,4 @@
-"""A page about a run or a sweep: one HTML file that needs nothing beside it."""
+"""A page about a run or a sweep: one self-contained HTML file."""
 
 import base64
 import html
@@ -34,8 +34,8 @@ _CAPTIONS = {
     "channels": "Channels of each layer before and after.",
     "jacobian": "Jacobian singular values at the end of each stage. Values far below 1 "
     "mean that gradients vanish.",
-    "gram": "Filters that are to go are decorrelated from those that stay, so that the "
-    "cut takes nothing away from these.",
+    "gram": "Filters to prune are decorrelated from the kept ones, so that the cut "
+    "does not affect the latter.",
 }
 
 
@@ -43,11 +43,11 @@ def of_run(
     summary: Mapping[str, Any],
     pictures: Mapping[str, str],
 ) -> str:
-    """Returns the page of a run that is done.
+    """Returns the page of a finished run.
 
     Args:
-      summary: Of the run.
-      pictures: Name → SVG, see :func:`tpp_jax.reports.plots.save`.
+      summary: Summary of the run.
+      pictures: SVG pictures by name, from :func:`tpp_jax.reports.plots.save`.
     """
     config = summary["config"]
     title = f"{config['model']['name']} on {config['data']['name']}"
@@ -76,9 +76,9 @@ def of_run(
     title_case = metric[0].upper() + metric[1:]
     captions = {name: text.format(title_case) for name, text in _CAPTIONS.items()}
     shown = pictures.items()
-    parts = [
+    blocks = [
         f"<p>Method {html.escape(summary['method'])}: {summary['speedup']:.2f}× fewer "
-        f"FLOPs, {100 * summary['sparsity']:.1f} % of the parameters gone.</p>",
+        f"FLOPs, {100 * summary['sparsity']:.1f} % of the parameters removed.</p>",
         _table(("network", f"test {metric}"), scores),
         _table(
             ("", "before", "after", "share"),
@@ -93,7 +93,7 @@ def of_run(
         "<h2>Configuration</h2><details><summary>all fields</summary><pre>"
         f"{html.escape(json.dumps(config, indent=2))}</pre></details>",
     ]
-    return _page(title, parts)
+    return _page(title, blocks)
 
 
 def of_grid(
@@ -102,26 +102,27 @@ def of_grid(
     """Returns the page of a sweep, finished or not.
 
     Args:
-      grid: Its results so far.
-      pictures: Metric → SVG.
-      failed: Name of a cell → what it said.
+      grid: Results so far.
+      pictures: SVG pictures by metric.
+      failed: Error messages by name of the failed cell.
     """
-    parts = [f"<p>{html.escape(grids.explanation(grid))}</p>"]
+    blocks = [f"<p>{html.escape(grids.explanation(grid))}</p>"]
     for metric in grid.metrics:
-        parts.append(f"<h2>{html.escape(grids.heading(grid, metric))}</h2>")
+        blocks.append(f"<h2>{html.escape(grids.heading(grid, metric))}</h2>")
         rows = [
             (row, *(grids.text(grid, row, column, metric) for column in grid.columns))
             for row in grid.rows
         ]
-        parts += [_table(("", *grid.columns), rows), _picture(metric, pictures[metric])]
+        blocks.append(_table(("", *grid.columns), rows))
+        blocks.append(_picture(metric, pictures[metric]))
     if failed:
-        parts.append("<h2>Failed</h2>")
-        parts.append(_table(("cell", "error"), list(failed.items())))
-    return _page(grid.title, parts)
+        blocks.append("<h2>Failed</h2>")
+        blocks.append(_table(("cell", "error"), list(failed.items())))
+    return _page(grid.title, blocks)
 
 
-def _page(title: str, parts: Sequence[str]) -> str:
-    body = "\n".join(parts)
+def _page(title: str, blocks: Sequence[str]) -> str:
+    body = "\n".join(blocks)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -152,7 +153,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _picture(name: str, svg: str, caption: str = "") -> str:
-    """Both themes of a picture; the browser shows the one that fits."""
+    """Returns a picture in both themes, of which the browser shows the suitable one."""
     light, dark = _data_uri(svg), _data_uri(plots.on_dark(svg))
     return (
         f'<figure id="{name}"><div class="wide"><picture>'

@@ -75,7 +75,7 @@ class Checkpoints:
         if damaged:
             raise TPPError(
                 f"none of the checkpoints in {self._folder} can be read "
-                f"({items.kind(damaged[0][1])}). Remove that folder to begin anew"
+                f"({items.reason(damaged[0][1])}). Remove that folder to begin anew"
             ) from damaged[0][1]
         return None
 
@@ -87,7 +87,7 @@ class Checkpoints:
             (self._folder / str(step)).rename(aside)
         processes.wait_for_all(f"aside {step}")
         self._manager.reload()
-        what = items.kind(error)
+        what = items.reason(error)
         return f"The checkpoint of step {step} is damaged ({what}); it is now {aside}."
 
     def close(self) -> None:
