@@ -36,11 +36,12 @@ def drawn(seed, shapes=None):
 
 PARAMS = drawn(0)
 GROUPS = tpp.channel_groups(net, EXAMPLE, params=PARAMS)
-# w2 stays [128, 136] at least, so that Adafactor still factors it.
+# w2 keeps at least [128, 136], so that Adafactor still factors it.
 PLAN = tpp.make_plan(GROUPS, PARAMS, {"w1": 0.2, "w2": 0.3})
 
 
 def loss(params, obj_fn=None):
+    del obj_fn  # optax passes it to every value_fn that has such an argument
     return jnp.mean(jnp.square(net(params, jnp.ones((2, 6)))))
 
 
@@ -109,7 +110,7 @@ def test_the_state_of_every_optimizer_is_cut_or_refused(name):
     small = tpp.slice_tree(PLAN, PARAMS)
     if name == "galore":
         with pytest.raises(
-            TPPError, match="projection .* Initialise the optimizer again"
+            TPPError, match=r"projection .* Initialise the optimizer again"
         ):
             tpp.slice_tree(PLAN, state)
         return
@@ -200,7 +201,7 @@ def test_adafactor_is_refused_where_it_may_not_be_factored_any_more(limit):
     tx = optax.adafactor(1e-3, min_dim_size_to_factor=limit)
     state = tx.init(params)
     plan = tpp.make_plan(groups, params, counts={"a": 100})
-    with pytest.raises(TPPError, match="become too small .* Initialise the optimizer"):
+    with pytest.raises(TPPError, match=r"become too small .* Initialise the optimizer"):
         tpp.slice_tree(plan, state)
     assert tpp.slice_tree(plan, {"w": params})["w"]["b"].shape == (100, 256)
 
@@ -355,7 +356,7 @@ def test_states_without_arrays_like_parameters_pass():
 def test_a_tree_of_which_nothing_matches_is_refused(tree):
     for apply in (tpp.slice_tree, tpp.mask_tree):
         with pytest.raises(
-            TPPError, match="no leaf of the tree has the name .* w1, b1"
+            TPPError, match=r"no leaf of the tree has the name .* w1, b1"
         ):
             apply(PLAN, tree)
     nothing = tpp.make_plan(GROUPS, PARAMS, {})

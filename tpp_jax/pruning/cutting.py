@@ -6,7 +6,7 @@ of the plan, and must do the same operations on narrower arrays.
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
 import jax
@@ -19,6 +19,7 @@ from jax.core import Tracer
 from tpp_jax.errors import TPPError
 from tpp_jax.graph import linen as linen_modules
 from tpp_jax.graph.bridge import follow_inputs
+from tpp_jax.graph.comparing import Difference
 from tpp_jax.graph.groups import read_groups
 from tpp_jax.graph.naming import longest_known_suffix, named_leaves
 from tpp_jax.graph.records import Group, Groups
@@ -186,14 +187,7 @@ def check_plan(
     """
     expect_plan(plan)
     groups = plan.groups
-    source = groups.source
-    if model is not None:
-        given = model if not isinstance(model, nnx.Module) else nnx.graphdef(model)
-        if source is None or source.model != given:
-            if params is None and not isinstance(model, nnx.Module):
-                params = source and source.given
-            source = Source.of(model, params, groups.inputs, groups.kwargs)
-            _check_shapes(source, groups)
+    source = _source(groups, model, params)
     if source is None or groups.reading is None:
         groups = _found_again(groups, source)
         source, plan = groups.source, Plan(plan.kept, groups)
@@ -201,20 +195,49 @@ def check_plan(
         return
     found = blamed(source, plan)
     if found is not None:
-        fault, names = found
         _check_call(source)
-        kept = ", ".join(
-            f"{plan.kept_count(groups[name])} of the {groups[name].size} channels of "
-            f"{name}"
-            for name in names[:3]
-        )
-        more = f" and {len(names) - 3} more groups" if len(names) > 3 else ""
-        line = f" ({fault.line})" if fault.line else ""
-        raise TPPError(
-            f"the model does not work with {kept}{more}: {fault.text}{line}. Keep "
-            "other numbers of these channels, or skip the layer"
-        )
+        raise _refused(plan, *found)
     groups.note_checked(source, plan.kept)
+
+
+def _source(groups: Groups, model: Any, params: Any) -> Source | None:
+    """Returns the model to try a plan on: the given one, or that of the groups.
+
+    Raises:
+      TPPError: The parameters of the given model are not those of the groups.
+    """
+    known = groups.source
+    if model is None:
+        return known
+    given = nnx.graphdef(model) if isinstance(model, nnx.Module) else model
+    if known is not None and known.model == given:
+        return known
+    if params is None and not isinstance(model, nnx.Module):
+        params = known and known.given
+    source = Source.of(model, params, groups.inputs, groups.kwargs)
+    _check_shapes(source, groups)
+    return source
+
+
+def _refused(plan: Plan, fault: Difference, names: Sequence[str]) -> TPPError:
+    """Returns the error for a plan that a model does not work with.
+
+    Args:
+      plan: Plan of the channels to keep.
+      fault: Difference that the plan causes.
+      names: Names of the groups at fault.
+    """
+    sizes = {name: plan.groups[name] for name in names}
+    kept = ", ".join(
+        f"{plan.kept_count(group)} of the {group.size} channels of {name}"
+        for name, group in list(sizes.items())[:3]
+    )
+    more = f" and {len(names) - 3} more groups" if len(names) > 3 else ""
+    line = f" ({fault.line})" if fault.line else ""
+    return TPPError(
+        f"the model does not work with {kept}{more}: {fault.text}{line}. Keep other "
+        "numbers of these channels, or skip the layer"
+    )
 
 
 def _check_shapes(source: Source, groups: Groups) -> None:

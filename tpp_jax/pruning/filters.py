@@ -114,6 +114,36 @@ def find_filters(
     """
     if not filters:
         return {}
+    shapes, candidates = _candidates(plan, filters, params)
+    found, cut = {}, []
+    for parameter, names in candidates.items():
+        name = _the_parameter(parameter, names)
+        unpruned, small = plan.groups.shapes[parameter], filters[parameter].cut
+        if shapes[name] == unpruned:
+            found[name] = filters[parameter]
+        elif shapes[name] == small:
+            cut.append(name)
+        else:
+            raise TPPError(
+                f"{name} has shape {shapes[name]}: before the plan's cut it has "
+                f"{unpruned}, after it {small}"
+            )
+    if found and cut:
+        raise TPPError(
+            f"{cut[0]} has been cut by the plan and {next(iter(found))} has not: slice "
+            "all parameters, or none"
+        )
+    return found
+
+
+def _candidates(
+    plan: Plan, filters: dict[str, Filters], params: optax.Params
+) -> tuple[dict[str, tuple[int, ...]], dict[str, list[str]]]:
+    """Returns leaf name → shape, and parameter → names of the leaves that it may be.
+
+    Raises:
+      TPPError: There is no leaf for a pruned parameter.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     candidates: dict[str, list[str]] = {}
     hidden: set[str] = set()
@@ -141,25 +171,7 @@ def find_filters(
             f"leaf of that name: they have {some(names) or 'no leaves'}. Give the "
             "optimizer the tree that the plan was made for"
         )
-    found, cut = {}, []
-    for parameter, names in candidates.items():
-        name = _the_parameter(parameter, names)
-        unpruned, small = plan.groups.shapes[parameter], filters[parameter].cut
-        if shapes[name] == unpruned:
-            found[name] = filters[parameter]
-        elif shapes[name] == small:
-            cut.append(name)
-        else:
-            raise TPPError(
-                f"{name} has shape {shapes[name]}: before the plan's cut it has "
-                f"{unpruned}, after it {small}"
-            )
-    if found and cut:
-        raise TPPError(
-            f"{cut[0]} has been cut by the plan and {next(iter(found))} has not: slice "
-            "all parameters, or none"
-        )
-    return found
+    return shapes, candidates
 
 
 def belongs_to_layer(plan: Plan, filters: Filters) -> bool:
