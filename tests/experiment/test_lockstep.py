@@ -189,7 +189,7 @@ def test_whatever_is_no_error_of_a_run_ends_all_of_them():
         finally:
             closed.append(threading.current_thread())
 
-    def killed(take):
+    def killed(_):
         raise Killed
 
     with pytest.raises(Killed):
@@ -202,7 +202,7 @@ def test_what_a_program_raises_reaches_the_runs_that_asked_for_it():
     def fails(take):
         take(program(), (None, None, 1), left=1)
 
-    def ends(take):
+    def ends(_):
         return "done"
 
     failed, done = lockstep.drive([fails, ends])
@@ -210,7 +210,7 @@ def test_what_a_program_raises_reaches_the_runs_that_asked_for_it():
 
 
 def test_a_single_run_works_in_the_thread_that_asks_for_it():
-    threads = lockstep.drive([lambda take: threading.current_thread()])
+    threads = lockstep.drive([lambda _: threading.current_thread()])
     assert threads == [threading.current_thread()]
 
 

@@ -96,7 +96,7 @@ def test_trainability_is_the_mean_accuracy_at_the_first_learning_rate(
     fields.learning_rate = rate
     phase = training_phase("finetune", fields, 10)
     rows = ROWS if epochs else ROWS[:1]
-    found = measures.trainability_accuracy(rows, "finetune", 100, phase, "step")
+    found = measures.trainability_score(rows, "finetune", 100, phase, "step")
     assert found == (None if expected is None else pytest.approx(expected))
 
 
@@ -104,7 +104,7 @@ def test_a_rate_that_falls_steadily_has_no_first_stage():
     rate = optax.cosine_decay_schedule(0.1, 40)
     phase = Phase("finetune", 40, optax.sgd(rate), rate, part="finetune")
     args = ROWS, "finetune", 100, phase, "cosine"
-    assert measures.trainability_accuracy(*args) is None
+    assert measures.trainability_score(*args) is None
 
 
 def meter_of(dataset, number):

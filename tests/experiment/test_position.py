@@ -26,7 +26,7 @@ FIRST_EDITION = """{
   "plans": [{"net.0": [1, 3]}], "goal": {"net.0": 1}, "dense_accuracy": 59.5,
   "one_shot": 10.5, "recent": [[4.0, {"loss": 2.25, "accuracy": 0.5}]]
 }"""
-CUT = {"accuracy_before": 59.5, "accuracy_after": 20.0}
+CUT = {"before": 59.5, "after": 20.0}
 POSITION = Position(
     config={"seed": 0, "prune": {"method": "iterative"}},
     phase="finetune",
@@ -39,10 +39,26 @@ POSITION = Position(
     ),
     plans=({"net.0": [1, 3]},),
     goal={"net.0": 1},
-    dense_accuracy=59.5,
+    dense=59.5,
     one_shot=10.5,
     recent=((4, {"loss": 2.25, "accuracy": 0.5}),),
 )
+
+
+def in_the_first_edition(content):
+    """What the first edition wrote for a position."""
+    names = {"score": "accuracy", "best": "best_accuracy"}
+    names |= {"before": "accuracy_before", "after": "accuracy_after"}
+    results = [{names.get(x, x): y for x, y in r.items()} for r in content["results"]]
+    first = {x: y for x, y in content.items() if x not in ("version", "dense")}
+    best = content["best"] or 0.0
+    dense = content["dense"]
+    return first | {"results": results, "best": best, "dense_accuracy": dense}
+
+
+def test_the_first_edition_s_format_is_written_in_these_tests_as_it_was():
+    content = json.loads(json.dumps(in_the_first_edition(POSITION.to_json())))
+    assert content == json.loads(FIRST_EDITION)
 
 
 @pytest.mark.parametrize("position", [POSITION, Position({"seed": 1})])
@@ -89,7 +105,7 @@ def test_steps_are_counted_over_the_run():
 def test_a_phase_is_entered_at_its_start_and_continued_where_it_is():
     assert POSITION.within("finetune") is POSITION
     entered = POSITION.within("finetune_2")
-    assert (entered.phase, entered.step, entered.best) == ("finetune_2", 0, 0.0)
+    assert (entered.phase, entered.step, entered.best) == ("finetune_2", 0, None)
     assert entered.recent == () and entered.results == POSITION.results
 
 
@@ -99,8 +115,7 @@ def test_a_run_that_the_first_edition_began_is_continued(tmp_path, monkeypatch):
     original = Checkpoints.save
 
     def save(self, step, arrays, meta):
-        first = {name: x for name, x in meta.items() if name != "version"}
-        original(self, step, arrays, first)
+        original(self, step, arrays, in_the_first_edition(meta))
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save)

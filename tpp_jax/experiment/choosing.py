@@ -31,29 +31,31 @@ from tpp_jax.storage import processes
 def keep_dense(run: Run, stage: Stage, tools: Tools) -> Run:
     """Saves and measures the network before anything is done to prune it."""
     del stage
-    if run.position.dense_accuracy is not None:
+    if run.position.dense is not None:
         return run
     folder = tools.workdir / "dense"
     if not processes.largest(folder.exists()):
         save_model(folder, run.model, config=run.position.config)
-    return run.at(dense_accuracy=tools.accuracy(run.model))
+    return run.at(dense=tools.score(run.model))
 
 
 def choose(run: Run, stage: Stage, tools: Tools) -> Run:
     """Makes the plan from the trained weights, and shows what one-shot costs."""
     if len(run.plans) >= stage.round:
         return run
-    setup = tools.setup
+    setup, headline = tools.setup, tools.task.headline
     groups = setup.groups_of(run.model, run.plans)
     plan = None
     if stage.round == 1:
         plan = _planned(run, groups, setup)
-        if (dense := run.position.dense_accuracy) is not None:
-            run = run.at(one_shot=tools.accuracy(prune(run.model, plan)))
+        if (dense := run.position.dense) is not None:
+            one_shot = tools.score(prune(run.model, plan))
             tools.progress.say(
                 "Chose the channels to prune. Cutting all of them out at once takes "
-                f"the accuracy from {dense:.2f} % to {run.position.one_shot:.2f} %."
+                f"the {headline.name} from {headline.text(dense)} to "
+                f"{headline.text(one_shot)}."
             )
+            run = run.at(one_shot=one_shot)
         run = run.at(goal={name: len(kept) for name, kept in plan.kept.items()})
     if plan is None or setup.rounds > 1:
         plan = _planned(run, groups, setup, _counts(run, stage, groups, setup))
@@ -87,7 +89,7 @@ def _counts(run: Run, stage: Stage, groups: Groups, setup: Setup) -> dict[str, i
 
 
 def cut(run: Run, stage: Stage, tools: Tools) -> Run:
-    """Cuts the pruned channels out and compares the accuracy before and after."""
+    """Cuts the pruned channels out and compares the scores before and after."""
     if run.position.finished(stage.name):
         return run
     start, setup, plan = time.monotonic(), tools.setup, run.plans[-1]
@@ -96,25 +98,27 @@ def cut(run: Run, stage: Stage, tools: Tools) -> Run:
     if setup.method.random_weights:
         model = with_random_weights(prune(_random(setup), plan), key)
     else:
-        before = tools.accuracy(run.model)
+        before = tools.score(run.model)
         model = prune(run.model, plan)
-    accuracy = after = tools.accuracy(model)
+    score = after = tools.score(model)
     if before is not None:
+        headline = tools.task.headline
         tools.progress.say(
-            f"Sliced: accuracy {before:.2f} % before, {after:.2f} % after the cut."
+            f"Sliced: {headline.name} {headline.text(before)} before, "
+            f"{headline.text(after)} after the cut."
         )
     if recipe := setup.config.prune.reinitialize:
         # The gain is that of ReLU, or 1 for the networks that are called linear.
         linear = setup.config.model.name.endswith("_linear")
         activation = "linear" if linear else "relu"
         model = reinitialize(model, recipe, activation=activation, key=key)
-        accuracy = tools.accuracy(model)
-    more = {"accuracy_before": before, "accuracy_after": after}
+        score = tools.score(model)
+    more: dict[str, Any] = {"before": before, "after": after}
     if tools.jacobian is not None:
         more["jacobian"] = tools.jacobian(model)
     tools.keep_gram(run, "cut", model)
     seconds = time.monotonic() - start
-    result = Result(stage.name, 0, seconds, accuracy, accuracy, more)
+    result = Result(stage.name, 0, seconds, score, score, more)
     results = (*run.position.results, result)
     return run.but(model=model).at(phase=stage.name, step=0, results=results)
 

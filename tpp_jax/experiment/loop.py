@@ -119,14 +119,15 @@ def _finish(
 ) -> Run:
     """Measures, records and saves the end of a phase."""
     phase, state = run.phases[stage.kind], parallel.local(state)
-    run, accuracy = _evaluate(run, state, tools)
+    run, score = _evaluate(run, state, tools)
     more = {}
     if tools.jacobian is not None:
         more["jacobian"] = _measure_jacobian(run, state, tools.jacobian, tools)
     if phase.gram:
         tools.keep_gram(run, phase.gram, with_state(run.model, state))
     seconds, best = time.monotonic() - started, run.position.best
-    result = Result(stage.name, phase.steps, seconds, accuracy, best, more)
+    best = score if best is None else best
+    result = Result(stage.name, phase.steps, seconds, score, best, more)
     tools.feed.close()
     # What is handed on are the averages, where they were kept.
     params, stats = state.network
@@ -146,15 +147,15 @@ def _log(
     """Shows and records the metrics of the last steps."""
     _check_finite(run, recent, tools)
     config, done = tools.setup.config, run.position.step
-    metrics = means(recent)
+    metrics = tools.task.report(means(recent))
     metrics |= logged_scalars(config.prune.method, state.opt_state)
     if phase.shrinks:
         norm = measures.pruned_norm(run.plans[-1], parallel.local(state.params))
         metrics["pruned_norm"] = float(norm)
     tools.progress.step(done, metrics)
     metrics["learning_rate"] = float(np.asarray(phase.learning_rate(done - 1)))
-    images = tools.progress.rate(done) * config.data.batch_size
-    tools.record(run.position, {**metrics, "images_per_second": images})
+    rate = tools.progress.rate(done) * tools.task.batch_size
+    tools.record(run.position, {**metrics, f"{tools.task.examples}_per_second": rate})
 
 
 def _check_finite(run: Run, recent: Recent, tools: Tools) -> None:
@@ -172,30 +173,32 @@ def _check_finite(run: Run, recent: Recent, tools: Tools) -> None:
 
 
 def _evaluate(run: Run, state: TrainState, tools: Tools) -> tuple[Run, float]:
-    """Returns the run, with its best accuracy brought up to date, and the accuracy."""
-    result = tools.evaluate(run.model, *state.network)
-    _check_finite(run, [(1, result)], tools)
-    if result["accuracy"] > run.position.best:
-        run = run.at(best=result["accuracy"])
+    """Returns the run with its best score so far, and the score now."""
+    result, headline = tools.evaluate(run.model, *state.network), tools.task.headline
+    score = result[headline.name]
+    _check_finite(run, [(1, {"loss": result.get("loss", score)})], tools)
+    if headline.improves(score, run.position.best):
+        run = run.at(best=score)
         if run.position.phase == tools.setup.stages[-1].name:
             _keep_best(run, state, tools)
     metrics = {f"test_{name}": value for name, value in result.items()}
     tools.record(run.position, metrics)
     tools.progress.line(run.position.step, metrics)
-    return run, result["accuracy"]
+    return run, score
 
 
 def _keep_best(run: Run, state: TrainState, tools: Tools) -> None:
-    """Saves the network of the last phase's best test accuracy as ``best/``.
+    """Saves the network of the last phase's best score as ``best/``.
 
     A run that is killed here continues at an earlier checkpoint, and comes here again.
     """
+    name = tools.task.headline.name
     save_model(
         tools.workdir / "best",
         _network(run, state),
         functools.reduce(Plan.then, run.plans) if run.plans else None,
         config=run.position.config,
-        metrics={"accuracy": run.position.best, "step": run.position.step},
+        metrics={name: run.position.best, "step": run.position.step},
     )
 
 

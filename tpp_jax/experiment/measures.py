@@ -67,7 +67,7 @@ class JacobianMeter:
 
 
 def jacobian_scalars(jacobian: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the finite numbers of a measurement to be logged, as ``jsv_mean``…"""
+    """Returns the finite numbers of a measurement, to be logged as ``jsv_mean`` etc."""
     names = "mean", "std", "min", "max", "condition"
     return {f"jsv_{n}": jacobian[n] for n in names if jacobian[n] is not None}
 
@@ -160,24 +160,26 @@ def read_grams(file: pathlib.Path) -> dict[str, Any]:
         return {}
 
 
-def trainability_accuracy(
+def trainability_score(
     history: Iterable[Mapping[str, Any]],
     name: str,
     start: int,
     phase: Phase,
     schedule: str,
+    metric: str = "test_accuracy",
 ) -> float | None:
-    """Returns the mean test accuracy while fine-tuning at its first learning rate.
+    """Returns the mean of a test metric while fine-tuning at its first learning rate.
 
     Args:
-      history: Rows with ``phase``, ``step`` and ``test_accuracy``.
+      history: Rows with ``phase``, ``step`` and the metric.
       name: Name of the phase in them.
       start: Step of the run at which the phase starts.
       phase: Phase of fine-tuning.
       schedule: Schedule of its learning rate; a rate that falls steadily has no stages.
+      metric: Name of the metric.
 
     Returns:
-      Percent, or None if nothing was measured in that stage.
+      The mean, or None if nothing was measured in that stage.
 
     References:
       Wang et al., Dynamical Isometry: The Missing Ingredient for Neural Network
@@ -190,10 +192,10 @@ def trainability_accuracy(
     falls = np.flatnonzero(np.diff(rates) < 0)
     end = int(falls[0]) + 1 if falls.size else phase.steps
     found = [
-        row["test_accuracy"]
+        row[metric]
         for row in history
         if row.get("phase") == name
-        and is_number(row.get("test_accuracy"))
+        and is_number(row.get(metric))
         and row["step"] <= start + end
     ]
     return float(np.mean(found)) if found else None

@@ -123,7 +123,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """Name that no other stage of the run has: ``slice``, ``slice_2``…"""
+        """Name that no other stage of the run has, ``slice_2`` for example."""
         return self.kind if self.round == 1 else f"{self.kind}_{self.round}"
 
     def key(self, seed: int) -> PRNGKeyArray:

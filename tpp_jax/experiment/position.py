@@ -7,32 +7,43 @@ from typing import Any, Self
 from tpp_jax.errors import TPPError
 
 FORMAT = 2
-"""Version of the JSON that is written. Version 1 had the same fields and no number."""
+"""Version of the JSON that is written. Version 1 had no number, and other names."""
+
+# Names of version 1, which knew of one metric to judge a network by.
+_RENAMED = {
+    "accuracy": "score",
+    "best_accuracy": "best",
+    "accuracy_before": "before",
+    "accuracy_after": "after",
+    "dense_accuracy": "dense",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
     """Outcome of a finished stage that trained or cut.
 
+    A score is the headline of the run's task on the test set, an accuracy in percent
+    for example.
+
     Attributes:
       name: Name of the stage.
       steps: Number of its training steps.
       seconds: Time it took.
-      accuracy: Test accuracy at its end, in percent.
-      best_accuracy: Best test accuracy measured in it, in percent.
-      more: Further entries: ``accuracy_before`` and ``accuracy_after`` of a cut,
-        ``jacobian``.
+      score: Score at its end.
+      best: Best score in it.
+      more: Further entries: the scores ``before`` and ``after`` a cut, ``jacobian``.
     """
 
     name: str
     steps: int
     seconds: float
-    accuracy: float
-    best_accuracy: float
+    score: float
+    best: float
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a dict, as summary.json lists it."""
+        """Returns a flat dict of all entries."""
         fields = {name: getattr(self, name) for name in _NAMES}
         return {**fields, **self.more}
 
@@ -55,13 +66,13 @@ class Position:
       phase: Name of the stage that was last trained or cut in; None before any.
       step: Number of steps done in that phase.
       seconds: Time spent in that phase.
-      best: Best test accuracy in that phase, in percent.
+      best: Best score in that phase; None before the first evaluation.
       results: Outcomes of the finished stages, in order.
       plans: Plans of the rounds so far, as :meth:`Plan.to_dict` returns them.
       goal: Number of channels of each group that are left after the last round; None
         before the channels are chosen.
-      dense_accuracy: Accuracy of the dense network; None if there was no trained one.
-      one_shot: Accuracy if all channels of the first plan are cut out at once.
+      dense: Score of the dense network; None if there was no trained one.
+      one_shot: Score after cutting all channels of the first plan at once.
       recent: Numbers of steps and mean metrics of dispatches that are not logged yet.
     """
 
@@ -69,11 +80,11 @@ class Position:
     phase: str | None = None
     step: int = 0
     seconds: float = 0.0
-    best: float = 0.0
+    best: float | None = None
     results: tuple[Result, ...] = ()
     plans: tuple[Mapping[str, Any], ...] = ()
     goal: Mapping[str, int] | None = None
-    dense_accuracy: float | None = None
+    dense: float | None = None
     one_shot: float | None = None
     recent: tuple[tuple[int, Mapping[str, float]], ...] = ()
 
@@ -96,7 +107,7 @@ class Position:
         if self.phase == phase:
             return self
         return dataclasses.replace(
-            self, phase=phase, step=0, seconds=0.0, best=0.0, recent=()
+            self, phase=phase, step=0, seconds=0.0, best=None, recent=()
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -121,8 +132,11 @@ class Position:
                 "version that began it, or use another --workdir"
             )
         try:
+            results = content["results"]
+            if version == 1:
+                content, results = _renamed(content), map(_renamed, results)
             fields = {x.name: content[x.name] for x in dataclasses.fields(cls)}
-            fields["results"] = tuple(map(Result.from_json, fields["results"]))
+            fields["results"] = tuple(map(Result.from_json, results))
             fields["plans"] = tuple(fields["plans"])
             fields["recent"] = tuple((n, dict(x)) for n, x in fields["recent"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -132,3 +146,7 @@ class Position:
                 "--workdir"
             ) from error
         return cls(**fields)
+
+
+def _renamed(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {_RENAMED.get(name, name): x for name, x in content.items()}

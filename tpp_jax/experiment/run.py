@@ -183,6 +183,7 @@ def _opened(
             meter = measures.JacobianMeter(*task.inputs(probes))
         tools = Tools(
             setup=setup,
+            task=task,
             workdir=workdir,
             progress=progress,
             history=_history(workdir / "metrics.jsonl", run.position, progress),

@@ -67,9 +67,8 @@ class Setup:
 
     def recipe(self, part: str) -> TrainingConfig | None:
         """Returns a part of the config if it is that of a phase of plain training."""
-        return {"pretrain": self.config.pretrain, "finetune": self.config.finetune}.get(
-            part
-        )
+        config = self.config
+        return {"pretrain": config.pretrain, "finetune": config.finetune}.get(part)
 
     def phases(self, plan: Plan) -> dict[str, Phase]:
         """Returns the phases of training, by kind, that prune by a plan.
@@ -138,19 +137,7 @@ def make_setup(tree: Tree) -> Setup:
     config = RunConfig.from_dict(tree)
     prune, method = config.prune, METHODS[config.prune.method]
     devices = _devices(config.num_devices)
-    recipes = config.pretrain, config.finetune
-    parallel.check_batch_size(
-        config.data.batch_size,
-        devices,
-        config.accumulate,
-        pairs=any(recipe.mixup or recipe.cutmix for recipe in recipes),
-    )
-    dataset = open_data(dataclasses.asdict(config.data))
-    if not 1 <= config.data.batch_size <= dataset.num_train:
-        raise TPPError(
-            f"config.data.batch_size is {config.data.batch_size}, but "
-            f"{config.data.name} has {dataset.num_train} training images"
-        )
+    dataset = _dataset(config, devices)
     model = initial_model(
         config.model.name,
         config.seed,
@@ -201,6 +188,26 @@ def _devices(number: int) -> list[jax.Device]:
             f"processes uses all their {len(devices)} devices; set it to 0"
         )
     return devices[: number or None]
+
+
+def _dataset(
+    config: RunConfig, devices: Sequence[jax.Device]
+) -> data.Dataset | data.Stream:
+    """Opens the data, whose batches must split over the devices."""
+    size, recipes = config.data.batch_size, (config.pretrain, config.finetune)
+    parallel.check_batch_size(
+        size,
+        devices,
+        config.accumulate,
+        pairs=any(recipe.mixup or recipe.cutmix for recipe in recipes),
+    )
+    dataset = open_data(dataclasses.asdict(config.data))
+    if not 1 <= size <= dataset.num_train:
+        raise TPPError(
+            f"config.data.batch_size is {size}, but {config.data.name} has "
+            f"{dataset.num_train} training images"
+        )
+    return dataset
 
 
 def initial_model(

@@ -19,7 +19,7 @@ from tpp_jax.experiment.setup import Setup
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.storage import processes
 from tpp_jax.training.evaluation import Evaluator
-from tpp_jax.training.task import Feed
+from tpp_jax.training.task import Feed, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Tools:
 
     Attributes:
       setup: Setup of the run.
+      task: Task by which networks are measured.
       workdir: Folder of the run.
       progress: Display of its progress.
       history: File of its metrics.
@@ -72,6 +73,7 @@ class Tools:
     """
 
     setup: Setup
+    task: Task
     workdir: pathlib.Path
     progress: Progress
     history: History
@@ -82,10 +84,10 @@ class Tools:
     signals: Signals
     take: Take
 
-    def accuracy(self, model: nnx.Module) -> float:
-        """Returns the accuracy of a network on the test set, in percent."""
+    def score(self, model: nnx.Module) -> float:
+        """Returns the task's headline of a network on the test set."""
         params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
-        return self.evaluate(model, params, stats)["accuracy"]
+        return self.evaluate(model, params, stats)[self.task.headline.name]
 
     def record(self, position: Position, metrics: Mapping[str, float]) -> None:
         """Writes metrics to the history and to TensorBoard, at a position."""

@@ -104,17 +104,16 @@ def means(recent: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:
 
     Args:
       recent: Number of steps of each dispatch and the mean metrics over these.
-        ``accuracy`` is a share; ``skipped`` is the share of steps whose metrics are
-        counted as zero.
+        ``skipped`` is the share of steps whose other metrics count as zero.
 
     Returns:
-      ``loss`` and ``accuracy`` (in percent) over the steps that were not skipped, and
-      the other metrics.
+      The share of steps that were skipped, if it is counted, and the means of the other
+      metrics over the steps that were not.
 
     Example:
       >>> step = {"loss": 2.0, "accuracy": 0.5}
       >>> means([(3, step), (1, {"loss": 6.0, "accuracy": 0.5})])
-      {'loss': 3.0, 'accuracy': 50.0}
+      {'loss': 3.0, 'accuracy': 0.5}
     """
     total = sum(n for n, _ in recent)
     found = {
@@ -122,6 +121,4 @@ def means(recent: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:
         for name in recent[-1][1]
     }
     counted = 1 - found.get("skipped", 0.0)
-    found["loss"] /= counted
-    found["accuracy"] *= 100 / counted
-    return found
+    return {name: x if name == "skipped" else x / counted for name, x in found.items()}

@@ -49,6 +49,7 @@ class Signals:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
+        del frame
         self.asked = signum
         signal.signal(signum, self._before[signum])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import measures
-from tpp_jax.experiment.measures import trainability_accuracy
+from tpp_jax.experiment.measures import trainability_score
 from tpp_jax.experiment.position import Position, Result
 from tpp_jax.experiment.records.folders import write
 from tpp_jax.experiment.records.history import read_history
@@ -17,13 +17,14 @@ from tpp_jax.experiment.tools import Run, Tools
 from tpp_jax.pruning.flops import Count, count
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.reports import page, plots, tables
+from tpp_jax.reports.headline import Headline, headline_of
 from tpp_jax.saving import save_model
 from tpp_jax.storage import processes
 
-# Keys of a summary.
-_WRITTEN = {"method", "phases", "dense", "pruned", "one_shot", "best_accuracy"}
-_WRITTEN |= {"last_accuracy", "trainability_accuracy", "speedup", "sparsity"}
+# Keys of every summary. Those of scores have the name of the task's headline in them.
+_WRITTEN = {"method", "phases", "dense", "pruned", "one_shot", "speedup", "sparsity"}
 _WRITTEN |= {"layers", "config"}
+_SCORES = "best_{}", "last_{}", "trainability_{}"
 
 
 def finish(run: Run, tools: Tools) -> dict[str, Any]:
@@ -31,7 +32,8 @@ def finish(run: Run, tools: Tools) -> dict[str, Any]:
     setup, workdir, say = tools.setup, tools.workdir, tools.progress.say
     example = setup.groups.inputs
     dense, small = count(setup.model, *example), count(run.model, *example)
-    summary = summarize_run(setup, run.position, tools.history.read(), dense, small)
+    rows, headline = tools.history.read(), tools.task.headline
+    summary = summarize_run(setup, run.position, headline, rows, dense, small)
     network = ""
     if run.plans:
         network = f"The pruned network is in {workdir / 'model'}; "
@@ -60,9 +62,10 @@ def read_summary(file: pathlib.Path) -> dict[str, Any]:
     """
     try:
         summary = json.loads(file.read_bytes())
-        missing = sorted(_WRITTEN - summary.keys())
+        name = headline_of(summary).name
+        missing = {*_WRITTEN, *(key.format(name) for key in _SCORES)} - summary.keys()
         if missing:
-            raise KeyError(f"it has no {missing[0]!r}")
+            raise KeyError(f"it has no {min(missing)!r}")
         summary["config"].keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error.args[0] if isinstance(error, KeyError) else error
@@ -90,6 +93,7 @@ def draw(workdir: pathlib.Path) -> pathlib.Path:
 def summarize_run(
     setup: Setup,
     position: Position,
+    headline: Headline,
     history: Sequence[Mapping[str, Any]],
     dense: Count,
     small: Count,
@@ -99,6 +103,7 @@ def summarize_run(
     Args:
       setup: Setup of the run.
       position: Position at its end.
+      headline: Metric that the scores are of.
       history: Rows of metrics.
       dense: Parameters and FLOPs before.
       small: Parameters and FLOPs after.
@@ -108,27 +113,28 @@ def summarize_run(
       None if nothing was; ``dense.accuracy`` and ``one_shot.accuracy_after`` are if
       there was no trained network to prune. ``best_accuracy`` and ``last_accuracy`` are
       those of the last fine-tuning, ``trainability_accuracy`` its mean at the first
-      learning rate. All accuracies are percent.
+      learning rate. Accuracies are percent; they are called after the headline.
     """
-    results = position.results
+    results, name = position.results, headline.name
     return {
         "status": "done",
         "method": setup.config.prune.method,
-        "phases": [result.to_json() for result in results],
+        "headline": headline.to_dict(),
+        "phases": [_phase(result, name) for result in results],
         "dense": {
             "params": dense.params,
             "flops": dense.flops,
-            "accuracy": position.dense_accuracy,
+            name: position.dense,
         },
         "pruned": None
         if not position.plans
         else {
             "params": small.params,
             "flops": small.flops,
-            "accuracy": results[-1].accuracy,
+            name: results[-1].score,
         },
-        "one_shot": {"accuracy_after": position.one_shot},
-        **_of_fine_tuning(setup, results, history),
+        "one_shot": {f"{name}_after": position.one_shot},
+        **_of_fine_tuning(setup, results, history, name),
         "speedup": dense.flops / small.flops,
         "sparsity": 1 - small.params / dense.params,
         "layers": {
@@ -139,23 +145,29 @@ def summarize_run(
     }
 
 
+def _phase(result: Result, name: str) -> dict[str, Any]:
+    """Returns what a summary says of a stage."""
+    called = {"score": name, "best": f"best_{name}"}
+    called |= {"before": f"{name}_before", "after": f"{name}_after"}
+    return {called.get(key, key): x for key, x in result.to_json().items()}
+
+
 def _of_fine_tuning(
     setup: Setup,
     results: Sequence[Result],
     history: Sequence[Mapping[str, Any]],
+    name: str,
 ) -> dict[str, float | None]:
-    last = setup.stages[-1]
+    last, keys = setup.stages[-1], [key.format(name) for key in _SCORES]
     if last.kind != "finetune":
-        names = "best_accuracy", "last_accuracy", "trainability_accuracy"
-        return dict.fromkeys(names)
-    return {
-        "best_accuracy": results[-1].best_accuracy,
-        "last_accuracy": results[-1].accuracy,
-        "trainability_accuracy": trainability_accuracy(
-            history,
-            name=last.name,
-            start=sum(result.steps for result in results[:-1]),
-            phase=setup.phases(setup.plan)["finetune"],
-            schedule=setup.config.finetune.schedule,
-        ),
-    }
+        return dict.fromkeys(keys)
+    trainability = trainability_score(
+        history,
+        name=last.name,
+        metric=f"test_{name}",
+        start=sum(result.steps for result in results[:-1]),
+        phase=setup.phases(setup.plan)["finetune"],
+        schedule=setup.config.finetune.schedule,
+    )
+    scores = results[-1].best, results[-1].score, trainability
+    return dict(zip(keys, scores, strict=True))

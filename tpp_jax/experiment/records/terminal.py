@@ -47,11 +47,11 @@ def say(text: str) -> None:
 
 
 def printable(text: str, encoding: str | None) -> str:
-    """Returns a text in characters that an encoding has.
+    r"""Returns a text in characters that an encoding has.
 
     Example:
       >>> printable("3×3, 16 → 8, 語", "ascii")
-      '3x3, 16 > 8, \\\\u8a9e'
+      '3x3, 16 > 8, \\u8a9e'
     """
     encoding = encoding or "utf-8"
     try:
