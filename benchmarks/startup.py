@@ -60,11 +60,11 @@ def _measure(name: str) -> dict[str, float]:
     import tpp_jax as tpp
 
     times = [_STARTED, time.perf_counter()]
+    from tpp_jax.commands.compilation import keep_compiled_programs
     from tpp_jax.training import parallel
     from tpp_jax.training import step as steps
     from tpp_jax.training.classification import ImageClassification
     from tpp_jax.training.optimizers import sgd
-    from tpp_jax.xla.compilation import keep_compiled_programs
 
     keep_compiled_programs()
     model = tpp.models.create(name, rngs=nnx.Rngs(0))

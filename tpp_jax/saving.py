@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from flax import linen, nnx
 
 from tpp_jax import models
@@ -62,6 +61,14 @@ def save_model(
     Raises:
       TPPError: The path holds something else, the model holds something that cannot be
         saved, or it could not be written.
+
+    Example:
+      >>> import tempfile
+      >>> model = models.create("mlp7_relu", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+      >>> folder = pathlib.Path(tempfile.mkdtemp()) / "model"
+      >>> save_model(folder, model, metrics={"accuracy": 0.5})
+      >>> type(load_model(folder)).__name__
+      'MLP'
     """
     is_leaf = jax.tree_util.all_leaves([model])
     if isinstance(model, linen.Module) or is_leaf and callable(model):
@@ -105,10 +112,10 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
 
     Args:
       path: Folder of the saved model.
-      model: For a module, one of the saved one's class in its unpruned form (its arrays
-        are not used). Not needed if the saved model came from
-        ``tpp_jax.models.create``. For a tree, one of the same structure; needed only if
-        it has containers other than Python's and Flax's, or functions as leaves.
+      model: Module of the saved one's class in its unpruned form, whose arrays are not
+        used; not needed if the saved model came from ``tpp_jax.models.create``. For a
+        saved tree, a tree of the same structure; needed only if it has containers other
+        than Python's and Flax's, or functions as leaves.
 
     Returns:
       The module, or the tree, with the saved arrays, pruned widths included. A module
@@ -164,8 +171,22 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
 def load_model_info(path: str | pathlib.Path) -> dict[str, Any]:
     """Returns what was saved with a model: its spec, plan, config and metrics.
 
+    Args:
+      path: Folder of the saved model.
+
+    Returns:
+      ``model``, the arguments of ``tpp_jax.models.create`` or None; ``plan``, which
+      :meth:`tpp_jax.Plan.from_dict` reads, or None; ``config`` and ``metrics``.
+
     Raises:
       TPPError: There is no readable model.
+
+    Example:
+      >>> import tempfile
+      >>> folder = pathlib.Path(tempfile.mkdtemp()) / "model"
+      >>> save_model(folder, {"w": jnp.ones(3)}, metrics={"accuracy": 0.5})
+      >>> load_model_info(folder)["metrics"]
+      {'accuracy': 0.5}
     """
     meta = _load(path)[1]
     return {key: value for key, value in meta.items() if key != "contents"}
@@ -375,14 +396,12 @@ def _write(
     target: pathlib.Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]
 ) -> None:
     first, shared = processes.is_first(), jax.process_count() > 1
+    saver = items.checkpointer()
     try:
         with folders.work_folder(target, shared, make=first) as work:
             new = work / folders.NEW
             processes.wait_for_all(f"saving {target.name}")
-            with (
-                plain(new, new=True) as place,
-                ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver,
-            ):
+            with plain(new, new=True) as place, saver:
                 saver.save(place, items.to_save(dict(arrays), meta))
             if first:
                 manifest = {"format": _FORMAT, "files": folders.files_in(new)}
@@ -411,11 +430,9 @@ def _load(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     folder = folders.whereabouts(folders.resolved(path))
     if not folder.is_dir():
         raise TPPError(f"there is no saved model at {folder}")
+    loader = items.checkpointer()
     try:
-        with (
-            plain(folder) as place,
-            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as loader,
-        ):
+        with plain(folder) as place, loader:
             restored = loader.restore(place, items.to_restore())
         arrays, meta = items.checked(restored)
     except Exception as error:  # orbax and tensorstore raise of every kind here

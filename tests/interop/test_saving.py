@@ -1,6 +1,7 @@
 """What is written for PyTorch, pruned or not, comes back and tells its sizes."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +182,7 @@ def test_other_endings_are_refused(tmp_path):
 
 
 def test_pth_files_without_pytorch_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_weights.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(TPPError, match=r"not installed.*tpp_jax\[torch\]"):
         save_torch(filled(Tiny), tmp_path / "weights.pth")
 

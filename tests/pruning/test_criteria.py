@@ -203,7 +203,7 @@ def test_statistics_may_have_one_value_for_each_channel():
         ("taylor_fo", None, "loss_gradient"),
         ("hessian", None, "hessian_diagonal"),
         ("activation", None, "activation_means"),
-        ("l1", {"a": {"kernel": OTHERS.T}}, "'l1' has no use for statistics"),
+        ("l1", {"a": {"kernel": OTHERS.T}}, "'l1' uses no statistics"),
         ("taylor", {"b": {"kernel": OTHERS}}, "no statistic for a.kernel"),
         ("taylor", {"a": {"kernel": np.ones(3)}}, r"shape \(3,\).*fit.*\(2, 4\)"),
         ("taylor", {"a": {"kernel": np.full(4, np.nan)}}, "nan for filters of a.kern"),

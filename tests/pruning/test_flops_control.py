@@ -80,7 +80,7 @@ def test_a_ragged_contraction_has_an_axis_of_groups():
     assert tpp.count(fn, *inputs, params=params).flops == 2 * 8 * 6 * 5
 
 
-def test_the_dearest_branch_counts():
+def test_the_most_expensive_branch_counts():
     def fn(p, x):
         def wide(h):
             return jax.nn.relu(h @ p["up"]) @ p["down"]
@@ -99,7 +99,7 @@ def test_the_dearest_branch_counts():
     assert_costs_agree(fn, params, shape(3, 4))
 
 
-def test_another_branch_may_be_the_dearest_once_pruned():
+def test_another_branch_may_be_the_most_expensive_once_pruned():
     def fn(p, x):
         return lax.cond(
             x.sum() > 0,

@@ -228,7 +228,7 @@ def test_a_plain_function_and_its_parameters_need_no_model():
         ({"flops": 0}, ["flops=0 is not in (0, 1]", "share of the model's flops"]),
         ({"params": 1.5}, ["params=1.5 is not in (0, 1]"]),
         ({"flops": math.nan}, ["flops=nan is not in (0, 1]"]),
-        ({}, ["nothing says how much to prune", "flops=0.5"]),
+        ({}, ["the amount to prune is missing", "flops=0.5"]),
         ({"ratios": 0.5, "min_channels": 0}, ["min_channels is 0"]),
         ({"ratios": 1.0}, ["ratio 1.0 of every group is not in [0, 1)"]),
     ],

@@ -537,7 +537,7 @@ def test_a_target_out_of_reach_names_what_it_left_out():
 
     params = {"a": array(30, 16), "b": array(16, 4), "c": array(4, 2)}
     groups = tpp.channel_groups(net, array(2, 30), params=params)
-    with pytest.raises(TPPError, match=r"Left as they are: a \(a size written into"):
+    with pytest.raises(TPPError, match=r"Not pruned: a \(a size written into"):
         tpp.make_plan(groups, params, flops=0.3)
 
 

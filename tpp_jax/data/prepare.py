@@ -12,10 +12,9 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
-from tpp_jax.data.sources import NAMES, prepare_command
-from tpp_jax.errors import TPPError
+from tpp_jax.data.sources import NAMES
+from tpp_jax.errors import TPPError, require
 
 IMAGENET_FILES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 """Files of ImageNet that must be downloaded manually, after registering."""
@@ -42,13 +41,7 @@ def prepare(name: str, data_dir: str | None = None) -> str:
             f"{name!r} cannot be prepared. Choose from: {', '.join(choices)}; digits "
             "needs no preparation."
         )
-    for package in ("tensorflow", "importlib_resources", "tensorflow_datasets"):
-        if find_spec(package) is None:
-            raise TPPError(
-                f"Preparing {name} needs the package {package}, which is not "
-                f"installed: {prepare_command(name, data_dir)}"
-            )
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow loads
+    require("prepare", "tensorflow", "importlib_resources", "tensorflow_datasets")
     import tensorflow_datasets as tfds
 
     data_dir = os.path.expanduser(data_dir) if data_dir else None
@@ -101,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", metavar="NAME", help="such as cifar10")
     parser.add_argument("--data_dir", help="default: ~/tensorflow_datasets")
     options = parser.parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow loads
     try:
         for name in options.names:
             print(f"{name} is ready in {prepare(name, options.data_dir)}")

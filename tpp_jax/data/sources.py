@@ -15,26 +15,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPError, require
 
 
 class Dataset(NamedTuple):
-    """A data set in memory, with the statistics that normalise it."""
+    """A data set in memory, with the statistics that normalise it.
+
+    Attributes:
+      train_images: Training pixels, 0 to 255.
+      train_labels: Training classes, 0 to ``num_classes`` - 1.
+      test_images: Test pixels, 0 to 255.
+      test_labels: Test classes, 0 to ``num_classes`` - 1.
+      num_classes: Number of classes.
+      mean: Mean per channel for the normalisation of inputs, in units of pixel / 255.
+      std: Standard deviation per channel, in units of pixel / 255.
+    """
 
     train_images: UInt8[np.ndarray, "train h w c"]
-    """Training pixels, 0 to 255."""
     train_labels: Int32[np.ndarray, " train"]
-    """Training classes, 0 to `num_classes` - 1."""
     test_images: UInt8[np.ndarray, "test h w c"]
-    """Test pixels, 0 to 255."""
     test_labels: Int32[np.ndarray, " test"]
-    """Test classes, 0 to `num_classes` - 1."""
     num_classes: int
-    """Number of classes."""
     mean: tuple[float, ...]
-    """Mean per channel for the normalisation of inputs, in units of pixel / 255."""
     std: tuple[float, ...]
-    """Standard deviation per channel, in units of pixel / 255."""
 
     @property
     def num_train(self) -> int:
@@ -141,6 +144,7 @@ def _load_digits() -> Dataset:
     the first, is a test image. Both splits keep the original order, and their class
     shares agree to within one image.
     """
+    require("train", "sklearn")
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -182,16 +186,9 @@ def open_builder(name: str, data_dir: str | None) -> Any:
     Raises:
       TPPError: If a package is missing or the prepared data is damaged.
     """
-    try:
-        # TFDS imports these two later, with less helpful messages.
-        import array_record  # noqa: F401
-        import PIL  # noqa: F401
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise TPPError(
-            f"Reading {name} needs the package {error.name}, which is not installed: "
-            "pip install tensorflow-datasets array_record pillow"
-        ) from error
+    require("train", "array_record", "PIL", "tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     data_dir = os.path.expanduser(data_dir) if data_dir else None
     try:
         return tfds.builder(name, data_dir=data_dir)

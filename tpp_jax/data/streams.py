@@ -15,11 +15,10 @@ from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import numpy as np
-from absl import flags
 from jaxtyping import Int32, UInt8
 
 from tpp_jax.data import folders, sources
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPError, require
 
 STREAMED = ("folder", "imagenet2012")
 """Names of the data sets that `open_stream` opens."""
@@ -151,6 +150,7 @@ class Stream:
         count: int | None,
         accumulate: int = 1,
     ) -> Batches:
+        require("train", "grain", "PIL")
         import grain  # late: data sets in memory do not need it
 
         index, processes = self.shard
@@ -165,7 +165,9 @@ class Stream:
         batches = grain.MapDataset.range(start, _ENDLESS).map(batch)
         batches = batches.to_iter_dataset(options)
         if self.workers:
-            if not flags.FLAGS.is_parsed():  # outside launch.py; Grain reads its flags
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # by no command line; Grain reads its own
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self.workers), _begin_worker
@@ -353,8 +355,22 @@ def open_stream(
       shard: Index and number of the equal shares of each batch, of which this process
         reads one: ``(process_index, process_count)`` if several processes train.
 
+    Returns:
+      The data set, whose images are read when its batches are.
+
     Raises:
       TPPError: If the data set does not exist or is invalid.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from PIL import Image
+      >>> root = pathlib.Path(tempfile.mkdtemp())
+      >>> for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+      ...     (root / name).mkdir(parents=True)
+      ...     Image.new("RGB", (12, 9)).save(root / name / "1.png")
+      >>> stream = open_stream("folder", str(root), image_size=8, resize=8)
+      >>> stream.num_classes, stream.num_train
+      (2, 2)
     """
     if name == "folder":
         train, test, num_classes = folders.open_folders(data_dir)

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import importlib.util
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPError, require
 from tpp_jax.graph.bridge import follow_arrays
 from tpp_jax.graph.functions import set_evaluation
 from tpp_jax.graph.naming import layer_name, map_named, named_leaves
@@ -104,6 +103,13 @@ def save_torch(
     Raises:
       TPPError: If the path has another ending, PyTorch is not installed, or the model
         is abstract or has a layer without an equivalent in PyTorch.
+
+    Example:
+      >>> import tempfile
+      >>> file = pathlib.Path(tempfile.mkdtemp()) / "weights.safetensors"
+      >>> save_torch(nnx.List([nnx.Linear(3, 2, rngs=nnx.Rngs(0))]), file)
+      >>> sorted(tensors_in(read_torch(file)))
+      ['0.bias', '0.weight']
     """
     path = pathlib.Path(path)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
@@ -111,11 +117,8 @@ def save_torch(
             f"the format to write is unknown from {path}: end it in .safetensors or "
             ".pth"
         )
-    if path.suffix != ".safetensors" and importlib.util.find_spec("torch") is None:
-        raise TPPError(
-            f"{path.suffix} files are written by PyTorch, which is not installed: save "
-            "as .safetensors, or install tpp_jax[torch]"
-        )
+    if path.suffix != ".safetensors":
+        require("torch", "torch")
     leaves = named_leaves(nnx.split(model, nnx.RngState, ...)[2])
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
         raise TPPError(

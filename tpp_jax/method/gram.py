@@ -50,6 +50,13 @@ def gram_penalty(
       pruned: Mask of the filters to prune.
       target: Target of the Gram matrix; see :data:`Target`.
 
+    Returns:
+      A scalar of the kernel's type.
+
+    Raises:
+      TPPError: If the target is unknown, or the mask does not have an entry for each
+        filter.
+
     Example:
       >>> gram_penalty(jnp.eye(3), jnp.array([True, False, False]))
       Array(0.11111111, dtype=float32)
@@ -68,6 +75,17 @@ def gram_penalty_grad(
       kernel: Kernel of the layer, filters on the last axis.
       pruned: Mask of the filters to prune.
       target: Target of the Gram matrix; see :data:`Target`.
+
+    Returns:
+      An array of the kernel's shape and type.
+
+    Raises:
+      TPPError: As :func:`gram_penalty`.
+
+    Example:
+      >>> gram_penalty_grad(jnp.eye(2), jnp.array([True, False]))
+      Array([[1., 0.],
+             [0., 0.]], dtype=float32)
     """
     return gram_penalty_and_grad(kernel, pruned, target)[1]
 

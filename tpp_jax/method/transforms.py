@@ -111,6 +111,21 @@ def add_tpp_penalties(
 
     References:
       Wang & Fu, Trainability Preserving Neural Pruning, ICLR 2023, section 3.2.
+
+    Example:
+      >>> import tpp_jax as tpp
+      >>> def net(p, x):
+      ...     return x @ p["w1"] @ p["w2"]
+      >>> p = {"w1": jnp.eye(2), "w2": jnp.ones((2, 1))}
+      >>> groups = tpp.channel_groups(net, jnp.ones((1, 2)), params=p)
+      >>> plan = tpp.make_plan(groups, p, 0.5)
+      >>> schedule = tpp.growing_schedule(granularity=0.5, every=1, stabilize=100)
+      >>> tx = optax.chain(add_tpp_penalties(plan, schedule), optax.sgd(1.0))
+      >>> state = tx.init(p)
+      >>> for step in range(2):  # λ is 0, then 0.5
+      ...     updates, state = tx.update(jax.tree.map(jnp.zeros_like, p), state, p)
+      >>> int(state[0].step), float(state[0].strength), float(state[0].gram)
+      (2, 0.5, 0.25)
     """
     filters = pruned_filters(plan)
 
@@ -181,6 +196,23 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
         ``init`` or ``update``, as for :func:`add_tpp_penalties`; from an ``update``
         that is not traced, if values that the last update set to zero are nonzero.
         (Under ``jit`` the state records that, and :func:`tpp_jax.status` raises.)
+
+    Example:
+      >>> import tpp_jax as tpp
+      >>> def net(p, x):
+      ...     return x @ p["w1"] @ p["w2"]
+      >>> p = {"w1": jnp.eye(2), "w2": jnp.ones((2, 1))}
+      >>> groups = tpp.channel_groups(net, jnp.ones((1, 2)), params=p)
+      >>> plan = tpp.make_plan(groups, p, 0.5)
+      >>> schedule = tpp.growing_schedule(
+      ...     granularity=1.0, every=1, stabilize=1, zero_out_every=1)
+      >>> tx = optax.chain(optax.sgd(0.0), zero_pruned(plan, schedule))
+      >>> state = tx.init(p)
+      >>> for step in range(schedule.total_steps):
+      ...     updates, state = tx.update(p, state, p)
+      ...     p = optax.apply_updates(p, updates)
+      >>> p["w1"].tolist()
+      [[0.0, 0.0], [0.0, 1.0]]
     """
     orders = [
         member.order

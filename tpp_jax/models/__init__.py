@@ -113,6 +113,13 @@ def names() -> tuple[str, ...]:
     `create` accepts more names than these. The name of a CIFAR ResNet may end in `_x2`,
     `_x3`, …, a factor on its channels: ``cifar_resnet20_x4``, ``cifar_resnet56_b_x2``.
     A wide ResNet may have any depth of 6n + 4 and any width: ``cifar_wrn22_5``.
+
+    Returns:
+      The names as :func:`create` takes them.
+
+    Example:
+      >>> "cifar_resnet56" in names()
+      True
     """
     return tuple(_NETWORKS)
 

@@ -1,7 +1,7 @@
-"""How large the activations of each layer are, measured on data.
+"""Mean absolute activations of each layer, measured on data.
 
-The model is run equation by equation, as JAX traced it, and what each kernel puts out
-is averaged on the way: so it works for any model that can be traced.
+The model runs equation by equation, as JAX traced it, and the outputs of each kernel
+are averaged along the way. This works for any model that can be traced.
 """
 
 import functools
@@ -31,24 +31,25 @@ def activation_means(
 ) -> Means:
     """Returns the mean absolute output of each kernel, channel by channel.
 
-    For the criterion ``activation``. A layer's output is taken before its bias is
-    added, and averaged over everything but its channels: examples and places. A table
-    that the inputs are looked up in (an embedding) puts out what is looked up.
+    For the criterion ``activation``. The output of a layer is taken before its bias is
+    added, and averaged over examples and positions. The outputs of an embedding are the
+    rows that the inputs select.
 
     Args:
-      model: an NNX module (run in evaluation mode, left untouched), a Linen module or a
+      model: NNX module (runs in evaluation mode, not modified), Linen module or
         function ``fn(params, *inputs)``.
-      batches: of equal size; each an array, or a tuple of the model's several inputs.
-      params: for a function, its parameter pytree, for a Linen module its variables.
-      **kwargs: keyword arguments of the model, the same for all batches.
+      batches: Batches of equal size; each an array, or a tuple if the model has several
+        inputs.
+      params: Parameter pytree of a function, or variables of a Linen module.
+      **kwargs: Keyword arguments of the model, the same for all batches.
 
     Returns:
       Leaf name of the kernel → an array that can be broadcast to the kernel's shape:
       ``[1, 1, 1, channels]`` for a convolution. Kernels that are reshaped or cut before
-      they are used, and those inside of loops, are not among them.
+      they are used, and kernels inside loops, are not included.
 
     Raises:
-      TPPError: there is no batch.
+      TPPError: There is no batch.
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,29 +77,32 @@ def activation_means(
         meter = _Meter(shape_of)
         meter.run(closed.jaxpr, closed.consts, [*leaves, *others])
         found = meter.inner | meter.found
-        return {name: sum(means) / len(means) for name, means in found.items()}
+        return {
+            name: functools.reduce(jnp.add, means) / len(means)
+            for name, means in found.items()
+        }
 
     runs = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
     return mean_of(measure, ((function.params, inputs) for inputs in runs))
 
 
-# What leaves no axis of an operand where it was, though the shape may be the same.
+# Primitives that move or mix the axes of an operand even if its shape is the same.
 _MIXED = frozenset(
     "reshape rev conv_general_dilated scan while cond fft cholesky lu qr "
     "triangular_solve".split()
 )
 
-# Of each axis of an array, which axis of a leaf it is, None if of another origin.
+# For each axis of an array, the axis of a leaf that it is; None if it is of no leaf.
 _Axes = tuple[int | None, ...]
 
 
 class _Value(NamedTuple):
-    """An array, and which parameters it is computed from.
+    """An array, and the parameters that it is computed from.
 
     Attributes:
-      array: its value.
-      leaves: name of each leaf that it is computed from → which of the leaf's axes its
-        own axes are; None if an input has a part in it.
+      array: Value of the array.
+      leaves: Name of each leaf that the array is computed from → the leaf's axes that
+        its axes are; None if the array depends on an input.
     """
 
     array: Any
@@ -106,12 +110,12 @@ class _Value(NamedTuple):
 
 
 class _Meter:
-    """Runs a jaxpr and notes the means of what kernels put out.
+    """Runs a jaxpr and records the mean outputs of kernels.
 
     Attributes:
-      shape_of: leaf name → its shape.
-      found: leaf name → the means of each use.
-      inner: likewise, of products with what parameters make, not inputs.
+      shape_of: Leaf name → its shape.
+      found: Leaf name → the means of each product with activations.
+      inner: Leaf name → the means of each product with other parameters.
     """
 
     def __init__(self, shape_of: dict[str, tuple[int, ...]]) -> None:
@@ -122,6 +126,7 @@ class _Meter:
     def run(
         self, jaxpr: Any, constants: Sequence[Any], arguments: list[_Value]
     ) -> list[_Value]:
+        """Returns the outputs of a jaxpr."""
         built_in = [_Value(constant, {}) for constant in constants]
         env = dict(zip(jaxpr.constvars, built_in, strict=True))
         env |= zip(jaxpr.invars, arguments, strict=True)
@@ -160,76 +165,80 @@ class _Meter:
 
     def _convolution(self, params: Any, values: list[_Value], output: Array) -> None:
         dims = params["dimension_numbers"]
-        place = {dims.rhs_spec[0]: dims.out_spec[1]}
-        if _is_kernel(values[1], place, (dims.rhs_spec[1],)):
-            self._note(values[1], output, place, bool(values[0].leaves))
+        became = {dims.rhs_spec[0]: dims.out_spec[1]}
+        if _is_kernel(values[1], became, (dims.rhs_spec[1],)):
+            self._record(values[1], output, became, bool(values[0].leaves))
 
     def _product(self, params: Any, values: list[_Value], output: Array) -> None:
         contracted, batch = params["dimension_numbers"]
         free = [
-            [i for i in range(jnp.ndim(value.array)) if i not in (*gone, *shared)]
-            for value, gone, shared in zip(values, contracted, batch, strict=True)
+            [i for i in range(jnp.ndim(value.array)) if i not in (*summed, *shared)]
+            for value, summed, shared in zip(values, contracted, batch, strict=True)
         ]
-        # The output's axes: those of the batch, then the left's own, then the right's.
+        # Axes of the output: batch axes, then the free ones of the left operand, then
+        # those of the right.
         first = len(batch[0]), len(batch[0]) + len(free[0])
         for operand in (1, 0):
             kernel, inner = values[operand], bool(values[1 - operand].leaves)
             if not any(len(self.shape_of[leaf]) > 1 for leaf in kernel.leaves or ()):
                 continue
-            place = {axis: i for i, axis in enumerate(batch[operand])}
+            became = {axis: i for i, axis in enumerate(batch[operand])}
             for i, axis in enumerate(free[operand]):
-                place[axis] = first[operand] + i
+                became[axis] = first[operand] + i
             low_rank = operand == 1 and not batch[operand] and not inner
-            if low_rank or _is_kernel(kernel, place, contracted[operand]):
-                self._note(kernel, output, place, inner)
+            if low_rank or _is_kernel(kernel, became, contracted[operand]):
+                self._record(kernel, output, became, inner)
                 break
 
     def _lookup(self, params: Any, table: _Value, output: Array) -> None:
         dims, sizes = params["dimension_numbers"], params["slice_sizes"]
-        gone = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
-        kept = [axis for axis in range(len(sizes)) if axis not in gone]
+        indexed = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
+        kept = [axis for axis in range(len(sizes)) if axis not in indexed]
         if all(sizes[axis] == table.array.shape[axis] for axis in kept):
-            place = dict(zip(kept, dims.offset_dims, strict=True))
-            self._note(table, output, place, False)
+            became = dict(zip(kept, dims.offset_dims, strict=True))
+            self._record(table, output, became, inner=False)
 
-    def _note(
-        self, kernel: _Value, output: Array, place: dict[int, int], inner: bool
+    def _record(
+        self, kernel: _Value, output: Array, became: dict[int, int], inner: bool
     ) -> None:
-        """Notes the mean of an output.
+        """Records the mean of an output.
 
         Args:
-          kernel: what made it.
-          output: the array.
-          place: axis of the kernel → axis of the output that it became.
-          inner: whether the other operand is made of parameters.
+          kernel: Kernel that produced the output.
+          output: Output of the layer.
+          became: Axis of the kernel → axis of the output that it became.
+          inner: Whether the other operand is computed from parameters.
         """
         known = self.inner if inner else self.found
-        rest = [axis for axis in range(output.ndim) if axis not in place.values()]
+        rest = [axis for axis in range(output.ndim) if axis not in became.values()]
         size = jnp.abs(output).astype(jnp.promote_types(output.dtype, jnp.float32))
         for leaf, axes in (kernel.leaves or {}).items():
             # The parameter's axes in the order of the output.
-            own = [axes[axis] for axis in sorted(place, key=place.get)]
-            if None in own or len(self.shape_of[leaf]) < 2:
+            by_output = sorted(became, key=lambda axis: became[axis])
+            own = [i for i in (axes[axis] for axis in by_output) if i is not None]
+            if len(own) < len(became) or len(self.shape_of[leaf]) < 2:
                 continue
-            means = jnp.transpose(jnp.mean(size, axis=rest), np.argsort(own))
+            order = np.argsort(own).tolist()
+            means = jnp.transpose(jnp.mean(size, axis=rest), order)
             shape = self.shape_of[leaf]
             means = means.reshape([n if i in own else 1 for i, n in enumerate(shape)])
             found = known.setdefault(leaf, [means])
-            # What a layer puts out each time it runs, but not what its transpose does.
+            # A layer may run several times; products with its transpose do not count.
             if found[0] is not means and found[0].shape == means.shape:
                 found.append(means)
 
 
 def _is_kernel(
-    kernel: _Value, place: dict[int, int], contracted: Sequence[int]
+    kernel: _Value, became: dict[int, int], contracted: Sequence[int]
 ) -> bool:
-    """Tells a kernel from learned queries and the like; see layers.py.
+    """Reports whether an operand is a kernel, and not learned queries, for example.
 
-    One leaf has both the axes that are produced and those that are contracted.
+    One leaf of a kernel has both the produced and the contracted axes; see
+    :mod:`tpp_jax.graph.layers`.
     """
     leaves = kernel.leaves or {}
     return len(leaves) == 1 or any(
-        None not in [axes[axis] for axis in (*place, *contracted)]
+        None not in [axes[axis] for axis in (*became, *contracted)]
         for axes in leaves.values()
     )
 
@@ -237,7 +246,10 @@ def _is_kernel(
 def _leaves(
     eqn: Any, values: list[_Value], shape: tuple[int, ...]
 ) -> dict[str, _Axes] | None:
-    """Tells which leaves a result is computed from, and which axes of theirs it has."""
+    """Returns the leaves that a result depends on, and which of their axes it has.
+
+    None if the result depends on an input.
+    """
     found: dict[str, _Axes] = {}
     for i, value in enumerate(values):
         if value.leaves is None:
@@ -245,7 +257,7 @@ def _leaves(
         for leaf, axes in value.leaves.items():
             moved = _moved(eqn, i, values, axes, shape)
             known = found.get(leaf, moved)
-            # A weight may meet its own norm: the axes are those of the weight.
+            # A weight may be divided by its norm: the axes are those of the weight.
             found[leaf] = known if known.count(None) <= moved.count(None) else moved
     return found
 
@@ -253,7 +265,7 @@ def _leaves(
 def _moved(
     eqn: Any, operand: int, values: list[_Value], axes: _Axes, shape: tuple[int, ...]
 ) -> _Axes:
-    """Returns which axes of a leaf a result has, from those of an operand."""
+    """Returns the axes of a leaf that a result has, given those of one operand."""
     nothing = (None,) * len(shape)
     own = jnp.shape(values[operand].array)
     match eqn.primitive.name:
@@ -261,9 +273,9 @@ def _moved(
             return tuple(axes[i] for i in eqn.params["permutation"])
         case "dot_general":
             contracted, batch = eqn.params["dimension_numbers"]
-            gone = {*contracted[operand], *batch[operand]}
-            free = [axis for i, axis in enumerate(axes) if i not in gone]
-            # The result's axes: those of the batch, then the left's, then the right's.
+            not_free = {*contracted[operand], *batch[operand]}
+            free = [axis for i, axis in enumerate(axes) if i not in not_free]
+            # Axes of the result: batch axes, then the left operand's, then the right's.
             first = len(batch[0]) if operand == 0 else len(shape) - len(free)
             return (*nothing[:first], *free, *nothing[first + len(free) :])
         case name if name in _MIXED:

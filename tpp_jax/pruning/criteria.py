@@ -1,9 +1,9 @@
-"""Importance scores: which filters matter least.
+"""Importance scores of filters.
 
 A criterion scores the filters of one layer, float ``[n, d]``: row i holds all weights
-that make channel i. The lowest scores are pruned first. Some criteria need more than
+that produce channel i. The lowest scores are pruned first. Some criteria need more than
 weights: their second argument ``[n, d]`` holds a statistic for each weight, from
-:mod:`tpp_jax.pruning.statistics`. A group's channels are scored in each layer that
+:mod:`tpp_jax.pruning.statistics`. The channels of a group are scored in each layer that
 produces them, and the scores of a channel are reduced to one.
 """
 
@@ -31,8 +31,8 @@ class Criterion:
         with statistics ``(filters, statistics) -> scores``, both float ``[n, d]``.
       statistics: Name of the function of :mod:`tpp_jax` that measures the statistics;
         None if the weights are enough. A user's own function of two arguments needs no
-        name: it is called with whatever tree ``make_plan`` is given.
-      of: Arrays that are scored: the ``"kernels"`` that make the channels, or the
+        name: it is called with the statistics that ``make_plan`` receives.
+      of: Arrays that are scored: the ``"kernels"`` that produce the channels, or the
         scales of the ``"norms"`` that the channels run through.
 
     Example:
@@ -46,13 +46,13 @@ class Criterion:
     of: Literal["kernels", "norms"] = "kernels"
 
 
-# What libraries call the factors of a norm.
+# Names that libraries give to the scale of a norm.
 _SCALES = ("scale", "gamma", "weight")
 
 
 def l1(filters: Filters) -> Scores:
     """Mean absolute weight (TPP section 3.2; Li et al. 2017)."""
-    return np.mean(np.abs(filters), axis=1, dtype=np.float64)
+    return np.asarray(np.mean(np.abs(filters), axis=1, dtype=np.float64))
 
 
 def l2(filters: Filters) -> Scores:
@@ -63,7 +63,7 @@ def l2(filters: Filters) -> Scores:
 def bn_scale(filters: Filters) -> Scores:
     """Absolute scale of the norm that the channels run through (Liu et al. 2017).
 
-    Its ``filters`` are the norm's scales, where those of other criteria are kernels.
+    Its ``filters`` are the scales of the norm; those of other criteria are kernels.
     """
     return l1(filters)
 
@@ -71,62 +71,63 @@ def bn_scale(filters: Filters) -> Scores:
 def fpgm(filters: Filters) -> Scores:
     """Distance to the other filters of the layer (FPGM, He et al. 2019).
 
-    The paper's sum of distances, divided by the number of the others and by ``√d``: the
-    same order in a layer, and of the size of :func:`l2` in every layer.
+    The sum of distances of the paper, divided by the number of other filters and by
+    ``√d``. The division keeps the order within a layer and gives the scores of every
+    layer the magnitude of :func:`l2`.
     """
     n, d = filters.shape
-    wide = filters.astype(np.float64)
-    squares = np.sum(np.square(wide), axis=1)
+    exact = filters.astype(np.float64)
+    squares = np.sum(np.square(exact), axis=1)
     total = np.zeros(n)
-    for start in range(0, n, 1024):  # a part at a time, for layers of many filters
-        part = slice(start, start + 1024)
-        squared = squares[part, None] + squares - 2 * wide[part] @ wide.T
-        total[part] = np.sqrt(np.maximum(squared, 0)).sum(axis=1)
+    for start in range(0, n, 1024):  # in blocks: all pairs at once may not fit
+        block = slice(start, start + 1024)
+        squared = squares[block, None] + squares - 2 * exact[block] @ exact.T
+        total[block] = np.sqrt(np.maximum(squared, 0)).sum(axis=1)
     return total / (max(n - 1, 1) * np.sqrt(d))
 
 
 def lamp(filters: Filters) -> Scores:
-    """Share of a filter in what is left when all smaller ones are gone (LAMP).
+    """Squared norm of a filter, relative to all that are no smaller (LAMP).
 
-    ``‖f‖² / Σ ‖f'‖²`` over the filters ``f'`` of the layer that are no smaller
-    (Lee et al. 2021): the largest filter of every layer scores 1, so that scores of
-    different layers can be compared.
+    ``‖f‖² / Σ ‖f'‖²`` over the filters ``f'`` of the layer that are no smaller than
+    ``f`` (Lee et al. 2021). The largest filter of every layer scores 1, so that scores
+    of different layers can be compared.
     """
     squares = np.sum(np.square(filters.astype(np.float64)), axis=1)
     order = np.argsort(squares, kind="stable")
-    left = np.cumsum(squares[order][::-1])[::-1]
+    remaining = np.cumsum(squares[order][::-1])[::-1]
     scores = np.zeros(len(squares))
-    scores[order] = squares[order] / np.where(left > 0, left, 1)
+    scores[order] = squares[order] / np.where(remaining > 0, remaining, 1)
     return scores
 
 
 def taylor(filters: Filters, gradients: Filters) -> Scores:
-    """Change of the loss if the filter goes, to first order: ``|Σ w · g|``.
+    """First-order change of the loss when the filter is removed: ``|Σ w · g|``.
 
-    Molchanov et al. 2019, with the filter as one set of weights. Take the gradients in
+    Molchanov et al. 2019, for the filter as one set of weights. Take the gradients in
     evaluation mode: a batch norm in training mode makes the sum zero for any filter.
     """
     return np.abs(np.sum(filters * gradients, axis=1))
 
 
 def taylor_fo(filters: Filters, gradients: Filters) -> Scores:
-    """Mean of ``(w · g)²``: each weight's own first-order change of the loss, squared.
+    """Mean of ``(w · g)²``, the squared first-order change of the loss per weight.
 
-    Molchanov et al. 2019, with the weights taken one by one; TPP's ``taylor-fo``.
+    Molchanov et al. 2019, for each weight on its own; ``taylor-fo`` in TPP's code.
     """
     return np.mean(np.square(filters * gradients), axis=1)
 
 
 def hessian(filters: Filters, diagonal: Filters) -> Scores:
-    """Change of the loss at a minimum, to second order: ``½ Σ w² · h``.
+    """Second-order change of the loss at a minimum: ``½ Σ w² · h``.
 
-    The Hessian is taken for diagonal (LeCun et al. 1990).
+    The Hessian is approximated by its diagonal (LeCun et al. 1990).
     """
     return np.sum(np.square(filters) * diagonal, axis=1) / 2
 
 
 def activation(filters: Filters, means: Filters) -> Scores:
-    """Mean absolute activation of the channel; the weights do not matter."""
+    """Mean absolute activation of the channel; the weights are not used."""
     del filters
     return np.mean(means, axis=1)
 
@@ -142,7 +143,7 @@ CRITERIA: dict[str, Criterion] = {
     "hessian": Criterion(hessian, statistics="hessian_diagonal"),
     "activation": Criterion(activation, statistics="activation_means"),
 }
-"""The criteria that have a name, in the order in which messages list them."""
+"""Criteria by name, in the order in which messages list them."""
 
 REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mean": lambda scores: np.mean(scores, axis=0),
@@ -158,10 +159,10 @@ def find_criterion(
     """Returns a criterion by name.
 
     Args:
-      criterion: Name in :data:`CRITERIA`, or ``"random"``; a criterion is returned as
-        it is, and a function becomes one that scores kernels.
+      criterion: Name in :data:`CRITERIA`, or ``"random"``; a criterion is returned
+        unchanged, and a function becomes a criterion that scores kernels.
       seed: Seed of ``"random"``, which draws new numbers for every layer.
-      has_statistics: Whether there are statistics for it.
+      has_statistics: Whether the caller has statistics for the criterion.
 
     Raises:
       TPPError: The name is unknown, or the statistics are missing or not used.
@@ -181,8 +182,8 @@ def find_criterion(
         if has_statistics and found.statistics is None:
             with_statistics = [name for name, c in CRITERIA.items() if c.statistics]
             raise TPPError(
-                f"the criterion {criterion!r} has no use for statistics; "
-                f"{', '.join(with_statistics)} and functions of two arguments have"
+                f"the criterion {criterion!r} uses no statistics; only "
+                f"{', '.join(with_statistics)} and functions of two arguments do"
             )
     else:
         found = criterion if isinstance(criterion, Criterion) else Criterion(criterion)
@@ -202,13 +203,13 @@ def _name(criterion: str | Criterion | Score) -> str:
 
 
 def filters_of(member: Member, array: Any) -> Filters:
-    """Returns a group's filters in one kernel: row c is all that makes channel c."""
+    """Returns the filters in one kernel; row c holds all weights of channel c."""
     positions = member.positions
     # On the host: on a device every new shape would be compiled for.
     array = np.asarray(array)
     n = array.shape[member.axis]
     if member.axis == array.ndim - 1 and np.array_equal(positions[:, 0], np.arange(n)):
-        rows = array.reshape(-1, n).T  # a view: to copy it would take longest
+        rows = array.reshape(-1, n).T  # a view: a copy would dominate the run time
     else:
         rows = np.moveaxis(array, member.axis, 0)[positions.reshape(-1)]
         rows = rows.reshape(len(positions), -1)
@@ -229,14 +230,14 @@ def group_scores(
       group: Group to score.
       leaves: Parameter arrays by dotted name.
       criterion: Criterion that scores the filters of one layer.
-      reduce: Name in :data:`REDUCTIONS`: how a channel's scores in the layers that
-        produce it become one; ``"first"`` takes the score in the first layer.
+      reduce: Name in :data:`REDUCTIONS` of the function that combines the scores of a
+        channel in the layers that produce it; ``"first"`` takes that of the first.
       statistics: Arrays by dotted name that can be broadcast to the parameters; the
         second argument of the criterion.
 
     Raises:
-      TPPError: There is nothing to score, a statistic is missing or of another shape,
-        or the criterion did not return one number per filter.
+      TPPError: There is nothing to score, a statistic is missing or has the wrong
+        shape, or the criterion did not return one number per filter.
     """
     members = [m for m in group.members if m.role == "produced"]
     if criterion.of == "norms":
@@ -250,14 +251,14 @@ def group_scores(
         score = np.asarray(criterion.score(*arguments))
         if score.shape != (group.size,):
             raise TPPError(
-                f"the criterion gave an array of shape {score.shape} for "
+                f"the criterion returned an array of shape {score.shape} for "
                 f"{member.leaf}; expected one score for each of its "
                 f"{group.size} filters"
             )
         if np.isnan(score).any():
             raise TPPError(
-                f"the criterion gave nan for filters of {member.leaf}: are its weights "
-                "and their statistics finite?"
+                f"the criterion returned nan for filters of {member.leaf}: check that "
+                "its weights and their statistics are finite"
             )
         scores.append(score)
     return REDUCTIONS[reduce](np.stack(scores))
@@ -272,7 +273,7 @@ def _scales(group: Group) -> list[Member]:
     ]
     if not found:
         raise TPPError(
-            f"a criterion of norms' scales needs a norm after {group.name}, with a "
+            f"a criterion that scores norms needs a norm after {group.name}, with a "
             f"parameter named {' or '.join(_SCALES)}: skip that layer, or choose "
             "another criterion"
         )
@@ -285,8 +286,8 @@ def _statistic(
     shape = np.shape(leaves[member.leaf])
     if member.leaf not in statistics:
         raise TPPError(
-            f"there is no statistic for {member.leaf}: the tree of statistics must be "
-            "named like the parameters"
+            f"there is no statistic for {member.leaf}: the leaves of the statistics "
+            "must have the names of the parameters"
         )
     array = np.asarray(statistics[member.leaf])
     try:

@@ -14,19 +14,19 @@ from tpp_jax.graph.records import Groups
 from tpp_jax.graph.rules import RULES
 from tpp_jax.graph.tracing import Trace, layer_names, layers, source_line, trace
 
-# Operations that are understood, but whose work is neither small nor counted.
+# Operations with rules whose work may be large and is not counted.
 _HEAVY = frozenset(
     "fft cholesky triangular_solve tridiagonal_solve lu qr svd eigh".split()
 )
 
 
 class LayerCount(NamedTuple):
-    """One convolution or dense layer.
+    """Size and cost of one convolution or dense layer.
 
     Attributes:
-      channels: number of its filters.
-      params: entries of its own parameters (kernel and bias).
-      flops: twice its multiply-adds.
+      channels: Number of filters.
+      params: Number of entries of the kernel and the bias.
+      flops: Twice the number of multiply-adds.
     """
 
     channels: int
@@ -35,16 +35,16 @@ class LayerCount(NamedTuple):
 
 
 class Count(NamedTuple):
-    """A model's size and cost for one call on the given inputs.
+    """Size of a model, and its cost for one call on the given inputs.
 
     Attributes:
-      params: entries of all trainable parameters, batch norms' included.
-      flops: twice the multiply-adds of all convolution and dense layers.
-      layers: layer name → its share, in order of execution.
-      uncounted: operations that may hold much work and are not in ``flops``, each with
-        the line of the model: kernels of one's own (Pallas, FFI), callbacks,
-        decompositions of matrices, Fourier transforms, layers in a ``while`` loop,
-        which are counted for one step.
+      params: Number of entries of all trainable parameters, those of norms included.
+      flops: Twice the number of multiply-adds of all convolution and dense layers.
+      layers: Layer name → its size and cost, in order of execution.
+      uncounted: Operations that may do much work that is not in ``flops``, each with
+        the line of the model: custom kernels (Pallas, FFI), callbacks, matrix
+        decompositions, Fourier transforms, and layers in a ``while`` loop, which are
+        counted for one step.
     """
 
     params: int
@@ -62,20 +62,24 @@ def count(
     """Counts trainable parameters and FLOPs, by the convention of the pruning papers.
 
     Args:
-      model: an NNX module, a Linen module or a function ``fn(params, *inputs)``.
-      *inputs: example inputs, abstract will do; give a batch of one for the usual
+      model: NNX module, Linen module or function ``fn(params, *inputs)``.
+      *inputs: Example inputs, which may be abstract; a batch of one gives the usual
         figure per image.
-      params: for a function, its parameters, for a Linen module its variables.
-      **kwargs: keyword arguments of the model, like ``inputs``.
+      params: Parameter pytree of a function, or variables of a Linen module.
+      **kwargs: Keyword arguments of the model, like ``inputs``.
 
     Returns:
-      The totals and each layer's part. A layer is a product of activations with
-      parameters, or with what is computed from parameters. Products of activations with
+      The totals and the part of each layer. A layer is a product of activations with
+      parameters, or with arrays computed from parameters. Products of activations with
       activations (queries with keys), element-wise work, norms and pooling are not
-      counted. A padded border counts as if it were computed, as PyTorch's counters do;
-      the zeros that a transposed convolution puts between its inputs do not. Of the
-      branches of a ``cond`` the most expensive one counts, of a ``while`` loop one step
-      (see :attr:`Count.uncounted`), of a ``shard_map`` what all devices do together.
+      counted. A padded border is counted as if it were computed, as by PyTorch's
+      counters; the zeros that a transposed convolution puts between its inputs are not.
+      Only the most expensive branch of a ``cond`` is counted, one step of a ``while``
+      loop (see :attr:`Count.uncounted`), and the work of all devices of a
+      ``shard_map``.
+
+    Raises:
+      TPPTypeError: The model has another type, or ``params`` is missing.
 
     Example:
       >>> from flax import linen, nnx
@@ -99,7 +103,7 @@ def count(
         factor * math.prod(traced.shapes[value][axis] for value, axis in along)
         for factor, along in (_work(traced, use) for use in uses)
     ]
-    counts = _in_dearest_branches(costs, [use.equation.branches for use in uses])
+    counts = _in_costliest_branches(costs, [use.equation.branches for use in uses])
     for use, cost, counted in zip(uses, costs, counts, strict=True):
         one = found[use.name]
         found[use.name] = one._replace(flops=one.flops + cost * counted)
@@ -112,13 +116,13 @@ def count(
 
 
 def _read_uses(traced: Trace) -> list[Layer]:
-    """Lists the uses of layers that lead to an output; XLA leaves the others out."""
+    """Returns the uses of layers that an output depends on; XLA drops the others."""
     uses = layers(traced, repeated=True)
     return [use for use in uses if traced.unread.isdisjoint(use.equation.outputs)]
 
 
 def uncounted_work(traced: Trace) -> tuple[str, ...]:
-    """Names the operations whose work is not counted; see :attr:`Count.uncounted`."""
+    """Returns the operations that are not counted; see :attr:`Count.uncounted`."""
     in_loops = {use.equation.outputs for use in traced.uses if use.equation.endless}
     found: dict[str, None] = {}
     for eqn in traced.equations:
@@ -134,66 +138,75 @@ def uncounted_work(traced: Trace) -> tuple[str, ...]:
 
 
 def _filters(traced: Trace, layer: Layer) -> int:
-    operand = traced.shapes[layer.equation.inputs[layer.operand]]
+    """Returns the number of filters of a layer."""
+    operand = traced.shapes[_operands(layer)[layer.operand]]
     shape = traced.shapes[traced.leaves[layer.kernel]]
     produced, _ = kernel_axes(layer.equation, layer.operand, len(operand))
     total = 1
     for i in produced:
         own = [axis for leaf, axis in layer.axes[i] if leaf == layer.kernel]
-        # A device's part of a kernel, or a half of it, is not all of its filters.
-        parts = len(own) == 1 and shape[own[0]] % operand[i] == 0
-        total *= shape[own[0]] if parts else operand[i]
+        # The operand may be a part of the kernel: a shard, or one half of it.
+        is_part = len(own) == 1 and shape[own[0]] % operand[i] == 0
+        total *= shape[own[0]] if is_part else operand[i]
     return total
 
 
 def _work(traced: Trace, layer: Layer) -> tuple[int, list[tuple[int, int]]]:
-    """Returns the FLOPs of one use of a layer: a factor, and axes that multiply it.
+    """Returns the FLOPs of one use of a layer as a factor and axes that multiply it.
 
-    An axis is a value of the trace and the number of one of its axes.
+    Each axis is a pair: a value of the trace, and the index of one of its axes.
     """
     eqn = layer.equation
+    left, right = _operands(layer)
     [out] = eqn.outputs
     if eqn.primitive == "conv_general_dilated":
         dims = eqn.params["dimension_numbers"]
         taps = math.prod(
             _taps(
-                traced.shapes[out][dims.out_spec[i]],
-                traced.shapes[eqn.inputs[1]][dims.rhs_spec[i]],
-                *(eqn.params[name][i - 2] for name in _SPACING),
-                low,
+                traced.shapes[out][dims.out_spec[i + 2]],
+                traced.shapes[right][dims.rhs_spec[i + 2]],
+                stride=eqn.params["window_strides"][i],
+                spread=eqn.params["lhs_dilation"][i],
+                dilation=eqn.params["rhs_dilation"][i],
+                low=low,
             )
-            for i, (low, _) in enumerate(eqn.params["padding"], start=2)
+            for i, (low, _) in enumerate(eqn.params["padding"])
         )
         along = [(out, axis) for axis in dims.out_spec[:2]]
-        return 2 * eqn.times * taps, [*along, (eqn.inputs[1], dims.rhs_spec[1])]
-    rank = len(traced.shapes[eqn.inputs[0]])
+        return 2 * eqn.times * taps, [*along, (right, dims.rhs_spec[1])]
+    rank = len(traced.shapes[left])
     _, contracted = kernel_axes(eqn, 0, rank)
     axes = range(len(traced.shapes[out]))
     if eqn.primitive == "ragged_dot_general":
         ragged = eqn.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
-        if set(ragged) <= {*contracted}:  # each group contracts rows of its own
+        if set(ragged) <= {*contracted}:  # each ragged group contracts its own rows
             axes = axes[1:]
     along = [(out, axis) for axis in axes]
-    return 2 * eqn.times, along + [(eqn.inputs[0], axis) for axis in contracted]
+    return 2 * eqn.times, along + [(left, axis) for axis in contracted]
 
 
-_SPACING = ("window_strides", "lhs_dilation", "rhs_dilation")
+def _operands(layer: Layer) -> tuple[int, int]:
+    """Returns the two values that a layer multiplies."""
+    left, right = layer.equation.inputs[:2]
+    # None stands for a scalar literal, which no product takes.
+    assert left is not None and right is not None
+    return left, right
 
 
 def _taps(
-    outputs: int, window: int, stride: int, spread: int, dilation: int, low: int
+    outputs: int, window: int, *, stride: int, spread: int, dilation: int, low: int
 ) -> int:
-    """Counts the pairs of an output and a weight of a window that meet an input.
+    """Counts the products of weights with inputs along one axis of a convolution.
 
-    Along one axis; the border counts as inputs, but not the zeros between inputs.
+    The padded border counts as inputs, the zeros between inputs do not.
 
     Args:
-      outputs: number of outputs.
-      window: number of weights.
-      stride: distance of the windows.
-      spread: distance of the inputs: ``spread - 1`` zeros are put between two.
-      dilation: distance of the weights.
-      low: padding before the first input.
+      outputs: Number of outputs.
+      window: Number of weights.
+      stride: Distance between windows.
+      spread: Distance between inputs: there are ``spread - 1`` zeros between two.
+      dilation: Distance between weights.
+      low: Padding before the first input.
     """
     if spread == 1:
         return outputs * window
@@ -201,44 +214,46 @@ def _taps(
     return int(((places - low) % spread == 0).sum())
 
 
-def _in_dearest_branches(
+def _in_costliest_branches(
     costs: Sequence[int], branches: Sequence[tuple[tuple[int, int], ...]]
 ) -> list[bool]:
-    """Tells which costs count: of each ``cond``, those of its most expensive branch.
+    """Reports which costs are counted: those in the costliest branch of each ``cond``.
 
     Args:
-      costs: of each use of a layer.
-      branches: see :attr:`tpp_jax.graph.unfolding.Equation.branches`.
+      costs: Cost of each use of a layer.
+      branches: Branches that each use is in; see
+        :attr:`tpp_jax.graph.unfolding.Equation.branches`.
     """
 
-    def dearest(uses: list[int], depth: int) -> tuple[int, list[int]]:
+    def costliest(uses: list[int], depth: int) -> tuple[int, list[int]]:
+        """Returns the cost of some uses ``depth`` conds deep, and which are counted."""
         chosen = [i for i in uses if len(branches[i]) == depth]
         total = sum(costs[i] for i in chosen)
         conds: dict[int, dict[int, list[int]]] = {}
         for i in uses:
             if len(branches[i]) > depth:
-                cond, branch = branches[i][depth]
-                conds.setdefault(cond, {}).setdefault(branch, []).append(i)
+                cond, taken = branches[i][depth]
+                conds.setdefault(cond, {}).setdefault(taken, []).append(i)
         for inside in conds.values():
-            found = [dearest(some, depth + 1) for some in inside.values()]
-            most, those = max(found, key=lambda pair: pair[0])
-            total, chosen = total + most, chosen + those
+            found = [costliest(branch, depth + 1) for branch in inside.values()]
+            cost, members = max(found, key=lambda pair: pair[0])
+            total, chosen = total + cost, chosen + members
         return total, chosen
 
     if not any(branches):
         return [True] * len(costs)
-    counted = set(dearest(list(range(len(costs))), 0)[1])
+    counted = set(costliest(list(range(len(costs))), 0)[1])
     return [i in counted for i in range(len(costs))]
 
 
 class Costs:
-    """Size and cost of any pruned form of a model, from the trace of the whole one.
+    """Size and cost of a model pruned in any way, from the trace of the unpruned one.
 
-    Every parameter is as large as the product of its axes, and every convolution and
-    dense layer costs twice the product of its output's axes and of those that it
-    contracts (see :func:`count`). Here each axis is put down to the groups whose
-    channels run along it, so that counts of kept channels are all that is needed;
-    nothing is traced again.
+    The size of a parameter is the product of its axes, and the cost of a convolution or
+    dense layer is twice the product of the axes of its output and of those that it
+    contracts (see :func:`count`). Each axis is expressed by the groups whose channels
+    run along it, so that size and cost follow from the counts of kept channels without
+    another trace.
 
     Example:
       >>> import jax.numpy as jnp
@@ -258,9 +273,9 @@ class Costs:
         self._groups = groups
         self._group_of = _groups_of_channels(groups, axes, self._channels)
         self._known: dict[bytes, int] = {}
-        # Of each axis: pairs of a number of positions and the groups they belong to.
+        # For each axis, pairs of a number of positions and the groups they belong to.
         self._axes: list[list[tuple[int, list[int]]]] = []
-        # Of each parameter and each layer: a factor, and axes that multiply it.
+        # For each parameter and each layer, a factor and the axes that multiply it.
         self._params = [
             self._product(1, axes[traced.leaves[leaf]]) for leaf in traced.trainable
         ]
@@ -269,24 +284,24 @@ class Costs:
         self._flops = []
         for use in uses:
             factor, along = _work(traced, use)
-            whole = [axes[value][axis] for value, axis in along]
-            self._flops.append(self._product(factor, whole))
+            labels = [axes[value][axis] for value, axis in along]
+            self._flops.append(self._product(factor, labels))
 
     def __call__(self, kept: Mapping[str, int]) -> tuple[int, int]:
-        """Returns the parameters and FLOPs, as :func:`count` has them, if pruned.
+        """Returns the parameters and FLOPs that :func:`count` gives for a pruned model.
 
         Args:
-          kept: group name → channels that stay; groups not named stay whole.
+          kept: Group name → number of kept channels; other groups are not pruned.
         """
         counts = [
             (kept.get(group.name, group.size), group.size) for group in self._groups
         ]
         sizes = []
-        for parts in self._axes:
+        for runs in self._axes:
             size = 0
-            for positions, through in parts:
+            for positions, through in runs:
                 # Positions that several groups run through are all combinations of
-                # their channels: the shares that stay multiply.
+                # their channels, so the kept shares multiply.
                 for group in through:
                     positions = positions * counts[group][0] // counts[group][1]
                 size += positions
@@ -299,7 +314,7 @@ class Costs:
             ]
 
         flops = each(self._flops)
-        counted = _in_dearest_branches(flops, self._branches)
+        counted = _in_costliest_branches(flops, self._branches)
         total = sum(itertools.compress(flops, counted))
         return sum(each(self._params)), total
 
@@ -319,13 +334,13 @@ class Costs:
             through, column = np.unique(self._group_of[channels], return_inverse=True)
             met = np.zeros((len(labels), len(through)), bool)
             met[positions, column] = True
-            kinds, numbers = np.unique(met[:, through >= 0], axis=0, return_counts=True)
+            rows, numbers = np.unique(met[:, through >= 0], axis=0, return_counts=True)
             through = through[through >= 0]
             self._known[key] = len(self._axes)
             self._axes.append(
                 [
-                    (int(n), through[kind].tolist())
-                    for kind, n in zip(kinds, numbers, strict=True)
+                    (int(n), through[row].tolist())
+                    for row, n in zip(rows, numbers, strict=True)
                 ]
             )
         return self._known[key]
@@ -334,19 +349,20 @@ class Costs:
 def _groups_of_channels(
     groups: Groups, axes: Mapping[int | None, list[np.ndarray]], solution: Channels
 ) -> np.ndarray:
-    """Returns the index of the prunable group that each channel is of, or -1."""
+    """Returns int ``[channels]``: the group that each channel is in, -1 for none."""
     index = {group.name: i for i, group in enumerate(groups)}
     group_of = np.full(len(solution.stuck), -1)
     draws = np.random.default_rng(0)
-    # Several channels of the trace may be one of a group: all members are looked at.
+    # Several channels of the trace may be one channel of a group, so that all members
+    # are needed.
     for leaf, runs_through in groups.members.items():
         for axis, labels in enumerate(axes[groups.traced.leaves[leaf]]):
             here = [pair for pair in runs_through if pair[1].axis == axis]
             if not here:
                 continue
             positions, channels = solution.of(labels)
-            # A channel is known by its positions, which are known by the sum of a
-            # random 64-bit number for each.
+            # A sum of marks, random 64-bit numbers, identifies the positions of a
+            # channel.
             marks = draws.integers(2**63, size=len(labels), dtype=np.uint64)
             channels, column = np.unique(channels, return_inverse=True)
             sums = np.zeros(len(channels), np.uint64)

@@ -1,70 +1,69 @@
-"""What a plan leaves of each parameter: masks of its axes, and its shape."""
+"""The parts of each parameter that a plan keeps: masks of its axes, and its shape."""
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from tpp_jax.graph.groups import Group, Member
-from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.plan import Indices, Plan
+
+Mask = Bool[Array, " n"] | Bool[np.ndarray, " n"]
 
 
-def keep_masks(plan: Plan, leaf: str) -> dict[int, tuple[Bool[Array, " n"], int]]:
-    """Tells which positions of a parameter's axes stay.
+def keep_masks(plan: Plan, leaf: str) -> dict[int, tuple[Mask, int]]:
+    """Returns the positions of a parameter's axes that a plan keeps.
 
     Args:
-      plan: what is pruned.
-      leaf: dotted name of the parameter.
+      plan: Plan of the channels to keep; may be traced.
+      leaf: Dotted name of the parameter.
 
     Returns:
-      Axis → (bool ``[n]``, True where the position stays; how many stay), for the axes
-      that lose something.
+      Axis → (bool ``[n]``, True for kept positions; number of kept positions), for the
+      axes that lose positions.
     """
     cut = [
         (group, member)
         for group, member in plan.groups.members.get(leaf, ())
         if plan.kept_count(group) < group.size
     ]
-    masks: dict[int, tuple[Any, int]] = {}
+    masks: dict[int, tuple[Mask, int]] = {}
     for axis in dict.fromkeys(member.axis for _, member in cut):
         n = plan.groups.shapes[leaf][axis]
-        here = [(group, member) for group, member in cut if member.axis == axis]
-        mask = np.ones(n, bool)
-        for group, member in here:
-            stays = _stays(plan.kept[group.name], group.size)[:, None]
-            if isinstance(mask, np.ndarray) and isinstance(stays, np.ndarray):
-                mask[member.positions] &= stays
+        on_axis = [(group, member) for group, member in cut if member.axis == axis]
+        mask: Mask = np.ones(n, bool)
+        for group, member in on_axis:
+            channels = _channel_mask(plan.kept[group.name], group.size)[:, None]
+            if isinstance(mask, np.ndarray) and isinstance(channels, np.ndarray):
+                mask[member.positions] &= channels
             else:
-                rows = jnp.ones(n, bool).at[member.positions].set(stays)
+                rows = jnp.ones(n, bool).at[member.positions].set(channels)
                 mask = jnp.asarray(mask) & rows
         if isinstance(mask, np.ndarray):
             masks[axis] = mask, int(mask.sum())
         else:
-            masks[axis] = mask, _kept_positions(plan, n, here)
+            masks[axis] = mask, _kept_positions(plan, n, on_axis)
     return masks
 
 
-def _stays(kept: Any, size: int) -> Any:
+def _channel_mask(kept: Indices, size: int) -> Mask:
     """Returns bool ``[size]``, True for the kept channels."""
-    if not isinstance(kept, jax.core.Tracer):
-        kept = np.asarray(kept)
-        stays = np.zeros(size, bool)
-        stays[kept] = True
-        return stays
-    return jnp.zeros(size, bool).at[kept].set(True)
+    if isinstance(kept, Tracer):
+        return jnp.zeros(size, bool).at[kept].set(True)
+    mask = np.zeros(size, bool)
+    mask[np.asarray(kept)] = True
+    return mask
 
 
-def _kept_positions(plan: Plan, n: int, here: list[tuple[Group, Member]]) -> int:
-    """Counts the positions of an axis that stay, whichever channels they are.
+def _kept_positions(plan: Plan, n: int, on_axis: list[tuple[Group, Member]]) -> int:
+    """Returns the number of positions of an axis that a traced plan keeps.
 
-    Where several groups run through one position (the heads and the channels of a head
-    through an attention's projection), it stays if it stays for each of them: such
+    Several groups may run through one position (the heads and the channels of a head
+    through an attention's projection), which is kept if all of them keep it. Such
     positions are all combinations of the groups' channels, so the shares multiply.
     """
-    through = np.zeros((n, len(here)), bool)
-    for i, (_, member) in enumerate(here):
+    through = np.zeros((n, len(on_axis)), bool)
+    for i, (_, member) in enumerate(on_axis):
         through[member.positions.reshape(-1), i] = True
     total = 0
     for row, positions in zip(
@@ -72,19 +71,19 @@ def _kept_positions(plan: Plan, n: int, here: list[tuple[Group, Member]]) -> int
     ):
         share = int(positions)
         for i in np.flatnonzero(row):
-            group, _ = here[i]
+            group, _ = on_axis[i]
             share = share * plan.kept_count(group) // group.size
         total += share
     return total
 
 
 def cut_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Returns the shape that each parameter is left with that loses something."""
+    """Returns the shapes, after the cut, of the parameters that a plan cuts."""
     found = {}
     for leaf in plan.groups.members:
         if masks := keep_masks(plan, leaf):
-            whole = plan.groups.shapes[leaf]
+            shape = plan.groups.shapes[leaf]
             found[leaf] = tuple(
-                masks[axis][1] if axis in masks else n for axis, n in enumerate(whole)
+                masks[axis][1] if axis in masks else n for axis, n in enumerate(shape)
             )
     return found

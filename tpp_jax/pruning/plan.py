@@ -1,4 +1,4 @@
-"""What a run will do, as data: which channels of each group stay."""
+"""Plans: which channels of each group are kept."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,22 +11,35 @@ from jaxtyping import Array, Int
 from tpp_jax.errors import TPPError, TPPTypeError
 from tpp_jax.graph.records import Group, Groups
 
+Indices = Int[Array, " k"] | Int[np.ndarray, " k"]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """Which channels stay: a pytree whose leaves are the kept indices.
+    """The channels of each group that are kept, as a pytree of their indices.
 
-    The number of channels kept is static (a shape), which channels they are is an
-    array: slicing and penalties can be jitted, and vmapped over plans of equal counts.
-    Concrete plans compare, hash, copy and pickle by content.
+    The number of kept channels is static (a shape), their indices are an array: slicing
+    and penalties can be jitted, and vmapped over plans with equal counts. Plans that
+    are not traced compare, hash, copy and pickle by content.
 
     Attributes:
-      kept: group name → int32 ``[k]``, ascending, for every prunable group.
-      groups: the groups of the unpruned model.
+      kept: Group name → int32 ``[k]``, ascending, for every prunable group.
+      groups: Groups of the unpruned model.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import tpp_jax as tpp
+      >>> def mlp(p, x):
+      ...     return x @ p["w1"] @ p["w2"]
+      >>> p = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+      >>> groups = tpp.channel_groups(mlp, jnp.ones((1, 4)), params=p)
+      >>> plan = Plan.from_dict({"w1": [0, 2, 5]}, groups)
+      >>> plan.to_dict(), plan.kept_count(groups["w1"])
+      ({'w1': [0, 2, 5]}, 3)
     """
 
-    kept: dict[str, Int[Array, " k"]]
+    kept: Mapping[str, Indices]
     groups: Groups = dataclasses.field(metadata={"static": True})
 
     def __eq__(self, other: object) -> bool:
@@ -55,36 +68,38 @@ class Plan:
         )
 
     def kept_count(self, group: Group) -> int:
-        """Returns how many of a group's channels stay."""
+        """Returns the number of channels of a group that are kept."""
         kept = self.kept.get(group.name)
         return group.size if kept is None else kept.shape[-1]
 
     def kept_blocks(self, leaf: str, blocks: int) -> int | None:
-        """Returns how many equal blocks of a parameter's channels keep something.
+        """Returns the number of blocks of a parameter's channels that are not empty.
 
         Args:
-          leaf: name of a parameter: a group norm's scale, whose channels may lie along
-            any axis (under ``nn.scan`` it has two), or a kernel with its outputs last.
-          blocks: number of blocks of neighbouring positions.
+          leaf: Name of a parameter: the scale of a group norm, whose channels may lie
+            along any axis (under ``nn.scan`` it has two), or a kernel whose outputs are
+            its last axis.
+          blocks: Number of equal blocks of neighbouring positions.
 
         Returns:
-          The number; None if there is no such parameter or it has no such blocks.
+          The number of blocks with a kept position; None if there is no such parameter
+          or it does not divide into such blocks.
         """
         shape = self.groups.shapes.get(leaf)
-        here = self.groups.members.get(leaf, ())
-        axes = {member.axis for _, member in here}
-        along = len(axes) == 1 and all(member.role == "along" for _, member in here)
+        members = self.groups.members.get(leaf, ())
+        axes = {member.axis for _, member in members}
+        along = len(axes) == 1 and all(member.role == "along" for _, member in members)
         axis = axes.pop() if along else -1
         if not shape or shape[axis] % blocks:
             return None
-        stays = np.ones(shape[axis], bool)
-        for group, member in here:
+        kept = np.ones(shape[axis], bool)
+        for group, member in members:
             if member.axis == axis % len(shape):
-                stays[member.positions[self.pruned(group.name)]] = False
-        return int(stays.reshape(blocks, -1).any(axis=1).sum())
+                kept[member.positions[self.pruned(group.name)]] = False
+        return int(kept.reshape(blocks, -1).any(axis=1).sum())
 
     def field_values(self) -> dict[str, dict[str, int | tuple[int, ...]]]:
-        """Returns path of a module → attribute → its value in the pruned model."""
+        """Returns module path → attribute → its value in the pruned model."""
         values: dict[str, dict[str, int | tuple[int, ...]]] = {}
         for size in self.groups.sizes:
             value = size.value(
@@ -97,19 +112,19 @@ class Plan:
         return values
 
     def pruned(self, name: str) -> Int[np.ndarray, " p"]:
-        """Returns the channels of a group that go, ascending (concrete plans only)."""
+        """Returns the pruned channels of a group, ascending; not for traced plans."""
         return np.setdiff1d(np.arange(self.groups[name].size), self.kept[name])
 
     def then(self, later: "Plan") -> "Plan":
-        """Returns the plan that does at once what this and a plan of its result do.
+        """Returns the plan that is equivalent to this one followed by another.
 
         Args:
-          later: made for the model that this plan leaves.
+          later: Plan for the model that this plan results in.
         """
-        whole = {name: np.arange(len(kept)) for name, kept in self.kept.items()}
+        everything = {name: np.arange(len(kept)) for name, kept in self.kept.items()}
         kept = {
-            name: np.asarray(ours)[np.asarray(later.kept.get(name, whole[name]))]
-            for name, ours in self.kept.items()
+            name: np.asarray(first)[np.asarray(later.kept.get(name, everything[name]))]
+            for name, first in self.kept.items()
         }
         return Plan(kept, self.groups)
 
@@ -119,39 +134,46 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Sequence[int]], groups: Groups) -> "Plan":
-        """Rebuilds a plan from :meth:`to_dict` and the groups of the same model.
+        """Returns a plan from the data of :meth:`to_dict`.
+
+        Args:
+          data: Group name → indices of its kept channels, ascending, for every prunable
+            group.
+          groups: Groups of the model that the plan was made for.
 
         Raises:
-          TPPError: the data names other groups, or channels that they do not have.
+          TPPError: The data names other groups, or channels that they do not have.
         """
         sizes = {g.name: g.size for g in groups if g.reason is None}
         if not isinstance(data, Mapping):
             raise TPPError(f"a plan is a dict of group → kept indices, not {data!r}")
         if sizes.keys() != data.keys():
-            odd = sorted(sizes.keys() ^ data.keys())
-            raise TPPError(f"the plan is of another model: groups {odd} do not match")
+            differing = sorted(sizes.keys() ^ data.keys())
+            raise TPPError(
+                f"the plan is for another model: groups {differing} do not match"
+            )
         for name, indices in data.items():
-            numbers = isinstance(indices, Sequence) and all(
+            in_range = isinstance(indices, Sequence) and all(
                 type(i) is int and 0 <= i < sizes[name] for i in indices
             )
-            if not numbers or not indices or (np.diff(indices) <= 0).any():
+            if not in_range or not indices or (np.diff(indices) <= 0).any():
                 raise TPPError(
-                    f"the plan is of another model: {name} has {sizes[name]} channels, "
-                    f"and {indices!r} are not ascending indices of them"
+                    f"the plan is for another model: {name} has {sizes[name]} "
+                    f"channels, and {indices!r} are not ascending indices of them"
                 )
         kept = {name: np.asarray(data[name], np.int32) for name in sizes}
         return cls(kept, groups)
 
 
 def expect_plan(plan: Any) -> None:
-    """Raises if something else was given in place of a plan.
+    """Raises if an argument is not a plan.
 
     Raises:
-      TPPTypeError: it is no :class:`Plan`.
+      TPPTypeError: The argument is not a :class:`Plan`.
     """
     if not isinstance(plan, Plan):
         hint = ", or tpp_jax.Plan.from_dict(...)" if isinstance(plan, Mapping) else ""
         raise TPPTypeError(
-            f"the plan is a {type(plan).__name__}, and not a Plan: give what "
-            f"tpp_jax.make_plan(...) returned{hint}"
+            f"the plan is a {type(plan).__name__}, not a Plan: pass the result of "
+            f"tpp_jax.make_plan(...){hint}"
         )

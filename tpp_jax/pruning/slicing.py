@@ -1,8 +1,8 @@
-"""Taking pruned channels out of any pytree that mirrors the parameters.
+"""Removal of pruned channels from any pytree that mirrors the parameters.
 
-Parameters, batch statistics, optimizer moments, averages: wherever an array of the
-model (or a copy of it inside an optimizer's state) is found by name, the pruned
-positions of each of its axes are cut out, or masked.
+Arrays of the model (parameters, batch statistics) and their copies (optimizer moments,
+averages) are found by name. The pruned positions of each of their axes are removed, or
+masked.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.arrays import cut, put_back
@@ -17,37 +18,49 @@ from tpp_jax.graph.fields import follow_fields
 from tpp_jax.graph.functions import is_array
 from tpp_jax.graph.naming import leaf_name, map_named, named_leaves, some
 from tpp_jax.pruning.copies import Copies, Copy, with_new_products
-from tpp_jax.pruning.masks import cut_shapes, keep_masks
+from tpp_jax.pruning.masks import Mask, cut_shapes, keep_masks
 from tpp_jax.pruning.plan import Plan, expect_plan
 from tpp_jax.pruning.readiness import warn_if_early
 
 
 def slice_tree(plan: Plan, tree: Any) -> Any:
-    """Cuts the pruned channels out of a pytree.
+    """Removes the pruned channels from a pytree.
 
     Args:
-      plan: what is pruned; may be traced.
-      tree: any pytree whose leaves are named like the model's parameters, or end in
-        such a name: ``nnx.State``, dicts, optax states, training states. Leaves may
-        also be ``jax.ShapeDtypeStruct``. Of optax's own optimizers that keep a
-        parameter's statistics in another shape, those of Adafactor, SM3, NovoGrad and
-        L-BFGS are cut along the axes that they keep.
+      plan: Plan of the channels to keep; may be traced.
+      tree: Pytree whose leaves have the names of the model's parameters, or names that
+        end in them: ``nnx.State``, dict, optax state, training state. Leaves may also
+        be ``jax.ShapeDtypeStruct``. Of the optax optimizers that keep statistics of a
+        parameter in another shape, the states of Adafactor, SM3, NovoGrad and L-BFGS
+        are cut along the axes that they keep.
 
     Returns:
-      The same structure with smaller arrays. Kept channels stay in ascending order.
-      Leaves that are no copy of a parameter keep their values, and leaves that are no
-      arrays are the same objects. NumPy arrays stay NumPy arrays of the same dtype. JAX
-      arrays stay where they are: sharded ones by the same rule, but replicated along
-      those axes of the mesh that do not divide the new size. No array shares memory
-      with the given tree, so that either may be donated.
+      The same structure with smaller arrays. Kept channels keep their ascending order.
+      Leaves that are not copies of a parameter keep their values, and leaves that are
+      not arrays are the same objects. NumPy arrays remain NumPy arrays of the same
+      dtype. JAX arrays remain on their devices: sharded ones with the same sharding,
+      but replicated along those axes of the mesh that do not divide the new size. No
+      array shares memory with the given tree, so that either may be donated.
 
     Warns:
-      UserWarning: the tree holds ``params`` and the state of TPP's transforms, and the
-        filters that are cut out are not zero.
+      UserWarning: The tree contains ``params`` and the state of TPP's transforms, and
+        the filters that are removed are not zero.
 
     Raises:
-      TPPError: a leaf has a parameter's name and another shape, an optimizer's state
-        cannot be cut, or no array of the tree is named like a parameter.
+      TPPError: A leaf has the name of a parameter and another shape, the state of an
+        optimizer cannot be cut, or no array of the tree has the name of a parameter.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import tpp_jax as tpp
+      >>> def mlp(p, x):
+      ...     return x @ p["w1"] @ p["w2"]
+      >>> p = {"w1": jnp.arange(32.0).reshape(4, 8), "w2": jnp.ones((8, 2))}
+      >>> groups = tpp.channel_groups(mlp, jnp.ones((1, 4)), params=p)
+      >>> plan = tpp.make_plan(groups, p, 0.25)
+      >>> momentum = slice_tree(plan, {"trace": {"w1": p["w1"], "w2": p["w2"]}})
+      >>> momentum["trace"]["w1"].shape, momentum["trace"]["w2"].shape
+      ((4, 6), (6, 2))
     """
     expect_plan(plan)
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
@@ -68,39 +81,51 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
             small.append(leaves[i])
     small = put_back(small, leaves)
     if copies.cut:
-        changed = with_new_products(copies, dict(zip(names, small, strict=True)))
+        changed = with_new_products(dict(zip(names, small, strict=True)))
         small = [
             changed.get(name, leaf) for name, leaf in zip(names, small, strict=True)
         ]
-    whole = jax.tree.unflatten(structure, small)
-    return follow_fields(whole, plan.groups.sizes, plan.field_values())
+    result = jax.tree.unflatten(structure, small)
+    return follow_fields(result, plan.groups.sizes, plan.field_values())
 
 
 def mask_tree(plan: Plan, tree: Any) -> Any:
-    """Returns a pytree of 1 where :func:`slice_tree` keeps and 0 where it cuts.
+    """Returns a pytree that is 1 where :func:`slice_tree` keeps and 0 where it cuts.
 
     Args:
-      plan: what is pruned; may be traced.
-      tree: as for :func:`slice_tree`.
+      plan: Plan of the channels to keep; may be traced.
+      tree: Pytree whose leaves have the names of the model's parameters, or names that
+        end in them, as for :func:`slice_tree`.
 
     Returns:
-      Arrays of the tree's shapes and dtypes (float32 for leaves that are not numbers, a
-      single 1 for leaves that are no arrays), sharded as the tree is.
-      ``tree * mask`` computes what the sliced tree computes, unless the network
-      normalises over channels (layer norm, softmax).
+      Arrays with the shapes, dtypes and shardings of the tree (float32 for leaves that
+      are not numbers, a single 1 for leaves that are not arrays). A model computes the
+      same with ``tree * mask`` as with the sliced tree, unless it normalises over
+      channels (layer norm, softmax).
 
     Raises:
-      TPPError: as :func:`slice_tree`.
+      TPPError: A leaf has the name of a parameter and another shape, the state of an
+        optimizer cannot be cut, or no array of the tree has the name of a parameter.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import tpp_jax as tpp
+      >>> def mlp(p, x):
+      ...     return x @ p["w1"] @ p["w2"]
+      >>> p = {"w1": jnp.array([[3.0, -1.0, 2.0, 4.0]]), "w2": jnp.ones((4, 1))}
+      >>> groups = tpp.channel_groups(mlp, jnp.ones((1, 1)), params=p)
+      >>> mask_tree(tpp.make_plan(groups, p, 0.5), p)["w1"].tolist()
+      [[1.0, 0.0, 0.0, 1.0]]
     """
     expect_plan(plan)
     copies = Copies(plan.groups, cut_shapes(plan), named_leaves(tree))
     _check_some_match(copies)
 
-    def mark(name: str, leaf: Any) -> Any:
+    def mask_of(name: str, leaf: Any) -> Any:
         if not is_array(leaf):
             return np.float32(1)
         number = jnp.issubdtype(leaf.dtype, jnp.number)
-        # On the host: on a device every new shape would be compiled for.
+        # On the host: a device would compile a program for every shape.
         mask: Any = np.ones(leaf.shape, leaf.dtype if number else np.float32)
         copy = copies.find(name)
         for axis, (keep, _) in (_cuts(plan, copy) if copy else {}).items():
@@ -108,27 +133,27 @@ def mask_tree(plan: Plan, tree: Any) -> Any:
             mask = mask * keep.reshape(shape).astype(mask.dtype)
         if not isinstance(mask, np.ndarray):
             return mask
-        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-        # A random key may have the sharding of its numbers, which have an axis more.
+        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+        # A random key may have the sharding of its numbers, which have one more axis.
         placed = concrete and leaf.committed and number
         return jax.device_put(mask, leaf.sharding if placed else None)
 
-    return map_named(mark, tree)
+    return map_named(mask_of, tree)
 
 
-def _cuts(plan: Plan, copy: Copy) -> dict[int, tuple[Any, int]]:
-    """Returns the masks of :func:`keep_masks` for the axes of a copy."""
+def _cuts(plan: Plan, copy: Copy) -> dict[int, tuple[Mask, int]]:
+    """Returns the masks of :func:`keep_masks` by the axes of a copy."""
     masks = keep_masks(plan, copy.parameter)
     return {i: masks[axis] for i, axis in enumerate(copy.axes) if axis in masks}
 
 
 def _check_some_match(copies: Copies) -> None:
-    """Raises if a tree has arrays like parameters, and none has a parameter's name."""
+    """Raises if a tree has numeric arrays but none has the name of a parameter."""
     if not copies.cut or not copies.numeric:
         return
     if not any(copies.is_named(name) for name in copies.shapes):
         raise TPPError(
-            f"nothing in the tree is named like a parameter that the plan cuts: it "
-            f"holds {some(copies.numeric)}, the plan cuts {some(copies.cut)}. Pass a "
-            "tree whose leaves have the parameters' names, or end in them"
+            f"no leaf of the tree has the name of a parameter that the plan cuts: the "
+            f"tree has {some(copies.numeric)}, the plan cuts {some(copies.cut)}. Pass "
+            "a tree whose leaves have the parameters' names, or names that end in them"
         )

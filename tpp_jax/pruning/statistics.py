@@ -1,7 +1,7 @@
-"""What criteria want to know beside the weights: gradients, curvature, activations.
+"""Statistics of the parameters that some criteria need: gradients and curvature.
 
-Each function returns a tree named like the model's parameters, to be passed to
-``make_plan(..., statistics=tree)``. Models are evaluated, not trained: batch norms use
+Each function returns a tree like the model's parameters, which is passed to
+``make_plan(..., statistics=tree)``. Models run in evaluation mode: batch norms use
 their running statistics, dropout is off.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -19,21 +20,27 @@ from tpp_jax.errors import TPPError
 Loss = Callable[[Any, Any], Float[Array, ""]]
 
 
-def loss_gradient(loss: Loss, model: nnx.Module | Any, batches: Iterable[Any]) -> Any:
-    """Returns the gradient of a loss by each parameter, the mean over batches.
+def loss_gradient(
+    loss: Loss, model: nnx.Module | optax.Params, batches: Iterable[Any]
+) -> optax.Updates:
+    """Returns the gradient of a loss with respect to the parameters, averaged.
 
     For the criteria ``taylor`` and ``taylor_fo``.
 
     Args:
-      loss: ``loss(model, batch)``, a scalar, the mean over the batch's examples.
-      model: an NNX module (left untouched) or a parameter pytree.
-      batches: of equal size; each is what the loss takes.
+      loss: Function ``loss(model, batch)`` that returns a scalar, the mean over the
+        examples of the batch.
+      model: NNX module (not modified) or parameter pytree.
+      batches: Batches of equal size, each in the form that the loss takes.
 
     Returns:
-      A tree like the model's parameters.
+      The mean gradient over the batches, a tree like the model's parameters.
 
     Raises:
-      TPPError: there is no batch.
+      TPPError: There is no batch.
+
+    References:
+      Molchanov et al. 2019, "Importance estimation for neural network pruning".
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,29 +55,34 @@ def loss_gradient(loss: Loss, model: nnx.Module | Any, batches: Iterable[Any]) -
 
 def hessian_diagonal(
     loss: Loss,
-    model: nnx.Module | Any,
+    model: nnx.Module | optax.Params,
     batches: Iterable[Any],
     *,
     probes: int = 8,
     seed: int = 0,
-) -> Any:
-    """Estimates the diagonal of a loss's Hessian, the mean over batches.
+) -> optax.Params:
+    """Estimates the diagonal of the Hessian of a loss, averaged over batches.
 
     For the criterion ``hessian``. Hutchinson's estimate: the mean of ``z · (H z)`` over
-    vectors ``z`` of random signs. It is exact where the Hessian is diagonal.
+    vectors ``z`` of random signs. It is exact if the Hessian is diagonal.
 
     Args:
-      loss: as for :func:`loss_gradient`.
-      model: likewise.
-      batches: likewise.
-      probes: random vectors for each batch; the error falls with their square root.
-      seed: of the random vectors.
+      loss: Function ``loss(model, batch)`` that returns a scalar, the mean over the
+        examples of the batch.
+      model: NNX module (not modified) or parameter pytree.
+      batches: Batches of equal size, each in the form that the loss takes.
+      probes: Number of random vectors per batch; the error falls with its square root.
+      seed: Seed of the random vectors.
 
     Returns:
-      A tree like the model's parameters.
+      The estimate, a tree like the model's parameters.
 
     Raises:
-      TPPError: there is no batch or no probe.
+      TPPError: There is no batch, or ``probes`` is 0.
+
+    References:
+      Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix for
+      Laplacian smoothing splines"; LeCun et al. 1990, "Optimal brain damage".
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,17 +95,17 @@ def hessian_diagonal(
     call, params = _as_loss(loss, model)
 
     @jax.jit
-    def estimate(params: Any, batch: Any, z: Any) -> Any:
+    def estimate(params: optax.Params, batch: Any, z: optax.Params) -> optax.Params:
         gradient = jax.grad(lambda p: call(p, batch))
         _, hz = jax.jvp(gradient, (params,), (z,))
         return jax.tree.map(jnp.multiply, z, hz)
 
-    def signs(*place: int) -> Any:
-        # On the host: on a device the draws of every shape would be compiled for.
-        bits = np.random.default_rng((seed, *place))
+    def signs(batch_index: int, probe: int) -> optax.Params:
+        # On the host: a device would compile a program for every shape.
+        rng = np.random.default_rng((seed, batch_index, probe))
         return jax.tree.map(
             lambda leaf: np.asarray(
-                2 * bits.integers(2, size=jnp.shape(leaf)) - 1, jnp.result_type(leaf)
+                2 * rng.integers(2, size=jnp.shape(leaf)) - 1, jnp.result_type(leaf)
             ),
             params,
         )
@@ -106,8 +118,8 @@ def hessian_diagonal(
     return mean_of(estimate, draws)
 
 
-def _as_loss(loss: Loss, model: nnx.Module | Any) -> tuple[Loss, Any]:
-    """Splits an NNX module off a loss, which becomes one of its parameters."""
+def _as_loss(loss: Loss, model: nnx.Module | optax.Params) -> tuple[Loss, optax.Params]:
+    """Turns a loss of a model into one of its parameters, and returns both."""
     if not isinstance(model, nnx.Module):
         return loss, model
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -121,17 +133,21 @@ def _as_loss(loss: Loss, model: nnx.Module | Any) -> tuple[Loss, Any]:
 
 
 def mean_of(fn: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Any:
-    """Returns the mean of what a function returns, a pytree, over several arguments.
+    """Returns the mean of a function over several arguments.
+
+    Args:
+      fn: Function that returns a pytree of arrays.
+      arguments: Positional arguments of each call.
 
     Raises:
-      TPPError: there are none.
+      TPPError: There are no arguments.
     """
     total, n = None, 0
     for each in arguments:
-        # On the host: on a device the sum of every shape would be compiled for.
+        # On the host: a device would compile a program for every shape.
         value = jax.device_get(fn(*each))
         total = value if total is None else jax.tree.map(np.add, total, value)
         n += 1
     if total is None:
-        raise TPPError("there is no batch to take statistics of")
+        raise TPPError("there is no batch to compute statistics from")
     return jax.tree.map(lambda leaf: leaf / n, total)

@@ -1,9 +1,9 @@
-"""How many channels each group loses: by ratios or to meet a target, in three scopes.
+"""Number of channels that each group loses, from ratios or targets, in three scopes.
 
-The groups that are pruned are put into *pools*: each into its own in scope ``local``,
-all into one in scope ``global``, those of like shape together in scope ``isomorphic``.
-A ratio or a target says how many channels a pool loses; which of its groups lose them
-is settled by the scores.
+The groups that are pruned form *pools*: one per group in scope ``local``, a single one
+in scope ``global``, one for all groups of equal shape in scope ``isomorphic``. A ratio
+or a target determines how many channels a pool loses; the scores determine which of its
+groups lose them.
 """
 
 import bisect
@@ -12,35 +12,39 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.groups import Group, Groups
+from tpp_jax.pruning.criteria import Scores
 from tpp_jax.pruning.flops import Costs, uncounted_work
+
+Order = Int[np.ndarray, " channels"]
 
 SCOPES = ("local", "global", "isomorphic")
 
-# The original never removes more than this share of a layer, so that one filter of 16
-# survives any ratio.
+# The original code never removes more than this share of a layer, so that one filter
+# of 16 is kept at any ratio.
 _LARGEST_SHARE = 0.995
 
 
 class Limits(NamedTuple):
-    """What every group keeps, whatever is asked for.
+    """Limits of the number of channels that a group keeps.
 
     Attributes:
-      min_channels: the least number of channels that a group keeps.
-      round_to: kept counts are rounded up to a multiple of this.
+      min_channels: Smallest number of channels that a group keeps.
+      round_to: Number of which kept counts are rounded up to a multiple.
     """
 
     min_channels: int = 1
     round_to: int = 1
 
     def most(self, size: int) -> int:
-        """Returns how many of a group's channels may go."""
+        """Returns the largest number of channels that a group may lose."""
         return max(min(math.floor(_LARGEST_SHARE * size), size - self.min_channels), 0)
 
     def kept(self, size: int, removed: int) -> int:
-        """Returns how many channels a group keeps that is to lose some."""
+        """Returns the rounded number of channels that a group keeps."""
         rounded = math.ceil((size - removed) / self.round_to) * self.round_to
         return min(rounded, size)
 
@@ -48,17 +52,17 @@ class Limits(NamedTuple):
 def kept_by_ratios(
     pools: Sequence[Sequence[Group]],
     ratios: Mapping[str, float],
-    scores: Mapping[str, np.ndarray],
+    scores: Mapping[str, Scores],
     limits: Limits,
 ) -> dict[str, int]:
-    """Returns how many channels of each group stay, by ratios.
+    """Returns the number of kept channels of each group, from ratios.
 
     Args:
-      pools: from :func:`pools_of`.
-      ratios: group name → share of its channels to prune. A pool loses as many channels
+      pools: Pools from :func:`pools_of`.
+      ratios: Group name → share of its channels to prune. A pool loses as many channels
         as its groups would on their own: ``ceil(ratio · n)`` each.
-      scores: group name → score of each channel.
-      limits: what stays in any case.
+      scores: Group name → score of each channel.
+      limits: Limits of the kept counts.
     """
     kept = {}
     for pool in pools:
@@ -77,35 +81,40 @@ def kept_for_target(
     groups: Groups,
     pools: Sequence[Sequence[Group]],
     weights: Mapping[str, float],
-    scores: Mapping[str, np.ndarray],
+    scores: Mapping[str, Scores],
     limits: Limits,
     *,
     flops: float | None,
     params: float | None,
     allow_uncounted: bool = False,
 ) -> dict[str, int]:
-    """Returns how many channels of each group stay, to meet a target.
+    """Returns the number of kept channels of each group, to meet a target.
 
-    One ratio, times each group's weight, is raised from 0 until the model is small
-    enough. Channels go one at a time: without the last the target would be missed.
+    One ratio, times the weight of each group, is raised from 0 until the model is small
+    enough. Channels are removed one at a time: one channel fewer would miss the target.
 
     Args:
-      groups: of the model.
-      pools: from :func:`pools_of`.
-      weights: group name → its ratio relative to the others'.
-      scores: group name → score of each channel.
-      limits: what stays in any case.
-      flops: share of the whole model's FLOPs to remain; None for any.
-      params: likewise of its parameters.
-      allow_uncounted: whether a target of FLOPs may leave work out that is not counted.
+      groups: Groups of the model.
+      pools: Pools from :func:`pools_of`.
+      weights: Group name → its ratio relative to the others.
+      scores: Group name → score of each channel.
+      limits: Limits of the kept counts.
+      flops: Share of the unpruned model's FLOPs to keep; None for any.
+      params: Share of the unpruned model's parameters to keep; None for any.
+      allow_uncounted: Whether a FLOPs target is accepted for a model with work that is
+        not counted.
+
+    Returns:
+      Group name → number of kept channels, for every group in a pool.
 
     Raises:
-      TPPError: the target is out of reach, or of FLOPs that are not all counted.
+      TPPError: The target is out of reach, or it is a FLOPs target and some work is not
+        counted.
     """
     if flops is not None and not allow_uncounted:
         _check_all_counted(uncounted_work(groups.traced))
     costs = Costs(groups)
-    whole = costs({})
+    unpruned = costs({})
     wanted = params, flops
     matched = [group for pool in pools for group in pool]
     order = _removals_of_all(pools, weights, scores, limits)
@@ -119,15 +128,15 @@ def kept_for_target(
 
     def shares(steps: int) -> tuple[float, ...]:
         found = costs(kept(steps))
-        return tuple(a / b if b else 0.0 for a, b in zip(found, whole, strict=True))
+        return tuple(a / b if b else 0.0 for a, b in zip(found, unpruned, strict=True))
 
     def small_enough(steps: int) -> bool:
-        found = zip(shares(steps), wanted, strict=True)
-        return all(want is None or share <= want for share, want in found)
+        pairs = zip(shares(steps), wanted, strict=True)
+        return all(want is None or share <= want for share, want in pairs)
 
     if not small_enough(len(order)):
-        left = _left_out(groups, matched)
-        raise TPPError(_out_of_reach(wanted, shares(len(order)), limits) + left)
+        message = _out_of_reach(wanted, shares(len(order)), limits)
+        raise TPPError(message + _unpruned(groups, matched))
     return kept(bisect.bisect_left(range(len(order)), True, key=small_enough))
 
 
@@ -135,12 +144,12 @@ def pools_of(groups: Groups, matched: Sequence[Group], scope: str) -> list[list[
     """Returns the pools of the groups that are pruned.
 
     Args:
-      groups: all groups of the model.
-      matched: those that are pruned.
-      scope: ``"local"``, ``"global"`` or ``"isomorphic"``.
+      groups: All groups of the model.
+      matched: Groups that are pruned.
+      scope: Name of the scope: ``"local"``, ``"global"`` or ``"isomorphic"``.
 
     Raises:
-      TPPError: an unknown scope.
+      TPPError: The scope is unknown.
     """
     if scope not in SCOPES:
         raise TPPError(
@@ -151,27 +160,27 @@ def pools_of(groups: Groups, matched: Sequence[Group], scope: str) -> list[list[
         return [[group] for group in matched]
     if scope == "global":
         return [list(matched)] if matched else []
-    # What other groups run through does not count: the first block of a stage, whose
-    # input is narrower, is like the others.
-    others = {(m.leaf, m.axis) for group in groups for m in group.members}
-    alike: dict[object, list[Group]] = {}
+    # The sizes of other groups' axes are ignored: the first block of a stage, whose
+    # input is narrower, has the shape of the other blocks.
+    prunable_axes = {(m.leaf, m.axis) for group in groups for m in group.members}
+    pools: dict[object, list[Group]] = {}
     for group in matched:
-        like = []
+        members = []
         for member in group.members:
             leaf, axis = member.leaf, member.axis
             shape = tuple(
-                0 if i != axis and (leaf, i) in others else n
+                0 if i != axis and (leaf, i) in prunable_axes else n
                 for i, n in enumerate(groups.shapes[leaf])
             )
-            like.append((member.role, axis, member.positions.shape, shape))
-        alike.setdefault(tuple(sorted(like)), []).append(group)
-    return list(alike.values())
+            members.append((member.role, axis, member.positions.shape, shape))
+        pools.setdefault(tuple(sorted(members)), []).append(group)
+    return list(pools.values())
 
 
 def _removals(
-    pool: Sequence[Group], scores: Mapping[str, np.ndarray], limits: Limits
-) -> np.ndarray:
-    """Returns int ``[channels]``: which group of the pool loses the next channel."""
+    pool: Sequence[Group], scores: Mapping[str, Scores], limits: Limits
+) -> Order:
+    """Returns the index of the group of a pool that loses the next channel."""
     if len(pool) == 1:
         return np.zeros(limits.most(pool[0].size), np.int64)
     lowest = [np.sort(scores[g.name])[: limits.most(g.size)] for g in pool]
@@ -182,30 +191,32 @@ def _removals(
 def _removals_of_all(
     pools: Sequence[Sequence[Group]],
     weights: Mapping[str, float],
-    scores: Mapping[str, np.ndarray],
+    scores: Mapping[str, Scores],
     limits: Limits,
-) -> np.ndarray:
-    """Returns int ``[channels]``: which group of all pools loses the next channel."""
-    when, which, before = [np.zeros(0)], [np.zeros(0, np.int64)], 0
+) -> Order:
+    """Returns the index of the group of all pools that loses the next channel."""
+    ratios: list[np.ndarray] = [np.zeros(0)]
+    losers, before = [np.zeros(0, np.int64)], 0
     for pool in pools:
-        # A group's k-th channel goes when the ratio is nearest to k of its n channels.
-        times = [
+        # A group of n channels loses its k-th at the ratio (k - ½) / n, where k is the
+        # nearest number of channels.
+        thresholds = [
             (np.arange(limits.most(g.size)) + 0.5) / (g.size * weights[g.name])
             for g in pool
         ]
-        when.append(np.sort(np.concatenate(times)))
-        which.append(before + _removals(pool, scores, limits))
+        ratios.append(np.sort(np.concatenate(thresholds)))
+        losers.append(before + _removals(pool, scores, limits))
         before += len(pool)
-    return np.concatenate(which)[np.argsort(np.concatenate(when), kind="stable")]
+    return np.concatenate(losers)[np.argsort(np.concatenate(ratios), kind="stable")]
 
 
 def _check_all_counted(left_out: Sequence[str]) -> None:
     if left_out:
         more = ", …" if len(left_out) > 3 else ""
         raise TPPError(
-            f"a target of FLOPs needs all of them counted, and the work of "
-            f"{', '.join(left_out[:3])}{more} is not: give a target of parameters or "
-            "ratios, or pass allow_uncounted=True to meet it with the others alone"
+            f"a FLOPs target needs all work counted, but the work of "
+            f"{', '.join(left_out[:3])}{more} is not: give ratios or a target of "
+            "parameters, or pass allow_uncounted=True to ignore uncounted work"
         )
 
 
@@ -217,22 +228,22 @@ def _out_of_reach(
         if want is not None:
             asked.append(f"{name}={want}")
             reached.append(f"{share:.4f} of the {name}")
-    mends = ["match more layers"]
-    mends += ["lower round_to"] if limits.round_to > 1 else []
-    mends += ["lower min_channels"] if limits.min_channels > 1 else []
+    fixes = ["match more layers"]
+    fixes += ["lower round_to"] if limits.round_to > 1 else []
+    fixes += ["lower min_channels"] if limits.min_channels > 1 else []
     return (
-        f"the target {' and '.join(asked)} is out of reach: with all channels gone "
-        f"that may go, {' and '.join(reached)} remain; {' or '.join(mends)}"
+        f"the target {' and '.join(asked)} is out of reach: with all channels removed "
+        f"that may be, {' and '.join(reached)} remain; {' or '.join(fixes)}"
     )
 
 
-def _left_out(groups: Groups, matched: Sequence[Group]) -> str:
-    """Names the groups that a target left as they are, and why."""
+def _unpruned(groups: Groups, matched: Sequence[Group]) -> str:
+    """Returns a sentence that names the groups that are not pruned, and why."""
     names = {group.name for group in matched}
     rest = [g for g in groups if g.name not in names]
-    said = [
+    described = [
         f"{g.name} ({g.reason})" if g.reason else g.name
         for g in sorted(rest, key=lambda g: g.reason is not None)
     ]
-    more = f" and {len(said) - 4} more" if len(said) > 4 else ""
-    return f". Left as they are: {', '.join(said[:4])}{more}" if said else ""
+    more = f" and {len(described) - 4} more" if len(described) > 4 else ""
+    return f". Not pruned: {', '.join(described[:4])}{more}" if described else ""

@@ -3,11 +3,15 @@
 import json
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+
+from tpp_jax.errors import require
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 Arrays = dict[str, Any]
 
@@ -16,8 +20,10 @@ class Damaged(Exception):
     """What was read is not what was written."""
 
 
-def to_save(arrays: Arrays, meta: Mapping[str, Any]) -> ocp.args.Composite:
+def to_save(arrays: Arrays, meta: Mapping[str, Any]) -> "ocp.args.Composite":
     """Returns the items that Orbax saves: host copies of the arrays, and the JSON."""
+    import orbax.checkpoint as ocp  # slow to import: only those who save wait for it
+
     # Host copies: a checkpoint then knows nothing of the devices it came from, and the
     # device's buffers are free to be donated while Orbax writes in the background.
     arrays = jax.device_get(arrays)
@@ -27,11 +33,25 @@ def to_save(arrays: Arrays, meta: Mapping[str, Any]) -> ocp.args.Composite:
     )
 
 
-def to_restore() -> ocp.args.Composite:
+def to_restore() -> "ocp.args.Composite":
     """Returns the items that Orbax restores."""
+    import orbax.checkpoint as ocp
+
     return ocp.args.Composite(
         arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()
     )
+
+
+def checkpointer() -> "ocp.Checkpointer":
+    """Returns what saves and restores such items, to be closed after use.
+
+    Raises:
+      TPPError: Orbax is not installed.
+    """
+    require("train", "orbax.checkpoint")
+    import orbax.checkpoint as ocp
+
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
 def checked(items: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:

@@ -7,13 +7,9 @@ run must be one that all hosts share.
 """
 
 import contextlib
-import faulthandler
-import os
 import pathlib
-import sys
 import zlib
 from collections.abc import Iterator
-from typing import NoReturn
 
 import jax
 import numpy as np
@@ -21,57 +17,9 @@ from jax.experimental import multihost_utils
 
 from tpp_jax.errors import TPPError
 
-AUTOMATIC = "auto"
-
 
 class LostProcess(TPPError):
     """Another process of the run is gone, and nothing can be done together any more."""
-
-
-def connect(
-    coordinator: str,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    timeout: int = 100,
-) -> None:
-    """Joins this process with the others; to be called before anything uses a device.
-
-    On CPUs they talk by Gloo, on GPUs by NCCL, on TPUs by their own network.
-
-    Args:
-      coordinator: ``host:port`` of the first process, the same for all; or ``"auto"``,
-        where JAX finds the others itself (Slurm, Open MPI, Cloud TPU, Kubernetes).
-      num_processes: how many there are; not for ``"auto"``, as the next.
-      process_id: which one this is, from 0.
-      timeout: seconds to wait for the others to start, and until one that no longer
-        answers is taken for lost.
-
-    Raises:
-      TPPError: the others are not there.
-    """
-    automatic = coordinator == AUTOMATIC
-    if not automatic and (num_processes is None or process_id is None):
-        raise TPPError(
-            f"--coordinator={coordinator} needs --num_processes and --process_id too: "
-            "how many processes there are, and which one this is, from 0"
-        )
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Where the first process dies, JAX aborts the others and says why; the stacks of
-    # all their threads would bury that.
-    faulthandler.disable()
-    try:
-        jax.distributed.initialize(
-            None if automatic else coordinator,
-            num_processes,
-            process_id,
-            initialization_timeout=timeout,
-            heartbeat_timeout_seconds=timeout,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise TPPError(
-            f"the processes of the run did not find each other by {coordinator!r} "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from error
 
 
 def is_first() -> bool:
@@ -134,15 +82,3 @@ def losses_told() -> Iterator[None]:
             f"({' '.join(str(error).split())[:200]}). Start all of them again: they go "
             "on from the last checkpoint"
         ) from error
-
-
-def leave(message: str) -> NoReturn:
-    """Ends this process with a message and exit code 1, whatever the others do.
-
-    JAX's own way out waits for the others, of which one may be lost.
-    """
-    if jax.process_count() == 1:
-        sys.exit(message)
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
