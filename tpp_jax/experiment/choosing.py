@@ -16,7 +16,7 @@ from jaxtyping import PRNGKeyArray
 from tpp_jax.experiment.methods import Stage
 from tpp_jax.experiment.planning import plan_for
 from tpp_jax.experiment.position import Result
-from tpp_jax.experiment.setup import Setup, random_model
+from tpp_jax.experiment.setup import Setup
 from tpp_jax.experiment.tools import Run, Tools
 from tpp_jax.graph.groups import Groups
 from tpp_jax.graph.nnx_layers import modules
@@ -74,7 +74,7 @@ def choose(run: Run, stage: Stage, tools: Tools) -> Run:
 def _planned(
     run: Run, groups: Groups, setup: Setup, counts: Mapping[str, int] | None = None
 ) -> Plan:
-    config, task = setup.config, setup.task(dtype="float32")
+    config, task = setup.config, setup.task("criteria")
     return plan_for(config.prune, groups, run.model, config.seed, task, counts=counts)
 
 
@@ -96,7 +96,8 @@ def cut(run: Run, stage: Stage, tools: Tools) -> Run:
     key = stage.key(setup.config.seed)
     before = None
     if setup.method.random_weights:
-        model = with_random_weights(prune(_random(setup), plan), key)
+        model = setup.task().model(nnx.Rngs(setup.config.seed))
+        model = with_random_weights(prune(model, plan), key)
     else:
         before = tools.score(run.model)
         model = prune(run.model, plan)
@@ -121,12 +122,6 @@ def cut(run: Run, stage: Stage, tools: Tools) -> Run:
     result = Result(stage.name, 0, seconds, score, score, more)
     results = (*run.position.results, result)
     return run.but(model=model).at(phase=stage.name, step=0, results=results)
-
-
-def _random(setup: Setup) -> nnx.Module:
-    """Returns the network of a config with random weights, whatever it started from."""
-    name, seed, dataset = setup.config.model.name, setup.config.seed, setup.dataset
-    return random_model(name, seed, dataset.num_classes, dataset.image_shape)
 
 
 def counts_of_round(

@@ -1,11 +1,10 @@
 """What a config asks for, checked and loaded: mistakes are found before training."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from tpp_jax import data, models
@@ -17,7 +16,7 @@ from tpp_jax.experiment.methods import METHODS, Method, Stage, stages_of
 from tpp_jax.experiment.phases import Phase, strength_schedule, training_phase
 from tpp_jax.experiment.planning import plan_for
 from tpp_jax.experiment.sections import InitConfig, TrainingConfig
-from tpp_jax.experiment.tasks import make_task, open_data
+from tpp_jax.experiment.tasks import make_tasks, open_data
 from tpp_jax.graph.groups import Groups
 from tpp_jax.interop.torch_weights import load_torch
 from tpp_jax.method.schedule import GrowingSchedule
@@ -35,25 +34,24 @@ class Setup:
 
     Attributes:
       config: The run's config, checked.
-      dataset: Its data.
+      tasks: Task of each part of the config that changes its loss; of ``criteria``, in
+        float32; and of ``""`` for everything else.
       devices: Devices that it trains on.
       model: The network at the start.
       groups: Groups of that network.
       plan: Plan of the weights at the start: it prunes the groups that will be pruned.
       schedule: Schedule of TPP's strength.
       stages: Stages of the run, in order.
-      steps_per_epoch: Number of training steps in an epoch.
     """
 
     config: RunConfig
-    dataset: data.Dataset | data.Stream
+    tasks: Mapping[str, Task]
     devices: list[jax.Device]
     model: nnx.Module
     groups: Groups
     plan: Plan
     schedule: GrowingSchedule
     stages: tuple[Stage, ...]
-    steps_per_epoch: int
 
     @property
     def method(self) -> Method:
@@ -76,7 +74,7 @@ class Setup:
         Raises:
           TPPError: A field of the config is wrong.
         """
-        config, steps = self.config, self.steps_per_epoch
+        config, steps = self.config, self.task().steps_per_epoch
         found = [
             training_phase("pretrain", config.pretrain, steps, self.model),
             training_phase("finetune", config.finetune, steps, self.model, self.rounds),
@@ -100,17 +98,9 @@ class Setup:
         read = {name: x for name, x in fields.items() if name not in left_out}
         return phase.kind, self.rounds, read
 
-    def task(self, part: str = "", dtype: str = "") -> Task:
-        """Returns the task.
-
-        Args:
-          part: Part of the config whose phases train it; "" elsewhere.
-          dtype: Type of the inputs in place of the config's.
-        """
-        fields, recipe = dataclasses.asdict(self.config), self.recipe(part)
-        fields["model"]["dtype"] = dtype or self.config.model.dtype
-        own = None if recipe is None else dataclasses.asdict(recipe)
-        return make_task(fields, self.dataset, own)
+    def task(self, part: str = "") -> Task:
+        """Returns the task as phases of a part of the config train it."""
+        return self.tasks.get(part, self.tasks[""])
 
     def step_config(self, part: str = "") -> StepConfig:
         """Returns how to compute: in phases of a part of the config, or elsewhere."""
@@ -138,6 +128,7 @@ def make_setup(tree: Tree) -> Setup:
     prune, method = config.prune, METHODS[config.prune.method]
     devices = _devices(config.num_devices)
     dataset = _dataset(config, devices)
+    tasks = make_tasks(dataclasses.asdict(config), dataset)
     model = initial_model(
         config.model.name,
         config.seed,
@@ -145,8 +136,7 @@ def make_setup(tree: Tree) -> Setup:
         dataset.image_shape,
         config.init,
     )
-    example = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-    groups = channel_groups(model, example)
+    groups = channel_groups(model, *tasks[""].example_inputs())
     schedule = strength_schedule(prune.schedule)
     plan = plan_for(prune, groups, model, config.seed)
     if not plan.pruned_groups:
@@ -160,14 +150,13 @@ def make_setup(tree: Tree) -> Setup:
     given = bool(config.init.model or config.init.torch)
     setup = Setup(
         config=config,
-        dataset=dataset,
+        tasks=tasks,
         devices=devices,
         model=model,
         groups=groups,
         plan=plan,
         schedule=schedule,
         stages=stages_of(prune.method, prune.rounds, given=given),
-        steps_per_epoch=dataset.num_train // config.data.batch_size,
     )
     setup.phases(plan)
     report_layer(config.report_layer, plan)

@@ -1,5 +1,6 @@
 """The task that a config asks for."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -32,19 +33,14 @@ _load = functools.lru_cache(maxsize=1)(data.load)
 
 
 def make_task(
-    config: Fields,
-    dataset: data.Dataset | data.Stream,
-    recipe: Fields | None = None,
-) -> Task:
-    """Returns the task of a config.
+    config: Fields, dataset: data.Dataset | data.Stream
+) -> ImageClassification:
+    """Returns the task of a config, as it is evaluated.
 
     Args:
       config: Config of the run; its parts ``model`` and ``data`` are read.
       dataset: Data set from :func:`open_data`.
-      recipe: Part of the config for a phase of plain training, whose loss differs from
-        that of the other phases by label smoothing, mixup and cutmix.
     """
-    names = ("label_smoothing", "mixup", "cutmix") if recipe else ()
     return ImageClassification(
         dataset,
         config["model"]["name"],
@@ -52,5 +48,26 @@ def make_task(
         config["data"]["crop_padding"],
         config["data"]["flip"],
         config["model"]["dtype"],
-        **{name: recipe[name] for name in names},
     )
+
+
+def make_tasks(config: Fields, dataset: data.Dataset | data.Stream) -> dict[str, Task]:
+    """Returns the task of a config in its variants.
+
+    Args:
+      config: Config of the run.
+      dataset: Data set from :func:`open_data`.
+
+    Returns:
+      The task as phases of ``pretrain`` and ``finetune`` train it, whose loss has label
+      smoothing, mixup and cutmix; in float32, by which ``criteria`` measure; and ``""``
+      for everything else.
+    """
+    task = make_task(config, dataset)
+    names = "label_smoothing", "mixup", "cutmix"
+    recipes = {
+        part: dataclasses.replace(task, **{name: config[part][name] for name in names})
+        for part in ("pretrain", "finetune")
+    }
+    exact = dataclasses.replace(task, dtype="float32")
+    return {"": task, "criteria": exact, **recipes}

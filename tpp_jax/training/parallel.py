@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -150,7 +151,7 @@ def _global(x: Any, mesh: Mesh, split: bool) -> Any:
         return jax.make_array_from_process_local_data(sharding, x)
     if not isinstance(x, jax.Array) or not x.is_fully_addressable:
         return x
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _global(jax.random.key_data(x), mesh, split)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     copies = [shard.data for shard in x.addressable_shards]
