@@ -158,7 +158,7 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
     for path, module in modules(loaded):  # configurations that a cut has changed
         saved_fields = (meta.get("fields") or {}).get(path, {})
         for name, value in with_values(module, saved_fields).items():
-            setattr(module, name, tuple(value) if isinstance(value, list) else value)
+            setattr(module, name, value)
     return loaded
 
 

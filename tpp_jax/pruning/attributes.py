@@ -1,0 +1,261 @@
+"""Which attributes of a model may follow the channels of some groups.
+
+An attribute is a candidate if it equals the size of an axis that the groups run along,
+in an array of the module that keeps it. Whether it has to follow is for a trial to say.
+"""
+
+import collections
+import functools
+import inspect
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from types import CodeType
+from typing import Any
+
+from tpp_jax.pruning.fields import Field, FieldSize, Parts
+from tpp_jax.pruning.records import Groups
+from tpp_jax.pruning.source import Source
+
+
+class Attributes:
+    """The attributes of a model, and how they may follow its groups.
+
+    Attributes:
+      source: the model.
+      groups: its groups.
+    """
+
+    def __init__(self, source: Source, groups: Groups) -> None:
+        self.source = source
+        self.groups = groups
+
+    @functools.cached_property
+    def fields(self) -> dict[Field, type]:
+        """Every attribute → the class of the module that keeps it."""
+        return self.source.fields()
+
+    @functools.cached_property
+    def _of_path(self) -> dict[str, list[Field]]:
+        found: dict[str, list[Field]] = {}
+        for field in self.fields:
+            found.setdefault(field.path, []).append(field)
+        return found
+
+    def proposals(
+        self,
+        members: Sequence[int],
+        sizes: Sequence[FieldSize],
+        lines: Sequence[str],
+        together: Mapping[str, str],
+    ) -> Iterator[list[FieldSize]]:
+        """Yields what may be set near a line of code, the likeliest first.
+
+        Args:
+          members: indices of the groups that are to be followed.
+          sizes: attributes that follow already.
+          lines: of code, the innermost first; see :meth:`near`.
+          together: see :meth:`candidates`.
+        """
+        for found in self.near(members, sizes, lines, together):
+            yield from _selections(found)
+
+    def selections(
+        self,
+        members: Sequence[int],
+        sizes: Sequence[FieldSize],
+        together: Mapping[str, str],
+    ) -> Iterator[list[FieldSize]]:
+        """Yields what may be set anywhere, see :meth:`proposals`."""
+        for made in (True, False):
+            found = self.candidates(members, sizes, together, None, made)
+            if found:
+                yield from _selections(found)
+
+    def near(
+        self,
+        members: Sequence[int],
+        sizes: Sequence[FieldSize],
+        lines: Sequence[str],
+        together: Mapping[str, str] | None = None,
+    ) -> Iterator[list[FieldSize]]:
+        """Yields the candidates of the classes that lines of code are part of.
+
+        The innermost line that there are any for counts: first those that follow
+        channels of arrays that the module makes, then all.
+        """
+        if not self.fields:
+            return
+        for line in lines:
+            classes = {one for one in set(self.fields.values()) if line in _code(one)}
+            if not classes:
+                continue
+            found = [
+                self.candidates(members, sizes, together, classes, made)
+                for made in (True, False)
+            ]
+            if any(found):
+                yield from (some for some in found if some)
+                return
+
+    def candidates(
+        self,
+        members: Iterable[int],
+        sizes: Sequence[FieldSize],
+        together: Mapping[str, str] | None = None,
+        classes: Set[type] | None = None,
+        made: bool = False,
+    ) -> list[FieldSize]:
+        """Lists attributes near some groups that equal a size of their channels.
+
+        Args:
+          members: indices of the groups.
+          sizes: attributes that follow already; one that may follow the members as well
+            is listed with all that it is to follow.
+          together: name of a group → that of the one that loses the same channels.
+          classes: if given, only the attributes of their modules are listed.
+          made: whether channels that a module only takes in do not count.
+        """
+        if not self.fields:
+            return []
+        leaves = {
+            i: [m.leaf for m in self.groups[i].members if _counts(m.role, made)]
+            for i in members
+        }
+        names = [group.name for group in self.groups]
+        names = [(together or {}).get(name, name) for name in names]
+        known = {size.field: size for size in sizes}
+        found = []
+        for path, fields in self._of_path.items():
+            if classes is not None and self.fields[fields[0]] not in classes:
+                continue
+            inside = f"{path}." if path else ""
+            here = {
+                i
+                for i, own in leaves.items()
+                if any(leaf.startswith(inside) for leaf in own)
+            }
+            if not here:
+                continue
+            ways = _Ways(self.groups.reading, here, names)
+            for field in fields:
+                before = known.get(field)
+                size = ways.size(field, before)
+                if size is not None and size != before:
+                    found.append(size)
+        return found
+
+
+class _Ways:
+    """In which ways a number may follow the channels of some groups.
+
+    Attributes:
+      reading: the labels of the model.
+      here: indices of the groups.
+      names: of all groups.
+    """
+
+    def __init__(self, reading: Any, here: set[int], names: list[str]) -> None:
+        self.reading = reading
+        self.here = here
+        self.names = names
+
+    def size(self, field: Field, before: FieldSize | None) -> FieldSize | None:
+        """Returns how an attribute may follow, None if not or if that is unclear."""
+        value = field.value if isinstance(field.value, tuple) else (field.value,)
+        old = before.parts if before else (None,) * len(value)
+        parts = tuple(map(self._parts, value, old))
+        return FieldSize(field, parts) if any(p is not None for p in parts) else None
+
+    def _parts(self, number: int, before: Parts | None) -> Parts | None:
+        if before is None:
+            return _way(self._numbers.get(number, set()), self.here, self.names)
+        own = {self.names[i] for i in self.here}
+        through = {name for _, names in before for name in names}
+        if own <= through:
+            return before
+        both = {i for i, name in enumerate(self.names) if name in own | through}
+        ways = self.reading.numbers(both, self.names)
+        new = _way(_merged(ways.get(number, set())), both, self.names)
+        names = {name for _, through in new or () for name in through}
+        return new if own | through <= names else before
+
+    @functools.cached_property
+    def _numbers(self) -> dict[int, set[Parts]]:
+        numbers = self.reading.numbers(self.here, self.names)
+        return {number: _merged(ways) for number, ways in numbers.items()}
+
+
+def extended(
+    sizes: Iterable[FieldSize], found: Iterable[FieldSize]
+) -> tuple[FieldSize, ...]:
+    """Returns attributes that follow, others in place of those of the same name."""
+    return tuple({size.field: size for size in (*sizes, *found)}.values())
+
+
+def _selections(found: list[FieldSize]) -> Iterator[list[FieldSize]]:
+    """Yields all attributes, those of one kind, and those of all kinds but one."""
+    kinds = list(dict.fromkeys(size.field.kind for size in found))
+    yield found
+    if len(kinds) > 1:
+        for kind in kinds:
+            yield [s for s in found if s.field.kind == kind]
+    if len(kinds) > 2:  # one of them is equal by chance
+        for kind in kinds:
+            yield [s for s in found if s.field.kind != kind]
+
+
+def _counts(role: str, made: bool) -> bool:
+    return not made or role != "contracted"
+
+
+def _way(ways: set[Parts], groups: set[int], names: list[str]) -> Parts | None:
+    """Returns the one way in which a number follows the channels, None if unclear.
+
+    Axes of one size may differ in other groups that run along them, the dimensions of
+    queries and of values: then the number follows the groups in question alone.
+    """
+    own = {names[i] for i in groups}
+    fitting = [
+        parts for parts in ways if any(own & set(through) for _, through in parts)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    alone = {_onto(parts, own) for parts in fitting}
+    return alone.pop() if len(alone) == 1 else None
+
+
+def _onto(parts: Parts, own: set[str]) -> Parts:
+    """Leaves out of a size what does not belong to some groups."""
+    sums: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for positions, through in parts:
+        sums[tuple(sorted(own.intersection(through)))] += positions
+    return tuple((n, through) for through, n in sorted(sums.items()))
+
+
+def _merged(ways: set[Parts]) -> set[Parts]:
+    """Returns ways without those that groups of one name make twice."""
+    return {_onto(parts, {n for _, t in parts for n in t}) for parts in ways}
+
+
+@functools.lru_cache(maxsize=256)
+def _code(cls: type) -> frozenset[str]:
+    """Returns the lines of a class's own code, as ``model.py:31``."""
+    found: set[str] = set()
+    for name in {name for one in cls.__mro__[:-1] for name in vars(one)}:
+        try:
+            function = inspect.unwrap(getattr(cls, name))
+        except Exception:  # a descriptor of the user's
+            continue
+        function = getattr(function, "fget", None) or function
+        code = getattr(function, "__code__", None)
+        if isinstance(code, CodeType):
+            found.update(_lines(code))
+    return frozenset(found)
+
+
+def _lines(code: CodeType) -> Iterator[str]:
+    file = pathlib.Path(code.co_filename).name
+    yield from (f"{file}:{line}" for _, _, line in code.co_lines() if line)
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _lines(inner)
