@@ -14,7 +14,7 @@ import numpy as np
 from tpp_jax.pruning.attributes import Attributes, extended
 from tpp_jax.pruning.comparing import Difference
 from tpp_jax.pruning.fields import FieldSize
-from tpp_jax.pruning.records import Group, Groups, Slot, Supposition
+from tpp_jax.pruning.records import Groups, Slot, Supposition
 from tpp_jax.pruning.source import Source
 from tpp_jax.pruning.tracing import source_line
 from tpp_jax.pruning.trial import HAIKU, Trial
@@ -422,18 +422,34 @@ class _Search:
         found: list[tuple[Slot, Slot]] = []
         done: set[int] = set()
         for kind, other in alike[:_PAIRS]:
-            slots = [
-                (_own_slot(self.groups[i]), _own_slot(self.groups[j]))
-                for i, j in zip(kind, other, strict=True)
-            ]
-            if (
-                done.isdisjoint((*kind, *other))
-                and all(None not in pair for pair in slots)
-                and self._hold_together(kind, other)
-            ):
+            if not done.isdisjoint((*kind, *other)):
+                continue
+            slots = [self._alike_slots(i, j) for i, j in zip(kind, other, strict=True)]
+            if None not in slots and self._hold_together(kind, other):
                 found += slots
                 done.update(kind, other)
         return tuple(found)
+
+    def _alike_slots(self, i: int, j: int) -> tuple[Slot, Slot] | None:
+        """Returns an axis of each of two groups, which are alike but for the groups."""
+        for one in self.groups[i].members:
+            for other in self.groups[j].members:
+                slots = (one.leaf, one.axis), (other.leaf, other.axis)
+                if one.role == other.role == "produced" and self._layout(
+                    slots[0], i
+                ) == self._layout(slots[1], j):
+                    return slots
+        return None
+
+    def _layout(self, slot: Slot, i: int) -> tuple[int, dict[int | None, bytes]]:
+        """Returns how long an axis is and where the groups are, one of them unnamed."""
+        leaf, axis = slot
+        return self.groups.shapes[leaf][axis], {
+            None if n == i else n: member.positions.tobytes()
+            for n, group in enumerate(self.groups)
+            for member in group.members
+            if (member.leaf, member.axis) == slot
+        }
 
     def _hold_together(self, kind: list[int], other: list[int]) -> bool:
         """Reports whether the model holds if groups lose as many channels, by pairs."""
@@ -487,11 +503,3 @@ def _near_half(size: int) -> Iterator[int]:
 def _other_size(size: int, first: int) -> int:
     """Returns a round number of channels, for models that insist on one."""
     return max(size // 2 if first != size // 2 else size // 4, 1)
-
-
-def _own_slot(group: Group) -> Slot | None:
-    """Returns an axis that is made of the group's channels and nothing else."""
-    for member in group.members:
-        if member.role == "produced" and member.positions.shape[1] == 1:
-            return member.leaf, member.axis
-    return None
