@@ -67,9 +67,8 @@ class Attributes:
     ) -> Iterator[list[FieldSize]]:
         """Yields what may be set anywhere, see :meth:`proposals`."""
         for made in (True, False):
-            found = self.candidates(members, sizes, together, None, made)
-            if found:
-                yield from _selections(found)
+            found = self.candidates(members, sizes, together, made=made)
+            yield from _selections(found)
 
     def near(
         self,
@@ -80,21 +79,21 @@ class Attributes:
     ) -> Iterator[list[FieldSize]]:
         """Yields the candidates of the classes that lines of code are part of.
 
-        The innermost line that there are any for counts: first those that follow
-        channels of arrays that the module makes, then all.
+        The innermost line that there are any for counts. First come the attributes
+        that the class's methods name and that follow channels of arrays that the module
+        makes, at last all.
         """
-        if not self.fields:
-            return
-        for line in lines:
-            classes = {one for one in set(self.fields.values()) if line in _code(one)}
-            if not classes:
-                continue
-            found = [
-                self.candidates(members, sizes, together, classes, made)
-                for made in (True, False)
-            ]
-            if any(found):
-                yield from (some for some in found if some)
+        for line in lines if self.fields else ():
+            classes = {one for one in set(self.fields.values()) if line in _lines(one)}
+            known: list[FieldSize] = []
+            for named, made in ((True, True), (True, False), (False, False)):
+                found = self.candidates(
+                    members, sizes, together, classes, named=named, made=made
+                )
+                if found and found != known:
+                    yield found
+                    known = found
+            if known:
                 return
 
     def candidates(
@@ -103,6 +102,8 @@ class Attributes:
         sizes: Sequence[FieldSize],
         together: Mapping[str, str] | None = None,
         classes: Set[type] | None = None,
+        *,
+        named: bool = False,
         made: bool = False,
     ) -> list[FieldSize]:
         """Lists attributes near some groups that equal a size of their channels.
@@ -113,6 +114,7 @@ class Attributes:
             is listed with all that it is to follow.
           together: name of a group → that of the one that loses the same channels.
           classes: if given, only the attributes of their modules are listed.
+          named: whether only what methods of the module name is listed.
           made: whether channels that a module only takes in do not count.
         """
         if not self.fields:
@@ -137,7 +139,10 @@ class Attributes:
             if not here:
                 continue
             ways = _Ways(self.groups.reading, here, names)
+            words = _words(self.fields[fields[0]]) if named else None
             for field in fields:
+                if words is not None and field.word not in words:
+                    continue
                 before = known.get(field)
                 size = ways.size(field, before)
                 if size is not None and size != before:
@@ -193,15 +198,16 @@ def extended(
 
 
 def _selections(found: list[FieldSize]) -> Iterator[list[FieldSize]]:
-    """Yields all attributes, those of one kind, and those of all kinds but one."""
+    """Yields all attributes, those of all kinds but one, and those of one kind."""
     kinds = list(dict.fromkeys(size.field.kind for size in found))
-    yield found
-    if len(kinds) > 1:
-        for kind in kinds:
-            yield [s for s in found if s.field.kind == kind]
+    if found:
+        yield found
     if len(kinds) > 2:  # one of them is equal by chance
         for kind in kinds:
             yield [s for s in found if s.field.kind != kind]
+    if len(kinds) > 1:
+        for kind in kinds:
+            yield [s for s in found if s.field.kind == kind]
 
 
 def _counts(role: str, made: bool) -> bool:
@@ -238,10 +244,30 @@ def _merged(ways: set[Parts]) -> set[Parts]:
 
 
 @functools.lru_cache(maxsize=256)
-def _code(cls: type) -> frozenset[str]:
-    """Returns the lines of a class's own code, as ``model.py:31``."""
+def _lines(cls: type) -> frozenset[str]:
+    """Returns the lines of a class's code, as ``model.py:31``."""
+    return frozenset(
+        f"{pathlib.Path(code.co_filename).name}:{line}"
+        for code in _codes(cls)
+        for _, _, line in code.co_lines()
+        if line
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _words(cls: type) -> frozenset[str]:
+    """Returns what a class's methods name, those that build a module left out."""
     found: set[str] = set()
+    for code in _codes(cls, without=("__init__", "__post_init__", "setup")):
+        found.update(code.co_names)
+        found.update(one for one in code.co_consts if isinstance(one, str))
+    return frozenset(found)
+
+
+def _codes(cls: type, without: Sequence[str] = ()) -> Iterator[CodeType]:
     for name in {name for one in cls.__mro__[:-1] for name in vars(one)}:
+        if name in without:
+            continue
         try:
             function = inspect.unwrap(getattr(cls, name))
         except Exception:  # a descriptor of the user's
@@ -249,13 +275,11 @@ def _code(cls: type) -> frozenset[str]:
         function = getattr(function, "fget", None) or function
         code = getattr(function, "__code__", None)
         if isinstance(code, CodeType):
-            found.update(_lines(code))
-    return frozenset(found)
+            yield from _nested(code)
 
 
-def _lines(code: CodeType) -> Iterator[str]:
-    file = pathlib.Path(code.co_filename).name
-    yield from (f"{file}:{line}" for _, _, line in code.co_lines() if line)
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from _lines(inner)
+            yield from _nested(inner)

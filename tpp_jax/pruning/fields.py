@@ -43,6 +43,12 @@ class Field:
         """What it has in common with the same attribute of other modules."""
         return self.owner, self.name
 
+    @property
+    def word(self) -> str:
+        """What code that reads it names: the last of its names that is no index."""
+        names = self.name.split(".")
+        return next((name for name in reversed(names) if not name.isdigit()), "")
+
 
 Parts = tuple[tuple[int, tuple[str, ...]], ...]
 """A number that follows channels: pairs of positions and the groups they belong to."""
