@@ -5,16 +5,22 @@ in an array of the module that keeps it. Whether it has to follow is for a trial
 """
 
 import collections
+import dataclasses
 import functools
 import inspect
+import itertools
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from types import CodeType
 from typing import Any
 
+from tpp_jax.pruning.comparing import Difference
 from tpp_jax.pruning.fields import Field, FieldSize, Parts
 from tpp_jax.pruning.records import Groups
 from tpp_jax.pruning.source import Source
+
+# Attempts to set attributes for a kind of groups.
+_ATTEMPTS = 16
 
 
 class Attributes:
@@ -34,62 +40,66 @@ class Attributes:
         """Every attribute → the class of the module that keeps it."""
         return self.source.fields()
 
+    def classes_at(self, line: str) -> set[type]:
+        """Returns the classes that a line of code is part of."""
+        return {one for one in set(self.fields.values()) if line in _lines(one)}
+
+    def same_class(self, line: str, other: str) -> bool:
+        """Reports whether two lines of code are part of one class."""
+        return not self.classes_at(line).isdisjoint(self.classes_at(other))
+
     @functools.cached_property
-    def _of_path(self) -> dict[str, list[Field]]:
+    def of_path(self) -> dict[str, list[Field]]:
+        """Path of a module → its attributes."""
         found: dict[str, list[Field]] = {}
         for field in self.fields:
             found.setdefault(field.path, []).append(field)
         return found
 
-    def proposals(
-        self,
-        members: Sequence[int],
-        sizes: Sequence[FieldSize],
-        lines: Sequence[str],
-        together: Mapping[str, str],
-    ) -> Iterator[list[FieldSize]]:
-        """Yields what may be set near a line of code, the likeliest first.
+    def of(
+        self, members: Sequence[int], together: Mapping[str, str] | None = None
+    ) -> "Candidates":
+        """Returns the attributes that may follow some groups.
 
         Args:
-          members: indices of the groups that are to be followed.
-          sizes: attributes that follow already.
-          lines: of code, the innermost first; see :meth:`near`.
-          together: see :meth:`candidates`.
+          members: indices of the groups.
+          together: name of a group → that of the one that loses the same channels.
         """
-        for found in self.near(members, sizes, lines, together):
-            yield from _selections(found)
+        return Candidates(self, tuple(members), together or {})
 
-    def selections(
-        self,
-        members: Sequence[int],
-        sizes: Sequence[FieldSize],
-        together: Mapping[str, str],
-    ) -> Iterator[list[FieldSize]]:
-        """Yields what may be set anywhere, see :meth:`proposals`."""
-        for made in (True, False):
-            found = self.candidates(members, sizes, together, made=made)
-            yield from _selections(found)
 
-    def near(
-        self,
-        members: Sequence[int],
-        sizes: Sequence[FieldSize],
-        lines: Sequence[str],
-        together: Mapping[str, str] | None = None,
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The attributes that may follow some groups.
+
+    Attributes:
+      model: all attributes of the model.
+      members: indices of the groups.
+      together: name of a group → that of the one that loses the same channels.
+    """
+
+    model: Attributes
+    members: tuple[int, ...]
+    together: Mapping[str, str]
+
+    def at(
+        self, lines: Sequence[str], sizes: Sequence[FieldSize]
     ) -> Iterator[list[FieldSize]]:
         """Yields the candidates of the classes that lines of code are part of.
 
         The innermost line that there are any for counts. First come the attributes
         that the class's methods name and that follow channels of arrays that the module
         makes, at last all.
+
+        Args:
+          lines: of code, the innermost first.
+          sizes: see :meth:`candidates`.
         """
-        for line in lines if self.fields else ():
-            classes = {one for one in set(self.fields.values()) if line in _lines(one)}
+        for line in lines if self.model.fields else ():
+            classes = self.model.classes_at(line)
             known: list[FieldSize] = []
             for named, made in ((True, True), (True, False), (False, False)):
-                found = self.candidates(
-                    members, sizes, together, classes, named=named, made=made
-                )
+                found = self.candidates(sizes, classes, named=named, made=made)
                 if found and found != known:
                     yield found
                     known = found
@@ -98,37 +108,34 @@ class Attributes:
 
     def candidates(
         self,
-        members: Iterable[int],
         sizes: Sequence[FieldSize],
-        together: Mapping[str, str] | None = None,
         classes: Set[type] | None = None,
         *,
         named: bool = False,
         made: bool = False,
     ) -> list[FieldSize]:
-        """Lists attributes near some groups that equal a size of their channels.
+        """Lists attributes near the groups that equal a size of their channels.
 
         Args:
-          members: indices of the groups.
           sizes: attributes that follow already; one that may follow the members as well
             is listed with all that it is to follow.
-          together: name of a group → that of the one that loses the same channels.
           classes: if given, only the attributes of their modules are listed.
           named: whether only what methods of the module name is listed.
           made: whether channels that a module only takes in do not count.
         """
-        if not self.fields:
+        groups, model = self.model.groups, self.model
+        if not model.fields:
             return []
         leaves = {
-            i: [m.leaf for m in self.groups[i].members if _counts(m.role, made)]
-            for i in members
+            i: [m.leaf for m in groups[i].members if _counts(m.role, made)]
+            for i in self.members
         }
-        names = [group.name for group in self.groups]
-        names = [(together or {}).get(name, name) for name in names]
+        names = [self.together.get(group.name, group.name) for group in groups]
         known = {size.field: size for size in sizes}
         found = []
-        for path, fields in self._of_path.items():
-            if classes is not None and self.fields[fields[0]] not in classes:
+        for path, fields in model.of_path.items():
+            owner = model.fields[fields[0]]
+            if classes is not None and owner not in classes:
                 continue
             inside = f"{path}." if path else ""
             here = {
@@ -138,8 +145,8 @@ class Attributes:
             }
             if not here:
                 continue
-            ways = _Ways(self.groups.reading, here, names)
-            words = _words(self.fields[fields[0]]) if named else None
+            ways = _Ways(groups.reading, here, names)
+            words = _words(owner) if named else None
             for field in fields:
                 if words is not None and field.word not in words:
                     continue
@@ -148,6 +155,60 @@ class Attributes:
                 if size is not None and size != before:
                     found.append(size)
         return found
+
+
+def settle(
+    near: Candidates,
+    attempt: Callable[[tuple[FieldSize, ...]], Difference | None],
+    known: tuple[FieldSize, ...],
+    fault: Difference,
+) -> tuple[FieldSize, ...] | None:
+    """Finds attributes with which a model holds, None if none are found.
+
+    Those of the class are tried whose code a fault is in, then, if the fault moves to
+    another place, those of the class there; at last those of any class.
+
+    Args:
+      near: what may be set.
+      attempt: attributes that follow → what goes wrong with them.
+      known: attributes that follow already.
+      fault: what goes wrong with these.
+    """
+    tried: set[frozenset[FieldSize]] = set()
+
+    def outcomes(
+        sizes: tuple[FieldSize, ...], proposals: Iterable[list[FieldSize]]
+    ) -> Iterator[tuple[tuple[FieldSize, ...], Difference | None]]:
+        for found in itertools.chain.from_iterable(map(_selections, proposals)):
+            both = extended(sizes, found)
+            if len(tried) < _ATTEMPTS and frozenset(both) not in tried:
+                tried.add(frozenset(both))
+                yield both, attempt(both)
+
+    def descend(
+        sizes: tuple[FieldSize, ...], fault: Difference, seen: frozenset[str]
+    ) -> tuple[FieldSize, ...] | None:
+        later = None
+        for both, after in outcomes(sizes, near.at(fault.lines, sizes)):
+            if after is None:
+                return both
+            if not after.lines or after.lines[0] in seen:
+                continue
+            step = both, after, seen.union(after.lines[:1])
+            if near.model.same_class(fault.lines[0], after.lines[0]):
+                later = later or step
+            elif (found := descend(*step)) is not None:
+                return found
+        return descend(*later) if later else None
+
+    found = descend(known, fault, frozenset(fault.lines[:1]))
+    if found is not None:
+        return found
+    wide = (near.candidates(known, made=made) for made in (True, False))
+    for both, after in outcomes(known, wide):
+        if after is None:
+            return both
+    return None
 
 
 class _Ways:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 
-from tpp_jax.pruning.attributes import Attributes, extended
+from tpp_jax.pruning.attributes import Attributes, extended, settle
 from tpp_jax.pruning.comparing import Difference
 from tpp_jax.pruning.fields import FieldSize
 from tpp_jax.pruning.records import Groups, Slot, Supposition
@@ -23,8 +23,6 @@ from tpp_jax.pruning.trial import HAIKU, Trial
 _PAIRS = 12
 # Searches for kinds that only hold together since they lose as many channels.
 _ROUNDS = 3
-# Attempts to set attributes for a kind of groups.
-_ATTRIBUTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,14 +268,14 @@ class _Search:
         Returns:
           Whether that helps, and what goes wrong elsewhere then.
         """
-        members, known = sorted(blamed), self._following()
-        for found in self.attributes.near(members, known, fault.lines):
+        near, known = self.attributes.of(sorted(blamed)), self._following()
+        for found in near.at(fault.lines, known):
             sizes = extended(known, found)
             after = self.attempt(self.rest, sizes)
             if after is None or not set(after.lines[:1]) <= set(fault.lines):
                 self.sizes = sizes
                 return True, after
-        found = self.attributes.candidates(members, known)
+        found = near.candidates(known)
         if not found:
             return False, fault
         sizes = extended(known, found)
@@ -305,47 +303,18 @@ class _Search:
     ) -> tuple[FieldSize, ...] | None:
         """Returns attributes with which the model holds, None if none are found.
 
-        Fault by fault, those of the class are tried whose code it is in; then those of
-        any class.
-
         Args:
           members: indices of groups to be cut with those that hold.
           fault: what goes wrong so far.
           together: name of a group → that of the one that loses the same channels.
         """
-        chosen, known, together = (
-            self.rest.union(members),
+        chosen = self.rest.union(members)
+        return settle(
+            self.attributes.of(members, together),
+            lambda sizes: self.attempt(chosen, sizes),
             self._following(),
-            together or {},
+            fault,
         )
-        tried: set[frozenset[FieldSize]] = set()
-        seen = {*fault.lines[:1]}
-        sizes = known
-        while True:
-            moved = None
-            for found in self.attributes.proposals(
-                members, sizes, fault.lines, together
-            ):
-                both = extended(sizes, found)
-                if len(tried) == _ATTRIBUTES or frozenset(both) in tried:
-                    continue
-                tried.add(frozenset(both))
-                after = self.attempt(chosen, both)
-                if after is None:
-                    return both
-                if moved is None and seen.isdisjoint(after.lines[:1]) and after.lines:
-                    moved = both, after
-            if moved is None:
-                break
-            sizes, fault = moved
-            seen.update(fault.lines[:1])
-        for found in self.attributes.selections(members, known, together):
-            both = extended(known, found)
-            if len(tried) < _ATTRIBUTES and frozenset(both) not in tried:
-                tried.add(frozenset(both))
-                if not self.attempt(chosen, both):
-                    return both
-        return None
 
     def _drop_idle_fields(self) -> None:
         """Forgets attributes that the model holds without."""
