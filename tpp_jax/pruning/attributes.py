@@ -56,6 +56,18 @@ class Attributes:
             found.setdefault(field.path, []).append(field)
         return found
 
+    @functools.cache  # noqa: B019  lives as long as a call of channel_groups
+    def around(self, path: str) -> str:
+        """Returns how the leaves of a module begin, or of the first around it with any.
+
+        A module without arrays works on those of the module that it is part of.
+        """
+        while path and not any(
+            leaf.startswith(f"{path}.") for leaf in self.groups.shapes
+        ):
+            path = path.rpartition(".")[0]
+        return f"{path}." if path else ""
+
     def of(
         self, members: Sequence[int], together: Mapping[str, str] | None = None
     ) -> "Candidates":
@@ -137,7 +149,7 @@ class Candidates:
             owner = model.fields[fields[0]]
             if classes is not None and owner not in classes:
                 continue
-            inside = f"{path}." if path else ""
+            inside = model.around(path)
             here = {
                 i
                 for i, own in leaves.items()
