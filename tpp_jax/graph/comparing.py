@@ -17,7 +17,7 @@ import numpy as np
 
 from tpp_jax.graph.fields import Parts
 from tpp_jax.graph.labels import Channels, Labels
-from tpp_jax.graph.tracing import Equation, Trace, source_line
+from tpp_jax.graph.tracing import Equation, Trace, source_line, source_lines
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,6 +203,7 @@ class Difference:
       old_size: whether an operation keeps the old size of an axis, which leaves no
         doubt that the groups along it are at fault.
       line: of the user's code, ``model.py:31``, if known.
+      lines: that line and those it was called from, the innermost first.
       order: whether other operations are done, or in another order.
     """
 
@@ -210,6 +211,7 @@ class Difference:
     groups: frozenset[int] = frozenset()
     old_size: bool = False
     line: str = ""
+    lines: tuple[str, ...] = ()
     order: bool = False
 
 
@@ -234,7 +236,8 @@ def difference(
             or before.outputs != after.outputs
         ):
             here = _groups_through(before, old, reading)
-            return Difference(_other_way(before, after), here, order=True)
+            lines = tuple(source_lines(after.source))
+            return Difference(_other_way(before, after), here, lines=lines, order=True)
         for value in before.outputs:
             expected, found = stays.shape(value), new.shapes[value]
             if expected != found:
@@ -243,6 +246,7 @@ def difference(
             return Difference(
                 f"'{before.primitive}' has other settings{_at(after)}",
                 _groups_through(before, old, reading),
+                lines=tuple(source_lines(after.source)),
             )
     if len(old.equations) != len(new.equations) or old.outputs != new.outputs:
         longer = max(old, new, key=lambda trace: len(trace.equations))
@@ -328,12 +332,14 @@ def _other_shape(
         f"'{equation.primitive}' gives the shape {list(found)} in place of "
         f"{list(expected)}{_at(equation)}"
     )
+    lines = tuple(source_lines(equation.source))
     if len(found) != len(expected):
-        return Difference(text)
+        return Difference(text, lines=lines)
     odd = [i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b]
     kept_old = [i for i in odd if found[i] == old.shapes[value][i]]
     groups = [reading.groups_along(value, i) for i in kept_old or odd]
-    return Difference(text, frozenset().union(*groups), old_size=bool(kept_old))
+    here = frozenset().union(*groups)
+    return Difference(text, here, old_size=bool(kept_old), lines=lines)
 
 
 def _at(equation: Equation) -> str:

@@ -275,8 +275,13 @@ def source_line(source: Any) -> str:
       library of layers; if there is none, the innermost one of such a library that is
       not Flax; ``""`` if there is none either.
     """
+    return next(source_lines(source), "")
+
+
+def source_lines(source: Any) -> Iterator[str]:
+    """Yields all such lines that an equation comes from, the innermost first."""
     traceback = getattr(source, "traceback", None)
-    library = ""
+    library = []
     for frame in traceback.frames if traceback is not None else ():
         name = frame.file_name
         if name == __file__:  # what is further out called the model
@@ -284,10 +289,10 @@ def source_line(source: Any) -> str:
         owner = _owner(name)
         line = f"{pathlib.Path(name).name}:{frame.line_num}"
         if owner is None:
-            return line
-        if owner not in ("jax", "flax", "") and not library:
-            library = line
-    return library
+            yield line
+        elif owner not in ("jax", "flax", ""):
+            library.append(line)
+    yield from library
 
 
 def lines_of_error(error: BaseException) -> Iterator[str]:

@@ -7,14 +7,15 @@ fault are found with few more traces, by the line of code that fails.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 
 from tpp_jax.graph.comparing import Difference
-from tpp_jax.graph.fields import Field, FieldSize, Parts
-from tpp_jax.graph.records import Group, Groups, Slot, Supposition
+from tpp_jax.graph.fields import FieldSize
+from tpp_jax.graph.records import Groups, Slot, Supposition
 from tpp_jax.graph.tracing import source_line
+from tpp_jax.pruning.attributes import Attributes, extended, settle
 from tpp_jax.pruning.source import Source
 from tpp_jax.pruning.trial import HAIKU, Trial
 
@@ -22,8 +23,6 @@ from tpp_jax.pruning.trial import HAIKU, Trial
 _PAIRS = 12
 # Searches for kinds that only hold together since they lose as many channels.
 _ROUNDS = 3
-# Attempts to set attributes for a kind of groups.
-_ATTRIBUTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ class _Search:
         self.wrong: dict[int, str] = {}
         self.failed: list[list[int]] = []
         self.sizes: tuple[FieldSize, ...] = ()
-        self.fields: list[Field] | None = None
+        self.attributes = Attributes(source, groups)
         self.numbered = False  # whether any cut changed a number that is computed with
 
     def verdict(self) -> Verdict:
@@ -208,7 +207,7 @@ class _Search:
         if fault is None:
             self.rest.update(members)
             return
-        if self._admit_with_fields(members):
+        if self._admit_with_fields(members, fault):
             return
         if not fault.old_size and self._admit_with_other_sizes(members):
             return
@@ -253,6 +252,14 @@ class _Search:
 
     # Attributes that follow the channels.
 
+    def _following(self) -> tuple[FieldSize, ...]:
+        """Returns the attributes that follow a group of those that hold together.
+
+        What others were to follow, which were given up since, may follow anything.
+        """
+        names = {self.groups[i].name for i in self.rest}
+        return tuple(size for size in self.sizes if size.groups & names)
+
     def _with_fields(
         self, blamed: Set[int], fault: Difference
     ) -> tuple[bool, Difference | None]:
@@ -261,57 +268,53 @@ class _Search:
         Returns:
           Whether that helps, and what goes wrong elsewhere then.
         """
-        found = self._candidates(blamed)
+        near, known = self.attributes.of(sorted(blamed)), self._following()
+        for found in near.at(fault.lines, known):
+            sizes = extended(known, found)
+            after = self.attempt(self.rest, sizes)
+            if after is None or not set(after.lines[:1]) <= set(fault.lines):
+                self.sizes = sizes
+                return True, after
+        found = near.candidates(known)
         if not found:
             return False, fault
-        after = self.attempt(self.rest, (*self.sizes, *found))
+        sizes = extended(known, found)
+        after = self.attempt(self.rest, sizes)
         if after is not None and (
             after.groups & blamed or not after.groups or after.line == fault.line
         ):
             return False, fault
-        self.sizes = (*self.sizes, *found)
+        self.sizes = sizes
         return True, after
 
-    def _admit_with_fields(self, members: list[int]) -> bool:
-        found = self._candidates(members)
-        kinds = list(dict.fromkeys(size.field.kind for size in found))
-        attempts = [found] if len(kinds) > 1 else []
-        if len(kinds) > 2:  # one of them is equal by chance
-            attempts += [[s for s in found if s.field.kind != kind] for kind in kinds]
-        attempts += [[s for s in found if s.field.kind == kind] for kind in kinds]
-        for sizes in attempts[:_ATTRIBUTES]:
-            both = (*self.sizes, *sizes)
-            if not self.attempt(self.rest.union(members), both):
-                self.rest.update(members)
-                self.sizes = both
-                return True
-        return False
+    def _admit_with_fields(self, members: list[int], fault: Difference) -> bool:
+        sizes = self._settled(members, fault)
+        if sizes is None:
+            return False
+        self.rest.update(members)
+        self.sizes = sizes
+        return True
 
-    def _candidates(self, members: Iterable[int]) -> list[FieldSize]:
-        """Lists attributes near some groups that equal a size of their channels."""
-        if self.fields is None:
-            self.fields = self.source.fields()
-        if not self.fields:
-            return []
-        leaves = {i: [m.leaf for m in self.groups[i].members] for i in members}
-        names = [group.name for group in self.groups]
-        known = {size.field for size in self.sizes}
-        found = []
-        for path, fields in itertools.groupby(self.fields, lambda field: field.path):
-            inside = f"{path}." if path else ""
-            here = {
-                i
-                for i, own in leaves.items()
-                if any(leaf.startswith(inside) for leaf in own)
-            }
-            numbers = self.groups.reading.numbers(here, names) if here else {}
-            for field in fields:
-                value = field.value
-                value = value if isinstance(value, tuple) else (value,)
-                parts = tuple(_way(numbers.get(n, set()), here, names) for n in value)
-                if field not in known and any(part is not None for part in parts):
-                    found.append(FieldSize(field, parts))
-        return found
+    def _settled(
+        self,
+        members: list[int],
+        fault: Difference,
+        together: Mapping[str, str] | None = None,
+    ) -> tuple[FieldSize, ...] | None:
+        """Returns attributes with which the model holds, None if none are found.
+
+        Args:
+          members: indices of groups to be cut with those that hold.
+          fault: what goes wrong so far.
+          together: name of a group → that of the one that loses the same channels.
+        """
+        chosen = self.rest.union(members)
+        return settle(
+            self.attributes.of(members, together),
+            lambda sizes: self.attempt(chosen, sizes),
+            self._following(),
+            fault,
+        )
 
     def _drop_idle_fields(self) -> None:
         """Forgets attributes that the model holds without."""
@@ -379,24 +382,55 @@ class _Search:
         that refuses to run unless there are as many of both.
         """
         pairs = itertools.combinations(self.failed, 2)
-        alike = (
+        alike = [
             (kind, other)
             for kind, other in pairs
             if [self.groups[i].size for i in kind]
             == [self.groups[i].size for i in other]
-        )
-        for kind, other in itertools.islice(alike, _PAIRS):
-            before = dict(self.fewer)
-            self.fewer |= {j: before[i] for i, j in zip(kind, other, strict=True)}
-            fault = self.attempt(self.rest.union(kind, other))
-            self.fewer = before
-            slots = [
-                (_own_slot(self.groups[i]), _own_slot(self.groups[j]))
-                for i, j in zip(kind, other, strict=True)
-            ]
-            if fault is None and all(None not in pair for pair in slots):
-                return tuple(slots)
-        return ()
+        ]
+        found: list[tuple[Slot, Slot]] = []
+        done: set[int] = set()
+        for kind, other in alike[:_PAIRS]:
+            if not done.isdisjoint((*kind, *other)):
+                continue
+            slots = [self._alike_slots(i, j) for i, j in zip(kind, other, strict=True)]
+            if None not in slots and self._hold_together(kind, other):
+                found += slots
+                done.update(kind, other)
+        return tuple(found)
+
+    def _alike_slots(self, i: int, j: int) -> tuple[Slot, Slot] | None:
+        """Returns an axis of each of two groups, which are alike but for the groups."""
+        for one in self.groups[i].members:
+            for other in self.groups[j].members:
+                slots = (one.leaf, one.axis), (other.leaf, other.axis)
+                if one.role == other.role == "produced" and self._layout(
+                    slots[0], i
+                ) == self._layout(slots[1], j):
+                    return slots
+        return None
+
+    def _layout(self, slot: Slot, i: int) -> tuple[int, dict[int | None, bytes]]:
+        """Returns how long an axis is and where the groups are, one of them unnamed."""
+        leaf, axis = slot
+        return self.groups.shapes[leaf][axis], {
+            None if n == i else n: member.positions.tobytes()
+            for n, group in enumerate(self.groups)
+            for member in group.members
+            if (member.leaf, member.axis) == slot
+        }
+
+    def _hold_together(self, kind: list[int], other: list[int]) -> bool:
+        """Reports whether the model holds if groups lose as many channels, by pairs."""
+        before = dict(self.fewer)
+        pairs = list(zip(kind, other, strict=True))
+        self.fewer |= {j: before[i] for i, j in pairs}
+        fault = self.attempt(self.rest.union(kind, other))
+        if fault is not None:
+            names = {self.groups[j].name: self.groups[i].name for i, j in pairs}
+            holds = self._settled([*kind, *other], fault, names) is not None
+        self.fewer = before
+        return fault is None or holds
 
 
 def _kinds(groups: Groups, lines: dict[int, set[tuple[str, int]]]) -> list[list[int]]:
@@ -438,35 +472,3 @@ def _near_half(size: int) -> Iterator[int]:
 def _other_size(size: int, first: int) -> int:
     """Returns a round number of channels, for models that insist on one."""
     return max(size // 2 if first != size // 2 else size // 4, 1)
-
-
-def _way(ways: set[Parts], groups: set[int], names: list[str]) -> Parts | None:
-    """Returns the one way in which a number follows the channels, None if unclear.
-
-    Axes of one size may differ in other groups that run along them, the dimensions of
-    queries and of values: then the number follows the groups in question alone.
-    """
-    own = {names[i] for i in groups}
-    fitting = [
-        parts for parts in ways if any(own & set(through) for _, through in parts)
-    ]
-    if len(fitting) == 1:
-        return fitting[0]
-    alone = {_onto(parts, own) for parts in fitting}
-    return alone.pop() if len(alone) == 1 else None
-
-
-def _onto(parts: Parts, own: set[str]) -> Parts:
-    """Leaves out of a size what does not belong to some groups."""
-    sums: collections.Counter[tuple[str, ...]] = collections.Counter()
-    for positions, through in parts:
-        sums[tuple(sorted(own.intersection(through)))] += positions
-    return tuple((n, through) for through, n in sorted(sums.items()))
-
-
-def _own_slot(group: Group) -> Slot | None:
-    """Returns an axis that is made of the group's channels and nothing else."""
-    for member in group.members:
-        if member.role == "produced" and member.positions.shape[1] == 1:
-            return member.leaf, member.axis
-    return None

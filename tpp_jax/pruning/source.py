@@ -5,7 +5,7 @@ traced once more with the narrower arrays that a plan leaves.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -106,11 +106,14 @@ class Source:
         )
         return trace_function(function, self.inputs, self.kwargs)
 
-    def fields(self) -> list[Field]:
-        """Lists the whole numbers that the model's own classes keep as attributes."""
+    def fields(self) -> dict[Field, type]:
+        """Finds the whole numbers that the model's own classes keep as attributes.
+
+        Returns:
+          Attribute → class of the module that keeps it.
+        """
         if isinstance(self.model, nnx.GraphDef):
-            merged = nnx.merge(self.model, self.given)
-            return list(_fields_of_nnx(merged))
+            return _fields_of_nnx(nnx.merge(self.model, self.given))
         if isinstance(self.model, linen.Module):
             return linen_fields(self.model, lambda: self.trace())
         return fields_of_tree(self.tree)
@@ -146,11 +149,12 @@ def adapt(module: nnx.Module, plan: Any) -> None:
                 setattr(inner, name, value)
 
 
-def _fields_of_nnx(root: nnx.Module) -> Iterator[Field]:
+def _fields_of_nnx(root: nnx.Module) -> dict[Field, type]:
+    found: dict[Field, type] = {}
     for path, module in modules(root):
-        if type(module).__module__.partition(".")[0] == "flax":
-            continue  # the layers of Flax follow their arrays
-        yield from own_fields(module, path, vars(module))
+        if type(module).__module__.partition(".")[0] != "flax":
+            found |= own_fields(module, path, vars(module))
+    return found  # the layers of Flax follow their arrays
 
 
 def abstract(tree: Any) -> Any:

@@ -147,12 +147,12 @@ class Trial:
         chosen = frozenset(kept)
         if raised_in(error, "haiku"):
             return Difference(f"{HAIKU}: {text}", chosen, old_size=True)
-        lines = list(lines_of_error(error))
+        lines = tuple(lines_of_error(error))
         for line in lines:
             here = self._groups_at(line) & chosen
             if here:
-                return Difference(text, here, line=line)
-        return Difference(text, line=lines[0] if lines else "")
+                return Difference(text, here, line=line, lines=lines)
+        return Difference(text, line=lines[0] if lines else "", lines=lines)
 
     @functools.cached_property
     def _lines(self) -> dict[str, list[int]]:
