@@ -8,11 +8,13 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Set
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tpp_jax.pruning.comparing import Difference
 from tpp_jax.pruning.fields import Field, FieldSize, Parts
+from tpp_jax.pruning.literals import OtherNumber
 from tpp_jax.pruning.records import Group, Groups, Slot, Supposition
 from tpp_jax.pruning.source import Source
 from tpp_jax.pruning.tracing import source_line
@@ -58,6 +60,14 @@ def try_groups(
     return _Search(source, groups, suppositions).verdict()
 
 
+class _Attempt(NamedTuple):
+    """What came of a trial: see :class:`Trial`."""
+
+    fault: Difference | None
+    numbers: list[OtherNumber]
+    suspects: frozenset[int] | None
+
+
 class _Search:
     """Finds the groups of a model that cannot lose channels.
 
@@ -88,7 +98,7 @@ class _Search:
         self.failed: list[list[int]] = []
         self.sizes: tuple[FieldSize, ...] = ()
         self.fields: list[Field] | None = None
-        self.numbered = False  # whether any cut changed a number that is computed with
+        self.known: dict[Any, _Attempt] = {}
 
     def verdict(self) -> Verdict:
         if not self.rest:
@@ -158,14 +168,25 @@ class _Search:
         Args:
           chosen: indices of the groups.
           sizes: attributes that follow; those found so far if not given.
-          values: see :meth:`Trial.of`.
+          values: whether the numbers that enter the computation must be the same. (They
+            are not where a mean is taken over the channels.)
         """
-        sizes = self.sizes if sizes is None else sizes
-        self.trial.groups = self.groups.replace(sizes=sizes)
-        kept = {i: np.arange(self.fewer[i], dtype=np.int32) for i in chosen}
-        fault = self.trial.of(kept, values)
-        self.numbered |= self.trial.number is not None
-        return fault
+        attempt = self._attempt(chosen, self.sizes if sizes is None else sizes)
+        if attempt.fault is None and values and attempt.numbers:
+            return attempt.numbers[0].difference()
+        return attempt.fault
+
+    def _attempt(
+        self, chosen: Iterable[int], sizes: tuple[FieldSize, ...]
+    ) -> "_Attempt":
+        kept = {i: self.fewer[i] for i in sorted(chosen)}
+        key = tuple(kept.items()), sizes
+        if key not in self.known:
+            self.trial.groups = self.groups.replace(sizes=sizes)
+            fault = self.trial.of({i: np.arange(n) for i, n in kept.items()})
+            numbers, suspects = self.trial.numbers, self.trial.suspects
+            self.known[key] = _Attempt(fault, numbers, suspects)
+        return self.known[key]
 
     def _apart(self, chosen: set[int]) -> Iterator[set[int]]:
         """Yields choices that tell kinds apart which lose as many channels."""
@@ -208,7 +229,7 @@ class _Search:
         if fault is None:
             self.rest.update(members)
             return
-        if self._admit_with_fields(members):
+        if self._admit_with_fields(members, fault):
             return
         if not fault.old_size and self._admit_with_other_sizes(members):
             return
@@ -272,7 +293,7 @@ class _Search:
         self.sizes = (*self.sizes, *found)
         return True, after
 
-    def _admit_with_fields(self, members: list[int]) -> bool:
+    def _admit_with_fields(self, members: list[int], without: Difference) -> bool:
         found = self._candidates(members)
         kinds = list(dict.fromkeys(size.field.kind for size in found))
         attempts = [found] if len(kinds) > 1 else []
@@ -281,10 +302,13 @@ class _Search:
         attempts += [[s for s in found if s.field.kind == kind] for kind in kinds]
         for sizes in attempts[:_ATTRIBUTES]:
             both = (*self.sizes, *sizes)
-            if not self.attempt(self.rest.union(members), both):
+            fault = self.attempt(self.rest.union(members), both)
+            if fault is None:
                 self.rest.update(members)
                 self.sizes = both
                 return True
+            if sizes is found and fault == without:
+                return False  # none of them has a part in what goes wrong
         return False
 
     def _candidates(self, members: Iterable[int]) -> list[FieldSize]:
@@ -315,10 +339,22 @@ class _Search:
 
     def _drop_idle_fields(self) -> None:
         """Forgets attributes that the model holds without."""
-        for kind in dict.fromkeys(size.field.kind for size in self.sizes):
-            without = tuple(s for s in self.sizes if s.field.kind != kind)
-            if not self.attempt(self.rest, without):
-                self.sizes = without
+        # Most likely it is the innermost module that computes with its own.
+        sizes = sorted(self.sizes, key=lambda size: size.field.path.count("."))
+        kinds = list(dict.fromkeys(size.field.kind for size in sizes))
+        self._drop_idle(kinds[:-1])
+        self._drop_idle(kinds[-1:])
+
+    def _drop_idle(self, kinds: list[tuple[str, str]]) -> None:
+        """Forgets attributes of some kinds, found by halving."""
+        if not kinds:
+            return
+        without = tuple(s for s in self.sizes if s.field.kind not in kinds)
+        if not self.attempt(self.rest, without):
+            self.sizes = without
+        elif len(kinds) > 1:
+            self._drop_idle(kinds[: len(kinds) // 2])
+            self._drop_idle(kinds[len(kinds) // 2 :])
 
     # Numbers of channels that enter the values.
 
@@ -332,11 +368,14 @@ class _Search:
         Returns:
           The groups of the second kind.
         """
-        if not self.numbered:
+        whole = self._attempt(self.rest, self.sizes)
+        suspects = whole.suspects if whole.fault is None else None
+        if suspects is not None and not suspects:
             return set()
         plain = [
             [i for i in kind if i in self.rest and not self.groups[i].reduced]
             for kind in self.kinds
+            if suspects is None or not suspects.isdisjoint(kind)
         ]
         follow = set().union(*(size.groups for size in self.sizes))
         follow = {i for i in self.rest if self.groups[i].name in follow}
@@ -418,21 +457,25 @@ def _trial_sizes(groups: Groups, kinds: list[list[int]]) -> dict[int, int]:
     """
     sizes = {n for shape in groups.traced.shapes for n in shape}
     taken: set[int] = set()
+    times: dict[int, collections.Counter[int]] = {}
     fewer = {}
     for kind in kinds:
         size = groups[kind[0]].size
-        others = [n for n in _near_half(size) if n not in taken]
+        own = times.setdefault(size, collections.Counter())
+        near = _near_half(size)
+        others = [n for n in near[: 2 * max(size // 3, 1) - 1] if n not in taken]
         free = [n for n in others if n not in sizes]
-        n = next(iter(free or others), max(size // 2, 1))
+        n = next(iter(free or others), None) or min(near, key=own.__getitem__)
         taken.add(n)
+        own[n] += 1
         fewer |= dict.fromkeys(kind, n)
     return fewer
 
 
-def _near_half(size: int) -> Iterator[int]:
-    half = size // 2
-    for off in range(max(size // 3, 1)):
-        yield from (n for n in (half - off, half + off) if 0 < n < size)
+def _near_half(size: int) -> list[int]:
+    """Lists smaller numbers, half of it first; one only if there is no other."""
+    numbers = range(2, size) if size > 2 else range(1, 2)
+    return sorted(numbers, key=lambda n: abs(n - size // 2))
 
 
 def _other_size(size: int, first: int) -> int:
