@@ -75,12 +75,12 @@ def read_groups(
     place = {slot: i for i, slot in enumerate(slots)}
 
     @functools.cache
-    def sorted_rows(slot: Slot) -> tuple[np.ndarray, np.ndarray]:
+    def sorted_rows(slot: Slot) -> tuple[np.ndarray, np.ndarray, bool]:
         positions, at = rows[place[slot]]
         if (at[1:] > at[:-1]).all():  # as most often
-            return positions, at
+            return positions, at, True
         order = np.lexsort((positions, at))
-        return positions[order], at[order]
+        return positions[order], at[order], False
 
     known = {slot for slot, role in roles.of.items() if role == "produced"}
     known |= roles.makers | roles.lost.keys()
@@ -144,11 +144,14 @@ def read_groups(
         joined=joined,
         reading=reading,
     )
+    supposed = _rows(solution, [axis for axis, _, _ in labels.supposed])
     suppositions = [
-        Supposition(int(i), part, source)
-        for axis, part, source in labels.supposed
-        for i in np.unique(reading.group_of[solution.of(axis)[1]])
-        if i >= 0 and found[int(i)].reason is None
+        Supposition(i, part, source)
+        for (_, channels), (_, part, source) in zip(
+            supposed, labels.supposed, strict=True
+        )
+        for i in sorted(set(reading.group_of[channels].tolist()))
+        if i >= 0 and found[i].reason is None
     ]
     return found, suppositions
 
@@ -309,7 +312,7 @@ def _apart(
       positions: positions of an axis that all of them run through.
       row: the channel at each of these.
     """
-    if len(row) == len(channels) and (positions[1:] > positions[:-1]).all():
+    if (positions[1:] > positions[:-1]).all():
         return [channels]
     here = np.isin(row, channels)
     positions, row = positions[here], np.searchsorted(channels, row[here])
@@ -324,20 +327,23 @@ def _apart(
 
 
 def _positions_of(
-    channels: np.ndarray, row: tuple[np.ndarray, np.ndarray]
+    channels: np.ndarray, row: tuple[np.ndarray, np.ndarray, bool]
 ) -> np.ndarray:
     """Returns int64 ``[len(channels), m]``: where each channel stands along an axis.
 
     Args:
       channels: those of one group, in any order.
-      row: positions along the axis and the channel at each, sorted by channel.
+      row: positions along the axis and the channel at each, sorted by channel, and
+        whether each channel is there once.
     """
-    positions, at = row
-    if len(at) == len(channels) and (at == channels).all():
-        return positions[:, None]
-    start = at.searchsorted(channels)
-    m = at.searchsorted(channels[0], side="right") - start[0]
-    return positions[start[:, None] + np.arange(m)]
+    positions, at, once = row
+    start = at.searchsorted(channels[0])
+    there = slice(start, start + len(channels))
+    if once and np.array_equal(at[there], channels):
+        return positions[there, None]
+    starts = at.searchsorted(channels)
+    m = 1 if once else at.searchsorted(channels[0], side="right") - starts[0]
+    return positions[starts[:, None] + np.arange(m)]
 
 
 def _grain(group: Group, leaf: str) -> tuple[bool, int, int, int]:
@@ -347,10 +353,11 @@ def _grain(group: Group, leaf: str) -> tuple[bool, int, int, int]:
     an axis further left. What cannot be pruned comes last.
     """
     [own, *_] = [m for m in group.members if m.role == "produced" and m.leaf == leaf]
-    breaks = np.flatnonzero(np.diff(own.positions[0]) != 1)
-    runs = np.diff([-1, *breaks, own.positions.shape[1] - 1])
-    first = int(own.positions.min())
-    return group.reason is not None, own.axis, -int(runs.max()), first
+    first, longest = int(own.positions.min()), 1
+    if own.positions.shape[1] > 1:
+        breaks = np.flatnonzero(np.diff(own.positions[0]) != 1)
+        longest = int(np.diff([-1, *breaks, own.positions.shape[1] - 1]).max())
+    return group.reason is not None, own.axis, -longest, first
 
 
 def _abstract(array: Any) -> jax.ShapeDtypeStruct:

@@ -58,6 +58,7 @@ class Labels:
         self.blocks: list[np.ndarray] = []
         self.root: list[int] = []
         self._block: dict[int, int] = {}  # by id: the blocks are kept
+        self._signs: dict[int, tuple[np.ndarray, int]] = {}  # by id, with what has it
         self.fixed: list[tuple[np.ndarray, int]] = []
         self.definitions: list[tuple[np.ndarray, np.ndarray]] = []
         self.pieces: dict[bytes, list[int]] = {}
@@ -111,9 +112,12 @@ class Labels:
             one, other = sorted(map(self._root_of, blocks))
             self.root[other] = one
             return a
-        if a.min(initial=0) >= 0 and b.min(initial=0) >= 0:  # as most often
+        signs = self._sign(a), self._sign(b)
+        if signs == (1, 1):
             self.ties.append((a, b))
             return a
+        if signs == (-1, -1):
+            return b
         both = (a >= 0) & (b >= 0) & (a != b)
         if both.any():
             self.ties.append((a[both], b[both]))
@@ -176,6 +180,15 @@ class Labels:
         ]
         self.definitions.append((axis, np.stack(grids, axis=1)))
         return parts
+
+    def _sign(self, labels: np.ndarray) -> int:
+        """Returns 1 if all positions are free, -1 if all are fixed, 0 otherwise."""
+        found = self._signs.get(id(labels))
+        if found is None:
+            free = labels >= 0
+            sign = 1 if free.all() else 0 if free.any() else -1
+            found = self._signs[id(labels)] = labels, sign
+        return found[1]
 
     def _root_of(self, block: int) -> int:
         root = self.root
