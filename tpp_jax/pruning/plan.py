@@ -79,7 +79,7 @@ class Plan:
             return None
         stays = np.ones(shape[axis], bool)
         for group, member in here:
-            if member.axis == axis % len(shape):
+            if member.axis == axis % len(shape) and self.kept_count(group) < group.size:
                 stays[member.positions[self.pruned(group.name)]] = False
         return int(stays.reshape(blocks, -1).any(axis=1).sum())
 

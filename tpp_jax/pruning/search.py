@@ -19,6 +19,7 @@ from tpp_jax.pruning.records import Group, Groups, Slot, Supposition
 from tpp_jax.pruning.source import Source
 from tpp_jax.pruning.tracing import source_line
 from tpp_jax.pruning.trial import HAIKU, Trial
+from tpp_jax.pruning.widths import kinds_of, other_size, trial_sizes
 
 # Attempts to join two kinds of groups that the model refuses one by one.
 _PAIRS = 12
@@ -90,9 +91,9 @@ class _Search:
             line = source_line(one.source)
             lines[one.group].add((line, one.part))
             self.supposed[one.group][line] = None
-        self.kinds = _kinds(groups, lines)
+        self.kinds = kinds_of(groups, lines)
         self.kind_of = {i: n for n, kind in enumerate(self.kinds) for i in kind}
-        self.fewer = _trial_sizes(groups, self.kinds)
+        self.fewer = trial_sizes(groups, self.kinds)
         self.rest = set(self.fewer)
         self.wrong: dict[int, str] = {}
         self.failed: list[list[int]] = []
@@ -248,7 +249,7 @@ class _Search:
     def _admit_with_other_sizes(self, members: list[int]) -> bool:
         before = {i: self.fewer[i] for i in members}
         self.fewer |= {
-            i: _other_size(self.groups[i].size, self.fewer[i]) for i in members
+            i: other_size(self.groups[i].size, self.fewer[i]) for i in members
         }
         if self.fewer != self.fewer | before and not self.attempt(
             self.rest.union(members)
@@ -436,51 +437,6 @@ class _Search:
             if fault is None and all(None not in pair for pair in slots):
                 return tuple(slots)
         return ()
-
-
-def _kinds(groups: Groups, lines: dict[int, set[tuple[str, int]]]) -> list[list[int]]:
-    """Puts groups together that rest on the same lines of code, the coarser first."""
-    kinds: dict[object, list[int]] = {}
-    for i, group in enumerate(groups):
-        if group.reason is None and group.size > 1:
-            key = frozenset(lines.get(i, ())), group.inner, group.size
-            kinds.setdefault(key, []).append(i)
-    return sorted(kinds.values(), key=lambda kind: groups[kind[0]].inner)
-
-
-def _trial_sizes(groups: Groups, kinds: list[list[int]]) -> dict[int, int]:
-    """Chooses about half of the channels of each group.
-
-    Each kind loses another number, so that two that are wrong do not make up for each
-    other, and none is left with a number that is a size of something else in the model,
-    where there are numbers enough.
-    """
-    sizes = {n for shape in groups.traced.shapes for n in shape}
-    taken: set[int] = set()
-    times: dict[int, collections.Counter[int]] = {}
-    fewer = {}
-    for kind in kinds:
-        size = groups[kind[0]].size
-        own = times.setdefault(size, collections.Counter())
-        near = _near_half(size)
-        others = [n for n in near[: 2 * max(size // 3, 1) - 1] if n not in taken]
-        free = [n for n in others if n not in sizes]
-        n = next(iter(free or others), None) or min(near, key=own.__getitem__)
-        taken.add(n)
-        own[n] += 1
-        fewer |= dict.fromkeys(kind, n)
-    return fewer
-
-
-def _near_half(size: int) -> list[int]:
-    """Lists smaller numbers, half of it first; one only if there is no other."""
-    numbers = range(2, size) if size > 2 else range(1, 2)
-    return sorted(numbers, key=lambda n: abs(n - size // 2))
-
-
-def _other_size(size: int, first: int) -> int:
-    """Returns a round number of channels, for models that insist on one."""
-    return max(size // 2 if first != size // 2 else size // 4, 1)
 
 
 def _way(ways: set[Parts], groups: set[int], names: list[str]) -> Parts | None:

@@ -47,6 +47,7 @@ class Source:
         Flax modules.
       inputs: abstract example inputs; what is no array is there as it is.
       kwargs: keyword arguments, like the inputs.
+      met: attributes of the Linen modules that were met when it was traced.
     """
 
     model: Any
@@ -55,6 +56,7 @@ class Source:
     tree: Any
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
+    met: list[Field] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(
@@ -81,7 +83,16 @@ class Source:
 
     def trace(self) -> Trace:
         """Traces the model as it is."""
-        return trace_function(self.function, self.inputs, self.kwargs)
+        if not isinstance(self.model, linen.Module):
+            return trace_function(self.function, self.inputs, self.kwargs)
+        made: list[Trace] = []
+        self.met[:] = linen_fields(
+            self.model,
+            lambda: made.append(
+                trace_function(self.function, self.inputs, self.kwargs)
+            ),
+        )
+        return made[0]
 
     def trace_cut(self, plan: Any, shapes: Mapping[str, tuple[int, ...]]) -> Trace:
         """Traces the model with narrower arrays.
@@ -112,7 +123,9 @@ class Source:
             merged = nnx.merge(self.model, self.given)
             return list(_fields_of_nnx(merged))
         if isinstance(self.model, linen.Module):
-            return linen_fields(self.model, lambda: self.trace())
+            if not self.met:
+                self.trace()
+            return list(self.met)
         return fields_of_tree(self.tree)
 
     def _call_cut(self, plan: Any) -> Callable[..., Any]:
