@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +17,10 @@ from tpp_jax.graph.fields import FieldSize
 from tpp_jax.graph.records import Groups, Slot, Supposition
 from tpp_jax.graph.tracing import source_line
 from tpp_jax.pruning.attributes import Attributes, extended, settle
+from tpp_jax.pruning.literals import OtherNumber
 from tpp_jax.pruning.source import Source
 from tpp_jax.pruning.trial import HAIKU, Trial
+from tpp_jax.pruning.widths import kinds_of, other_size, trial_sizes
 
 # Attempts to join two kinds of groups that the model refuses one by one.
 _PAIRS = 12
@@ -57,6 +60,14 @@ def try_groups(
     return _Search(source, groups, suppositions).verdict()
 
 
+class _Attempt(NamedTuple):
+    """What came of a trial: see :class:`Trial`."""
+
+    fault: Difference | None
+    numbers: list[OtherNumber]
+    suspects: frozenset[int] | None
+
+
 class _Search:
     """Finds the groups of a model that cannot lose channels.
 
@@ -79,15 +90,15 @@ class _Search:
             line = source_line(one.source)
             lines[one.group].add((line, one.part))
             self.supposed[one.group][line] = None
-        self.kinds = _kinds(groups, lines)
+        self.kinds = kinds_of(groups, lines)
         self.kind_of = {i: n for n, kind in enumerate(self.kinds) for i in kind}
-        self.fewer = _trial_sizes(groups, self.kinds)
+        self.fewer = trial_sizes(groups, self.kinds)
         self.rest = set(self.fewer)
         self.wrong: dict[int, str] = {}
         self.failed: list[list[int]] = []
         self.sizes: tuple[FieldSize, ...] = ()
         self.attributes = Attributes(source, groups)
-        self.numbered = False  # whether any cut changed a number that is computed with
+        self.known: dict[Any, _Attempt] = {}
 
     def verdict(self) -> Verdict:
         if not self.rest:
@@ -157,14 +168,25 @@ class _Search:
         Args:
           chosen: indices of the groups.
           sizes: attributes that follow; those found so far if not given.
-          values: see :meth:`Trial.of`.
+          values: whether the numbers that enter the computation must be the same. (They
+            are not where a mean is taken over the channels.)
         """
-        sizes = self.sizes if sizes is None else sizes
-        self.trial.groups = self.groups.replace(sizes=sizes)
-        kept = {i: np.arange(self.fewer[i], dtype=np.int32) for i in chosen}
-        fault = self.trial.of(kept, values)
-        self.numbered |= self.trial.number is not None
-        return fault
+        attempt = self._attempt(chosen, self.sizes if sizes is None else sizes)
+        if attempt.fault is None and values and attempt.numbers:
+            return attempt.numbers[0].difference()
+        return attempt.fault
+
+    def _attempt(
+        self, chosen: Iterable[int], sizes: tuple[FieldSize, ...]
+    ) -> "_Attempt":
+        kept = {i: self.fewer[i] for i in sorted(chosen)}
+        key = tuple(kept.items()), sizes
+        if key not in self.known:
+            self.trial.groups = self.groups.replace(sizes=sizes)
+            fault = self.trial.of({i: np.arange(n) for i, n in kept.items()})
+            numbers, suspects = self.trial.numbers, self.trial.suspects
+            self.known[key] = _Attempt(fault, numbers, suspects)
+        return self.known[key]
 
     def _apart(self, chosen: set[int]) -> Iterator[set[int]]:
         """Yields choices that tell kinds apart which lose as many channels."""
@@ -226,7 +248,7 @@ class _Search:
     def _admit_with_other_sizes(self, members: list[int]) -> bool:
         before = {i: self.fewer[i] for i in members}
         self.fewer |= {
-            i: _other_size(self.groups[i].size, self.fewer[i]) for i in members
+            i: other_size(self.groups[i].size, self.fewer[i]) for i in members
         }
         if self.fewer != self.fewer | before and not self.attempt(
             self.rest.union(members)
@@ -318,10 +340,22 @@ class _Search:
 
     def _drop_idle_fields(self) -> None:
         """Forgets attributes that the model holds without."""
-        for kind in dict.fromkeys(size.field.kind for size in self.sizes):
-            without = tuple(s for s in self.sizes if s.field.kind != kind)
-            if not self.attempt(self.rest, without):
-                self.sizes = without
+        # Most likely it is the innermost module that computes with its own.
+        sizes = sorted(self.sizes, key=lambda size: size.field.path.count("."))
+        kinds = list(dict.fromkeys(size.field.kind for size in sizes))
+        self._drop_idle(kinds[:-1])
+        self._drop_idle(kinds[-1:])
+
+    def _drop_idle(self, kinds: list[tuple[str, str]]) -> None:
+        """Forgets attributes of some kinds, found by halving."""
+        if not kinds:
+            return
+        without = tuple(s for s in self.sizes if s.field.kind not in kinds)
+        if not self.attempt(self.rest, without):
+            self.sizes = without
+        elif len(kinds) > 1:
+            self._drop_idle(kinds[: len(kinds) // 2])
+            self._drop_idle(kinds[len(kinds) // 2 :])
 
     # Numbers of channels that enter the values.
 
@@ -335,11 +369,14 @@ class _Search:
         Returns:
           The groups of the second kind.
         """
-        if not self.numbered:
+        whole = self._attempt(self.rest, self.sizes)
+        suspects = whole.suspects if whole.fault is None else None
+        if suspects is not None and not suspects:
             return set()
         plain = [
             [i for i in kind if i in self.rest and not self.groups[i].reduced]
             for kind in self.kinds
+            if suspects is None or not suspects.isdisjoint(kind)
         ]
         follow = set().union(*(size.groups for size in self.sizes))
         follow = {i for i in self.rest if self.groups[i].name in follow}
@@ -431,44 +468,3 @@ class _Search:
             holds = self._settled([*kind, *other], fault, names) is not None
         self.fewer = before
         return fault is None or holds
-
-
-def _kinds(groups: Groups, lines: dict[int, set[tuple[str, int]]]) -> list[list[int]]:
-    """Puts groups together that rest on the same lines of code, the coarser first."""
-    kinds: dict[object, list[int]] = {}
-    for i, group in enumerate(groups):
-        if group.reason is None and group.size > 1:
-            key = frozenset(lines.get(i, ())), group.inner, group.size
-            kinds.setdefault(key, []).append(i)
-    return sorted(kinds.values(), key=lambda kind: groups[kind[0]].inner)
-
-
-def _trial_sizes(groups: Groups, kinds: list[list[int]]) -> dict[int, int]:
-    """Chooses about half of the channels of each group.
-
-    Each kind loses another number, so that two that are wrong do not make up for each
-    other, and none is left with a number that is a size of something else in the model,
-    where there are numbers enough.
-    """
-    sizes = {n for shape in groups.traced.shapes for n in shape}
-    taken: set[int] = set()
-    fewer = {}
-    for kind in kinds:
-        size = groups[kind[0]].size
-        others = [n for n in _near_half(size) if n not in taken]
-        free = [n for n in others if n not in sizes]
-        n = next(iter(free or others), max(size // 2, 1))
-        taken.add(n)
-        fewer |= dict.fromkeys(kind, n)
-    return fewer
-
-
-def _near_half(size: int) -> Iterator[int]:
-    half = size // 2
-    for off in range(max(size // 3, 1)):
-        yield from (n for n in (half - off, half + off) if 0 < n < size)
-
-
-def _other_size(size: int, first: int) -> int:
-    """Returns a round number of channels, for models that insist on one."""
-    return max(size // 2 if first != size // 2 else size // 4, 1)

@@ -47,6 +47,8 @@ class Source:
         Flax modules.
       inputs: abstract example inputs; what is no array is there as it is.
       kwargs: keyword arguments, like the inputs.
+      met: Attributes of the Linen modules met when the model was traced, with the
+        classes of the modules.
     """
 
     model: Any
@@ -55,6 +57,7 @@ class Source:
     tree: Any
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
+    met: dict[Field, type] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -81,7 +84,18 @@ class Source:
 
     def trace(self) -> Trace:
         """Traces the model as it is."""
-        return trace_function(self.function, self.inputs, self.kwargs)
+        if not isinstance(self.model, linen.Module):
+            return trace_function(self.function, self.inputs, self.kwargs)
+        made: list[Trace] = []
+        found = linen_fields(
+            self.model,
+            lambda: made.append(
+                trace_function(self.function, self.inputs, self.kwargs)
+            ),
+        )
+        self.met.clear()
+        self.met.update(found)
+        return made[0]
 
     def trace_cut(self, plan: Any, shapes: Mapping[str, tuple[int, ...]]) -> Trace:
         """Traces the model with narrower arrays.
@@ -115,7 +129,9 @@ class Source:
         if isinstance(self.model, nnx.GraphDef):
             return _fields_of_nnx(nnx.merge(self.model, self.given))
         if isinstance(self.model, linen.Module):
-            return linen_fields(self.model, lambda: self.trace())
+            if not self.met:
+                self.trace()
+            return dict(self.met)
         return fields_of_tree(self.tree)
 
     def _call_cut(self, plan: Any) -> Callable[..., Any]:
