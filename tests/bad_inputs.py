@@ -65,7 +65,7 @@ def message_of(title: str, make: Make, folder: pathlib.Path) -> str:
         said = said.removeprefix("error: ")
     said = said.replace(str(folder), "…").replace(str(ROOT) + "/", "")
     said = re.sub(r"process \d+ on \S+\)", "process … on …)", said)
-    assert 10 < len(said) and said.count("\n") <= 12, said
+    assert len(said) > 10 and said.count("\n") <= 12, said
     return said
 
 
