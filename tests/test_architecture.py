@@ -1,6 +1,7 @@
 """Imports point one way: the packages stand in an order."""
 
 import ast
+import graphlib
 import pathlib
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "tpp_jax"
@@ -46,3 +47,7 @@ def test_imports_point_one_way():
         if place(other) > place(name)
     ]
     assert not up
+
+
+def test_no_modules_form_a_circle():
+    graphlib.TopologicalSorter(imports()).prepare()

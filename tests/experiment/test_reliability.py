@@ -180,13 +180,14 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_survives(tmp_path):
 import resource, sys
 from tests.experiment.test_errors import small_config
 from tpp_jax.experiment import run
-original = run.Run._save
-def save(self, state):
-    original(self, state)
-    self.checkpoints._manager.wait_until_finished()
-    if self.meta["phase"] == "finetune":
+from tpp_jax.experiment.records.checkpoints import Checkpoints
+original = Checkpoints.save
+def save(self, step, arrays, meta):
+    original(self, step, arrays, meta)
+    self._manager.wait_until_finished()
+    if meta["phase"] == "finetune":
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-run.Run._save = save
+Checkpoints.save = save
 try:
     run.train(small_config(checkpoint_every=5), {str(tmp_path)!r})
 except run.TPPError as error:

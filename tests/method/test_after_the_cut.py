@@ -267,8 +267,8 @@ def wrong_order(name, plan):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("before the optimizer", "zero_pruned must stand last in optax.chain"),
-        ("before the penalties", "zero_pruned must stand last in optax.chain"),
+        ("before the optimizer", "zero_pruned must be last in optax.chain"),
+        ("before the penalties", "zero_pruned must be last in optax.chain"),
         ("no optimizer between", "no optimizer between add_tpp_penalties and zero_pr"),
     ],
 )

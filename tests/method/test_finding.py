@@ -119,10 +119,10 @@ def test_statistics_of_a_whole_nnx_state_are_left_alone(transform):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"other": PARAMS["up"]}, "prunes up.kernel.* no leaf .* there is other.bias"),
+        ({"other": PARAMS["up"]}, "prunes up.kernel.* no leaf .* they have other.bias"),
         ({"down": PARAMS["down"], "norm": PARAMS["norm"]}, "prunes up.kernel"),
-        (list(jax.tree.leaves(PARAMS)), "there is 0, 1, 2, 3, 4 and 1 more"),
-        (jnp.ones(99), r"there is \(a bare array\)"),
+        (list(jax.tree.leaves(PARAMS)), "they have 0, 1, 2, 3, 4 and 1 more"),
+        (jnp.ones(99), r"they have \(a bare array\)"),
         ({"a": PARAMS, "b": PARAMS}, "more than once, as a.*, b"),
         ({"params": {"a": PARAMS, "b": PARAMS}}, "more than once"),
         ({}, "prunes up.kernel"),
@@ -148,7 +148,7 @@ def test_a_tree_without_the_planned_parameters_is_refused(transform, tree, messa
 
 def test_a_missing_bias_is_named():
     tree = {**PARAMS, "up": {"kernel": PARAMS["up"]["kernel"]}}
-    with pytest.raises(TPPError, match=r"the plan prunes up.bias, and"):
+    with pytest.raises(TPPError, match=r"the plan prunes up\.bias, but"):
         tpp.add_tpp_penalties(PLAN, SCHEDULE).init(tree)
 
 

@@ -266,7 +266,7 @@ def test_a_module_may_have_an_evaluation_mode_of_its_own():
             self.last = nnx.Linear(6, 2, rngs=rngs)
             self.training = True
 
-        def eval(self, **attributes):
+        def eval(self, **_attributes):
             self.training = False
 
         def __call__(self, x):

@@ -57,7 +57,7 @@ def test_a_member_that_is_missing_or_turned_around_is_found(leaf):
 
     for change in (without, turned):
         wrong = changed(groups, "a", change)
-        with pytest.raises(ValueError, match="group a does not hold: when its chan"):
+        with pytest.raises(ValueError, match="group a is wrong: when its channels"):
             tpp.check_groups(mlp, INPUTS, params=PARAMS, groups=wrong)
 
 

@@ -150,7 +150,7 @@ def test_bn_scale_looks_at_the_norm_that_follows():
 
 def test_bn_scale_needs_a_norm():
     model, groups = normed()
-    with pytest.raises(ValueError, match="needs a norm after bare.*skip that layer"):
+    with pytest.raises(ValueError, match=r"needs a norm after bare.*skip that layer"):
         tpp.make_plan(groups, model, "bare:0.5", criterion="bn_scale")
 
 

@@ -144,7 +144,7 @@ def test_a_loop_without_layers_is_nothing_that_is_not_counted():
 
 def test_the_steps_of_a_loop_of_known_length_count():
     def fn(p, x):
-        return lax.fori_loop(0, 5, lambda i, h: jnp.tanh(h @ p["w"]), x)
+        return lax.fori_loop(0, 5, lambda _, h: jnp.tanh(h @ p["w"]), x)
 
     count = tpp.count(fn, shape(1, 8), params=ones(w=(8, 8)))
     assert (count.flops, count.uncounted) == (5 * 2 * 64, ())
@@ -196,7 +196,7 @@ def test_a_function_with_a_gradient_of_its_own_is_entered():
     def own(w, x):
         return x @ w
 
-    own.defvjp(lambda w, x: (own(w, x), (w, x)), lambda kept, g: kept)
+    own.defvjp(lambda w, x: (own(w, x), (w, x)), lambda kept, _: kept)
 
     def fn(p, x):
         return own(p["v"], jax.nn.relu(own(p["w"], x)))

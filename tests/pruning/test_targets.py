@@ -11,6 +11,7 @@ from flax import nnx
 
 import tpp_jax as tpp
 from tests.reference import filled
+from tpp_jax.errors import TPPError
 from tpp_jax.models import CifarResNet, CifarVGG
 from tpp_jax.pruning.flops import Costs
 
@@ -236,15 +237,15 @@ def test_a_plain_function_and_its_parameters_need_no_model():
 )
 def test_the_impossible_is_refused(options, messages):
     model, _, groups, _, _ = network("resnet")
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(TPPError) as refused:
         tpp.make_plan(groups, model, **options)
     for message in messages:
         assert message in str(refused.value)
 
 
-def test_the_error_tells_what_can_be_reached():
+def test_the_error_says_what_can_be_reached():
     model, x, groups, dense, _ = network("resnet")
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(TPPError) as refused:
         tpp.make_plan(groups, model, {"*layer3*": 0.5}, flops=0.1)
     [share] = [float(w) for w in str(refused.value).split() if w.startswith("0.")]
     plan = tpp.make_plan(groups, model, {"*layer3*": 0.99})

@@ -247,7 +247,7 @@ def test_a_call_that_lacks_an_argument_is_not_blamed_on_sizes():
         return nnx.merge(graphdef, state)(x, scale=1.0, train=False)
 
     plan = tpp.make_plan(tpp.channel_groups(call, x, params=state), net, 0.5)
-    with pytest.raises(TPPError, match="cannot be called with the inputs.*'scale'"):
+    with pytest.raises(TPPError, match=r"cannot be called with the inputs.*'scale'"):
         tpp.prune(net, plan)
 
 

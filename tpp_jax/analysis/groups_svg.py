@@ -46,6 +46,9 @@ def draw_groups(
       path: Path of the file; its folder must exist.
       plan: Plan whose pruned share of the channels is drawn pale, if any.
 
+    Raises:
+      OSError: If the file cannot be written.
+
     Example:
       >>> import tempfile, jax.numpy as jnp
       >>> from tpp_jax import channel_groups

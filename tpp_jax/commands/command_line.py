@@ -144,13 +144,12 @@ def _do(mode: str, config: "ConfigDict", workdir: str | None) -> None:
     Raises:
       TPPError: a mistake of the user's.
     """
-    from tpp_jax.commands import inspect, profile, sweep
+    from tpp_jax.commands import evaluate, inspect, profile, sweep
     from tpp_jax.experiment import run
     from tpp_jax.experiment.records import terminal
-    from tpp_jax.training import evaluation
 
     if mode == "evaluate":  # data.dir, if given: where it has moved to
-        print(json.dumps(evaluation.evaluate(workdir, config.data.dir)))
+        print(json.dumps(evaluate.evaluate(workdir, config.data.dir)))
     elif mode == "report":
         terminal.say(f"{sweep.write_report(workdir)} shows it.")
     else:

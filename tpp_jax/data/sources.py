@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +56,9 @@ class Dataset(NamedTuple):
 
     def train_batches(
         self, batch_size: int, seed: int
-    ) -> Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]]:
+    ) -> Generator[
+        tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]], None, None
+    ]:
         """Yields the full batches of one epoch, in random order, not augmented.
 
         Args:

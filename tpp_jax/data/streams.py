@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,8 @@ STREAMED = ("folder", "imagenet2012")
 
 _ENDLESS = 2**48  # number of batches, more than any run reads
 
-Batches = Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]]
+_Pair = tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]
+Batches = Generator[_Pair, None, None]
 _Load = Callable[[int], tuple[UInt8[np.ndarray, "h w c"], int]]
 
 

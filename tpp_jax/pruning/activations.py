@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen, nnx
 from jax.extend import core as jex_core
 from jaxtyping import Array, Float
@@ -61,35 +62,57 @@ def activation_means(
       ([[1.5, 4.5]], [[1.5]])
     """
     function = as_function(model, params)
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(function.params)]
-    shape_of = dict(zip(function.names, shapes, strict=True))
-
-    @jax.jit
-    def measure(params: Any, inputs: tuple[Any, ...]) -> Means:
-        call = functools.partial(function.call, **kwargs)
-        closed = jax.make_jaxpr(call)(params, *inputs)
-        check_length(closed.jaxpr)
-        leaves = [
-            _Value(leaf, {name: tuple(range(jnp.ndim(leaf)))})
-            for name, leaf in zip(function.names, jax.tree.leaves(params), strict=True)
-        ]
-        others = [_Value(leaf, None) for leaf in jax.tree.leaves(inputs)]
-        meter = _Meter(shape_of)
-        meter.run(closed.jaxpr, closed.consts, [*leaves, *others])
-        found = meter.inner | meter.found
-        return {
-            name: functools.reduce(jnp.add, means) / len(means)
-            for name, means in found.items()
-        }
-
+    call = functools.partial(function.call, **kwargs)
+    measure = jax.jit(functools.partial(_measure, call, function.names))
     runs = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
     return mean_of(measure, ((function.params, inputs) for inputs in runs))
 
 
+def _measure(
+    call: Callable[..., Any],
+    names: Sequence[str],
+    params: optax.Params,
+    inputs: tuple[Any, ...],
+) -> Means:
+    """Returns the mean outputs of kernels in one call of ``call(params, *inputs)``.
+
+    Args:
+      call: Function of the parameters and the inputs.
+      names: Names of the parameters' leaves.
+      params: Parameters.
+      inputs: Inputs.
+    """
+    closed = jax.make_jaxpr(call)(params, *inputs)
+    check_length(closed.jaxpr)
+    arrays = dict(zip(names, jax.tree.leaves(params), strict=True))
+    leaves = [
+        _Value(leaf, {name: tuple(range(jnp.ndim(leaf)))})
+        for name, leaf in arrays.items()
+    ]
+    others = [_Value(leaf, None) for leaf in jax.tree.leaves(inputs)]
+    meter = _Meter({name: jnp.shape(leaf) for name, leaf in arrays.items()})
+    meter.run(closed.jaxpr, closed.consts, [*leaves, *others])
+    return {
+        name: functools.reduce(jnp.add, means) / len(means)
+        for name, means in (meter.inner | meter.found).items()
+    }
+
+
 # Primitives that move or mix the axes of an operand even if its shape is the same.
 _MIXED = frozenset(
-    "reshape rev conv_general_dilated scan while cond fft cholesky lu qr "
-    "triangular_solve".split()
+    {
+        "reshape",
+        "rev",
+        "conv_general_dilated",
+        "scan",
+        "while",
+        "cond",
+        "fft",
+        "cholesky",
+        "lu",
+        "qr",
+        "triangular_solve",
+    }
 )
 
 # For each axis of an array, the axis of a leaf that it is; None if it is of no leaf.

@@ -1,14 +1,15 @@
-"""A numerical proof that the groups of a model are what they are said to be."""
+"""A numerical check that the groups of a model are right."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from jaxtyping import Array, Float, Int
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.functions import Function, as_function, is_array
@@ -19,15 +20,17 @@ from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
 
+Outputs = Float[np.ndarray, " entries"]
+
 
 class GroupCheck(NamedTuple):
-    """What was measured of one group, in units of the outputs' spread.
+    """Measurements of one group, in standard deviations of the outputs.
 
     Attributes:
-      name: the group's name.
-      permuted: largest change of an output when its channels change places.
-      influence: the same if they change places in the layer that produces them first
-        and nowhere else: what a mistake would look like. If that is no more than
+      name: Name of the group.
+      permuted: Largest change of an output when the channels are permuted.
+      influence: Largest change when the channels are permuted only in the layer that
+        produces them first, as if the group were wrong. If it is not larger than
         ``permuted``, nothing is proved.
     """
 
@@ -37,18 +40,17 @@ class GroupCheck(NamedTuple):
 
 
 class Checks(NamedTuple):
-    """What :func:`check_groups` found; it raises if something is wrong.
+    """Result of :func:`check_groups`, which raises if a group is wrong.
 
     Attributes:
-      groups: one entry for each prunable group of at least two channels.
-      masked: largest difference between the network with half of the channels masked
-        and with them cut out, over all groups that no reduction runs over; nan if the
-        masked network divides by zero (weights divided by their norm, for instance).
-      unprunable: group name → why it cannot be pruned.
-      unproved: names of the groups of which something could not be proved: they have
-        no influence on the outputs here (a dead unit, a bias before a softmax), or a
-        reduction runs over them that is no mean, so that no weights make masking and
-        cutting the same.
+      groups: Measurements of each prunable group of at least two channels.
+      masked: Largest difference of an output between masking half of the channels and
+        removing them, in all groups that no reduction runs over; nan if the masked
+        network divides by zero (weights divided by their norm, for example).
+      unprunable: Group name → reason why it cannot be pruned.
+      unproved: Names of the groups that are only partly proved: they do not influence
+        the outputs (a dead unit, a bias before a softmax), or a reduction other than a
+        mean runs over them, so that no weights make masking and removing the same.
     """
 
     groups: tuple[GroupCheck, ...]
@@ -66,154 +68,228 @@ def check_groups(
     seed: int = 0,
     **kwargs: Any,
 ) -> Checks:
-    """Proves the groups of a model on the model itself, with numbers.
+    """Checks the groups of a model numerically, by running the model.
 
-    Four things are tried, on weights near the model's own (drawn again where they are
-    abstract, so that nothing is zero or alike by initialisation):
+    The weights are near those of the model (random where they are abstract), so that
+    none are zero or equal by initialisation:
 
-    - the channels of each group change places, in all arrays at once: the outputs must
-      stay what they are;
-    - half of the channels of every group that no reduction runs over are masked, or cut
-      out: both networks must compute the same;
-    - half of the channels of each group that a reduction runs over are made copies of
-      the other half that nothing reads, or cut out: a norm's mean and variance are the
-      same for both (of 9 channels, 3 are left). Where the networks differ (the
-      reduction is no mean: a softmax, a product of queries and keys), the cut is listed
-      as unproved;
-    - half of the channels of all groups are cut out: the network must still run, and do
-      the same operations on narrower arrays, see :func:`tpp_jax.check_plan`.
+    - If the channels of a group are permuted, the outputs must not change.
+    - If half of the channels of all groups that no reduction runs over are masked, the
+      outputs must be the same as without them.
+    - If half of the channels of a group that a reduction runs over are copies of the
+      other half (6 of 9 channels are copies of 3), and no layer reads the copies, the
+      outputs must be the same as without them. Otherwise the reduction is not a mean
+      (a softmax, a product of queries and keys), and the group is listed as unproved.
+    - The model must run without half of all channels, see :func:`tpp_jax.check_plan`.
 
     Args:
-      model: as for :func:`channel_groups`.
-      *inputs: example inputs; abstract ones are drawn at random.
-      params: as for :func:`channel_groups`.
-      groups: the groups to be checked; found if not given.
-      tolerance: the largest difference allowed, in units of the outputs' standard
-        deviation; what float32 rounding makes of a deep network is some 1e-5.
-      seed: of what is drawn.
-      **kwargs: keyword arguments of the model, like ``inputs``.
+      model: NNX module (runs in evaluation mode, not modified), Linen module or
+        function ``fn(params, *inputs)``.
+      *inputs: Example inputs; abstract ones are replaced by random numbers.
+      params: Parameter pytree of a function, or variables of a Linen module.
+      groups: Groups to check; by default those of :func:`tpp_jax.channel_groups`.
+      tolerance: Largest difference allowed, in standard deviations of the outputs.
+        Rounding in float32 causes about 1e-5 in a deep network.
+      seed: Seed of the random numbers.
+      **kwargs: Keyword arguments of the model, like ``inputs``.
 
     Returns:
-      What was measured.
+      The measurements, and the groups that could not be proved.
 
     Raises:
-      TPPError: a group does not hold; the message names it.
+      TPPError: A group is wrong; the message names it.
 
     Example:
-      >>> from flax import nnx
-      >>> net = nnx.Sequential(
-      ...     nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu,
-      ...     nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
-      >>> checks = check_groups(net, jax.ShapeDtypeStruct((3, 4), jnp.float32))
+      >>> import jax, jax.numpy as jnp
+      >>> def mlp(p, x):
+      ...     return jax.nn.relu(x @ p["w1"]) @ p["w2"]
+      >>> p = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+      >>> checks = check_groups(mlp, jnp.ones((3, 4)), params=p)
       >>> [one.name for one in checks.groups], checks.masked < 1e-5
-      (['layers.0'], True)
+      (['w1'], True)
     """
     if groups is None:
         groups = channel_groups(model, *inputs, params=params, **kwargs)
     rng = np.random.default_rng(seed)
-    function = as_function(model, params)
-    weights = jax.tree.map(lambda leaf: _drawn(leaf, rng), function.params)
-    inputs, kwargs = jax.tree.map(lambda leaf: _example(leaf, rng), (inputs, kwargs))
-    run = jax.jit(lambda weights: _flat(function.call(weights, *inputs, **kwargs)))
-    expected = np.asarray(run(weights))
+    network = _Network.of(model, params, groups, inputs, kwargs, rng)
+    checks = _check_permuting(network, groups, tolerance, rng)
+    masked = _check_masking(network, groups, tolerance, rng)
+    check_plan(_half(groups, rng, lambda _: True), model, params)
+    unproved = _unproved(network, groups, checks, tolerance, rng)
+    reasons = {group.name: group.reason for group in groups if group.reason}
+    return Checks(checks, masked, reasons, unproved)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """A model with inputs and weights to check its groups on.
+
+    Attributes:
+      model: The model.
+      params: Parameters that came with the model, as for :func:`check_groups`.
+      function: The model as a function of its weights.
+      inputs: Inputs of the model.
+      kwargs: Keyword arguments of the model.
+      weights: Weights near those of the model, as a tree of ``function.params``.
+      names: For each leaf of the weights, the name of the parameter that it copies.
+    """
+
+    model: Any
+    params: Any
+    function: Function
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    weights: Any
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        params: Any,
+        groups: Groups,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        rng: np.random.Generator,
+    ) -> "_Network":
+        function = as_function(model, params)
+        weights = jax.tree.map(lambda leaf: _drawn(leaf, rng), function.params)
+        arguments = inputs, kwargs
+        inputs, kwargs = jax.tree.map(lambda leaf: _example(leaf, rng), arguments)
+        # A copy of a parameter in another collection changes along with it.
+        names = tuple(
+            longest_known_suffix(name, groups.shapes) or name for name in function.names
+        )
+        return cls(model, params, function, inputs, kwargs, weights, names)
+
+    @functools.cached_property
+    def _run(self) -> Callable[[Any], jax.Array]:
+        call = self.function.call
+        return jax.jit(
+            lambda weights: _flat(call(weights, *self.inputs, **self.kwargs))
+        )
+
+    def run(self, weights: Any) -> Outputs:
+        """Returns the outputs of the unpruned network."""
+        return np.asarray(self._run(weights))
+
+    def run_cut(self, plan: Plan, weights: Any) -> Outputs:
+        """Returns the outputs of the network that :func:`prune` returns."""
+        if isinstance(self.model, nnx.Module):
+            merged = nnx.merge(nnx.graphdef(self.model), weights)
+            small = as_function(prune(merged, plan))
+        elif isinstance(self.model, linen.Module):
+            small = dataclasses.replace(
+                self.function,
+                call=linen_apply(self.model, plan),
+                params=slice_tree(plan, weights),
+            )
+        else:
+            drawn = iter(jax.tree.leaves(weights))
+            tree = jax.tree.map(
+                lambda leaf: next(drawn) if is_array(leaf) else leaf, self.params
+            )
+            small = as_function(self.model, prune(self.model, plan, tree))
+        run = jax.jit(
+            lambda weights: _flat(small.call(weights, *self.inputs, **self.kwargs))
+        )
+        return np.asarray(run(small.params))
+
+
+def _check_permuting(
+    network: _Network, groups: Groups, tolerance: float, rng: np.random.Generator
+) -> tuple[GroupCheck, ...]:
+    """Checks that the outputs do not change when the channels of a group do."""
+    expected = network.run(network.weights)
     if not np.isfinite(expected).all():
         raise TPPError(
             "the model's outputs are not finite near its own weights: nothing can be "
-            "proved of it"
+            "proved about it"
         )
-    spread = float(expected.std()) or 1.0
-
-    def distance(found: Any) -> float:
-        return float(np.abs(np.asarray(found) - expected).max(initial=0.0)) / spread
-
-    # A copy of a parameter in another collection changes along with it.
-    names = tuple(
-        longest_known_suffix(name, groups.shapes) or name for name in function.names
-    )
     checks = []
-    # Random numbers do not change places with the channels that they are drawn for.
-    noisy = groups.reading.noisy if groups.reading is not None else frozenset()
+    noisy = _noisy(groups)
     for i, group in enumerate(groups):
         if group.reason is not None or group.size < 2 or i in noisy:
             continue
-        # One cycle through all channels leaves none where it was.
+        # A single cycle moves every channel.
         cycle = rng.permutation(group.size)
         order = np.empty_like(cycle)
         order[cycle] = np.roll(cycle, 1)
-        permuted = distance(run(_permuted(weights, names, group, order)))
+        permuted = _distance(network.run(_permuted(network, group, order)), expected)
         first = next(m for m in group.members if m.role == "produced")
-        lone = dataclasses.replace(group, members=(first,))
-        influence = distance(run(_permuted(weights, names, lone, order)))
+        alone = dataclasses.replace(group, members=(first,))
+        influence = _distance(network.run(_permuted(network, alone, order)), expected)
         checks.append(GroupCheck(group.name, permuted, influence))
         if not permuted <= tolerance:
             raise TPPError(
-                f"the group {group.name} does not hold: when its channels change "
-                f"places, an output changes by {permuted:.2g} standard deviations. "
-                "Please report the model; until then, skip this group"
+                f"the group {group.name} is wrong: when its channels are permuted, an "
+                f"output changes by {permuted:.2g} standard deviations. Please report "
+                "the model; until then, skip this group"
             )
-    cut = functools.partial(_run_cut, model, params, function, inputs, kwargs)
+    return tuple(checks)
+
+
+def _check_masking(
+    network: _Network, groups: Groups, tolerance: float, rng: np.random.Generator
+) -> float:
+    """Checks that masked and removed channels give the same, and returns how nearly."""
     plan = _half(groups, rng, lambda group: not group.reduced)
-    mask = mask_tree(plan, weights)
-    expected = np.asarray(run(jax.tree.map(_masked, weights, mask)))
-    found = cut(plan, weights)
-    spread = float(expected.std()) or 1.0
-    masked = float(np.abs(found - expected).max(initial=0.0)) / spread
+    mask = mask_tree(plan, network.weights)
+    expected = network.run(jax.tree.map(_masked, network.weights, mask))
+    masked = _distance(network.run_cut(plan, network.weights), expected)
     if np.isfinite(expected).all() and not masked <= tolerance:
         raise TPPError(
-            f"masking half of the channels differs from cutting them out by "
+            f"masking half of the channels differs from removing them by "
             f"{masked:.2g} standard deviations of the outputs"
         )
-    check_plan(_half(groups, rng, lambda group: True), model, params)
-    unproved = {one.name: None for one in checks if one.influence <= tolerance}
-    unproved |= {groups[i].name: None for i in noisy if groups[i].reason is None}
+    return masked
+
+
+def _unproved(
+    network: _Network,
+    groups: Groups,
+    checks: Sequence[GroupCheck],
+    tolerance: float,
+    rng: np.random.Generator,
+) -> tuple[str, ...]:
+    """Returns the groups that permuting, or removing copies, cannot prove."""
+    unproved = [one.name for one in checks if one.influence <= tolerance]
+    unproved += [groups[i].name for i in _noisy(groups) if groups[i].reason is None]
     for group in groups:
         if group.reduced and group.reason is None and group.size > 1:
             plan = _share(groups, rng, group)
-            copies = _with_copies(weights, names, group, plan)
-            expected = np.asarray(run(copies))
-            apart = np.abs(cut(plan, copies) - expected).max(initial=0.0)
-            if not apart <= tolerance * (float(expected.std()) or 1.0):
-                unproved[group.name] = None
-    reasons = {group.name: group.reason for group in groups if group.reason}
-    return Checks(tuple(checks), masked, reasons, tuple(unproved))
+            weights = _with_copies(network, group, plan)
+            found = network.run_cut(plan, weights)
+            if not _distance(found, network.run(weights)) <= tolerance:
+                unproved.append(group.name)
+    return tuple(dict.fromkeys(unproved))
 
 
-def _run_cut(
-    model: Any,
-    params: Any,
-    function: Function,
-    inputs: Any,
-    kwargs: Any,
-    plan: Plan,
-    weights: Any,
-) -> np.ndarray:
-    """Returns the outputs of the cut network, as :func:`prune` leaves it."""
-    if isinstance(model, nnx.Module):
-        small = as_function(prune(nnx.merge(nnx.graphdef(model), weights), plan))
-    elif isinstance(model, linen.Module):
-        call = linen_apply(model, plan)
-        small = dataclasses.replace(
-            function, call=call, params=slice_tree(plan, weights)
-        )
-    else:
-        drawn = iter(jax.tree.leaves(weights))
-        tree = jax.tree.map(lambda x: next(drawn) if is_array(x) else x, params)
-        small = as_function(model, prune(model, plan, tree))
-    run = jax.jit(lambda weights: _flat(small.call(weights, *inputs, **kwargs)))
-    return np.asarray(run(small.params))
+def _noisy(groups: Groups) -> frozenset[int]:
+    """Returns the groups whose channels random numbers are drawn for.
+
+    These numbers are not permuted with the channels.
+    """
+    return groups.reading.noisy if groups.reading is not None else frozenset()
 
 
-def _with_copies(weights: Any, names: tuple[str, ...], group: Group, plan: Plan) -> Any:
-    """Returns weights in which the channels that go are copies that nothing reads."""
-    kept, gone = np.asarray(plan.kept[group.name]), plan.pruned(group.name)
+def _distance(found: Outputs, expected: Outputs) -> float:
+    """Returns the largest difference, in standard deviations of what is expected."""
+    spread = float(expected.std()) or 1.0
+    return float(np.abs(found - expected).max(initial=0.0)) / spread
+
+
+def _with_copies(network: _Network, group: Group, plan: Plan) -> Any:
+    """Returns weights whose pruned channels are copies that no layer reads."""
+    kept, pruned = np.asarray(plan.kept[group.name]), plan.pruned(group.name)
     order = np.arange(group.size)
-    order[gone] = np.tile(kept, group.size // len(kept) - 1)
-    leaves, structure = jax.tree.flatten(_permuted(weights, names, group, order))
+    order[pruned] = np.tile(kept, group.size // len(kept) - 1)
+    leaves, structure = jax.tree.flatten(_permuted(network, group, order))
     for member in group.members:
         if member.role == "contracted":
-            for i in (i for i, name in enumerate(names) if name == member.leaf):
+            for i in (i for i, name in enumerate(network.names) if name == member.leaf):
                 leaf = np.moveaxis(np.array(leaves[i]), member.axis, 0)
-                leaf[member.positions[gone].reshape(-1)] = 0
+                leaf[member.positions[pruned].reshape(-1)] = 0
                 leaves[i] = np.moveaxis(leaf, 0, member.axis)
     return jax.tree.unflatten(structure, leaves)
 
@@ -222,8 +298,10 @@ def _masked(leaf: Any, keep: Any) -> Any:
     return np.asarray(leaf) * np.asarray(keep) if _is_float(leaf) else leaf
 
 
-def _half(groups: Groups, rng: Any, chosen: Callable[[Group], bool]) -> Plan:
-    """Plans to keep a random half of the channels of the chosen groups."""
+def _half(
+    groups: Groups, rng: np.random.Generator, chosen: Callable[[Group], bool]
+) -> Plan:
+    """Returns a plan that keeps a random half of the channels of the chosen groups."""
     kept = {}
     for group in groups:
         if group.reason is None:
@@ -232,8 +310,8 @@ def _half(groups: Groups, rng: Any, chosen: Callable[[Group], bool]) -> Plan:
     return Plan(kept, groups)
 
 
-def _share(groups: Groups, rng: Any, chosen: Group) -> Plan:
-    """Plans to keep so many channels of a group that the others are copies of them."""
+def _share(groups: Groups, rng: np.random.Generator, chosen: Group) -> Plan:
+    """Returns a plan for one group that keeps a divisor of its number of channels."""
     times = next(n for n in range(2, chosen.size + 1) if chosen.size % n == 0)
     kept = {
         group.name: np.arange(group.size, dtype=np.int32)
@@ -245,23 +323,23 @@ def _share(groups: Groups, rng: Any, chosen: Group) -> Plan:
     return Plan(kept, groups)
 
 
-def _permuted(weights: Any, names: tuple[str, ...], group: Group, order: Any) -> Any:
+def _permuted(network: _Network, group: Group, order: Int[np.ndarray, " size"]) -> Any:
     """Returns the weights with the channels of a group in another order."""
-    leaves, structure = jax.tree.flatten(weights)
-    places: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        places.setdefault(name, []).append(i)
+    leaves, structure = jax.tree.flatten(network.weights)
+    indices: dict[str, list[int]] = {}
+    for i, name in enumerate(network.names):
+        indices.setdefault(name, []).append(i)
     for member in group.members:
-        for i in places[member.leaf]:
+        for i in indices[member.leaf]:
             source = np.arange(leaves[i].shape[member.axis])
             source[member.positions] = member.positions[order]
-            # On the host: on a device every new shape would be compiled for.
+            # On the host: a device would compile a program for every shape.
             leaves[i] = np.take(np.asarray(leaves[i]), source, axis=member.axis)
     return jax.tree.unflatten(structure, leaves)
 
 
-def _drawn(leaf: Any, rng: Any) -> Any:
-    """Returns an array near a weight, with no two entries alike."""
+def _drawn(leaf: Any, rng: np.random.Generator) -> Any:
+    """Returns an array near a weight, without equal entries."""
     if not _is_float(leaf):
         return leaf
     noise = rng.uniform(-1, 1, leaf.shape)
@@ -278,7 +356,8 @@ def _drawn(leaf: Any, rng: Any) -> Any:
     return np.asarray(near, leaf.dtype)
 
 
-def _example(leaf: Any, rng: Any) -> Any:
+def _example(leaf: Any, rng: np.random.Generator) -> Any:
+    """Returns a random array in place of an abstract one."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -292,6 +371,7 @@ def _is_float(leaf: Any) -> bool:
     return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _flat(outputs: Any) -> jax.Array:
+def _flat(outputs: Any) -> Float[Array, " entries"]:
+    """Returns all outputs in one vector."""
     arrays = [jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(outputs)]
     return jnp.concatenate(arrays)

@@ -124,7 +124,7 @@ class Copies:
         return factored
 
     def _vector(self, name: str) -> Copy | None:
-        """Returns the copy that is one of a list of vectors, one per axis, as in SM3."""
+        """Returns the copy that is one of a vector per axis, as SM3 keeps them."""
         head, _, number = name.rpartition(".")
         parameter = self.parameter(head.removesuffix(".value"))
         if not number.isdigit() or parameter not in self.groups.members:
@@ -198,7 +198,7 @@ class Copies:
 
 
 def with_new_products(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of optax's L-BFGS that depend on the unpruned network, updated.
+    """Updates the leaves of optax's L-BFGS that depend on the unpruned network.
 
     Its weights are inverse inner products of vectors that the cut shortens; a pair that
     no longer has positive curvature is ignored, by a weight of 0. Its line search keeps

@@ -1,22 +1,25 @@
-"""Taking channels out of a model: ``prune``, ``check_plan``, ``linen_apply``.
+"""Removal of channels from a model: ``prune``, ``check_plan``, ``linen_apply``.
 
-What a plan says is tried on the model before anything is cut: the model is traced with
-the widths that the plan leaves and must do the same operations on them.
+A plan is tried on the model before anything is cut: the model is traced with the widths
+of the plan, and must do the same operations on narrower arrays.
 """
 
 import functools
 import warnings
-from collections.abc import Callable
-from typing import Any, overload
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen, nnx
+from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph import linen as linen_modules
 from tpp_jax.graph.bridge import follow_inputs
+from tpp_jax.graph.comparing import Difference
 from tpp_jax.graph.groups import read_groups
 from tpp_jax.graph.naming import longest_known_suffix, named_leaves
 from tpp_jax.graph.records import Group, Groups
@@ -26,11 +29,17 @@ from tpp_jax.pruning.slicing import slice_tree
 from tpp_jax.pruning.source import Source, adapt
 from tpp_jax.pruning.trial import blamed
 
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+
 
 @overload
 def prune(
-    model: nnx.Module, plan: Plan, params: None = None, *, opt_state: Any = None
-) -> nnx.Module: ...
+    model: ModuleT,
+    plan: Plan,
+    params: None = None,
+    *,
+    opt_state: optax.OptState | None = None,
+) -> ModuleT: ...
 
 
 @overload
@@ -39,38 +48,43 @@ def prune(
     plan: Plan,
     params: Any,
     *,
-    opt_state: Any = None,
+    opt_state: optax.OptState | None = None,
 ) -> Any: ...
 
 
-def prune(model: Any, plan: Plan, params: Any = None, *, opt_state: Any = None) -> Any:
-    """Returns a smaller model; the given one is untouched.
+def prune(
+    model: nnx.Module | linen.Module | Callable[..., Any],
+    plan: Plan,
+    params: Any = None,
+    *,
+    opt_state: optax.OptState | None = None,
+) -> Any:
+    """Returns the pruned model, or its parameters; the given ones are not modified.
 
-    The cut is tried first, see :func:`check_plan`: so a size that a layer has written
-    into it is found here, even where the sliced model would run and compute something
-    else.
+    The plan is tried first, see :func:`check_plan`. This finds a size that is
+    hard-coded in a layer, even if the sliced model runs and computes something else.
 
     Args:
-      model: the model that the plan was made for: an NNX module, a Linen module or a
-        function ``fn(params, *inputs)``.
-      plan: what is pruned; concrete.
-      params: the variables of a Linen module, the parameter tree of a function.
-      opt_state: the state of the optimizer that TPP's transforms are chained into, if
-        the cut is to be checked against it; it is not changed.
+      model: Model that the plan was made for: NNX module, Linen module or function
+        ``fn(params, *inputs)``.
+      plan: Plan of the channels to keep; not traced.
+      params: Variables of a Linen module, or parameter pytree of a function.
+      opt_state: State of the optimizer with TPP's transforms, to check that the pruned
+        filters are zero; not modified.
 
     Returns:
-      For an NNX module a new one of the same class with narrower layers, whose static
-      sizes follow. Otherwise the smaller tree: a function takes it as it is (an Equinox
-      module in it has its sizes set), a Linen module through :func:`linen_apply`.
+      For an NNX module, a new module of the same class with narrower layers and
+      adjusted static sizes. Otherwise the smaller tree: pass it to the function (the
+      sizes of an Equinox module in it are adjusted), or to :func:`linen_apply`.
 
     Raises:
-      TPPError: the sliced model does not run or computes something else; the groups at
-        fault are named.
+      TPPError: The sliced model does not run or computes something else; the message
+        names the groups at fault.
 
     Warns:
-      UserWarning: by ``opt_state`` the filters that are cut should be zero and are not;
-        or they are zero, but a norm or another reduction over their channels takes
-        their absence for something else.
+      UserWarning: ``opt_state`` shows that the pruned filters should be zero, and they
+        are not; or they are zero, but removing them changes the result of a norm or
+        another reduction over their channels.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -96,38 +110,36 @@ def prune(model: Any, plan: Plan, params: Any = None, *, opt_state: Any = None) 
     return small
 
 
-def _warn(plan: Plan, params: Any, opt_state: Any) -> None:
-    """Warns where TPP was to make a cut free that is not."""
+def _warn(plan: Plan, params: optax.Params, opt_state: optax.OptState | None) -> None:
+    """Warns if TPP's cut changes what the network computes."""
     if opt_state is not None:
         check_ready(opt_state, plan, params)
     reduced = [group for group in plan.pruned_groups if group.reduced]
     leaves = [*jax.tree.leaves(params), *plan.kept.values()]
-    if not reduced or any(
-        isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in leaves
-    ):
+    if not reduced or any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in leaves):
         return
-    # One filter tells a cut at once, which nobody takes for free, from TPP's.
+    # The first filter is cheap to look at, and zero only after TPP.
     if _first_is_zero(plan, reduced[0], params) and measure(plan, params).all_zero:
         names = ", ".join(group.name for group in reduced[:3])
         warnings.warn(
             "the filters to be cut are zero, but a norm, softmax or other reduction "
-            f"runs over the channels of {names}: it does not take "
-            "their absence for zeros, so the cut changes what the network computes",
+            f"runs over the channels of {names}: its result is different without these "
+            "channels, so the cut changes what the network computes",
             UserWarning,
             stacklevel=3,
         )
 
 
 def _first_is_zero(plan: Plan, group: Group, params: Any) -> bool:
-    """Reports whether the first filter of a group that goes is zero."""
+    """Reports whether the first pruned filter of a group is zero."""
     member = next(m for m in group.members if m.role == "produced")
-    there = np.zeros(plan.groups.shapes[member.leaf][member.axis], bool)
-    there[member.positions[plan.pruned(group.name)[0]]] = True
+    mask = np.zeros(plan.groups.shapes[member.leaf][member.axis], bool)
+    mask[member.positions[plan.pruned(group.name)[0]]] = True
     shape = [1] * len(plan.groups.shapes[member.leaf])
     shape[member.axis] = -1
-    # All of it is looked at where it is: an array may be sharded.
+    # A mask needs no indexing, which would gather an array that is sharded.
     return not any(
-        bool(jnp.any(jnp.where(there.reshape(shape), leaf, 0)))
+        bool(jnp.any(jnp.where(mask.reshape(shape), leaf, 0)))
         for name, leaf in named_leaves(params).items()
         if longest_known_suffix(name, plan.groups.shapes) == member.leaf
     )
@@ -140,31 +152,42 @@ def check_plan(
 ) -> None:
     """Tries a plan on its model, without computing anything.
 
-    The model is traced with the widths that the plan leaves: it must run, give outputs
-    of the same shapes, take the same branches of its own code, and do the same
-    operations on arrays as narrow as planned. ``make_plan``, ``prune`` and
-    ``linen_apply`` do this; call it for a plan that was made by hand or read from a
-    file and is used with ``slice_tree`` alone.
+    The model is traced with the widths of the plan. It must run, return outputs of the
+    same shapes, take the same branches of its own code, and do the same operations on
+    arrays of the planned widths. ``make_plan``, ``prune`` and ``linen_apply`` call this
+    function; call it for a plan that was made by hand or read from a file and is used
+    only with ``slice_tree``.
 
     Args:
-      plan: what is pruned; concrete.
-      model: the model; the one that the groups were found with if not given.
-      params: as for :func:`tpp_jax.channel_groups`, for a model that is given and is no
-        NNX module.
+      plan: Plan of the channels to keep; not traced.
+      model: Model to try the plan on; by default the one that the groups were found
+        with.
+      params: Parameter pytree of a function, or variables of a Linen module; abstract
+        ones are enough.
 
     Raises:
-      TPPError: the plan does not fit the model; the groups at fault are named.
+      TPPError: The plan does not fit the model; the message names the groups at fault.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import tpp_jax as tpp
+      >>> def net(p, x):
+      ...     x = x @ p["w1"]
+      ...     if x.shape[-1] % 2:
+      ...         raise ValueError("the width must be even")
+      ...     return x @ p["w2"]
+      >>> p = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+      >>> groups = tpp.channel_groups(net, jnp.ones((1, 4)), params=p)
+      >>> check_plan(tpp.Plan.from_dict({"w1": [0, 1]}, groups))
+      >>> three = tpp.Plan.from_dict({"w1": [0, 1, 2]}, groups)
+      >>> check_plan(three)  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ...
+      tpp_jax.errors.TPPError: ... 3 of the 8 channels of w1: the width must be even...
     """
     expect_plan(plan)
     groups = plan.groups
-    source = groups.source
-    if model is not None:
-        given = model if not isinstance(model, nnx.Module) else nnx.graphdef(model)
-        if source is None or source.model != given:
-            if params is None and not isinstance(model, nnx.Module):
-                params = source and source.given
-            source = Source.of(model, params, groups.inputs, groups.kwargs)
-            _check_shapes(source, groups)
+    source = _source(groups, model, params)
     if source is None or groups.reading is None:
         groups = _found_again(groups, source)
         source, plan = groups.source, Plan(plan.kept, groups)
@@ -172,33 +195,62 @@ def check_plan(
         return
     found = blamed(source, plan)
     if found is not None:
-        fault, names = found
         _check_call(source)
-        left = ", ".join(
-            f"{plan.kept_count(groups[name])} of the {groups[name].size} channels of "
-            f"{name}"
-            for name in names[:3]
-        )
-        more = f" and {len(names) - 3} groups more" if len(names) > 3 else ""
-        line = f" ({fault.line})" if fault.line else ""
-        raise TPPError(
-            f"the model does not hold with {left}{more}: {fault.text}{line}. Leave "
-            "other numbers of these channels, or skip the layer"
-        )
+        raise _refused(plan, *found)
     groups.note_checked(source, plan.kept)
 
 
+def _source(groups: Groups, model: Any, params: Any) -> Source | None:
+    """Returns the model to try a plan on: the given one, or that of the groups.
+
+    Raises:
+      TPPError: The parameters of the given model are not those of the groups.
+    """
+    known = groups.source
+    if model is None:
+        return known
+    given = nnx.graphdef(model) if isinstance(model, nnx.Module) else model
+    if known is not None and known.model == given:
+        return known
+    if params is None and not isinstance(model, nnx.Module):
+        params = known and known.given
+    source = Source.of(model, params, groups.inputs, groups.kwargs)
+    _check_shapes(source, groups)
+    return source
+
+
+def _refused(plan: Plan, fault: Difference, names: Sequence[str]) -> TPPError:
+    """Returns the error for a plan that a model does not work with.
+
+    Args:
+      plan: Plan of the channels to keep.
+      fault: Difference that the plan causes.
+      names: Names of the groups at fault.
+    """
+    sizes = {name: plan.groups[name] for name in names}
+    kept = ", ".join(
+        f"{plan.kept_count(group)} of the {group.size} channels of {name}"
+        for name, group in list(sizes.items())[:3]
+    )
+    more = f" and {len(names) - 3} more groups" if len(names) > 3 else ""
+    line = f" ({fault.line})" if fault.line else ""
+    return TPPError(
+        f"the model does not work with {kept}{more}: {fault.text}{line}. Keep other "
+        "numbers of these channels, or skip the layer"
+    )
+
+
 def _check_shapes(source: Source, groups: Groups) -> None:
-    """Raises if a model has other parameters than the one of the groups."""
+    """Raises if the parameters of a model are not those of the groups."""
     function = source.function
     for name, leaf in zip(function.names, function.params, strict=True):
         twin = function.namesakes.get(name, "")
         shape = groups.shapes.get(name, groups.shapes.get(twin))
         if leaf.shape != shape:
-            planned = "is not there" if shape is None else f"has the shape {shape}"
+            planned = "is missing" if shape is None else f"has the shape {shape}"
             raise TPPError(
-                f"the plan is of another model: {name} has the shape {leaf.shape} "
-                f"here, and in the planned model it {planned}"
+                f"the plan is for another model: {name} has the shape {leaf.shape} "
+                f"here, but in the planned model it {planned}"
             )
 
 
@@ -210,23 +262,23 @@ def _check_call(source: Source) -> None:
         text = str(error).partition("\n")[0]
         raise TPPError(
             "the model cannot be called with the inputs that the groups were found "
-            f"with: {text}. Find the groups with the model itself, giving all its "
+            f"with: {text}. Find the groups with the model itself and all of its "
             "arguments, as in channel_groups(model, x, train=False)"
         ) from error
 
 
 def _found_again(groups: Groups, source: Source | None) -> Groups:
-    """Reads groups that come from a pickle off their model again."""
+    """Returns the groups of a plan from a pickle, read off their model again."""
     if source is None:
         raise TPPError(
-            "this plan comes from a pickle, which does not hold its model: give the "
+            "this plan comes from a pickle, which does not contain its model: pass the "
             "model, as in check_plan(plan, model, params)"
         )
     found, _ = read_groups(source.trace(), source.inputs, joined=groups.joined)
     reasons = {i: g.reason for i, g in enumerate(groups) if g.reason}
     found = found.with_verdict(reasons, groups.sizes, source)
     if found != groups:
-        raise TPPError("the plan is of another model: its groups are others")
+        raise TPPError("the plan is for another model, which has other groups")
     return found
 
 
@@ -234,17 +286,19 @@ def linen_apply(module: linen.Module, plan: Plan | None = None) -> Callable[...,
     """Returns ``module.apply`` for variables of any width.
 
     Args:
-      module: a Linen module; for the variables that it was made with, the result is
-        that of ``module.apply``.
-      plan: the plan that the variables were sliced by. It is tried on the module, see
-        :func:`check_plan`, and sizes that the arrays do not tell follow it: the groups
-        of a ``GroupNorm``, a number of heads. Without a plan nothing is tried.
+      module: Linen module. With its own variables, the result is that of
+        ``module.apply``.
+      plan: Plan that the variables were sliced by. It is tried on the module, see
+        :func:`check_plan`, and determines sizes that do not follow from the shapes of
+        arrays: the groups of a ``GroupNorm``, a number of heads. Without a plan nothing
+        is tried.
 
     Returns:
-      A function with the arguments of ``module.apply``, for sliced variables too.
+      A function with the arguments of ``module.apply``, which also takes sliced
+      variables.
 
     Raises:
-      TPPError: the plan does not fit the module.
+      TPPError: The plan does not fit the module.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -1,8 +1,9 @@
-"""Which leaves of a tree of parameters a plan has something to do with before the cut.
+"""The pruned filters in a tree of parameters, before the cut.
 
-What is penalised, set to zero and watched on the way are the pruned *filters*: slices
-of the kernels that produce channels, with the biases and norms that belong to them. The
-next layer's inputs are not among them: they see only zeros once the filters are zero.
+The transforms penalise, zero out and measure the pruned *filters*: slices of the
+kernels that produce channels, with the biases and norms of these channels. The
+corresponding inputs of the next layer are not included: they are only multiplied by
+zeros once the filters are zero.
 """
 
 import dataclasses
@@ -21,27 +22,27 @@ from tpp_jax.graph.naming import (
     longest_known_suffix,
     some,
 )
-from tpp_jax.pruning.masks import cut_shapes, keep_masks
+from tpp_jax.pruning.masks import Mask, cut_shapes, keep_masks
 from tpp_jax.pruning.plan import Plan, expect_plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """The pruned filters in one parameter, or what goes with them.
+    """The pruned filters in a kernel, or their entries in a bias or norm.
 
     Attributes:
-      members: the axes along which something is pruned, none of them contracted.
-      pruned: for each, bool ``[n]``: the positions along it that go.
-      cut: the parameter's shape after the cut.
+      members: Axes along which positions are pruned, none of them contracted.
+      pruned: For each axis, bool ``[n]``, True for pruned positions.
+      cut: Shape of the parameter after the cut.
     """
 
     members: tuple[Member, ...]
-    pruned: tuple[Bool[Array, " n"], ...]
+    pruned: tuple[Mask, ...]
     cut: tuple[int, ...]
 
     @property
     def kernel(self) -> Member | None:
-        """The member that says how filters lie in a kernel some of which are pruned."""
+        """Member whose axis enumerates filters; None if the parameter is no kernel."""
         return next((m for m in self.members if m.axis in m.filters), None)
 
     @property
@@ -49,27 +50,29 @@ class Filters:
         """Index of the layer in order of execution."""
         return self.members[0].order
 
-    def mask(self, ndim: int, filters: tuple[int, ...] | None = None) -> Array:
-        """Returns which entries of the parameter go, as bool that can be broadcast.
+    def mask(
+        self, ndim: int, filters: tuple[int, ...] | None = None
+    ) -> Bool[Array, "..."] | Bool[np.ndarray, "..."]:
+        """Returns a mask of the pruned entries, bool that can be broadcast.
 
         Args:
-          ndim: axes of the parameter.
-          filters: if given, the mask is of these axes alone, ``[*filters]``.
+          ndim: Number of axes of the parameter.
+          filters: Axes of the mask, ``[*filters]``; by default all of the parameter's.
         """
         axes = tuple(range(ndim)) if filters is None else filters
-        found: Any = False
+        mask: Any = False
         for member, pruned in zip(self.members, self.pruned, strict=True):
             if member.axis in axes:
                 shape = [-1 if axis == member.axis else 1 for axis in axes]
-                found = found | pruned.reshape(shape)
-        return found
+                mask = mask | pruned.reshape(shape)
+        return mask
 
 
 def pruned_filters(plan: Plan) -> dict[str, Filters]:
-    """Returns what a plan prunes in each parameter that is trained.
+    """Returns the pruned filters of each trained parameter, by its name.
 
-    Statistics (the mean and variance of a batch norm) are left out: no gradient ever
-    reaches them.
+    Statistics (the mean and variance of a batch norm) are not included, since they have
+    no gradients.
     """
     expect_plan(plan)
     found, shapes = {}, cut_shapes(plan)
@@ -82,35 +85,65 @@ def pruned_filters(plan: Plan) -> dict[str, Filters]:
         }
         kernel = any(m.role in ("produced", "depthwise") for m in members.values())
         if members and (kernel or leaf in plan.groups.trainable):
-            masks = tuple(~_array(keep[axis][0]) for axis in members)
+            masks = tuple(~keep[axis][0] for axis in members)
             found[leaf] = Filters(tuple(members.values()), masks, shape)
     return found
 
 
 def find_filters(
-    plan: Plan, filters: dict[str, Filters], params: Any
+    plan: Plan, filters: dict[str, Filters], params: optax.Params
 ) -> dict[str, Filters]:
-    """Finds the planned parameters in a tree.
+    """Finds the pruned parameters in a tree.
 
-    A leaf is a parameter if its name ends in the parameter's. If several do (a moving
-    average kept next to the parameters), it is the one of the very same name, or the
-    one inside ``params``.
+    A leaf is a parameter if its name ends in the parameter's. If several leaves match
+    (a moving average next to the parameters), it is the one with exactly this name, or
+    the one inside ``params``.
 
     Args:
-      plan: what is pruned.
-      filters: of the plan, from :func:`pruned_filters`.
-      params: parameters, as an optimizer sees them; arrays or their shapes.
+      plan: Plan of the channels to keep.
+      filters: Pruned filters of the plan, from :func:`pruned_filters`.
+      params: Parameters, as an optimizer receives them; arrays or their shapes.
 
     Returns:
-      Leaf name → the filters in it; nothing if the tree has been cut by the plan.
-      Parameters that optax has masked out are left out.
+      Leaf name → the filters in it; nothing if the tree is already cut by the plan.
+      Parameters that ``optax.masked`` hides are not included.
 
     Raises:
-      TPPError: a planned parameter is missing, there twice, or of a shape that it has
-        neither before nor after the cut.
+      TPPError: A pruned parameter is missing or ambiguous, or its shape is neither that
+        before the cut nor that after it.
     """
     if not filters:
         return {}
+    shapes, candidates = _candidates(plan, filters, params)
+    found, cut = {}, []
+    for parameter, names in candidates.items():
+        name = _the_parameter(parameter, names)
+        unpruned, small = plan.groups.shapes[parameter], filters[parameter].cut
+        if shapes[name] == unpruned:
+            found[name] = filters[parameter]
+        elif shapes[name] == small:
+            cut.append(name)
+        else:
+            raise TPPError(
+                f"{name} has shape {shapes[name]}: before the plan's cut it has "
+                f"{unpruned}, after it {small}"
+            )
+    if found and cut:
+        raise TPPError(
+            f"{cut[0]} has been cut by the plan and {next(iter(found))} has not: slice "
+            "all parameters, or none"
+        )
+    return found
+
+
+def _candidates(
+    plan: Plan, filters: dict[str, Filters], params: optax.Params
+) -> tuple[dict[str, tuple[int, ...]], dict[str, list[str]]]:
+    """Returns leaf name → shape, and parameter → names of the leaves that it may be.
+
+    Raises:
+      TPPError: There is no leaf for a pruned parameter.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     candidates: dict[str, list[str]] = {}
     hidden: set[str] = set()
@@ -127,42 +160,30 @@ def find_filters(
     missing = [p for p in filters if p not in candidates and p not in hidden]
     if not missing and not candidates:
         raise TPPError(
-            f"optax.masked hides all that the plan prunes: {some(list(filters))}. Let "
-            "the mask through what the transforms of TPP are to shrink"
+            "optax.masked hides all parameters that the plan prunes: "
+            f"{some(list(filters))}. Include in the mask what the transforms of TPP "
+            "are to shrink"
         )
     if missing:
         names = [leaf_name(path) or "(a bare array)" for path, _ in leaves]
         raise TPPError(
-            f"the plan prunes {some(missing)}, and the parameters that the "
-            "optimizer is given hold no leaf of that name: there is "
-            f"{some(names) or 'nothing'}. "
-            "Give it the tree that the plan was made for"
+            f"the plan prunes {some(missing)}, but the optimizer's parameters have no "
+            f"leaf of that name: they have {some(names) or 'no leaves'}. Give the "
+            "optimizer the tree that the plan was made for"
         )
-    found, cut = {}, []
-    for parameter, names in candidates.items():
-        name = _the_parameter(parameter, names)
-        whole, small = plan.groups.shapes[parameter], filters[parameter].cut
-        if shapes[name] == whole:
-            found[name] = filters[parameter]
-        elif shapes[name] == small:
-            cut.append(name)
-        else:
-            raise TPPError(
-                f"{name} has shape {shapes[name]}: before the plan's cut it has "
-                f"{whole}, after it {small}"
-            )
-    if found and cut:
-        raise TPPError(
-            f"{cut[0]} has been cut by the plan and {next(iter(found))} has not: slice "
-            "all parameters, or none"
-        )
-    return found
+    return shapes, candidates
 
 
 def belongs_to_layer(plan: Plan, filters: Filters) -> bool:
-    """Tells a kernel (or embedding) and its own bias from a norm's parameters."""
-    made = any(m.role in ("produced", "depthwise") for m in filters.members)
-    return made or layer_name(filters.members[0].leaf) in plan.groups.layers
+    """Reports whether a parameter is a layer's kernel or bias, not a norm's."""
+    if makes_channels(filters):
+        return True
+    return layer_name(filters.members[0].leaf) in plan.groups.layers
+
+
+def makes_channels(filters: Filters) -> bool:
+    """Reports whether a parameter is a kernel that produces the pruned channels."""
+    return any(m.role in ("produced", "depthwise") for m in filters.members)
 
 
 def _the_parameter(parameter: str, names: list[str]) -> str:
@@ -177,15 +198,14 @@ def _the_parameter(parameter: str, names: list[str]) -> str:
         if len(found) == 1:
             return found[0]
     raise TPPError(
-        f"the parameters that the optimizer is given hold {parameter} more than once, "
-        f"as {some(names)}: give it those alone that are trained, or leave the others "
-        "out with optax.masked"
+        f"the optimizer's parameters contain {parameter} more than once, as "
+        f"{some(names)}: give it only the trained ones, or hide the others with "
+        "optax.masked"
     )
 
 
 def _covers(name: str, parameter: str) -> bool:
-    """Tells whether a parameter may lie in a subtree: whether it starts as its name
-    ends."""
+    """Reports whether a parameter may be in a subtree: it starts as its name ends."""
     while name:
         if f"{parameter}.".startswith(f"{name}."):
             return True
@@ -195,7 +215,3 @@ def _covers(name: str, parameter: str) -> bool:
 
 def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
-
-
-def _array(mask: Any) -> Any:
-    return mask if isinstance(mask, np.ndarray) else jax.numpy.asarray(mask)

@@ -16,7 +16,16 @@ from tpp_jax.graph.tracing import Trace, layer_names, layers, source_line, trace
 
 # Operations with rules whose work may be large and is not counted.
 _HEAVY = frozenset(
-    "fft cholesky triangular_solve tridiagonal_solve lu qr svd eigh".split()
+    {
+        "fft",
+        "cholesky",
+        "triangular_solve",
+        "tridiagonal_solve",
+        "lu",
+        "qr",
+        "svd",
+        "eigh",
+    }
 )
 
 
@@ -82,7 +91,6 @@ def count(
       TPPTypeError: The model has another type, or ``params`` is missing.
 
     Example:
-      >>> from flax import linen, nnx
       >>> import jax.numpy as jnp
       >>> count(nnx.Linear(3, 5, rngs=nnx.Rngs(0)), jnp.ones((1, 3))).flops
       30

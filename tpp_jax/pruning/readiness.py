@@ -1,5 +1,6 @@
-"""Whether a cut is free: what the optimizer's state and the parameters say of it."""
+"""Whether a cut changes the network, by the optimizer's state and the parameters."""
 
+import contextlib
 import math
 import warnings
 from typing import Any, NamedTuple
@@ -7,25 +8,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.naming import named_leaves
-from tpp_jax.pruning.filters import Filters, find_filters, pruned_filters
+from tpp_jax.pruning.filters import find_filters, makes_channels, pruned_filters
 from tpp_jax.pruning.plan import Plan
 
 UNDONE = (
     "zero_pruned set pruned filters to zero, and the next update found them nonzero: "
-    "it must stand last in optax.chain, after the optimizer, and nothing else may "
-    "write to the parameters"
+    "it must be last in optax.chain, after the optimizer, and nothing else may write "
+    "to the parameters"
 )
 
 
 class States(NamedTuple):
-    """Where the transforms of TPP have their states in a tree.
+    """Paths of the states of TPP's transforms in a tree.
 
     Attributes:
-      penalties: path of the state of ``add_tpp_penalties`` (``"0"``), None without one.
-      zeroing: path of the state of ``zero_pruned``, None without one.
+      penalties: Path of the state of ``add_tpp_penalties``, such as ``"0"``; None if
+        there is none.
+      zeroing: Path of the state of ``zero_pruned``; None if there is none.
     """
 
     penalties: str | None
@@ -33,14 +37,14 @@ class States(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far the pruned filters are driven to zero.
+    """Distance of the pruned filters from zero.
 
     Attributes:
-      norm: Euclidean norm of all that a cut removes on the producing side.
-      zeroed: how many layers have nothing but zeros there.
-      layers: how many layers lose filters.
-      all_zero: whether all of it is exactly zero, norms' scales and biases included.
-      cut: whether the parameters have been cut already.
+      norm: Euclidean norm of all pruned filters, with their biases and norms.
+      zeroed: Number of layers whose part of this is exactly zero.
+      layers: Number of layers that lose filters.
+      all_zero: Whether all of this is exactly zero.
+      cut: Whether the parameters have already been cut.
     """
 
     norm: float
@@ -54,18 +58,19 @@ def find_states(named: dict[str, Any]) -> States:
     """Finds the states of TPP's transforms by the names of their fields.
 
     Args:
-      named: leaves of any tree by name: optax's states keep their fields' names as an
-        ``nnx.State`` too.
+      named: Leaves of a tree by name. The fields of an optax state have the same names
+        in an ``nnx.State``.
 
     Raises:
-      TPPError: there are several, or they stand in an order that cannot work.
+      TPPError: There are several states of one transform, or the transforms are in a
+        wrong order.
     """
     found = _state_paths(named)
     for transform, paths in found.items():
         if len(paths) > 1:
             raise TPPError(
                 f"there are {len(paths)} states of {transform}, at {', '.join(paths)}: "
-                "pass the one that belongs to the plan"
+                "pass the one of this plan"
             )
     states = States(*(paths[0] if paths else None for paths in found.values()))
     _check_order(states, named)
@@ -78,7 +83,7 @@ def at(path: str, field: str) -> str:
 
 
 def _state_paths(named: dict[str, Any]) -> dict[str, list[str]]:
-    """Returns the paths of all states of each transform."""
+    """Returns transform → paths of its states."""
     fields = {
         "add_tpp_penalties": ("gram", "step", "strength"),
         "zero_pruned": ("undone", "step", "cleared"),
@@ -92,15 +97,15 @@ def _state_paths(named: dict[str, Any]) -> dict[str, list[str]]:
     return found
 
 
-def measure(plan: Plan, params: Any) -> Progress:
+def measure(plan: Plan, params: optax.Params) -> Progress:
     """Measures the pruned filters.
 
     Args:
-      plan: what is pruned; concrete.
-      params: parameters that mirror the model's, whole or already cut.
+      plan: Plan of the channels to keep; not traced.
+      params: Parameters named like the model's, before or after the cut.
 
     Raises:
-      TPPError: a planned parameter is not among them.
+      TPPError: A pruned parameter is missing.
     """
     filters = pruned_filters(plan)
     found = find_filters(plan, filters, params)
@@ -108,32 +113,32 @@ def measure(plan: Plan, params: Any) -> Progress:
     leaves = {name: named[name] for name in found}
     masks = {name: one.mask(np.ndim(leaves[name])) for name, one in found.items()}
     squares, nonzero = jax.device_get(_sums(leaves, masks))
-    total = {one.order for one in filters.values() if _makes_channels(one)}
-    left = {one.order for name, one in found.items() if nonzero[name]}
+    layers = {one.order for one in filters.values() if makes_channels(one)}
+    not_zero = {one.order for name, one in found.items() if nonzero[name]}
     return Progress(
         norm=math.sqrt(sum(float(square) for square in squares.values())),
-        zeroed=len(total - left),
-        layers=len(total),
-        all_zero=not left,
+        zeroed=len(layers - not_zero),
+        layers=len(layers),
+        all_zero=not not_zero,
         cut=bool(filters) and not found,
     )
 
 
-def check_ready(opt_state: Any, plan: Plan, params: Any) -> None:
-    """Warns if TPP is to drive filters to zero that are not zero when they are cut.
+def check_ready(opt_state: optax.OptState, plan: Plan, params: optax.Params) -> None:
+    """Warns if filters that TPP drives to zero are cut before they are zero.
 
     Args:
-      opt_state: the optimizer's state, or any tree that holds it.
-      plan: what is pruned; concrete.
-      params: the unpruned parameters.
+      opt_state: State of the optimizer, or any tree that contains it.
+      plan: Plan of the channels to keep; not traced.
+      params: Unpruned parameters.
 
     Warns:
-      UserWarning: the state holds one of ``add_tpp_penalties`` or ``zero_pruned``, and
-        the filters that the plan cuts are not exactly zero.
+      UserWarning: The state contains that of ``add_tpp_penalties`` or ``zero_pruned``,
+        and the filters that the plan cuts are not exactly zero.
 
     Raises:
-      TPPError: a planned parameter is not among ``params``, or the transforms stand in
-        an order that cannot work.
+      TPPError: A pruned parameter is missing from ``params``, or the transforms are in
+        a wrong order.
     """
     named = named_leaves(opt_state)
     states = find_states(named)
@@ -147,49 +152,50 @@ def check_ready(opt_state: Any, plan: Plan, params: Any) -> None:
     warnings.warn(
         f"the filters to be cut are not zero after {step} updates (their norm is "
         f"{progress.norm:.3g}, and {progress.zeroed} of {progress.layers} layers are "
-        "zeroed), so the cut changes what the network computes: train on until "
-        "tpp_jax.status(...).ready, with zero_pruned last in the optimizer's chain",
+        "zeroed), so the cut changes what the network computes: continue the training "
+        "until tpp_jax.status(...).ready, with zero_pruned last in optax.chain",
         UserWarning,
         stacklevel=3,
     )
 
 
 def warn_if_early(plan: Plan, named: dict[str, Any]) -> None:
-    """Does what :func:`check_ready` does for a tree that holds state and parameters.
+    """Calls :func:`check_ready` for a tree that contains both state and parameters.
+
+    Does nothing unless the tree contains one optimizer with TPP's transforms and,
+    outside of it, parameters below ``params``, ``variables`` or ``model``; nor if any
+    of these is traced or abstract.
 
     Args:
-      plan: what is pruned.
-      named: leaves of the tree by name. Nothing is done unless it has one optimizer
-        with TPP in it and, elsewhere, the parameters, in something called ``params``,
-        ``variables`` or ``model``; nor where something is traced or abstract.
+      plan: Plan of the channels to keep.
+      named: Leaves of the tree by name.
     """
     paths = [path for found in _state_paths(named).values() for path in found]
     chains = {path.rpartition(".")[0] for path in paths}
     if len(chains) != 1 or "" in chains:
         return
     [chain] = chains
-    names = "params", "variables", "model"
-    beside = {
+    containers = {"params", "variables", "model"}
+    params = {
         name: leaf
         for name, leaf in named.items()
-        if not name.startswith(f"{chain}.") and set(names) & set(name.split("."))
+        if not name.startswith(f"{chain}.") and containers & set(name.split("."))
     }
     leaves = [
-        *beside.values(),
+        *params.values(),
         *plan.kept.values(),
         *(named[at(p, "step")] for p in paths),
     ]
-    if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in leaves):
+    if any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in leaves):
         return
     state = {name: leaf for name, leaf in named.items() if name.startswith(f"{chain}.")}
-    try:
-        check_ready(state, plan, beside)
-    except TPPError:  # no parameters, or several sets: nothing can be said
-        return
+    # Without parameters, or with several sets of them, readiness is unknown.
+    with contextlib.suppress(TPPError):
+        check_ready(state, plan, params)
 
 
 def _check_order(states: States, named: dict[str, Any]) -> None:
-    """Raises if transforms of one ``optax.chain`` stand in a wrong order."""
+    """Raises if transforms of one ``optax.chain`` are in a wrong order."""
     if states.zeroing is None:
         return
     chain, _, place = states.zeroing.rpartition(".")
@@ -205,28 +211,26 @@ def _check_order(states: States, named: dict[str, Any]) -> None:
     }
     if later:
         raise TPPError(
-            "zero_pruned must stand last in optax.chain, after the optimizer: what "
-            f"comes after it ({min(later)}) undoes what it does"
+            "zero_pruned must be last in optax.chain, after the optimizer: a later "
+            f"transform ({min(later)}) undoes its updates"
         )
     if states.penalties == f"{prefix}{int(place) - 1}":
         raise TPPError(
             "there is no optimizer between add_tpp_penalties and zero_pruned in "
-            "optax.chain: the penalties are gradients, and must stand before the "
+            "optax.chain: the penalties are gradients, and must come before the "
             "learning rate"
         )
 
 
-def _makes_channels(filters: Filters) -> bool:
-    return any(m.role in ("produced", "depthwise") for m in filters.members)
-
-
 @jax.jit
 def _sums(leaves: dict[str, Any], masks: dict[str, Any]) -> tuple[Any, Any]:
-    """Returns the sum of squares of each leaf's pruned entries, and whether any is not
-    zero (its square may be)."""
+    """Returns the sum of squares of each leaf's pruned entries, and if any is nonzero.
+
+    The square of a nonzero entry may be zero.
+    """
     squares, nonzero = {}, {}
     for name, leaf in leaves.items():
-        # A mask of the leaf's own shape has to be sharded as it is.
+        # The mask must have the sharding of the leaf.
         mask = masks[name] & jnp.ones_like(leaf, bool)
         size = jnp.where(mask, jnp.abs(leaf), 0)
         wide = size.astype(jnp.promote_types(size.dtype, jnp.float32))

@@ -30,17 +30,16 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
       plan: Plan of the channels to keep; may be traced.
       tree: Pytree whose leaves have the names of the model's parameters, or names that
         end in them: ``nnx.State``, dict, optax state, training state. Leaves may also
-        be ``jax.ShapeDtypeStruct``. Of the optax optimizers that keep statistics of a
-        parameter in another shape, the states of Adafactor, SM3, NovoGrad and L-BFGS
-        are cut along the axes that they keep.
+        be ``jax.ShapeDtypeStruct``. The states of optax's Adafactor, SM3, NovoGrad and
+        L-BFGS, which have other shapes, are cut along the axes that they keep.
 
     Returns:
       The same structure with smaller arrays. Kept channels keep their ascending order.
       Leaves that are not copies of a parameter keep their values, and leaves that are
       not arrays are the same objects. NumPy arrays remain NumPy arrays of the same
-      dtype. JAX arrays remain on their devices: sharded ones with the same sharding,
-      but replicated along those axes of the mesh that do not divide the new size. No
-      array shares memory with the given tree, so that either may be donated.
+      dtype. JAX arrays remain on their devices, with the same sharding; along axes of
+      the mesh that do not divide the new size they are replicated. No array shares
+      memory with the given tree, so that either may be donated.
 
     Warns:
       UserWarning: The tree contains ``params`` and the state of TPP's transforms, and
@@ -58,33 +57,29 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
       >>> p = {"w1": jnp.arange(32.0).reshape(4, 8), "w2": jnp.ones((8, 2))}
       >>> groups = tpp.channel_groups(mlp, jnp.ones((1, 4)), params=p)
       >>> plan = tpp.make_plan(groups, p, 0.25)
-      >>> momentum = slice_tree(plan, {"trace": {"w1": p["w1"], "w2": p["w2"]}})
-      >>> momentum["trace"]["w1"].shape, momentum["trace"]["w2"].shape
-      ((4, 6), (6, 2))
+      >>> jax.tree.map(jnp.shape, slice_tree(plan, {"momentum": p}))
+      {'momentum': {'w1': (4, 6), 'w2': (6, 2)}}
     """
     expect_plan(plan)
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = [leaf_name(path) for path, _ in paths]
-    leaves = [leaf for _, leaf in paths]
-    named = dict(zip(names, leaves, strict=True))
+    named = dict(zip(names, [leaf for _, leaf in paths], strict=True))
     copies = Copies(plan.groups, cut_shapes(plan), named)
     _check_some_match(copies)
     warn_if_early(plan, named)
-    small = []
-    for i, name in enumerate(names):
-        copy = copies.find(name)
-        if copy is not None:
-            if copy.source != name:
-                leaves[i] = named[copy.source]
-            small.append(cut(leaves[i], _cuts(plan, copy)))
-        else:
-            small.append(leaves[i])
+    found = [copies.find(name) for name in names]
+    leaves = [
+        named[copy.source] if copy else leaf
+        for copy, (_, leaf) in zip(found, paths, strict=True)
+    ]
+    small = [
+        cut(leaf, _cuts(plan, copy)) if copy else leaf
+        for copy, leaf in zip(found, leaves, strict=True)
+    ]
     small = put_back(small, leaves)
     if copies.cut:
         changed = with_new_products(dict(zip(names, small, strict=True)))
-        small = [
-            changed.get(name, leaf) for name, leaf in zip(names, small, strict=True)
-        ]
+        small = [changed.get(n, leaf) for n, leaf in zip(names, small, strict=True)]
     result = jax.tree.unflatten(structure, small)
     return follow_fields(result, plan.groups.sizes, plan.field_values())
 

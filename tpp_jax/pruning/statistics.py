@@ -100,22 +100,24 @@ def hessian_diagonal(
         _, hz = jax.jvp(gradient, (params,), (z,))
         return jax.tree.map(jnp.multiply, z, hz)
 
-    def signs(batch_index: int, probe: int) -> optax.Params:
-        # On the host: a device would compile a program for every shape.
-        rng = np.random.default_rng((seed, batch_index, probe))
-        return jax.tree.map(
-            lambda leaf: np.asarray(
-                2 * rng.integers(2, size=jnp.shape(leaf)) - 1, jnp.result_type(leaf)
-            ),
-            params,
-        )
-
-    draws = (
-        (params, batch, signs(i, probe))
+    arguments = (
+        (params, batch, _signs(params, (seed, i, probe)))
         for i, batch in enumerate(batches)
         for probe in range(probes)
     )
-    return mean_of(estimate, draws)
+    return mean_of(estimate, arguments)
+
+
+def _signs(params: optax.Params, seed: tuple[int, ...]) -> optax.Params:
+    """Returns a tree like the parameters of random 1 and -1."""
+    # On the host: a device would compile a program for every shape.
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: np.asarray(
+            2 * rng.integers(2, size=jnp.shape(leaf)) - 1, jnp.result_type(leaf)
+        ),
+        params,
+    )
 
 
 def _as_loss(loss: Loss, model: nnx.Module | optax.Params) -> tuple[Loss, optax.Params]:

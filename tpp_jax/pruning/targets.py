@@ -94,7 +94,7 @@ def kept_for_target(
     enough. Channels are removed one at a time: one channel fewer would miss the target.
 
     Args:
-      groups: Groups of the model.
+      groups: All groups of the model.
       pools: Pools from :func:`pools_of`.
       weights: Group name → its ratio relative to the others.
       scores: Group name → score of each channel.
@@ -103,9 +103,6 @@ def kept_for_target(
       params: Share of the unpruned model's parameters to keep; None for any.
       allow_uncounted: Whether a FLOPs target is accepted for a model with work that is
         not counted.
-
-    Returns:
-      Group name → number of kept channels, for every group in a pool.
 
     Raises:
       TPPError: The target is out of reach, or it is a FLOPs target and some work is not

@@ -8,17 +8,30 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-METRICS = {
-    "best_accuracy": "best test accuracy of the fine-tuning, %",
-    "last_accuracy": "test accuracy at the end, %",
-    "trainability_accuracy": "mean test accuracy at the first learning rate, %",
-    "cut_accuracy": "test accuracy right after the cut, %",
-    "dense_accuracy": "test accuracy of the dense network, %",
-    "jsv_mean": "mean Jacobian singular value right after the cut",
-    "speedup": "FLOPs, dense by pruned",
-    "sparsity": "parameters removed, %",
-}
-"""Metrics of a run, with their descriptions."""
+from tpp_jax.reports.headline import ACCURACY, Headline, headline_of
+
+
+def metrics_about(headline: Headline) -> dict[str, str]:
+    """Returns what can be shown of runs, by name, each with its description.
+
+    Args:
+      headline: Metric by which the runs are judged.
+    """
+    name, unit = headline.name, f", {headline.unit}" if headline.unit else ""
+    return {
+        f"best_{name}": f"best test {name} of the fine-tuning{unit}",
+        f"last_{name}": f"test {name} at the end{unit}",
+        f"trainability_{name}": f"mean test {name} at the first learning rate{unit}",
+        f"cut_{name}": f"test {name} right after the cut{unit}",
+        f"dense_{name}": f"test {name} of the dense network{unit}",
+        "jsv_mean": "mean Jacobian singular value right after the cut",
+        "speedup": "FLOPs, dense by pruned",
+        "sparsity": "parameters removed, %",
+    }
+
+
+METRICS = metrics_about(ACCURACY)
+"""Metrics of runs that classify images, and their descriptions."""
 
 
 class Grid(NamedTuple):
@@ -28,10 +41,11 @@ class Grid(NamedTuple):
       title: Title of the table.
       rows: Names of the rows.
       columns: Names of the columns.
-      metrics: Names of the metrics to show, from :data:`METRICS`.
+      metrics: Names of the metrics to show, from :func:`metrics_about`.
       results: Metrics of the finished runs, by row, column and seed.
       planned: Total number of runs.
       paper: Published mean, and standard deviation or None, by row, column and metric.
+      headline: Metric by which the runs are judged.
     """
 
     title: str
@@ -41,6 +55,7 @@ class Grid(NamedTuple):
     results: Mapping[tuple[str, str, int], Mapping[str, float]]
     planned: int
     paper: Mapping[tuple[str, str, str], tuple[float, float | None]]
+    headline: Headline = ACCURACY
 
 
 class Entry(NamedTuple):
@@ -67,17 +82,19 @@ class Entry(NamedTuple):
 
 
 def metrics_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the :data:`METRICS` that a run's summary contains.
+    """Returns the metrics of :func:`metrics_about` that a run's summary contains.
 
     Args:
       summary: Summary of the run.
     """
     cuts = [p for p in summary["phases"] if p["name"].startswith("slice")]
-    cut = cuts[-1] if cuts else {}
+    cut, name = cuts[-1] if cuts else {}, headline_of(summary).name
     found = {
-        **{name: summary[name] for name in list(METRICS)[:3]},
-        "cut_accuracy": cut.get("accuracy"),
-        "dense_accuracy": summary["dense"]["accuracy"],
+        f"best_{name}": summary[f"best_{name}"],
+        f"last_{name}": summary[f"last_{name}"],
+        f"trainability_{name}": summary[f"trainability_{name}"],
+        f"cut_{name}": cut.get(name),
+        f"dense_{name}": summary["dense"][name],
         "jsv_mean": cut.get("jacobian", {}).get("mean"),
         "speedup": summary["speedup"],
         "sparsity": 100 * summary["sparsity"],
@@ -114,7 +131,7 @@ def markdown(grid: Grid) -> str:
     """
     lines = [f"# {literal(grid.title)}", "", explanation(grid)]
     for metric in grid.metrics:
-        lines += ["", f"## {heading(metric)}", ""]
+        lines += ["", f"## {heading(grid, metric)}", ""]
         lines.append(f"| | {' | '.join(map(literal, grid.columns))} |")
         lines.append(f"|---|{'---|' * len(grid.columns)}")
         for row in grid.rows:
@@ -136,13 +153,14 @@ def literal(text: str) -> str:
     return re.sub(r"([\\|$*<`])", r"\\\1", " ".join(text.split()))
 
 
-def heading(metric: str) -> str:
+def heading(grid: Grid, metric: str) -> str:
     """Returns the description of a metric with an initial capital.
 
     Args:
+      grid: Results of the sweep.
       metric: Name of the metric.
     """
-    words = METRICS[metric]
+    words = metrics_about(grid.headline)[metric]
     return words[0].upper() + words[1:]
 
 

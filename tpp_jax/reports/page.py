@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpp_jax.reports import grids, plots, tables
+from tpp_jax.reports.headline import headline_of
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -28,7 +29,7 @@ pre { overflow-x: auto; font-size: .85rem; }
 """
 
 _CAPTIONS = {
-    "curves": "Accuracy, loss, penalty strength and Gram penalty over all phases. "
+    "curves": "{}, loss, penalty strength and Gram penalty over all phases. "
     "Dots: test set; faint: training batches.",
     "channels": "Channels of each layer before and after.",
     "jacobian": "Jacobian singular values at the end of each stage. Values far below 1 "
@@ -55,25 +56,30 @@ def of_run(
         ("parameters", dense["params"], small["params"]),
         ("FLOPs", dense["flops"], small["flops"]),
     ]
-    accuracies = [
-        (name, f"{accuracy:.2f} %")
-        for name, accuracy in tables.accuracies(summary)
-        if accuracy is not None
+    headline = headline_of(summary)
+    metric = headline.name
+    scores = [
+        (name, headline.text(score))
+        for name, score in tables.scores(summary)
+        if score is not None
     ]
     phases = [
         (
             phase["name"],
             f"{phase['steps']:,}",
             f"{phase['seconds']:.1f} s",
-            f"{phase['accuracy']:.2f} %",
-            f"{phase['best_accuracy']:.2f} %",
+            headline.text(phase[metric]),
+            headline.text(phase[f"best_{metric}"]),
         )
         for phase in summary["phases"]
     ]
+    title_case = metric[0].upper() + metric[1:]
+    captions = {name: text.format(title_case) for name, text in _CAPTIONS.items()}
+    shown = pictures.items()
     blocks = [
         f"<p>Method {html.escape(summary['method'])}: {summary['speedup']:.2f}× fewer "
         f"FLOPs, {100 * summary['sparsity']:.1f} % of the parameters removed.</p>",
-        _table(("network", "test accuracy"), accuracies),
+        _table(("network", f"test {metric}"), scores),
         _table(
             ("", "before", "after", "share"),
             [
@@ -82,8 +88,8 @@ def of_run(
             ],
         ),
         "<h2>Phases</h2>",
-        _table(("phase", "steps", "time", "accuracy at its end", "best"), phases),
-        *(_picture(name, svg) for name, svg in pictures.items()),
+        _table(("phase", "steps", "time", f"{metric} at its end", "best"), phases),
+        *(_picture(name, svg, captions.get(name, "")) for name, svg in shown),
         "<h2>Configuration</h2><details><summary>all fields</summary><pre>"
         f"{html.escape(json.dumps(config, indent=2))}</pre></details>",
     ]
@@ -102,7 +108,7 @@ def of_grid(
     """
     blocks = [f"<p>{html.escape(grids.explanation(grid))}</p>"]
     for metric in grid.metrics:
-        blocks.append(f"<h2>{html.escape(grids.heading(metric))}</h2>")
+        blocks.append(f"<h2>{html.escape(grids.heading(grid, metric))}</h2>")
         rows = [
             (row, *(grids.text(grid, row, column, metric) for column in grid.columns))
             for row in grid.rows
@@ -146,10 +152,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _picture(name: str, svg: str) -> str:
+def _picture(name: str, svg: str, caption: str = "") -> str:
     """Returns a picture in both themes, of which the browser shows the suitable one."""
     light, dark = _data_uri(svg), _data_uri(plots.on_dark(svg))
-    caption = _CAPTIONS.get(name, "")
     return (
         f'<figure id="{name}"><div class="wide"><picture>'
         f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'

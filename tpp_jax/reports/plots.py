@@ -12,6 +12,7 @@ import matplotlib.figure
 import numpy as np
 
 from tpp_jax.reports import grids
+from tpp_jax.reports.headline import headline_of
 
 _COLORS = {
     "pretrain": "#4c72b0",
@@ -116,7 +117,9 @@ def on_dark(svg: str) -> str:
 def _curves(
     history: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> matplotlib.figure.Figure:
-    """Draws accuracy, loss, strength λ, Gram penalty and norm of the pruned filters."""
+    """Draws headline, loss, strength λ, Gram penalty and norm of the pruned filters."""
+    headline = headline_of(summary)
+    metric = headline.name
     history = [row for row in history if isinstance(row.get("phase"), str)]
     steps, norms = _series(history, "pruned_norm")
     ratios = (3, 2, 2, 1.4)[: 4 if norms else 3]
@@ -127,17 +130,19 @@ def _curves(
     for name in phases:
         rows = [row for row in history if row["phase"] == name]
         color = _COLORS.get(name.partition("_")[0], "#4c72b0")
-        _draw_accuracies(axes[0], rows, color, literal(name))
+        _draw_scores(axes[0], rows, metric, color, literal(name))
         axes[1].semilogy(*_series(rows, "loss"), color=color, linewidth=1)
         axes[2].plot(*_series(rows, "strength"), color=color, linewidth=1.5)
     _draw_cuts(axes, summary)
     _draw_gram(axes[2], history)
-    axes[0].set_ylabel("accuracy, %\n(faint: training batches)")
-    dense = summary["dense"]["accuracy"]
+    unit = f", {headline.unit}" if headline.unit else ""
+    axes[0].set_ylabel(literal(f"{metric}{unit}") + "\n(faint: training batches)")
+    dense = summary["dense"][metric]
     if dense is not None:
         axes[0].axhline(dense, color="0.6", linestyle=":", label="dense")
-    low = min([*_series(history, "test_accuracy")[1], 100.0])
-    axes[0].set_ylim(max(low - 5, 0), 100.5)
+    if headline.unit == "%":
+        low = min([*_series(history, f"test_{metric}")[1], 100.0])
+        axes[0].set_ylim(max(low - 5, 0), 100.5)
     if phases or dense is not None:
         columns = min(len(phases) + 1, 5)
         axes[0].legend(loc="lower right", ncols=columns, fontsize="small")
@@ -154,14 +159,13 @@ def _curves(
     return figure
 
 
-def _draw_accuracies(
-    axes: Any, rows: Sequence[Mapping[str, Any]], color: str, label: str
+def _draw_scores(
+    axes: Any, rows: Sequence[Mapping[str, Any]], metric: str, color: str, label: str
 ) -> None:
-    """Draws the accuracies of one phase on training batches and on the test set."""
-    axes.plot(*_series(rows, "accuracy"), color=color, alpha=0.35, linewidth=1)
-    axes.plot(
-        *_series(rows, "test_accuracy"), "o-", color=color, markersize=3, label=label
-    )
+    """Draws the metric in one phase, on training batches and on the test set."""
+    axes.plot(*_series(rows, metric), color=color, alpha=0.35, linewidth=1)
+    steps, values = _series(rows, f"test_{metric}")
+    axes.plot(steps, values, "o-", color=color, markersize=3, label=label)
 
 
 def _draw_cuts(axes: Sequence[Any], summary: Mapping[str, Any]) -> None:
@@ -193,10 +197,13 @@ def _draw_gram(axes: Any, history: Sequence[Mapping[str, Any]]) -> None:
 def _title(summary: Mapping[str, Any]) -> str:
     model = literal(summary["config"]["model"]["name"])
     data = literal(summary["config"]["data"]["name"])
-    dense = summary["dense"]["accuracy"]
-    pruned = summary["pruned"] and summary["pruned"]["accuracy"]
-    accuracies = " → ".join(f"{x:.2f} %" for x in (dense, pruned) if x is not None)
-    return f"{model} on {data}: {summary['speedup']:.2f}× fewer FLOPs, {accuracies}"
+    headline = headline_of(summary)
+    dense = summary["dense"][headline.name]
+    pruned = summary["pruned"] and summary["pruned"][headline.name]
+    change = " → ".join(headline.text(x) for x in (dense, pruned) if x is not None)
+    return (
+        f"{model} on {data}: {summary['speedup']:.2f}× fewer FLOPs, {literal(change)}"
+    )
 
 
 def _steps_of_the_cuts(summary: Mapping[str, Any]) -> list[int]:
@@ -258,7 +265,7 @@ def _jacobians(phases: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
         )
         one.set_yticks([])
         one.grid(alpha=0.25)
-    axes[-1].set_xlabel("singular values of ∂logits/∂image")
+    axes[-1].set_xlabel("singular values of ∂output/∂input")
     return figure
 
 
@@ -334,7 +341,7 @@ def _rows(grid: grids.Grid, metric: str) -> matplotlib.figure.Figure:
         axes.plot(places, published, "x", color=color, markersize=6)
     axes.set_xticks(range(len(grid.columns)), [literal(x) for x in grid.columns])
     axes.set_xlim(-0.5, len(grid.columns) - 0.5)
-    axes.set_title(grids.heading(metric), fontsize="medium")
+    axes.set_title(grids.heading(grid, metric), fontsize="medium")
     low, high = axes.dataLim.intervaly
     if 0 < low < high / 100:
         axes.set_yscale("log")

@@ -7,6 +7,7 @@ import rich.table
 import rich.text
 
 from tpp_jax.pruning.flops import Count
+from tpp_jax.reports.headline import headline_of
 
 _DONE = {"stabilize": "regularized", "grow": "shrunk"}
 
@@ -53,40 +54,43 @@ def result_table(summary: Mapping[str, Any]) -> rich.table.Table:
         f"{100 * summary['sparsity']:.1f} % of the parameters removed"
     )
     table.add_column("network", overflow="fold")
-    table.add_column("test accuracy", justify="right")
-    for label, accuracy in accuracies(summary):
-        if accuracy is not None:
-            table.add_row(rich.text.Text(label), f"{accuracy:.2f} %")
+    headline = headline_of(summary)
+    table.add_column(f"test {headline.name}", justify="right")
+    for label, score in scores(summary):
+        if score is not None:
+            table.add_row(rich.text.Text(label), headline.text(score))
     return table
 
 
-def accuracies(summary: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-    """Yields the accuracies of a run's network, in order; None for unmeasured ones.
+def scores(summary: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    """Yields the headline metric of a run's network, in order; None if not measured.
 
     Args:
       summary: Summary of the run.
 
     Yields:
-      A description of the network, and its test accuracy in %.
+      A description of the network, and its metric.
     """
-    yield "dense", summary["dense"]["accuracy"]
-    yield "cut at once (one-shot)", summary["one_shot"]["accuracy_after"]
+    metric = headline_of(summary).name
+    one_shot = summary["one_shot"][f"{metric}_after"]
+    yield "dense", summary["dense"][metric]
+    yield "cut at once (one-shot)", one_shot
     done = ""  # treatment of the network since the last cut
     for phase in summary["phases"]:
         stage, _, count = phase["name"].partition("_")
         cut = "the cut" if not count else f"cut {count}"
         if stage == "slice":
-            after = phase["accuracy_after"]
+            after = phase[f"{metric}_after"]
             if done:
-                yield f"{done}, before {cut}", phase["accuracy_before"]
-            if done or count or after != summary["one_shot"]["accuracy_after"]:
+                yield f"{done}, before {cut}", phase[f"{metric}_before"]
+            if done or count or after != one_shot:
                 yield f"{done or 'pruned'}, after {cut}", after
-            if phase["accuracy"] != after:
-                yield "kernels reinitialized", phase["accuracy"]
+            if phase[metric] != after:
+                yield "kernels reinitialized", phase[metric]
         elif stage == "extra":
-            yield "trained on", phase["accuracy"]
+            yield "trained on", phase[metric]
         elif stage == "finetune":
-            yield "fine-tuned", phase["accuracy"]
+            yield "fine-tuned", phase[metric]
         done = _DONE.get(stage, "")
 
 
