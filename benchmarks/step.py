@@ -123,7 +123,8 @@ def _sides(
 ) -> tuple[dict[str, Callable[[], float]], dict[str, float], float]:
     """Returns, by name, functions that run a step, or the matrix product, to its end
     and return its seconds; the memory of our programs, state and images included, in
-    MiB; and the FLOPs of a step."""
+    MiB; and the FLOPs of a step.
+    """
     model = tpp.models.create(options.model, rngs=nnx.Rngs(0))
     shape = model.spec.image_shape
     groups = tpp.channel_groups(model, jax.ShapeDtypeStruct((1, *shape), np.float32))

@@ -286,7 +286,7 @@ def _restore_attributes(
     for path, module in modules(loaded):  # settings that a cut has changed
         saved_fields = (meta.get("fields") or {}).get(path, {})
         for name, value in with_values(module, saved_fields).items():
-            setattr(module, name, tuple(value) if isinstance(value, list) else value)
+            setattr(module, name, value)
 
 
 def _unpruned_shapes(plan: Plan, names: Sequence[str]) -> dict[str, list[int]]:

@@ -128,9 +128,8 @@ def test_a_lock_that_is_held_is_not_taken_for_none(tmp_path, monkeypatch, number
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", held)
-    with pytest.raises(TPPError, match="another run is at work"):
-        with locked(tmp_path):
-            pass
+    with pytest.raises(TPPError, match="another run is at work"), locked(tmp_path):
+        pass
 
 
 def test_what_is_raised_in_a_folder_without_locks_is_handed_on(tmp_path, monkeypatch):
@@ -138,9 +137,8 @@ def test_what_is_raised_in_a_folder_without_locks_is_handed_on(tmp_path, monkeyp
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with pytest.raises(PermissionError, match="mine"):
-        with locked(tmp_path):
-            raise PermissionError("mine")
+    with pytest.raises(PermissionError, match="mine"), locked(tmp_path):
+        raise PermissionError("mine")
 
 
 def test_rounds_that_remove_nothing_are_said_and_trained(tmp_path, capsys):

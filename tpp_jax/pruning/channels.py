@@ -7,7 +7,7 @@ from flax import linen, nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.groups import read_groups
-from tpp_jax.graph.records import Groups
+from tpp_jax.graph.records import Groups, Slot
 from tpp_jax.pruning.search import try_groups
 from tpp_jax.pruning.source import Source
 
@@ -61,8 +61,9 @@ def channel_groups(
     traced = source.trace()
     groups, suppositions = read_groups(traced, source.inputs, strict)
     verdict = try_groups(source, groups, suppositions)
-    if verdict.joined:
-        joined = verdict.joined
+    joined: tuple[tuple[Slot, Slot], ...] = ()
+    while verdict.joined:  # each time there are fewer groups
+        joined += verdict.joined
         groups, suppositions = read_groups(traced, source.inputs, strict, joined)
         verdict = try_groups(source, groups, suppositions)
     if strict and verdict.wrong:
