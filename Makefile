@@ -42,16 +42,16 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find tpp_jax tests configs benchmarks -name __pycache__ -prune -exec rm -rf {} + \
 		2>/dev/null || true
 
 # The stamps say that the installation finished, for the dependencies as they are now.
-$(VENV)/.installed: pyproject.toml | $(VENV)/.created
-	$(BIN)/python -m pip install --quiet --editable .
+$(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --editable '.[train,plots]'
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(VENV)/.created
+$(VENV)/.installed-test: pyproject.toml setup.py | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 

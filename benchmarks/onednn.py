@@ -111,8 +111,9 @@ def _call(
     dilation: Sequence[int] = (1, 1),
     kernel_dims: tuple[int, int, int, int] = (2, 3, 0, 1),
 ) -> jax.Array:
-    """oneDNN's convolution of NHWC images; ``kernel_dims`` are those of inputs,
-    outputs, height and width."""
+    """OneDNN's convolution of NHWC images; ``kernel_dims`` are those of inputs,
+    outputs, height and width.
+    """
     image_dims = {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}
     inputs, outputs, *sides = kernel_dims
     names = {"input_feature_dim": inputs, "output_feature_dim": outputs}

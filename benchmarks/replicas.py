@@ -26,7 +26,7 @@ from benchmarks import machine
 from tpp_jax.experiment import lockstep
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training import parallel
-from tpp_jax.training.feeds import open_feed
+from tpp_jax.training.classification import ImageClassification
 from tpp_jax.training.step import (
     StepConfig,
     TrainState,
@@ -77,10 +77,11 @@ def _programs(
     groups = tpp.channel_groups(models[0], jnp.zeros((1, *shape)))
     plans = [tpp.make_plan(groups, model, ratios, skip=skip) for model in models]
     schedule = tpp.growing_schedule()
-    feed = open_feed(dataset, SETTINGS, jax.devices()[:1])
+    task = ImageClassification(dataset, **SETTINGS)
+    feed = task.feed(jax.devices()[:1])
     feed.begin(jax.random.key(0), 0)
     order, images = feed.train_data(0)
-    config = StepConfig(dataset.mean, dataset.std, dataset.num_classes)
+    loss, config = task.loss, StepConfig()
     graphdef = graphdef_of(models[0], training=True)
     # A loop is slow for convolutions on the CPU, and what dispatching costs is little.
     loop = jax.default_backend() != "cpu" or name.startswith("mlp")
@@ -92,7 +93,9 @@ def _programs(
         return optax.chain(penalties, optax.sgd(1e-3, momentum=0.9))
 
     def steps_of(kept: dict[str, Any]) -> Callable[..., Any]:
-        step = make_train_step(graphdef, optimizer(kept), config, feed.train_batch)
+        step = make_train_step(
+            graphdef, optimizer(kept), loss, config, feed.train_batch
+        )
         return make_train_steps(step, loop=loop)
 
     def state_of(model: nnx.Module, plan: Plan) -> TrainState:

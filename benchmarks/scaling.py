@@ -44,7 +44,7 @@ from benchmarks.architectures import Llama, LlamaShape
 from benchmarks.graph import with_weights
 from tpp_jax.training import parallel
 from tpp_jax.training import step as steps
-from tpp_jax.training.feeds import open_feed
+from tpp_jax.training.classification import ImageClassification
 from tpp_jax.training.optimizers import sgd
 from tpp_jax.xla.blocks import Blocks
 
@@ -178,14 +178,14 @@ class Training:
         labels = draws.integers(classes, size=batch, dtype=np.int32)
         each = (0.5,) * shape[-1]
         images = tpp.data.Dataset(pixels, labels, pixels, labels, classes, each, each)
-        settings = {"batch_size": batch, "crop_padding": 4, "flip": True}
-        feed = open_feed(images, settings, devices)
+        task = ImageClassification(images, batch_size=batch, crop_padding=4, flip=True)
+        feed = task.feed(devices)
         feed.begin(jax.random.key(1), 0)
         tx = sgd(1e-3, momentum=0.9, weight_decay=5e-4)
-        config = steps.StepConfig(images.mean, images.std, classes)
+        config, select = steps.StepConfig(), feed.train_batch
         graphdef = steps.graphdef_of(model, training=True)
         axis = parallel.axis_name(devices)
-        step = steps.make_train_step(graphdef, tx, config, feed.train_batch, axis)
+        step = steps.make_train_step(graphdef, tx, task.loss, config, select, axis)
         params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
         state = steps.TrainState(jax.numpy.int32(0), params, stats, tx.init(params))
         self.program = parallel.on_devices(step, devices, donate=0, kind=kind)

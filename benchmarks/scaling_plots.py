@@ -57,7 +57,8 @@ def _lines(
     axes: Axes, rows: Mapping[str, Any], size: str, jobs: tuple[str, ...]
 ) -> None:
     """Draws jobs over the size that a pattern finds in the networks' names, 1 if none;
-    beside them what a cost in proportion to the size would be."""
+    beside them what a cost in proportion to the size would be.
+    """
     measured = [name for name, row in rows.items() if row.keys() & set(jobs)]
     found = {name: re.search(size, name) for name in measured}
     known = {int(at[1] or 1): rows[name] for name, at in found.items() if at}

@@ -60,11 +60,11 @@ def _measure(name: str) -> dict[str, float]:
     import tpp_jax as tpp
 
     times = [_STARTED, time.perf_counter()]
+    from tpp_jax.commands.compilation import keep_compiled_programs
     from tpp_jax.training import parallel
     from tpp_jax.training import step as steps
-    from tpp_jax.training.feeds import open_feed
+    from tpp_jax.training.classification import ImageClassification
     from tpp_jax.training.optimizers import sgd
-    from tpp_jax.xla.compilation import keep_compiled_programs
 
     keep_compiled_programs()
     model = tpp.models.create(name, rngs=nnx.Rngs(0))
@@ -72,13 +72,13 @@ def _measure(name: str) -> dict[str, float]:
     pixels, labels = np.zeros((batch, *shape), np.uint8), np.zeros(batch, np.int32)
     classes, each = model.spec.num_classes, (0.5,) * shape[-1]
     images = tpp.data.Dataset(pixels, labels, pixels, labels, classes, each, each)
-    settings = {"batch_size": batch, "crop_padding": 4, "flip": True}
-    feed = open_feed(images, settings, jax.devices()[:1])
+    task = ImageClassification(images, batch_size=batch, crop_padding=4, flip=True)
+    feed = task.feed(jax.devices()[:1])
     feed.begin(jax.random.key(1), 0)
     tx = sgd(1e-3, momentum=0.9, weight_decay=5e-4)
-    config = steps.StepConfig(images.mean, images.std, classes)
+    config = steps.StepConfig()
     graphdef = steps.graphdef_of(model, training=True)
-    step = steps.make_train_step(graphdef, tx, config, feed.train_batch)
+    step = steps.make_train_step(graphdef, tx, task.loss, config, feed.train_batch)
     params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
     state = steps.TrainState(jax.numpy.int32(0), params, stats, tx.init(params))
     arguments = state, jax.random.key(0), *feed.train_data(0)

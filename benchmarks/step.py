@@ -43,7 +43,7 @@ import tpp_jax as tpp
 from benchmarks import machine
 from tpp_jax.training import parallel
 from tpp_jax.training import step as steps
-from tpp_jax.training.feeds import open_feed
+from tpp_jax.training.classification import ImageClassification
 from tpp_jax.training.optimizers import sgd
 
 _PRODUCT = "matrix product"
@@ -123,7 +123,8 @@ def _sides(
 ) -> tuple[dict[str, Callable[[], float]], dict[str, float], float]:
     """Returns, by name, functions that run a step, or the matrix product, to its end
     and return its seconds; the memory of our programs, state and images included, in
-    MiB; and the FLOPs of a step."""
+    MiB; and the FLOPs of a step.
+    """
     model = tpp.models.create(options.model, rngs=nnx.Rngs(0))
     shape = model.spec.image_shape
     groups = tpp.channel_groups(model, jax.ShapeDtypeStruct((1, *shape), np.float32))
@@ -209,13 +210,19 @@ class _Ours:
         images: tpp.data.Dataset,
         options: argparse.Namespace,
     ) -> None:
-        settings = {"batch_size": options.batch_size, "crop_padding": 4, "flip": True}
-        feed = open_feed(images, settings, jax.devices()[:1])
-        feed.begin(jax.random.key(1), 0)
         dtype = "bfloat16" if options.half else "float32"
-        config = steps.StepConfig(images.mean, images.std, images.num_classes, dtype)
+        task = ImageClassification(
+            images,
+            batch_size=options.batch_size,
+            crop_padding=4,
+            flip=True,
+            dtype=dtype,
+        )
+        feed = task.feed(jax.devices()[:1])
+        feed.begin(jax.random.key(1), 0)
+        config = steps.StepConfig(dtype)
         graphdef = steps.graphdef_of(model, training=True)
-        step = steps.make_train_step(graphdef, tx, config, feed.train_batch)
+        step = steps.make_train_step(graphdef, tx, task.loss, config, feed.train_batch)
         params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
         state = steps.TrainState(jax.numpy.int32(0), params, stats, tx.init(params))
         self._arguments = feed.train_data(0)

@@ -13,12 +13,15 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 _CACHES = pathlib.Path(tempfile.gettempdir()) / f"tpp_jax-tests-{os.getuid()}"
 os.environ["XDG_CACHE_HOME"] = str(_CACHES)
 
+# As the command line has it, which would otherwise start itself again in every test.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+
 # A shell that starts the tests in the background has them ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis  # noqa: E402
 
-from tpp_jax.xla.compilation import keep_compiled_programs  # noqa: E402
+from tpp_jax.commands.compilation import keep_compiled_programs  # noqa: E402
 
 # Many tests train the same small networks.
 keep_compiled_programs()

@@ -1,6 +1,7 @@
 """A saved model comes back as it was, and nothing else is lost for it."""
 
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -200,7 +201,7 @@ def test_numbers_as_keys_of_the_config_do_not_damage_a_model(tmp_path):
     config = {9: "a", 10: "b"}
     tpp.save_model(tmp_path / "m", Net(), config=config, metrics={"n": float("nan")})
     assert tpp.load_model_info(tmp_path / "m")["config"] == {"9": "a", "10": "b"}
-    with pytest.raises(TPPError, match="kept as JSON, which cannot hold this"):
+    with pytest.raises(TPPError, match="kept as JSON, which cannot represent"):
         tpp.save_model(tmp_path / "m", Net(), config={"fn": jnp.sin})
 
 
@@ -393,7 +394,7 @@ def test_a_layer_of_another_class_with_the_same_arrays_is_refused(tmp_path):
     layer = make(lambda n: nnx.LayerNorm(n, rngs=nnx.Rngs(0)))
     group = make(lambda n: nnx.GroupNorm(n, 2, rngs=nnx.Rngs(0)))
     tpp.save_model(tmp_path / "m", layer)
-    message = "the saved model, at 1, is a LayerNorm and the given one a GroupNorm"
+    message = "the saved model, at 1, is a LayerNorm and the given one is a GroupNorm"
     with pytest.raises(TPPError, match=message):
         tpp.load_model(tmp_path / "m", group)
 
@@ -417,7 +418,7 @@ def test_without_a_plan_layers_may_be_narrower_but_not_windows(tmp_path):
 
     tpp.save_model(tmp_path / "m", conv(4, (3, 3)))
     assert tpp.load_model(tmp_path / "m", conv(8, (3, 3)))[0].kernel.shape[-1] == 4
-    with pytest.raises(TPPError, match="0.kernel was saved as"):
+    with pytest.raises(TPPError, match=r"0.kernel was saved as"):
         tpp.load_model(tmp_path / "m", conv(8, (5, 5)))
 
 
@@ -507,7 +508,7 @@ def a_file(folder):
 def test_what_is_no_saved_model_is_not_replaced(tmp_path, make):
     make(tmp_path / "here")
     before = there(tmp_path)
-    with pytest.raises(TPPError, match="here is (not replaced|a file)"):
+    with pytest.raises(TPPError, match=r"here is (not replaced|a file)"):
         tpp.save_model(tmp_path / "here", Net())
     assert there(tmp_path) == before
 
@@ -556,13 +557,13 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TPPError, match="could not be saved at .*file/m .File exists"):
+    with pytest.raises(TPPError, match=r"could not be saved at .*file/m .File exists"):
         tpp.save_model(tmp_path / "file" / "m", Net())
     with pytest.raises(TPPError, match="could not be saved at /proc/m "):
         tpp.save_model("/proc/m", Net())
     if os.getuid():  # root may write anywhere
         tmp_path.chmod(0o500)
-        with pytest.raises(TPPError, match="could not be saved at .*Permission"):
+        with pytest.raises(TPPError, match=r"could not be saved at .*Permission"):
             tpp.save_model(tmp_path / "m", Net())
 
 
@@ -580,7 +581,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(
-            TPPError, match="could not be saved .*.File too large.; what"
+            TPPError, match=r"could not be saved .*.File too large.; what"
         ):
             tpp.save_model(tmp_path / "m", large)
     finally:
@@ -616,12 +617,11 @@ def test_killed_at_any_step_of_the_swap_one_of_both_is_there(
             left[0] -= 1
         return rename(self, target)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(folders.os, "getpid", lambda: pid)
         patch.setattr(folders.shutil, "rmtree", lambda *args, **more: None)
         patch.setattr(pathlib.Path, "rename", rename)
         tpp.save_model(tmp_path / "m", filled(2))
-        raise Killed
     if is_there:
         expected = 2 if renames == 2 else 1
         assert number_of(tpp.load_model(tmp_path / "m", Net())) == expected

@@ -1,8 +1,8 @@
-"""Models saved in a folder, with all that is needed to use them again.
+"""Models saved in a folder, with all data that is needed to use them again.
 
-A saved model is a flat dict of named arrays and JSON, which Orbax writes. It says what
-it holds, so that loading one needs no config: only the architecture's name, or a module
-or tree of the same structure.
+A saved model is a flat dict of named arrays and JSON, which Orbax writes. It describes
+its content, so loading needs no config: only the architecture's name, or a module or
+tree of the same structure.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from flax import linen, nnx
 
 from tpp_jax import models
@@ -28,10 +27,10 @@ from tpp_jax.pruning.plan import Plan
 from tpp_jax.storage import folders, items, leaves, processes
 from tpp_jax.storage.paths import plain
 
-_META = {"model", "plan", "config", "metrics"}  # what is said of a saved model
-# Flags of a mode that may be None, which a call's argument then decides.
+_META = {"model", "plan", "config", "metrics"}  # keys of a saved model's JSON
+# Flags of a mode that may be None if an argument of the call decides.
 _MODES = ("deterministic", "use_running_average", "decode")
-_SHOWN = 3  # differences that a message lists
+_SHOWN = 3  # number of differences that a message lists
 _FORMAT = 2
 _OF_THE_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
@@ -44,27 +43,35 @@ def save_model(
     config: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Saves a model with all that is needed to use it again.
+    """Saves a model with all data that is needed to use it again.
 
-    A saved model that is there is replaced; whatever happens on the way, the old or the
-    new one can be loaded afterwards. Anything else that is there is left alone.
+    A saved model in the folder is replaced atomically: after any interruption the old
+    or the new one can be loaded. Other files are never replaced.
 
     Args:
-      path: Folder of the model. It is made, and replaced if it holds a saved model and
-        nothing else.
-      model: A module made by ``tpp_jax.models.create`` (pruned or not); any NNX module,
-        which :func:`load_model` then has to be given in its unpruned form; or a tree of
-        arrays, such as the variables of a Linen module.
-      plan: The plan by which the model was pruned.
-      config: JSON-ready data to keep with the model.
+      path: Folder of the model. It is created, or replaced if it contains a saved model
+        and nothing else.
+      model: Module created by ``tpp_jax.models.create`` (pruned or not); any other NNX
+        module, whose unpruned form :func:`load_model` then needs; or tree of arrays,
+        such as the variables of a Linen module.
+      plan: Plan by which the model was pruned.
+      config: Data to keep with the model, as JSON.
       metrics: Numbers, text or arrays to keep with the model, as JSON.
 
     Raises:
-      TPPError: the path holds something else, the model holds something that cannot be
-        saved, or it could not be written.
+      TPPError: If the folder contains other files, the model contains a value that
+        cannot be saved, or writing fails.
+
+    Example:
+      >>> import tempfile
+      >>> model = models.create("mlp7_relu", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+      >>> folder = pathlib.Path(tempfile.mkdtemp()) / "model"
+      >>> save_model(folder, model, metrics={"accuracy": 0.5})
+      >>> type(load_model(folder)).__name__
+      'MLP'
     """
     is_leaf = jax.tree_util.all_leaves([model])
-    if isinstance(model, linen.Module) or is_leaf and callable(model):
+    if isinstance(model, linen.Module) or (is_leaf and callable(model)):
         raise TPPError(
             f"save_model saves an nnx.Module or a tree of arrays, and not a "
             f"{type(model).__name__}: for a Linen module pass its variables"
@@ -77,16 +84,10 @@ def save_model(
     arrays, notes = leaves.encode(by_name)
     if not arrays:
         raise TPPError(f"this {type(model).__name__} holds no arrays to save")
-    spec = getattr(model, "spec", None)
     meta = {
-        "model": dataclasses.asdict(spec)
-        if isinstance(spec, models.ModelSpec)
-        else None,
-        "plan": None if plan is None else plan.to_dict(),
+        **_facts(model, plan),
         "config": dict(config or {}),
         "metrics": jax.tree.map(_json_ready, dict(metrics or {})),
-        "num_groups": group_counts(model) if _is_module(model) else {},
-        "fields": {} if plan is None else plan.field_values(),
         "contents": {
             "format": _FORMAT,
             "class": type(model).__name__,
@@ -101,23 +102,24 @@ def save_model(
 
 
 def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
-    """Loads what :func:`save_model` saved.
+    """Loads a model that :func:`save_model` saved.
 
     Args:
       path: Folder of the saved model.
-      model: For a module, one of the saved one's class in its unpruned form (its arrays
-        are not used). Not needed if the saved model came from
-        ``tpp_jax.models.create``. For a tree, one of the same structure; needed only if
-        it has containers other than Python's and Flax's, or functions as leaves.
+      model: Module of the saved one's class in its unpruned form, whose arrays are not
+        used; not needed if the saved model came from ``tpp_jax.models.create``. For a
+        saved tree, a tree of the same structure; needed only if it has containers other
+        than Python's and Flax's, or functions as leaves.
 
     Returns:
       The module, or the tree, with the saved arrays, pruned widths included. A module
-      is in the mode (training or evaluation) that it was saved in, and the switches and
-      whole numbers that are attributes of its layers are those of the saved one.
+      is in the mode (training or evaluation) in which it was saved, and its layers have
+      the saved values of attributes that are flags or integers.
 
     Raises:
-      TPPError: there is no readable model, it does not say what it is and ``model`` is
-        not given, or its classes, arrays, shapes or types are not those of ``model``.
+      TPPError: If there is no readable model, its structure is unknown without
+        ``model``, or its classes, arrays, shapes or types differ from those of
+        ``model``.
 
     Example:
       >>> import tempfile
@@ -133,11 +135,11 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
         return _filled_tree(path, saved, contents, model)
     if model is None and meta["model"] is None:
         raise TPPError(
-            f"the model at {path} is not one that tpp_jax.models.create makes: pass "
+            f"the model at {path} is not one of tpp_jax.models.create: pass "
             "load_model an unpruned module of its class"
         )
     if not contents and model is not None and not _is_module(model):
-        return _filled_tree(path, saved, contents, model)  # of the first version
+        return _filled_tree(path, saved, contents, model)  # saved by the first version
     given = create_abstract(**meta["model"]) if model is None else model
     if not _is_module(given):
         raise TPPError(
@@ -149,23 +151,29 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
     if model is not None:
         _check_leaves(saved, contents, nnx.state(given), type(given).__name__)
     loaded = _filled_module(given, saved)
-    numbers = meta.get("num_groups") or {}
-    state = named_leaves(nnx.state(given))
-    shapes = {name: jnp.shape(leaf) for name, leaf in state.items()}
-    follow_arrays(loaded, counted_groups(numbers), shapes)
-    _set(loaded, contents.get("settings", {}))
-    for path, module in modules(loaded):  # configurations that a cut has changed
-        saved_fields = (meta.get("fields") or {}).get(path, {})
-        for name, value in with_values(module, saved_fields).items():
-            setattr(module, name, tuple(value) if isinstance(value, list) else value)
+    _restore_attributes(loaded, given, meta)
     return loaded
 
 
 def load_model_info(path: str | pathlib.Path) -> dict[str, Any]:
-    """Returns what was saved with a model: its spec, plan, config and metrics.
+    """Returns the spec, plan, config and metrics that were saved with a model.
+
+    Args:
+      path: Folder of the saved model.
+
+    Returns:
+      ``model``, the arguments of ``tpp_jax.models.create`` or None; ``plan``, which
+      :meth:`tpp_jax.Plan.from_dict` reads, or None; ``config`` and ``metrics``.
 
     Raises:
-      TPPError: there is no readable model.
+      TPPError: If there is no readable model.
+
+    Example:
+      >>> import tempfile
+      >>> folder = pathlib.Path(tempfile.mkdtemp()) / "model"
+      >>> save_model(folder, {"w": jnp.ones(3)}, metrics={"accuracy": 0.5})
+      >>> load_model_info(folder)["metrics"]
+      {'accuracy': 0.5}
     """
     meta = _load(path)[1]
     return {key: value for key, value in meta.items() if key != "contents"}
@@ -174,27 +182,49 @@ def load_model_info(path: str | pathlib.Path) -> dict[str, Any]:
 def create_abstract(
     name: str, num_classes: int, image_shape: Sequence[int]
 ) -> nnx.Module:
-    """Returns a network of ``tpp_jax.models`` without arrays, for its structure."""
+    """Returns a network of ``tpp_jax.models`` without arrays, for its structure.
+
+    Args:
+      name: Name of the network.
+      num_classes: Number of logits.
+      image_shape: Shape of one image, (height, width, channels).
+    """
+    height, width, channels = image_shape
     return nnx.eval_shape(
         lambda: models.create(
             name,
             num_classes=num_classes,
-            image_shape=tuple(image_shape),
+            image_shape=(height, width, channels),
             rngs=nnx.Rngs(0),
         )
     )
 
 
 def with_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:
-    """Returns a model of the same structure that holds the given arrays by name.
+    """Returns a model of the same structure with the given arrays.
+
+    Args:
+      model: Module with the structure.
+      arrays: Arrays by name.
 
     Raises:
-      TPPError: the names are not those of the model's arrays.
+      TPPError: If the names are not those of the model's arrays.
     """
     return _filled_module(model, {n: jnp.asarray(x) for n, x in arrays.items()})
 
 
-# What is said of a model
+# Description of a model
+
+
+def _facts(model: Any, plan: Plan | None) -> dict[str, Any]:
+    spec = getattr(model, "spec", None)
+    known = isinstance(spec, models.ModelSpec)
+    return {
+        "model": dataclasses.asdict(spec) if known else None,
+        "plan": None if plan is None else plan.to_dict(),
+        "num_groups": group_counts(model) if _is_module(model) else {},
+        "fields": {} if plan is None else plan.field_values(),
+    }
 
 
 def _is_module(model: Any) -> bool:
@@ -206,15 +236,15 @@ def _classes(model: nnx.Module) -> dict[str, str]:
 
 
 def _class_name(module: nnx.Module) -> str:
-    # A pruned Linen module inside an NNX one is of a class of this library.
+    # A pruned Linen module inside an NNX module has a class of this library.
     bridge = isinstance(module, nnx.bridge.ToNNX)
     return "ToNNX" if bridge else type(module).__name__
 
 
 def _settings(model: nnx.Module) -> dict[str, dict[str, Any]]:
-    """Returns the switches and whole numbers of every module, by its path.
+    """Returns the flags and integers of every module, by its path.
 
-    Switches make its mode; numbers, such as one of heads, may have been set by pruning.
+    Flags are its mode; integers, such as a number of heads, may be changed by pruning.
     """
     found = {}
     for path, module in modules(model):
@@ -230,7 +260,7 @@ def _settings(model: nnx.Module) -> dict[str, dict[str, Any]]:
 
 def _is_setting(name: str, value: Any) -> bool:
     if type(value) is tuple:
-        return all(type(part) is int for part in value)
+        return all(type(number) is int for number in value)
     return type(value) in (bool, int) or (value is None and name in _MODES)
 
 
@@ -239,8 +269,24 @@ def _set(model: nnx.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
         for name, value in settings.get(path, {}).items():
             value = tuple(value) if isinstance(value, list) else value
             ours = vars(module).get(name, "")
-            if _is_setting(name, ours) and type(ours) is type(value) or name in _MODES:
+            same_type = _is_setting(name, ours) and type(ours) is type(value)
+            if same_type or name in _MODES:
                 setattr(module, name, value)
+
+
+def _restore_attributes(
+    loaded: nnx.Module, given: nnx.Module, meta: Mapping[str, Any]
+) -> None:
+    """Sets the attributes of a loaded module to those of the saved one."""
+    numbers = meta.get("num_groups") or {}
+    state = named_leaves(nnx.state(given))
+    shapes = {name: jnp.shape(leaf) for name, leaf in state.items()}
+    follow_arrays(loaded, counted_groups(numbers), shapes)
+    _set(loaded, meta.get("contents", {}).get("settings", {}))
+    for path, module in modules(loaded):  # settings that a cut has changed
+        saved_fields = (meta.get("fields") or {}).get(path, {})
+        for name, value in with_values(module, saved_fields).items():
+            setattr(module, name, value)
 
 
 def _unpruned_shapes(plan: Plan, names: Sequence[str]) -> dict[str, list[int]]:
@@ -258,16 +304,16 @@ def _json_ready(value: Any) -> Any:
 
 
 def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what JSON makes of it: as it will be read, so that it can be compared."""
+    """Returns the data as they will be read from JSON, so that they can be compared."""
     try:
         return json.loads(json.dumps(meta))
     except (TypeError, ValueError) as error:
         raise TPPError(
-            f"config and metrics are kept as JSON, which cannot hold this: {error}"
+            f"config and metrics are kept as JSON, which cannot represent them: {error}"
         ) from error
 
 
-# Putting what was saved into what is given
+# Filling a given structure with saved arrays
 
 
 def _filled_module(model: nnx.Module, saved: Mapping[str, Any]) -> nnx.Module:
@@ -275,9 +321,9 @@ def _filled_module(model: nnx.Module, saved: Mapping[str, Any]) -> nnx.Module:
     return nnx.merge(graphdef, _filled(state, saved, type(model).__name__))
 
 
-def _filled(tree: Any, saved: Mapping[str, Any], what: str) -> Any:
+def _filled(tree: Any, saved: Mapping[str, Any], title: str) -> Any:
     names = leaves.unique_names(tree)
-    _check_names(names, saved, what)
+    _check_names(names, saved, title)
     given, structure = jax.tree.flatten(tree)
     found = [
         leaf if isinstance(saved[name], leaves.Other) else saved[name]
@@ -311,25 +357,26 @@ def _check_classes(contents: Mapping[str, Any], model: nnx.Module) -> None:
             where = f", at {path}," if path else ""
             raise TPPError(
                 f"the saved arrays are not those of this {type(model).__name__}: "
-                f"the saved model{where} is a {saved[path]} and the given one a "
+                f"the saved model{where} is a {saved[path]} and the given one is a "
                 f"{ours[path]}"
             )
 
 
-def _check_names(names: Sequence[str], saved: Mapping[str, Any], what: str) -> None:
-    if odd := sorted(set(names) ^ saved.keys()):
+def _check_names(names: Sequence[str], saved: Mapping[str, Any], title: str) -> None:
+    if unpaired := sorted(set(names) ^ saved.keys()):
+        more = "and more " if len(unpaired) > 5 else ""
         raise TPPError(
-            f"the saved arrays are not those of this {what}: "
-            f"{', '.join(odd[:5])} {'and more ' if len(odd) > 5 else ''}do not match"
+            f"the saved arrays are not those of this {title}: "
+            f"{', '.join(unpaired[:5])} {more}do not match"
         )
 
 
 def _check_leaves(
-    saved: Mapping[str, Any], contents: Mapping[str, Any], tree: Any, what: str
+    saved: Mapping[str, Any], contents: Mapping[str, Any], tree: Any, title: str
 ) -> None:
-    """Compares names, shapes and types with those of what is to be filled."""
+    """Compares names, shapes and types with those of the tree to fill."""
     names = leaves.unique_names(tree)
-    _check_names(names, saved, what)
+    _check_names(names, saved, title)
     unpruned = contents.get("unpruned") or None
     problems = []
     for name, leaf in zip(names, jax.tree.leaves(tree), strict=True):
@@ -342,7 +389,7 @@ def _check_leaves(
     if problems:
         more = len(problems) - _SHOWN
         raise TPPError(
-            f"the saved arrays are not those of this {what}: "
+            f"the saved arrays are not those of this {title}: "
             f"{'; '.join(problems[:_SHOWN])}{f'; and {more} more' if more > 0 else ''}"
         )
 
@@ -353,10 +400,10 @@ def _may_be_pruned(
     wants: Sequence[int],
     unpruned: Mapping[str, Sequence[int]] | None,
 ) -> bool:
-    """Tells whether an array of one shape may be what pruning left of another.
+    """Returns whether pruning may have turned the one shape into the other.
 
-    A plan that was saved with the model decides it. Otherwise every axis may be
-    shorter, but not the window of a convolution.
+    The plan that was saved with the model decides. Without one every axis may be
+    shorter, except the window of a convolution.
     """
     if unpruned is not None:
         return name in unpruned and tuple(unpruned[name]) == tuple(wants)
@@ -375,14 +422,12 @@ def _write(
     target: pathlib.Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]
 ) -> None:
     first, shared = processes.is_first(), jax.process_count() > 1
+    saver = items.checkpointer()
     try:
         with folders.work_folder(target, shared, make=first) as work:
             new = work / folders.NEW
             processes.wait_for_all(f"saving {target.name}")
-            with (
-                plain(new, new=True) as place,
-                ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver,
-            ):
+            with plain(new, new=True) as place, saver:
                 saver.save(place, items.to_save(dict(arrays), meta))
             if first:
                 manifest = {"format": _FORMAT, "files": folders.files_in(new)}
@@ -391,7 +436,7 @@ def _write(
             processes.wait_for_all(f"saved {target.name}")
     except TPPError:
         raise
-    except Exception as error:  # orbax and tensorstore raise of every kind here
+    except Exception as error:  # Orbax and TensorStore raise errors of any type
         raise TPPError(
             f"the model could not be saved at {target} ({_reason(error)}); what was "
             "there before is unchanged"
@@ -399,7 +444,7 @@ def _write(
 
 
 def _reason(error: Exception) -> str:
-    """Returns what the system said, which tensorstore wraps in long texts."""
+    """Returns the message of the system, which tensorstore wraps in long texts."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}"
@@ -411,14 +456,12 @@ def _load(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     folder = folders.whereabouts(folders.resolved(path))
     if not folder.is_dir():
         raise TPPError(f"there is no saved model at {folder}")
+    loader = items.checkpointer()
     try:
-        with (
-            plain(folder) as place,
-            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as loader,
-        ):
+        with plain(folder) as place, loader:
             restored = loader.restore(place, items.to_restore())
         arrays, meta = items.checked(restored)
-    except Exception as error:  # orbax and tensorstore raise of every kind here
+    except Exception as error:  # Orbax and TensorStore raise errors of any type
         raise TPPError(
             f"the saved model at {folder} cannot be read ({type(error).__name__}): it "
             "is damaged or not one of tpp_jax"

@@ -1,6 +1,6 @@
 """ResNet-56 on CIFAR-10: what each part of TPP gives.
 
-    python launch.py --mode=sweep --config=configs/tables/ablations.py \\
+python launch.py --mode=sweep --config=configs/tables/ablations.py \\
         --workdir=runs/ablations --config.base.data.dir=$TFDS
 """
 

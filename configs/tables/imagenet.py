@@ -1,6 +1,6 @@
 """ResNet-50 on ImageNet: Table 2 of the paper.
 
-    python launch.py --mode=sweep --config=configs/tables/imagenet.py \\
+python launch.py --mode=sweep --config=configs/tables/imagenet.py \\
         --workdir=runs/t2 --config.base.data.dir=$TFDS
 """
 

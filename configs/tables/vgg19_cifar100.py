@@ -1,6 +1,6 @@
 """VGG-19 on CIFAR-100: the method and its rivals over four ratios.
 
-    python launch.py --mode=sweep --config=configs/tables/vgg19_cifar100.py \\
+python launch.py --mode=sweep --config=configs/tables/vgg19_cifar100.py \\
         --workdir=runs/vgg19 --config.base.data.dir=$TFDS
 """
 

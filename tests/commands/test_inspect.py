@@ -142,7 +142,7 @@ def test_layers_that_differ_in_numbers_only_are_drawn_together():
 def test_channels_beside_a_padded_shortcut_are_said_to_stay_and_why():
     row = rows(describe_groups(resnet()))["layer3.0.conv2"]
     assert row.startswith("layer3.0.conv2 8 no from layer3.{0,1}.conv2.kernel[3]")
-    assert "stays: padding of a fixed width (4 before, 4 after)" in row
+    assert "kept: padding of a fixed width (4 before, 4 after)" in row
     assert row.count(resnet()["layer3.0.conv2"].reason) == 1
 
 

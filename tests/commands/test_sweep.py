@@ -24,7 +24,7 @@ from tpp_jax.commands.sweep import (
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import run
 from tpp_jax.experiment.config import check_fields, check_values
-from tpp_jax.experiment.setup import check
+from tpp_jax.experiment.setup import make_setup
 
 TABLES = sorted(
     file.stem
@@ -238,4 +238,4 @@ def test_every_method_of_the_small_table_can_start():
     table = importlib.import_module("configs.tables.digits").get_config()
     for cell in cells_of(table):
         if (cell.column, cell.seed) == ("0.9", 0):
-            check(cell.config)
+            make_setup(cell.config)

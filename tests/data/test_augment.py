@@ -91,7 +91,7 @@ def test_every_offset_and_both_directions_are_drawn_about_equally_often():
     assert min(counts.values()) > 60 and max(counts.values()) < 140
 
 
-@pytest.mark.parametrize("padding, flip", [(0, True), (4, True), (4, False)])
+@pytest.mark.parametrize(("padding", "flip"), [(0, True), (4, True), (4, False)])
 def test_a_split_batch_is_augmented_as_the_whole(padding, flip):
     images, keys = jnp.asarray(_images(12)), _keys(12)
     run = jax.jit(functools.partial(augment, crop_padding=padding, flip=flip))

@@ -7,6 +7,7 @@ What it gave lies beside this file, every few pixels of it. With torchvision,
 writes it anew.
 """
 
+import contextlib
 import importlib.resources
 import io
 import math
@@ -163,7 +164,7 @@ def test_the_parts_areas_and_shapes_are_uniform_as_far_as_they_fit():
     draws = [
         crops._random_box((4000, 3000), rng, (0.08, 0.5), RATIO) for _ in range(4000)
     ]
-    left, top, width, height = np.array(draws).T
+    left, _, width, height = np.array(draws).T
     shares = np.sort(width * height / 12e6)
     logs = np.sort(np.log(width / height) / math.log(4 / 3))
     places = np.sort(left / (4000 - width))
@@ -285,7 +286,7 @@ def test_damaged_exif_costs_no_image(exif):
 
 @pytest.mark.parametrize(
     ("form", "described"),
-    [("gif", "a GIF"), ("tiff", "a TIFF"), ("pdf", "a PDF"), ("ppm", "no image$")],
+    [("gif", "a GIF"), ("tiff", "a TIFF"), ("pdf", "a PDF"), ("ppm", "not an image$")],
 )
 def test_other_kinds_of_content_are_refused_whatever_the_ending(form, described):
     with pytest.raises(OSError, match=f"its content is .*{described}"):
@@ -304,22 +305,22 @@ def test_of_those_that_are_read_the_content_counts_and_not_the_ending(tmp_path):
         images[0], crops.crop_to_test(picture(20, 30), 20, 20)
     )
     (tmp_path / "val" / "a" / "0.JPEG").write_bytes(encoded(picture(9, 9), "gif"))
-    message = "0.JPEG cannot be read .its content is no image that is read here, but a"
+    message = "0.JPEG cannot be read .its content is not a supported image, but a"
     with pytest.raises(TPPError, match=message):
         list(stream.test_batches(1))
 
 
 @pytest.mark.parametrize("form", ["png", "bmp", "webp", "jpeg"])
-def test_what_is_damaged_is_told_by_few_kinds_of_errors(form):
+def test_damaged_files_raise_only_the_documented_errors(form):
     rng = np.random.default_rng(0)
     whole = encoded(picture(40, 60), form)
     for _ in range(300):
         content = bytearray(whole[: rng.integers(len(whole))])
         for place in rng.integers(0, len(content) or 1, 3 if content else 0):
             content[place] = rng.integers(256)
-        with pytest.raises(crops.DAMAGED):
+        # A changed byte may also make another image.
+        with contextlib.suppress(*crops.DAMAGED):
             crops.decode(bytes(content))
-            raise OSError("a changed byte may also make another image")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_labels_are_the_places_of_the_classes_in_the_alphabet(stream, undisturbe
 
 def test_an_epoch_shows_no_image_twice_and_each_has_its_own_order(undisturbed):
     shown = [numbers(images) for images, _ in undisturbed]
-    first, second = sum(shown[:4], []), sum(shown[4:8], [])
+    first, second = (list(itertools.chain(*shown[i : i + 4])) for i in (0, 4))
     assert len(set(first)) == len(set(second)) == 4 * BATCH
     assert first != second
     assert set(first) != set(second)  # what was left out changes as well
@@ -136,7 +136,7 @@ def by_number(batches) -> dict[int, np.ndarray]:
     }
 
 
-def test_a_training_image_is_the_random_crop_of_its_file(stream, undisturbed):
+def test_a_training_image_is_the_random_crop_of_its_file(undisturbed):
     images, _ = undisturbed[7]
     places = range(7 * BATCH, 8 * BATCH)
     for place, number, image in zip(places, numbers(images), images, strict=True):
@@ -232,7 +232,7 @@ def test_processes_give_the_test_images_to_the_last(root, stream):
     assert_same(by_workers.test_batches(3), stream.test_batches(3))
 
 
-def test_the_shards_of_a_batch_are_the_batch_of_one_process(root, undisturbed):
+def test_the_shards_of_a_batch_are_the_batch_of_one_process(root):
     streams = [
         open_stream("folder", str(root), **SIZES, shard=(i, 3)) for i in range(3)
     ]
@@ -253,7 +253,7 @@ def test_of_each_part_of_a_batch_every_process_reads_its_share(root):
     ]
     [whole] = taken(open_stream("folder", str(root), **SIZES).train_batches(6, 1), 1)
     for i, stream in enumerate(streams):
-        [share] = taken(stream.train_batches(6, 1, parts=2), 1)
+        [share] = taken(stream.train_batches(6, 1, accumulate=2), 1)
         for ours, of_all in zip(share, whole, strict=True):
             np.testing.assert_array_equal(ours, of_all[[i, 3 + i]])
 
@@ -270,7 +270,7 @@ def broken(root: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 def test_a_damaged_image_is_named_also_by_a_process(root, tmp_path, workers):
     folder = broken(root, tmp_path).parents[2]
     stream = open_stream("folder", str(folder), **SIZES, workers=workers)
-    with pytest.raises(TPPError, match="bee/01.png cannot be read .*: replace it"):
+    with pytest.raises(TPPError, match=r"bee/01.png cannot be read .*: replace it"):
         list(stream.test_batches(4))
 
 
@@ -278,10 +278,10 @@ def test_what_is_no_image_or_has_gone_is_named(root, tmp_path):
     file = broken(root, tmp_path)
     stream = open_stream("folder", str(file.parents[2]), **SIZES)
     file.write_text("<html>404</html>")
-    with pytest.raises(TPPError, match="01.png cannot be read .its content is no im"):
+    with pytest.raises(TPPError, match=r"01.png cannot be read .its content is not a"):
         list(stream.test_batches(4))
     file.unlink()
-    with pytest.raises(TPPError, match="01.png cannot be read .No such file"):
+    with pytest.raises(TPPError, match=r"01.png cannot be read .No such file"):
         list(stream.test_batches(4))
 
 
@@ -370,7 +370,7 @@ def test_imagenets_files_must_be_fetched_by_hand(tmp_path, monkeypatch):
     [
         (lambda root: shutil.rmtree(root / "train"), "there is no folder .*train"),
         (lambda root: shutil.rmtree(root / "val"), "there is no folder .*val"),
-        (lambda root: shutil.rmtree(root / "val/bee"), "same classes: bee in one only"),
+        (lambda root: shutil.rmtree(root / "val/bee"), "only one of them has bee"),
         (lambda root: (root / "train/dog").mkdir(), "train/dog holds no images"),
         (
             lambda root: [shutil.rmtree(f) for f in (root / "train").iterdir()],
@@ -422,7 +422,7 @@ def test_the_guides_lines_sort_tiny_imagenets_test_images(root, tmp_path, monkey
     ("name", "options", "message"),
     [
         ("photographs", {}, "unknown streamed data set 'photographs': folder or im"),
-        ("folder", {"data_dir": None}, "'folder' needs to know where"),
+        ("folder", {"data_dir": None}, "'folder' needs --config.data.dir"),
         ("folder", {"image_size": 0}, "image_size 0"),
         ("folder", {"threads": 0}, "threads 0 must be 1 or more"),
         ("folder", {"workers": -1}, "workers -1 not negative"),

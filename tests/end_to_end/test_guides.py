@@ -8,7 +8,10 @@ import pytest
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("name", ["guide.md", "plans.md", "trainability.md"])
+PAGES = "guide.md", "plans.md", "trainability.md", "config.md"
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_the_code_of_a_guide_runs(name):
     """All blocks of a page, one after the other, in one namespace."""
     text = (DOCS / name).read_text()

@@ -29,7 +29,7 @@ def test_the_groups_of_the_demo_are_shown_and_drawn(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[:2] == [
         "cifar_resnet8, images 8×8×1, 10 classes",
-        "7 groups of channels that live and die together, 4 can be pruned",
+        "7 groups of coupled channels, 4 can be pruned",
     ]
     [block] = [line for line in lines if line.startswith("layer2.0.conv1")]
     assert block.split()[1:5] == ["32", "→", "16", "yes"]

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from tests.experiment.test_errors import small_config
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment import config as config_module
 from tpp_jax.experiment.config import check_values, default_config
-from tpp_jax.experiment.setup import check
+from tpp_jax.experiment.fields import flat
+from tpp_jax.experiment.setup import make_setup
 from tpp_jax.method.schedule import growing_schedule
 from tpp_jax.training.optimizers import MOST_STEPS, learning_rate
 
-FIELDS = config_module._values(default_config())
+FIELDS = flat(default_config())
 
 
 def with_field(name, value, config=None):
@@ -120,7 +120,7 @@ def test_a_value_out_of_bounds_is_refused_by_name(field, value, message):
 )
 def test_what_would_run_for_ever_is_refused(fields, message):
     with pytest.raises(TPPError, match=message):
-        check(small_config(**fields))
+        make_setup(small_config(**fields))
 
 
 def test_the_longest_schedules_that_are_counted_are_made():
@@ -149,7 +149,7 @@ VALUES = st.one_of(
 def test_any_value_in_any_field_makes_a_run_or_is_refused_clearly(name, value):
     config = with_field(name, value)
     try:
-        check(config)
+        make_setup(config)
     except TPPError as error:
         assert 10 < len(str(error)) < 1000
         assert "\n" not in str(error)

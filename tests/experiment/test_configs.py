@@ -11,10 +11,12 @@ import tpp_jax as tpp
 from tests.reference import filled
 from tpp_jax import data
 from tpp_jax.errors import TPPError
+from tpp_jax.experiment import planning
 from tpp_jax.experiment.config import check_values, default_config
 from tpp_jax.experiment.run import train
-from tpp_jax.experiment.setup import check, plan_for
+from tpp_jax.experiment.setup import make_setup
 from tpp_jax.training import parallel
+from tpp_jax.training.classification import ImageClassification
 
 
 def small_config(**fields):
@@ -39,6 +41,13 @@ def digits(name="mlp7_relu"):
     )
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     return dataset, model, tpp.channel_groups(model, x)
+
+
+def plan_for(config, groups, model, dataset=None):
+    """The plan of a config, by its training data if there is a data set."""
+    size = config.data.batch_size
+    task = dataset and ImageClassification(dataset, batch_size=size)
+    return planning.plan_for(config.prune, groups, model, config.seed, task)
 
 
 @pytest.mark.parametrize(
@@ -110,18 +119,18 @@ def test_fewer_batches_than_asked_for_will_do():
     ("field", "value", "message"),
     [
         ("flops", -0.5, "config.prune.flops is -0.5, must be at least 0"),
-        ("flops", 1.5, r"flops=1.5 is not in \(0, 1\]"),
+        ("flops", 1.5, "config.prune.flops is 1.5, must be at most 1"),
         ("batches", 0, "config.prune.batches is 0"),
         ("min_channels", 0, "min_channels is 0"),
         ("min_channels", 1000, "prunes nothing.*lower config.prune.min_channels"),
-        ("reduce", "median", "unknown reduce 'median'"),
+        ("reduce", "median", "unknown config.prune.reduce 'median': choose 'mean' or"),
         ("criterion", "tailor", "unknown criterion 'tailor'"),
         ("params", 0.0005, "params=0.0005 is out of reach"),
     ],
 )
 def test_a_field_that_makes_no_sense_is_told_before_training(field, value, message):
     with pytest.raises(TPPError, match=message):
-        check(small_config(**{field: value}))
+        make_setup(small_config(**{field: value}))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import tpp_jax as tpp
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import run
 from tpp_jax.experiment.config import default_config
-from tpp_jax.experiment.setup import check
+from tpp_jax.experiment.setup import make_setup
 
 
 def small_config(**fields):
@@ -52,7 +52,7 @@ def small_config(**fields):
         ("prune.ratios", "*net*:0.0", "prunes nothing"),
         ("prune.skip", "conv1", "'conv1' matches no layer"),
         ("prune.criterion", "magic", "unknown criterion 'magic'"),
-        ("prune.scope", "all", "unknown scope 'all'"),
+        ("prune.scope", "all", "unknown config.prune.scope 'all'"),
         ("prune.schedule.kind", "poly2", "needs regularize_steps"),
         ("prune.schedule.kind", "sine", "unknown schedule 'sine'"),
         ("prune.schedule.every", 0, "every is 0"),
@@ -85,12 +85,12 @@ def test_a_field_that_nothing_reads_and_one_that_is_missing_are_named(tmp_path):
     with config.unlocked():
         config.prune.ratoi = "x"
     with pytest.raises(TPPError, match="prune.ratoi that nothing reads.*prune.ratio"):
-        check(config)
+        make_setup(config)
     config = small_config()
     with config.unlocked():
         del config.prune.scope
     with pytest.raises(TPPError, match="no field prune.scope"):
-        check(config)
+        make_setup(config)
 
 
 def test_a_dense_network_of_another_architecture_is_refused(tmp_path):
@@ -98,7 +98,7 @@ def test_a_dense_network_of_another_architecture_is_refused(tmp_path):
     tpp.save_model(tmp_path / "dense", model)
     config = small_config(**{"init.model": str(tmp_path / "dense")})
     with pytest.raises(TPPError, match="is a mlp7_relu .* the config wants"):
-        check(config)
+        make_setup(config)
 
 
 def test_a_run_can_start_from_a_trained_network(tmp_path):

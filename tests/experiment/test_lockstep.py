@@ -1,5 +1,7 @@
 """Runs that advance together come to what each comes to alone."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +13,14 @@ import tpp_jax as tpp
 from tests.end_to_end.runs import arrays_of, history_of
 from tests.experiment.test_errors import small_config
 from tests.experiment.test_reliability import stop_at
-from tests.training.test_step import CONFIG, DATA, digits, initial_state
+from tests.training.test_step import CONFIG, digits_task, initial_state
 from tests.training.test_step import assert_alike as assert_alike_trees
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import lockstep, run
+from tpp_jax.experiment.program import Program
 from tpp_jax.models import CifarResNet
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import load_model_info
-from tpp_jax.training.feeds import open_feed
 from tpp_jax.training.step import graphdef_of, make_train_step, make_train_steps
 
 SEEDS = 0, 1, 2
@@ -143,7 +145,8 @@ def test_a_step_of_replicas_with_convolutions_is_their_single_steps(unroll):
         granularity=0.5, every=1, stabilize=10, zero_out_every=1
     )
     graphdef = graphdef_of(models[0], training=True)
-    feed = open_feed(digits(), DATA, device)
+    task = digits_task()
+    feed = task.feed(device)
 
     def steps_of(kept):
         plan = Plan(kept, groups)
@@ -152,7 +155,7 @@ def test_a_step_of_replicas_with_convolutions_is_their_single_steps(unroll):
             optax.sgd(0.01),
             tpp.zero_pruned(plan, schedule),
         )
-        step = make_train_step(graphdef, tx, CONFIG, feed.train_batch)
+        step = make_train_step(graphdef, tx, task.loss, CONFIG, feed.train_batch)
         return make_train_steps(step, loop=False)
 
     states = [initial_state(model, optax.sgd(0.01)) for model in models]
@@ -171,3 +174,55 @@ def test_a_step_of_replicas_with_convolutions_is_their_single_steps(unroll):
     for plan, state, key, result in zip(plans, states, keys, results, strict=True):
         alone = jax.jit(steps_of(plan.kept))(state, key, 1, order, images)
         assert_alike_trees(result, alone, rtol=1e-4, atol=1e-5)
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def test_whatever_is_no_error_of_a_run_ends_all_of_them():
+    closed = []
+
+    def waits(take):
+        try:
+            take(program(), (None, None, 1), left=1)
+        finally:
+            closed.append(threading.current_thread())
+
+    def killed(_):
+        raise Killed
+
+    with pytest.raises(Killed):
+        lockstep.drive([waits, killed, waits])
+    assert len(closed) == 1  # the third had not begun
+    assert not any(thread.is_alive() for thread in closed)
+
+
+def test_what_a_program_raises_reaches_the_runs_that_asked_for_it():
+    def fails(take):
+        take(program(), (None, None, 1), left=1)
+
+    def ends(_):
+        return "done"
+
+    failed, done = lockstep.drive([fails, ends])
+    assert isinstance(failed, ZeroDivisionError) and done == "done"
+
+
+def test_a_single_run_works_in_the_thread_that_asks_for_it():
+    threads = lockstep.drive([lambda _: threading.current_thread()])
+    assert threads == [threading.current_thread()]
+
+
+def program():
+    """Steps that fail."""
+    return Program(
+        tx=optax.identity(),
+        steps=lambda *arguments: 1 / 0,
+        at_once=1,
+        likeness=None,
+        steps_of=lambda kept: None,
+        compile=lambda fn: fn,
+        unroll=False,
+        kept={},
+    )

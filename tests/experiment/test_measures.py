@@ -1,5 +1,7 @@
 """What is measured along the way: on which images, in which stage, of which layer."""
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +14,17 @@ from tests.experiment.test_errors import small_config
 from tests.reference import filled
 from tpp_jax.experiment import measures
 from tpp_jax.experiment.choosing import counts_of_round
-from tpp_jax.experiment.methods import KINDS, METHODS, Stage, stages_of
+from tpp_jax.experiment.methods import METHODS, Stage, stages_of
 from tpp_jax.experiment.phases import Phase, training_phase
+from tpp_jax.experiment.setup import make_setup
+from tpp_jax.training.classification import ImageClassification
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stages_have_names_and_random_numbers_of_their_own(method):
     stages = stages_of(method, rounds=4)
     assert len({stage.name for stage in stages}) == len(stages)
-    drawing = [stage for stage in stages if stage.kind in KINDS]
-    keys = [tuple(jax.random.key_data(stage.key(0)).tolist()) for stage in drawing]
+    keys = [tuple(jax.random.key_data(stage.key(0)).tolist()) for stage in stages]
     assert len(set(keys)) == len(keys)
     given = stages_of(method, rounds=4, given=True)
     assert [s for s in stages if s.kind != "pretrain"] == list(given)
@@ -34,6 +37,21 @@ def test_the_phases_that_were_there_first_draw_what_they_always_drew():
         assert jax.random.key_data(Stage(name).key(3)).tolist() == (
             jax.random.key_data(expected).tolist()
         )
+
+
+def test_other_kinds_of_stages_draw_by_their_names():
+    expected = jax.random.fold_in(jax.random.key(3), zlib.crc32(b"distil"))
+    assert jax.random.key_data(Stage("distil").key(3)).tolist() == (
+        jax.random.key_data(expected).tolist()
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_stage_of_a_method_that_trains_has_a_phase(method):
+    setup = make_setup(small_config(**{"prune.method": method, "prune.rounds": 2}))
+    kinds = {stage.kind for stage in setup.stages}
+    assert kinds - {"dense", "choose", "slice"} <= setup.phases(setup.plan).keys()
+    assert set(METHODS[method].repeated.split()) <= set(METHODS[method].stages.split())
 
 
 @pytest.mark.parametrize(("n", "k"), [(100, 10), (16, 1), (512, 51), (7, 7)])
@@ -78,21 +96,26 @@ def test_trainability_is_the_mean_accuracy_at_the_first_learning_rate(
     fields.learning_rate = rate
     phase = training_phase("finetune", fields, 10)
     rows = ROWS if epochs else ROWS[:1]
-    found = measures.trainability_accuracy(rows, "finetune", 100, phase, "step")
+    found = measures.trainability_score(rows, "finetune", 100, phase, "step")
     assert found == (None if expected is None else pytest.approx(expected))
 
 
 def test_a_rate_that_falls_steadily_has_no_first_stage():
     rate = optax.cosine_decay_schedule(0.1, 40)
-    phase = Phase("finetune", 40, optax.sgd(rate), rate)
+    phase = Phase("finetune", 40, optax.sgd(rate), rate, part="finetune")
     args = ROWS, "finetune", 100, phase, "cosine"
-    assert measures.trainability_accuracy(*args) is None
+    assert measures.trainability_score(*args) is None
+
+
+def meter_of(dataset, number):
+    task = ImageClassification(dataset)
+    return measures.JacobianMeter(*task.inputs(task.probes(number)))
 
 
 def test_the_jacobian_is_measured_on_the_first_test_images_normalised():
     dataset = tpp.data.load("digits", pad_to=32)
     model = filled(lambda: tpp.models.create("lenet5", rngs=nnx.Rngs(0)))
-    found = measures.JacobianMeter(dataset, 3)(model)
+    found = meter_of(dataset, 3)(model)
     images = dataset.test_images[:3] / 255
     images = (images - np.array(dataset.mean)) / np.array(dataset.std)
     values = tpp.jacobian_singular_values(model, jnp.asarray(images, jnp.float32))
@@ -110,7 +133,7 @@ def test_a_network_that_ignores_its_input_has_no_condition_number():
     dataset = tpp.data.load("digits", pad_to=32)
     model = tpp.models.create("lenet5", rngs=nnx.Rngs(0))
     model.fc5.kernel.set_value(jnp.zeros_like(model.fc5.kernel[...]))
-    found = measures.JacobianMeter(dataset, 2)(model)
+    found = meter_of(dataset, 2)(model)
     assert (found["mean"], found["max"], found["condition"]) == (0, 0, None)
     assert "jsv_condition" not in measures.jacobian_scalars(found)
 
@@ -127,8 +150,7 @@ def test_the_norm_of_what_is_pruned_and_the_gram_matrix_of_a_layer(tmp_path):
     norm = measures.pruned_norm(plan, nnx.state(model, nnx.Param))
     assert float(norm) == pytest.approx(expected, rel=1e-5)
 
-    config = small_config(report_layer="fc4")
-    file, member = tmp_path / "gram.npz", measures.report_layer(config, plan)
+    file, member = tmp_path / "gram.npz", measures.report_layer("fc4", plan)
     file.write_text("not a whole file")  # a kill may leave one
     measures.save_gram(file, "chosen", model, member, plan)
     measures.save_gram(file, "cut", tpp.prune(model, plan), member, plan)

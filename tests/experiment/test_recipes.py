@@ -17,7 +17,7 @@ import tpp_jax as tpp
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import phases
 from tpp_jax.experiment.config import check_fields, check_values
-from tpp_jax.experiment.setup import plan_for
+from tpp_jax.experiment.planning import plan_for
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -75,7 +75,7 @@ def dense(name, num_classes, shape):
 def pruned(config, num_classes, shape):
     """(the dense count, the count of what the config makes of it, the plan)."""
     model, groups, weights, before = dense(config.model.name, num_classes, shape)
-    plan = plan_for(config, groups, weights)
+    plan = plan_for(config.prune, groups, weights, config.seed)
     graphdef, state = nnx.split(model)
     small = nnx.merge(graphdef, tpp.slice_tree(plan, state))
     return (

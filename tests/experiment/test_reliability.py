@@ -128,9 +128,8 @@ def test_a_lock_that_is_held_is_not_taken_for_none(tmp_path, monkeypatch, number
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", held)
-    with pytest.raises(TPPError, match="another run is at work"):
-        with locked(tmp_path):
-            pass
+    with pytest.raises(TPPError, match="another run is at work"), locked(tmp_path):
+        pass
 
 
 def test_what_is_raised_in_a_folder_without_locks_is_handed_on(tmp_path, monkeypatch):
@@ -138,9 +137,8 @@ def test_what_is_raised_in_a_folder_without_locks_is_handed_on(tmp_path, monkeyp
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with pytest.raises(PermissionError, match="mine"):
-        with locked(tmp_path):
-            raise PermissionError("mine")
+    with pytest.raises(PermissionError, match="mine"), locked(tmp_path):
+        raise PermissionError("mine")
 
 
 def test_rounds_that_remove_nothing_are_said_and_trained(tmp_path, capsys):
@@ -180,13 +178,14 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_survives(tmp_path):
 import resource, sys
 from tests.experiment.test_errors import small_config
 from tpp_jax.experiment import run
-original = run.Run._save
-def save(self, state):
-    original(self, state)
-    self.checkpoints._manager.wait_until_finished()
-    if self.meta["phase"] == "finetune":
+from tpp_jax.experiment.records.checkpoints import Checkpoints
+original = Checkpoints.save
+def save(self, step, arrays, meta):
+    original(self, step, arrays, meta)
+    self._manager.wait_until_finished()
+    if meta["phase"] == "finetune":
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-run.Run._save = save
+Checkpoints.save = save
 try:
     run.train(small_config(checkpoint_every=5), {str(tmp_path)!r})
 except run.TPPError as error:

@@ -15,7 +15,7 @@ from tpp_jax.errors import TPPError
 from tpp_jax.experiment import run
 from tpp_jax.experiment.choosing import with_random_weights
 from tpp_jax.experiment.methods import Stage
-from tpp_jax.experiment.setup import check
+from tpp_jax.experiment.setup import make_setup
 from tpp_jax.graph.naming import named_leaves
 from tpp_jax.training import feeds
 
@@ -175,7 +175,7 @@ def test_extra_and_one_shot_cut_the_same_channels(finished):
 
 def test_scratch_starts_from_weights_of_its_own_width(dense):
     config = config_of("scratch", dense, **{"finetune.epochs": 0})
-    setup = check(config)
+    setup = make_setup(config)
     small = tpp.prune(setup.model, setup.plan)
     fresh = with_random_weights(small, Stage("slice").key(0))
     ours = named_leaves(nnx.state(fresh))
@@ -241,7 +241,7 @@ def test_the_layer_of_the_report_must_be_one_that_is_pruned(dense):
     with pytest.raises(
         TPPError, match=r"'net.2', but filters are pruned of net.0, net.6"
     ):
-        check(config)
+        make_setup(config)
 
 
 def test_kernels_made_anew_by_orthp_give_a_linear_network_singular_values_of_one(

@@ -3,6 +3,8 @@
 Skipped where PyTorch and torchvision are not installed (the extra ``torch``).
 """
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -220,7 +222,7 @@ def test_an_mlp_on_images_with_channels():
     ours = abstract("mlp7_relu", image_shape=(5, 4, 3), num_classes=3)
     widths = [60, *[100] * 6, 3]
     net = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         net += [torch.nn.Linear(before, after), torch.nn.ReLU()]
 
     class MLP(torch.nn.Module):

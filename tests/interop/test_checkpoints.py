@@ -78,7 +78,7 @@ def test_of_a_tensor_in_two_shards_the_index_says_which(tmp_path):
 
 def test_a_shard_that_is_missing_or_lacks_a_tensor_is_named(tmp_path):
     path = sharded(tmp_path, lambda index: index["weight_map"].update(gone="x.bin"))
-    message = r"index of a checkpoint in 3 files, and x.bin is not in its folder"
+    message = r"index of a checkpoint in 3 files, but x.bin is not in its folder"
     with pytest.raises(TPPError, match=message):
         read_torch(path)
     shard = "model-00001-of-00002.safetensors"
@@ -102,16 +102,16 @@ def test_a_shard_outside_of_the_folder_is_refused(tmp_path, name):
     folder = tmp_path / "model"
     folder.mkdir()
     path = sharded(folder, lambda index: index["weight_map"].update(w=name))
-    with pytest.raises(TPPError, match="which is no file of its own folder"):
+    with pytest.raises(TPPError, match="which is not a file in its folder"):
         read_torch(path)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"model_type": "llama"}', "is JSON, and neither weights nor an index"),
-        ('{"weight_map": {}}', "is JSON, and neither weights nor an index"),
-        ('{"weight_map": ', "is JSON that is damaged"),
+        ('{"model_type": "llama"}', "is JSON, but neither weights nor an index"),
+        ('{"weight_map": {}}', "is JSON, but neither weights nor an index"),
+        ('{"weight_map": ', "is damaged JSON"),
     ],
 )
 def test_other_json_is_told(tmp_path, text, message):
@@ -147,7 +147,7 @@ def test_of_several_sets_one_is_taken_and_said(keys, taken):
     np.testing.assert_array_equal(found["first.bias"], saved[other]["first.bias"])
 
 
-def test_one_set_under_two_names_or_an_optimizer_is_no_matter(tmp_path):
+def test_one_set_under_two_names_or_an_optimizer_is_no_matter():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tensors_in({"model": WEIGHTS, "best": WEIGHTS})
@@ -161,14 +161,14 @@ def test_a_file_says_so_too_and_the_other_can_be_picked(tmp_path):
     with pytest.warns(UserWarning, match=r"read_torch\(file, key='ema'\)"):
         np.testing.assert_array_equal(read_torch(path)["w"], np.arange(4))
     np.testing.assert_array_equal(read_torch(path, key="ema")["w"], [2, 3])
-    with pytest.raises(TPPError, match="c.pth: there are no weights under the key 'x'"):
+    with pytest.raises(TPPError, match=r"c.pth: .* no weights under the key 'x'"):
         read_torch(path, key="x")
 
 
 def test_a_checkpoint_that_holds_itself_is_refused():
     saved = {}
     saved["model"] = saved
-    with pytest.raises(TPPError, match="the checkpoint in it holds itself"):
+    with pytest.raises(TPPError, match="the checkpoint in it contains itself"):
         tensors_in(saved)
 
 
@@ -188,12 +188,12 @@ QUANTISED = Reference("torch/QInt8Storage", "0", "cpu", 4)
         ),
         (
             {"fc._packed_params._packed_params": (tensor(), None)},
-            "is of a quantised layer, whose numbers are packed",
+            "belongs to a quantised layer, whose numbers are packed",
         ),
         ({"w": Call("torch._utils/_rebuild_sparse_tensor", 1)}, "w is sparse: call"),
         (
             {"w": Call("torch._utils/_rebuild_meta_tensor_no_storage", 1)},
-            "w is on PyTorch's meta device, so without numbers",
+            "w is on PyTorch's meta device, without numbers",
         ),
         (
             {

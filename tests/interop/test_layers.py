@@ -81,12 +81,12 @@ NOTED = {
     ),
 }
 OTHERS = {
-    "between its inputs": (conv(input_dilation=2), "puts zeros between its inputs"),
+    "between its inputs": (conv(input_dilation=2), "inserts zeros between its inputs"),
     "a mask": (conv(mask=jnp.ones((3, 3, 4, 8))), "multiplies its kernel by a mask"),
     "four axes": (conv((1, 1, 1, 1)), "no convolution over 4 axes"),
     "its own function": (
         conv(conv_general_dilated=lambda *args, **more: None),
-        "by a function of its own",
+        "a custom function",
     ),
     "a batch norm with a scale alone": (
         nnx.BatchNorm(4, use_bias=False, rngs=nnx.Rngs(0)),
@@ -180,7 +180,7 @@ def test_a_layer_of_ones_own_that_computes_otherwise_has_a_note():
         """Computes what its parent does."""
 
     note = described(Standardised(4, 8, (3, 3), rngs=nnx.Rngs(0)))["note"]
-    assert note == "it is a Standardised, which computes in a way of its own"
+    assert note == "it is a Standardised, which has a custom __call__"
     assert "note" not in described(Named(4, 8, (3, 3), rngs=nnx.Rngs(0)))
 
 

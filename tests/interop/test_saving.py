@@ -1,6 +1,7 @@
 """What is written for PyTorch, pruned or not, comes back and tells its sizes."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def test_widths_that_do_not_go_together_are_refused():
     half = narrow(weights, "conv1.weight", 0, 3)
     with pytest.raises(TPPError, match="conv1 has arrays for 3 and for 6 channels"):
         load_torch(half, model, pruned=True)
-    with pytest.raises(TPPError, match="do not go together in this LeNet5"):
+    with pytest.raises(TPPError, match="do not fit each other in this LeNet5"):
         load_torch(narrow(half, "conv1.bias", 0, 3), model, pruned=True)
     both = narrow(narrow(half, "conv1.bias", 0, 3), "conv2.weight", 1, 3)
     small = load_torch(both, model, pruned=True)
@@ -181,7 +182,7 @@ def test_other_endings_are_refused(tmp_path):
 
 
 def test_pth_files_without_pytorch_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_weights.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(TPPError, match=r"not installed.*tpp_jax\[torch\]"):
         save_torch(filled(Tiny), tmp_path / "weights.pth")
 
@@ -191,7 +192,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     save_torch(filled(Tiny), path)
     before = path.read_bytes()
 
-    def fail(tensors, partial):
+    def fail(_, partial):
         partial.write_bytes(b"half")
         raise OSError("no space left")
 

@@ -1,5 +1,6 @@
 """PyTorch's files as it writes them, as others damage them and as nobody should."""
 
+import contextlib
 import io
 import json
 import os
@@ -196,7 +197,7 @@ BAD_TENSORS = {
 
 @pytest.mark.parametrize("bad", BAD_TENSORS.values(), ids=BAD_TENSORS.keys())
 def test_a_tensor_that_cannot_be_is_refused(bad, tmp_path):
-    with pytest.raises(TPPError, match="bad.pth"):
+    with pytest.raises(TPPError, match=r"bad.pth"):
         read_torch(write_zip(tmp_path / "bad.pth", {"w": bad}))
 
 
@@ -213,7 +214,7 @@ def test_a_module_that_holds_itself_is_refused(tmp_path):
     )
     with zipfile.ZipFile(tmp_path / "m.pth", "w") as archive:
         archive.writestr("archive/data.pkl", data)
-    with pytest.raises(TPPError, match="holds itself"):
+    with pytest.raises(TPPError, match="contains itself"):
         read_torch(tmp_path / "m.pth")
 
 
@@ -235,11 +236,11 @@ def test_a_call_in_a_file_is_never_made(beside, tmp_path):
     if beside:
         np.testing.assert_array_equal(read_torch(path)["w"], np.arange(4))
     else:
-        with pytest.raises(TPPError, match="posix.system"):
+        with pytest.raises(TPPError, match=r"posix.system"):
             read_torch(path)
     plain = tmp_path / "plain.pth"
     plain.write_bytes(pickle.dumps(Evil(f"touch {trace}")))
-    with pytest.raises(TPPError, match="not one that torch.save wrote"):
+    with pytest.raises(TPPError, match=r"not one that torch.save wrote"):
         read_torch(plain)
     assert not trace.exists()
 
@@ -261,7 +262,7 @@ def test_a_file_that_ends_too_early_is_an_error_wherever_it_ends(name, tmp_path)
     path = tmp_path / name
     for size in range(0, len(content), 37):
         path.write_bytes(content[:size])
-        with pytest.raises(TPPError, match="fetch it again|it is"):
+        with pytest.raises(TPPError, match=r"fetch it again|it is"):
             read_torch(path)
 
 
@@ -277,10 +278,8 @@ def test_a_damaged_file_is_read_or_an_error(name, tmp_path):
         for place in rng.integers(len(content), size=3):
             damaged[place] = rng.integers(256)
         path.write_bytes(damaged)
-        try:
+        with contextlib.suppress(TPPError):
             read_torch(path)
-        except TPPError:
-            pass
 
 
 @pytest.mark.parametrize(
@@ -289,8 +288,8 @@ def test_a_damaged_file_is_read_or_an_error(name, tmp_path):
         (b"", "is empty"),
         (b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "run git lfs pull"),
-        (b"garbage" * 99, "is damaged, or no file of weights"),
-        (b"PK\x03\x04" + b"\0" * 99, "is damaged, or no file of weights"),
+        (b"garbage" * 99, "is damaged, or not a file of weights"),
+        (b"PK\x03\x04" + b"\0" * 99, "is damaged, or not a file of weights"),
         (pickle.dumps([1]), "not one that torch.save wrote"),
     ],
 )
@@ -311,7 +310,7 @@ def test_other_zip_archives_are_told(tmp_path):
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(TPPError, match="not one that torch.save wrote"):
+    with pytest.raises(TPPError, match=r"not one that torch.save wrote"):
         read_torch(path)
     write_zip(path, {"w": tensor()}, **{"constants.pkl": b"", "code/x.py": b""})
     with pytest.raises(TPPError, match="TorchScript"):
@@ -331,7 +330,7 @@ def test_safetensors_of_an_unknown_type_are_an_error(tmp_path):
     header = json.dumps({"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}})
     path = tmp_path / "w.safetensors"
     path.write_bytes(struct.pack("<q", len(header)) + header.encode() + b"x")
-    with pytest.raises(TPPError, match="w is of type F4, which is not read here"):
+    with pytest.raises(TPPError, match="w is of type F4, which is not supported"):
         read_torch(path)
 
 
@@ -346,9 +345,9 @@ def test_safetensors_of_an_unknown_type_are_an_error(tmp_path):
             {"epoch": 3, "weights": {"w": np.ones(2)}},
             "epoch, weights.*epoch is of type int",
         ),
-        ([np.ones(2)], "this is of type list"),
-        (3, "this is of type int"),
-        ({1: np.ones(2)}, "a state dict is wanted"),
+        ([np.ones(2)], "it is of type list instead of a state dict"),
+        (3, "it is of type int instead of a state dict"),
+        ({1: np.ones(2)}, "a dict of 1 instead of a state dict"),
     ],
 )
 def test_what_is_no_state_dict_is_told(value, message):

@@ -188,8 +188,8 @@ def test_all_names_that_do_not_fit_are_told_at_once():
 
 
 def test_a_long_list_of_names_is_cut():
+    weights = {f"w{i}": np.ones(1) for i in range(20)}
     with pytest.raises(TPPError, match=r"they have no .* and \d+ more; .* has no w0, "):
-        weights = {f"w{i}": np.ones(1) for i in range(20)}
         load_torch(weights, network("cifar_resnet8"))
 
 

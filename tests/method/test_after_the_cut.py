@@ -146,7 +146,7 @@ def test_parameters_of_another_shape_or_cut_in_part_are_refused():
     ):
         mixed = {**params, "conv": small["conv"]}
         with pytest.raises(
-            TPPError, match="conv.* has been cut by the plan and .* not"
+            TPPError, match=r"conv.* has been cut by the plan and .* not"
         ):
             transform.init(mixed)
         other = jax.tree.map(lambda a: jnp.ones((*a.shape[:-1], 7)), params)
@@ -246,7 +246,7 @@ def test_status_without_a_state_of_tpp_is_refused():
     with pytest.raises(TPPError, match="no state of add_tpp_penalties or zero_pruned"):
         tpp.status(optax.adam(0.1).init(params), plan, params)
     state = make_tx(plan).init(params)
-    with pytest.raises(TPPError, match="2 states of add_tpp_penalties, at 0.0, 1.0"):
+    with pytest.raises(TPPError, match=r"2 states of add_tpp_penalties, at 0.0, 1.0"):
         tpp.status((state, state), plan, params)
     with pytest.raises(TPPError, match="outside of jit"):
         jax.jit(lambda s: tpp.status(s, plan, params).zeroed)(state)

@@ -148,7 +148,7 @@ def test_a_tree_without_the_planned_parameters_is_refused(transform, tree, messa
 
 def test_a_missing_bias_is_named():
     tree = {**PARAMS, "up": {"kernel": PARAMS["up"]["kernel"]}}
-    with pytest.raises(TPPError, match="the plan prunes up.bias, but"):
+    with pytest.raises(TPPError, match=r"the plan prunes up\.bias, but"):
         tpp.add_tpp_penalties(PLAN, SCHEDULE).init(tree)
 
 

@@ -24,12 +24,12 @@ from tpp_jax.models import CifarResNet
 from tpp_jax.pruning.criteria import l1
 
 
-def always(step):
+def always(_):
     """A strength that does not grow, for penalties that the original does not scale."""
     return jnp.ones((), jnp.float64)
 
 
-def kept_towards_identity(plan, start):
+def kept_towards_identity(plan, _):
     """Version 3: WWᵀ towards I, but 0 for the pruned filters, at full weight always."""
     fields = {"gram_weight": 1000.0, "bn": False, "l2": False, "target": "orthogonal"}
     return [tpp.add_tpp_penalties(plan, always, **fields)]
@@ -60,13 +60,13 @@ def columns_as_at_the_start(plan, start):
     return [*kept_towards_identity(plan, start), own]
 
 
-def all_kernels_orthogonal(plan, start):
+def all_kernels_orthogonal(*_):
     """Version 2; where filters are fewer than input channels, WᵀW instead of WWᵀ."""
     add = functools.partial(tpp.add_orthogonality, 10.0, norm="mean_square")
     return [add(side="filters", skip="linear"), add(side="inputs", layers="linear")]
 
 
-def all_filters_orthogonal(plan, start):
+def all_filters_orthogonal(*_):
     """Version 2 without that exception."""
     return [tpp.add_orthogonality(10.0, norm="mean_square", side="filters")]
 

@@ -181,12 +181,12 @@ def zeroed_leaves(step):
             continue
         zeroed.add(name)
         np.testing.assert_array_equal(
-            after[name], np.where(_produced_mask(name, mask[name]), leaf + 1, 0)
+            after[name], np.where(_produced_mask(mask[name]), leaf + 1, 0)
         )
     return zeroed
 
 
-def _produced_mask(name, mask):
+def _produced_mask(mask):
     """A mask without what the pruned inputs of a kernel cut out."""
     mask = np.asarray(mask)
     return mask.reshape(-1, mask.shape[-1]).any(axis=0) if mask.ndim > 1 else mask > 0
@@ -217,7 +217,7 @@ def test_a_stabilize_phase_that_ends_before_the_last_layer_s_turn_is_refused():
     _, _, plan = small()
     for stabilize in (5, 0):
         short = tpp.growing_schedule(stabilize=stabilize, zero_out_every=3)
-        with pytest.raises(ValueError, match="before layer 1 .* at least 6 steps"):
+        with pytest.raises(ValueError, match=r"before layer 1 .* at least 6 steps"):
             tpp.zero_pruned(plan, short)
     tpp.zero_pruned(plan, tpp.growing_schedule(stabilize=6, zero_out_every=3))
 

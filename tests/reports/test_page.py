@@ -14,6 +14,7 @@ import pytest
 from tests.browser import look_at, needs_browser
 from tests.reports.test_tables_plots import SUMMARY
 from tpp_jax.reports import grids, page, plots
+from tpp_jax.reports.headline import Headline
 
 JACOBIAN = {
     "mean": 0.5,
@@ -109,6 +110,38 @@ def test_the_page_of_a_run_tells_what_came_of_it():
     for phase in ("pretrain", "regularize", "stabilize", "slice", "finetune"):
         assert phase in text
     assert "<script>alert(1)</script>" in text  # as text
+
+
+def of_another_task(content):
+    """What a run would record whose task is judged by an error in metres."""
+    if isinstance(content, dict):
+        return {
+            k.replace("accuracy", "rms"): of_another_task(x) for k, x in content.items()
+        }
+    return [*map(of_another_task, content)] if isinstance(content, list) else content
+
+
+def test_a_report_speaks_of_the_task_s_own_metric(tmp_path):
+    headline = Headline("rms", "m", better="lower")
+    summary = of_another_task(whole_summary()) | {"headline": headline.to_dict()}
+    pictures = plots.save(
+        plots.of_run(of_another_task(HISTORY), summary, GRAMS), tmp_path
+    )
+    text = Page(page.of_run(summary, pictures)).text
+    assert "test rms" in text and "30.00 m" in text and "rms at its end" in text
+    assert "Rms, loss" in text and "rms, m" in pictures["curves"]
+    for shown in (text, pictures["curves"]):
+        assert "accuracy" not in shown and "89.00 %" not in shown
+    scores = {"best_rms": 1.5, "last_rms": 2.0, "trainability_rms": None}
+    found = grids.metrics_of({**summary, **scores})
+    names = {"best_rms", "last_rms", "cut_rms", "dense_rms", "speedup", "sparsity"}
+    assert found.keys() == names and found["dense_rms"] == 90.0
+    metrics, results = ("best_rms", "speedup"), {("TPP", "0.9", 0): found}
+    table = grid()._replace(
+        metrics=metrics, results=results, paper={}, headline=headline
+    )
+    assert "## Best test rms of the fine-tuning, m" in grids.markdown(table)
+    plots.save(plots.of_grid(table), tmp_path)
 
 
 def test_the_page_of_a_sweep_tells_what_is_done_and_what_failed():

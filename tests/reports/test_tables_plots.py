@@ -79,12 +79,12 @@ RIVALS = {
         ],
         ["dense 90", "cut at once (one-shot) 30", "fine-tuned 80"],
     ),
-    "made anew": (
+    "reinitialized": (
         [cut("slice", 90.0, 30.0, accuracy=10.0), trained("extra", 70.0)],
         [
             "dense 90",
             "cut at once (one-shot) 30",
-            "its kernels made anew 10",
+            "kernels reinitialized 10",
             "trained on 70",
         ],
     ),

@@ -9,12 +9,12 @@ from flax import nnx
 
 import tpp_jax as tpp
 from tests.experiment.test_errors import small_config
+from tpp_jax.commands.evaluate import evaluate
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import run
 from tpp_jax.experiment.records.checkpoints import Checkpoints
 from tpp_jax.graph.naming import named_leaves
 from tpp_jax.storage.paths import plain
-from tpp_jax.training import evaluation
 
 NAMES = [
     "[old]x",
@@ -71,9 +71,9 @@ def test_links_are_removed_again(tmp_path):
 
 
 def test_a_new_folder_whose_own_name_is_misread_is_refused(tmp_path):
-    with pytest.raises(TPPError, match="misreads one of .* use another folder"):
-        with plain(tmp_path / "[x]", new=True):
-            pass
+    message = r"misreads one of .* use another folder"
+    with pytest.raises(TPPError, match=message), plain(tmp_path / "[x]", new=True):
+        pass
 
 
 def test_a_run_in_a_folder_of_brackets_is_continued_and_evaluated(
@@ -83,15 +83,15 @@ def test_a_run_in_a_folder_of_brackets_is_continued_and_evaluated(
     config = small_config(**{"pretrain.epochs": 1})
     with monkeypatch.context() as patch:
         # As if killed once the dense network is trained.
-        patch.setattr(run.cutting, "choose", _killed)
+        patch.setattr(run.choosing, "choose", _killed)
         with pytest.raises(KeyboardInterrupt):
             run.train(config, workdir)
     summary = run.train(config, workdir)
     shown = capsys.readouterr().out
     assert f"Continuing the run in {workdir} from pretrain, step 22." in shown
-    measured = evaluation.evaluate(workdir)
+    measured = evaluate(workdir)
     assert measured["accuracy"] == pytest.approx(summary["pruned"]["accuracy"])
 
 
-def _killed(*arguments):
+def _killed(*_):
     raise KeyboardInterrupt

@@ -117,7 +117,7 @@ def after_three_steps(tx, params=PARAMS):
     return params
 
 
-def several_axes(params):
+def several_axes(_):
     return {"kernel": True, "norm": {"scale": False, "bias": False}}
 
 
@@ -176,5 +176,5 @@ def test_without_decay_of_norms_only_arrays_of_several_axes_shrink(name):
 
 def test_an_unknown_optimizer_is_refused():
     odd = ml_collections.ConfigDict({**fields().to_dict(), "optimizer": "adam"})
-    with pytest.raises(ValueError, match="'adam'.*'sgd' or 'adamw' or 'lamb'"):
+    with pytest.raises(ValueError, match=r"'adam'.*'sgd' or 'adamw' or 'lamb'"):
         optimizer(odd, 0.1)

@@ -12,11 +12,11 @@ from flax import nnx
 import tpp_jax as tpp
 from tpp_jax.models import CifarResNet, MobileNetV2
 from tpp_jax.training import parallel
+from tpp_jax.training.classification import ImageClassification, Images
 from tpp_jax.training.evaluation import Evaluator
-from tpp_jax.training.feeds import epoch_order, open_feed
+from tpp_jax.training.feeds import epoch_order
 from tpp_jax.training.optimizers import sgd
 from tpp_jax.training.step import (
-    Batch,
     StepConfig,
     TrainState,
     graphdef_of,
@@ -25,8 +25,7 @@ from tpp_jax.training.step import (
     make_train_steps,
 )
 
-CONFIG = StepConfig(mean=(0.3,), std=(0.4,), num_classes=10)
-DATA = {"batch_size": 16, "crop_padding": 1, "flip": True}
+CONFIG = StepConfig()
 
 
 def small_resnet():
@@ -43,7 +42,17 @@ def small_mlp():
 def digits(n=64):
     dataset = tpp.data.load("digits")
     return dataset._replace(
-        train_images=dataset.train_images[:n], train_labels=dataset.train_labels[:n]
+        train_images=dataset.train_images[:n],
+        train_labels=dataset.train_labels[:n],
+        mean=(0.3,),
+        std=(0.4,),
+    )
+
+
+def digits_task(dataset=None, **recipe):
+    dataset = dataset or digits()
+    return ImageClassification(
+        dataset, batch_size=16, crop_padding=1, flip=True, **recipe
     )
 
 
@@ -68,18 +77,19 @@ def initial_state(model, tx, average=False):
     return jax.tree.map(jnp.copy, state)
 
 
-def trained(model, tx, devices, steps, config=CONFIG, kind="pmap"):
+def trained(model, tx, devices, steps, config=CONFIG, kind="pmap", **recipe):
     """Trains some steps; returns the loss of each and the last state."""
-    losses, states = followed(model, tx, devices, steps, config, kind)
+    losses, states = followed(model, tx, devices, steps, config, kind, **recipe)
     return losses, states[-1]
 
 
-def followed(model, tx, devices, steps, config=CONFIG, kind="pmap"):
+def followed(model, tx, devices, steps, config=CONFIG, kind="pmap", **recipe):
     """Trains some steps; returns the loss and the state after each."""
-    feed = open_feed(digits(), DATA, devices, config.parts)
+    task = digits_task(dtype=config.dtype, **recipe)
+    feed = task.feed(devices, config.accumulate)
     axis = parallel.axis_name(devices)
     graphdef = graphdef_of(model, training=True)
-    step = make_train_step(graphdef, tx, config, feed.train_batch, axis)
+    step = make_train_step(graphdef, tx, task.loss, config, feed.train_batch, axis)
     run = parallel.on_devices(step, devices, donate=0, kind=kind)
     state = initial_state(model, tx, average=config.ema > 0)
     state = parallel.replicate(state, devices)
@@ -129,7 +139,9 @@ def test_batch_norm_may_leave_each_device_to_itself():
     apart = CONFIG._replace(sync_bn=False)
     losses, state = trained(model, tx, jax.devices()[:4], 1, apart)
     # As on one device that takes the same four shares one after the other.
-    expected, one = trained(model, tx, jax.devices()[:1], 1, CONFIG._replace(parts=4))
+    expected, one = trained(
+        model, tx, jax.devices()[:1], 1, CONFIG._replace(accumulate=4)
+    )
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
     assert_alike(one.params, state.params, rtol=1e-4, atol=1e-6)
     together, _ = trained(model, tx, jax.devices()[:4], 1)
@@ -142,15 +154,18 @@ def test_batch_norm_may_leave_each_device_to_itself():
 
 def test_a_step_that_is_not_finite_can_be_left_out():
     model, tx, devices = small_mlp(), optax.sgd(0.1, momentum=0.9), jax.devices()[:4]
-    graphdef, config = graphdef_of(model, training=True), CONFIG._replace(std=(0.0,))
+    graphdef = graphdef_of(model, training=True)
     # A standard deviation of zero makes every black pixel 0/0.
-    feed = open_feed(digits(), DATA, devices)
+    task = digits_task(digits()._replace(mean=(0.0,), std=(0.0,)))
+    feed = task.feed(devices)
     feed.begin(jax.random.key(2), 0)
     args = parallel.replicate(jax.random.key(1), devices), *feed.train_data(0)
     start = initial_state(model, tx)
     for skip in (False, True):
-        config = config._replace(mean=(0.0,), skip_nonfinite=skip)
-        step = make_train_step(graphdef, tx, config, feed.train_batch, parallel.AXIS)
+        config = CONFIG._replace(skip_nonfinite=skip)
+        step = make_train_step(
+            graphdef, tx, task.loss, config, feed.train_batch, parallel.AXIS
+        )
         run = parallel.on_devices(step, devices)
         after, metrics = run(parallel.replicate(start, devices), *args)
         assert int(after.step) == 1
@@ -163,10 +178,12 @@ def test_a_step_that_is_not_finite_can_be_left_out():
 
 def test_four_devices_mix_smooth_average_and_work_in_parts_like_one():
     model = small_mlp()
-    config = CONFIG._replace(label_smoothing=0.1, mixup=0.2, cutmix=1.0, ema=0.99)
-    config = config._replace(parts=2)
-    one, state_one = trained(model, optax.sgd(0.1), jax.devices()[:1], 6, config)
-    four, state_four = trained(model, optax.sgd(0.1), jax.devices()[:4], 6, config)
+    config = CONFIG._replace(ema=0.99, accumulate=2)
+    recipe = {"label_smoothing": 0.1, "mixup": 0.2, "cutmix": 1.0}
+    (one, state_one), (four, state_four) = (
+        trained(model, optax.sgd(0.1), jax.devices()[:n], 6, config, **recipe)
+        for n in (1, 4)
+    )
     np.testing.assert_allclose(four, one, rtol=1e-5)
     assert_alike(state_one.average, state_four.average, rtol=1e-3, atol=1e-5)
     plain, _ = trained(model, optax.sgd(0.1), jax.devices()[:1], 6)
@@ -176,7 +193,7 @@ def test_four_devices_mix_smooth_average_and_work_in_parts_like_one():
 def test_smoothed_labels_are_those_of_the_definition():
     model, still, devices = small_mlp(), optax.sgd(0.0), jax.devices()[:1]
     losses = {
-        share: trained(model, still, devices, 1, CONFIG._replace(label_smoothing=share))
+        share: trained(model, still, devices, 1, label_smoothing=share)
         for share in (0.0, 0.3, 1.0)
     }
     [[exact], [smooth], [uniform]] = [loss for loss, _ in losses.values()]
@@ -204,7 +221,7 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole():
     # Without batch norm, whose statistics are those of a part.
     model = small_mlp()
     whole, state = trained(model, optax.sgd(0.1), jax.devices()[:1], 5)
-    parts = CONFIG._replace(parts=4)
+    parts = CONFIG._replace(accumulate=4)
     found, state_of_parts = trained(model, optax.sgd(0.1), jax.devices()[:1], 5, parts)
     np.testing.assert_allclose(found, whole, rtol=1e-5)
     assert_alike(state.params, state_of_parts.params, rtol=1e-4, atol=1e-6)
@@ -212,13 +229,14 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole():
 
 def test_batch_statistics_follow_part_after_part():
     model, devices = small_resnet(), jax.devices()[:1]
-    parts = CONFIG._replace(parts=4)
+    parts = CONFIG._replace(accumulate=4)
     _, state = trained(model, optax.sgd(0.1), devices, 1, parts)
-    feed = open_feed(digits(), DATA, devices)
+    task = digits_task()
+    feed = task.feed(devices)
     feed.begin(jax.random.key(2), 0)
     key = jax.random.fold_in(jax.random.key(1), 0)
     batch = feed.train_batch(0, key, *feed.train_data(0))
-    x = model.conv1(tpp.data.normalize(batch.pixels, CONFIG.mean, CONFIG.std))
+    x = model.conv1(*task.inputs(batch))
     mean = np.zeros(x.shape[-1])
     for part in np.split(np.asarray(x), 4):
         mean = 0.9 * mean + 0.1 * part.mean((0, 1, 2))
@@ -240,10 +258,11 @@ def test_bfloat16_keeps_parameters_and_statistics_and_trains_alike():
 
 def lowered(config):
     model = small_resnet()
-    feed = open_feed(digits(), DATA, jax.devices()[:1])
+    task = digits_task(dtype=config.dtype)
+    feed = task.feed(jax.devices()[:1])
     feed.begin(jax.random.key(2), 0)
     graphdef, tx = graphdef_of(model, training=True), optax.sgd(0.1)
-    step = make_train_step(graphdef, tx, config, feed.train_batch)
+    step = make_train_step(graphdef, tx, task.loss, config, feed.train_batch)
     args = initial_state(model, tx), jax.random.key(1), *feed.train_data(0)
     return jax.jit(step).lower(*args)
 
@@ -281,10 +300,11 @@ def test_computing_again_keeps_convolutions_only_and_changes_no_result():
 def test_several_steps_in_one_dispatch_equal_single_steps():
     model = small_resnet()
     tx = tpp_optimizer(model)
-    feed = open_feed(digits(), DATA, jax.devices()[:1])
+    task = digits_task()
+    feed = task.feed(jax.devices()[:1])
     feed.begin(jax.random.key(2), 0)
     graphdef = graphdef_of(model, training=True)
-    step = make_train_step(graphdef, tx, CONFIG, feed.train_batch)
+    step = make_train_step(graphdef, tx, task.loss, CONFIG, feed.train_batch)
     key, images = jax.random.key(1), feed.train_data(0)
     single = jax.jit(make_train_steps(step, loop=False))
     state, sums = initial_state(model, tx), []
@@ -301,11 +321,13 @@ def test_several_steps_in_one_dispatch_equal_single_steps():
 def test_a_phase_compiles_once_and_moves_nothing_between_host_and_device():
     model = small_resnet()
     tx = tpp_optimizer(model)
-    feed = open_feed(digits(), DATA, jax.devices()[:1])
+    task = digits_task()
+    feed = task.feed(jax.devices()[:1])
     feed.begin(jax.random.key(2), 0)
     graphdef = graphdef_of(model, training=True)
     step = jax.jit(
-        make_train_step(graphdef, tx, CONFIG, feed.train_batch), donate_argnums=0
+        make_train_step(graphdef, tx, task.loss, CONFIG, feed.train_batch),
+        donate_argnums=0,
     )
     state = parallel.replicate(initial_state(model, tx), jax.devices()[:1])
     key = parallel.replicate(jax.random.key(1), jax.devices()[:1])
@@ -319,11 +341,12 @@ def test_a_phase_compiles_once_and_moves_nothing_between_host_and_device():
 
 def test_a_thousand_steps_take_no_more_memory_than_ten():
     model = small_mlp()
-    feed = open_feed(digits(), DATA, jax.devices()[:1])
+    task = digits_task()
+    feed = task.feed(jax.devices()[:1])
     feed.begin(jax.random.key(2), 0)
     tx = sgd(1e-3, 0.9, 5e-4)
     graphdef = graphdef_of(model, training=True)
-    step = make_train_step(graphdef, tx, CONFIG, feed.train_batch)
+    step = make_train_step(graphdef, tx, task.loss, CONFIG, feed.train_batch)
     steps = parallel.on_devices(step, jax.devices()[:1], donate=0)
     state = parallel.replicate(initial_state(model, tx), jax.devices()[:1])
     key, held = jax.random.key(1), []
@@ -342,11 +365,13 @@ def test_the_penalties_take_at_most_five_percent_more_memory():
     plan = tpp.make_plan(tpp.channel_groups(model, images), model, 0.5)
     plain, graphdef = sgd(1e-3, 0.9, 5e-4), graphdef_of(model, training=True)
     penalties = tpp.add_tpp_penalties(plan, tpp.growing_schedule())
-    config = StepConfig(mean=(0.4,) * 3, std=(0.3,) * 3, num_classes=10)
+    nothing = np.zeros((0, 32, 32, 3), np.uint8), np.zeros(0, np.int32)
+    dataset = tpp.data.Dataset(*nothing, *nothing, 10, (0.4,) * 3, (0.3,) * 3)
+    loss = ImageClassification(dataset).loss
 
     def bytes_held(tx):
-        step = make_train_step(graphdef, tx, config, lambda step, key, batch: batch)
-        batch = Batch(images, jax.ShapeDtypeStruct((128,), jnp.int32))
+        step = make_train_step(graphdef, tx, loss, CONFIG, lambda step, key, x: x)
+        batch = Images(images, jax.ShapeDtypeStruct((128,), jnp.int32))
         arguments = initial_state(model, tx), jax.random.key(0), batch
         compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
         held = compiled.memory_analysis()
@@ -370,8 +395,8 @@ def test_evaluation_counts_the_last_partial_batch_exactly(n_devices):
     dataset = dataset._replace(test_images=images, test_labels=labels)
     model = small_resnet()
     devices = jax.devices()[:n_devices]
-    config = StepConfig(dataset.mean, dataset.std, 10)
-    evaluate = Evaluator(open_feed(dataset, DATA, devices), config, devices)
+    task = digits_task(dataset)
+    evaluate = Evaluator(task, task.feed(devices), CONFIG, devices)
     state = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
     found = evaluate(model, *state)
     model.eval()
@@ -393,8 +418,8 @@ def test_one_evaluator_measures_a_network_and_what_is_left_of_it():
     groups = tpp.channel_groups(model, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
     small = tpp.prune(model, tpp.make_plan(groups, model, "features.2.*:0.5"))
     dataset, devices = digits(), jax.devices()[:1]
-    config = StepConfig(dataset.mean, dataset.std, 10)
-    evaluate = Evaluator(open_feed(dataset, DATA, devices), config, devices)
+    task = digits_task(dataset)
+    evaluate = Evaluator(task, task.feed(devices), CONFIG, devices)
     for network in (model, small):
         state = nnx.state(network, nnx.Param), nnx.state(network, nnx.BatchStat)
         found = evaluate(network, *state)
@@ -405,5 +430,7 @@ def test_one_evaluator_measures_a_network_and_what_is_left_of_it():
 
 
 def test_a_batch_that_does_not_split_names_the_nearest_sizes():
-    with pytest.raises(ValueError, match="62 does not split over 4 devices.* 60 or 64"):
+    with pytest.raises(
+        ValueError, match=r"62 does not split over 4 devices.* 60 or 64"
+    ):
         parallel.check_batch_size(62, jax.devices()[:4])

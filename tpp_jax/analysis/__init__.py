@@ -1,1 +1,1 @@
-"""What people look at: tables and plots."""
+"""Analysis of networks: Jacobians, latency, and groups as text and drawings."""

@@ -1,4 +1,4 @@
-"""Where a picture of the groups puts things: layers in rows, groups in columns."""
+"""Layout of a picture of the groups: layers in rows, groups in columns."""
 
 from typing import NamedTuple
 
@@ -12,9 +12,9 @@ class Row(NamedTuple):
     """A layer, or a norm or another array that channels pass.
 
     Attributes:
-      name: of the layer.
-      shape: of its kernel, ``3×3×16×16 → 3×3×16×8``; "" for what has none.
-      is_layer: whether it is a convolution or dense layer.
+      name: Name of the layer.
+      shape: Shape of its kernel, ``3×3×16×16 → 3×3×16×8``; "" without a kernel.
+      is_layer: Whether it is a convolution or dense layer.
     """
 
     name: str
@@ -26,9 +26,9 @@ class Lane(NamedTuple):
     """The place of a group.
 
     Attributes:
-      group: which one.
-      column: counted from the left.
-      roles: row → the roles in which the group runs through that row's arrays.
+      group: Group of the lane.
+      column: Number of the column from the left.
+      roles: Roles in which the group runs through the arrays of a row, by row.
     """
 
     group: Group
@@ -37,33 +37,33 @@ class Lane(NamedTuple):
 
     @property
     def first(self) -> int:
-        """The row where the group begins."""
+        """First row of the group."""
         return min(self.roles)
 
     @property
     def last(self) -> int:
-        """The row where it ends."""
+        """Last row of the group."""
         return max(self.roles)
 
 
 def place_groups(groups: Groups, plan: Plan | None) -> tuple[list[Row], list[Lane]]:
-    """Puts layers in rows, in order of execution, and groups in lanes beside them.
+    """Places layers in rows, in order of execution, and groups in lanes next to them.
 
-    A bias stands in the row of its kernel, a norm in its own below the layer that ran
-    last before it. A group gets the leftmost column that is free from its first row to
-    its last.
+    A bias is in the row of its kernel, a norm in a separate row below the layer that
+    runs before it. A group gets the leftmost column that is free from its first to its
+    last row.
 
     Args:
-      groups: of the model.
-      plan: if given, the rows tell the shapes that it leaves.
+      groups: Groups of the model.
+      plan: Plan whose shapes are shown in the rows, if any.
 
     Returns:
-      The rows from top to bottom, and the lanes by their first rows.
+      The rows from top to bottom, and the lanes in the order of their first rows.
     """
     members = [member for group in groups for member in group.members]
     members.sort(key=lambda m: m.order)
     kernels: dict[str, list[str]] = {}  # layer → its kernels
-    place: dict[str, tuple[int, bool]] = {}  # kernel, or layer without → sort key
+    place: dict[str, tuple[int, bool]] = {}  # kernel, or layer without one → sort key
     for member in members:
         if member.role != "along" and member.leaf not in place:
             kernels.setdefault(layer_name(member.leaf), []).append(member.leaf)
@@ -79,7 +79,7 @@ def place_groups(groups: Groups, plan: Plan | None) -> tuple[list[Row], list[Lan
     for home in homes:
         _, is_norm = place[home]
         layer = layer_name(home)
-        # Of a layer that has several kernels each is named.
+        # The kernels of a layer that has several are named.
         name = home if is_norm or len(kernels[layer]) > 1 else layer
         shape = "" if is_norm else _shape_change(home, groups, plan)
         rows.append(Row(name, shape, not is_norm))
@@ -99,8 +99,8 @@ def place_groups(groups: Groups, plan: Plan | None) -> tuple[list[Row], list[Lan
 
 
 def _in_columns(lanes: list[Lane]) -> list[Lane]:
-    """Gives every lane the leftmost column that is free where it runs."""
-    ends: list[int] = []  # column → the last row that is taken
+    """Assigns every lane the leftmost column that is free in all of its rows."""
+    ends: list[int] = []  # last occupied row by column
     placed = []
     for lane in sorted(lanes, key=lambda lane: (lane.first, -lane.last)):
         free = (c for c, end in enumerate(ends) if end < lane.first)
@@ -111,7 +111,7 @@ def _in_columns(lanes: list[Lane]) -> list[Lane]:
 
 
 def _shape_change(leaf: str, groups: Groups, plan: Plan | None) -> str:
-    """Writes the shape of a kernel, and what a plan makes of it."""
+    """Returns the shape of a kernel as text, before and after the cut."""
     before = groups.shapes[leaf]
     kept = keep_masks(plan, leaf) if plan is not None else {}
     after = [kept[i][1] if i in kept else n for i, n in enumerate(before)]

@@ -1,8 +1,8 @@
 """A picture of a model's groups: which layers each runs through, drawn as SVG.
 
-Layers stand below each other in order of execution; a group is a coloured lane beside
-them, from the first layer that produces its channels to the last that reads them. A
-layer is a line from the lanes that it reads to the lanes that it writes.
+Layers are listed in order of execution; a group is a coloured lane next to them, from
+the first layer that produces its channels to the last that reads them. A layer is a
+line from the lanes that it reads to the lanes that it writes.
 """
 
 import pathlib
@@ -15,21 +15,25 @@ from tpp_jax.analysis.groups_text import headline, member_lines, size_change
 from tpp_jax.graph.groups import Group, Groups
 from tpp_jax.pruning.plan import Plan
 
-_COLORS = "#4c72b0 #dd8452 #55a868 #8172b3 #c44e52 #64b5cd #937860 #da8bc3".split()
-_FIXED = "#9aa0a6"  # the lanes that stay
+_COLORS = [
+    *("#4c72b0", "#dd8452", "#55a868", "#8172b3"),
+    *("#c44e52", "#64b5cd", "#937860", "#da8bc3"),
+]
+_FIXED = "#9aa0a6"  # color of lanes that cannot be pruned
 _INK, _FAINT, _RULE = "#24292f", "#6e7781", "#eaeef2"
 _PAPER, _BORDER = "#ffffff", "#d0d7de"
 _FONT = "ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono, monospace"
 
-# Pixels.
-_SIZE = 11  # of the letters
-_LETTER = 0.63 * _SIZE  # width of one, with some to spare
+# Sizes in pixels.
+_SIZE = 11  # font size
+_LETTER = 0.63 * _SIZE  # width of a letter, with a reserve
 _LINE = 16  # height of a line of text
 _MARGIN = 20
-_GAP = 18  # between the columns of the picture
-_LANE = 24  # from lane to lane
+_GAP = 18  # space between the columns of the picture
+_LANE = 24  # distance between lanes
 _BAR = 12  # width of a lane's bar
-_NOTE = 76  # letters in a line of what is said of a group
+
+_NOTE = 76  # number of letters in a line of a note
 
 
 def draw_groups(
@@ -38,9 +42,12 @@ def draw_groups(
     """Draws the groups of a model into an SVG file.
 
     Args:
-      groups: from :func:`tpp_jax.channel_groups`.
-      path: of the file; its folder must exist.
-      plan: if given, lanes are pale for the share of the channels that goes.
+      groups: Groups from :func:`tpp_jax.channel_groups`.
+      path: Path of the file; its folder must exist.
+      plan: Plan whose pruned share of the channels is drawn pale, if any.
+
+    Raises:
+      OSError: If the file cannot be written.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -57,7 +64,7 @@ def draw_groups(
 
 
 def _picture(groups: Groups, plan: Plan | None) -> str:
-    """The whole file."""
+    """Returns the content of the file."""
     rows, lanes = place_groups(groups, plan)
     notes = [_note(lane.group, plan) for lane in lanes]
 
@@ -75,11 +82,11 @@ def _picture(groups: Groups, plan: Plan | None) -> str:
     row_y, note_y, bottom = _heights(rows, lanes, notes, top)
     lane_x = [lanes_x + _LANE * (lane.column + 0.5) for lane in lanes]
 
-    parts = [
+    elements = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" '
         f'height="{bottom:.0f}" viewBox="0 0 {width:.0f} {bottom:.0f}" '
         f'font-family="{_FONT}" font-size="{_SIZE}">',
-        # The picture brings its own paper, to be readable on a dark page too.
+        # A background makes the picture readable on a dark page.
         f'<rect x="0.5" y="0.5" width="{width - 1:.0f}" height="{bottom - 1:.0f}" '
         f'rx="8" fill="{_PAPER}" stroke="{_BORDER}"/>',
         f'<text x="{_MARGIN}" y="{_MARGIN + 12}" font-size="14" font-weight="bold" '
@@ -89,37 +96,46 @@ def _picture(groups: Groups, plan: Plan | None) -> str:
     for i, (row, y) in enumerate(zip(rows, row_y, strict=True)):
         if row.is_layer and i:
             rule = y - _LINE / 2 - 3
-            parts.append(_line(_MARGIN, rule, notes_x - _GAP, rule, _RULE))
-        parts.append(_text(_MARGIN, y, row.name, _INK if row.is_layer else _FAINT))
+            elements.append(_line(_MARGIN, rule, notes_x - _GAP, rule, _RULE))
+        elements.append(_text(_MARGIN, y, row.name, _INK if row.is_layer else _FAINT))
         if row.shape:
-            parts.append(_text(shapes_x, y, row.shape, _FAINT))
-        here = [
-            (x, lane.roles[i])
-            for x, lane in zip(lane_x, lanes, strict=True)
-            if i in lane.roles
-        ]
-        reads = [x for x, roles in here if "contracted" in roles]
-        writes = [x for x, roles in here if "produced" in roles]
-        if writes and not reads:  # it reads the input of the model
-            reads = [lanes_x - _GAP / 2]
-        ends = reads + writes
-        if len(ends) > 1:
-            parts.append(_line(min(ends), y, max(ends), y, _INK))
+            elements.append(_text(shapes_x, y, row.shape, _FAINT))
+        elements += _connection(i, y, lanes, lane_x, lanes_x - _GAP / 2)
     colors = _colors(lanes)
     for lane, color, x, note, y in zip(
         lanes, colors, lane_x, notes, note_y, strict=True
     ):
-        parts.append(f"<g data-group={quoteattr(lane.group.name)}>")
-        parts.append(f"<title>{escape(_tooltip(lane.group, groups, plan))}</title>")
-        parts += _bar(lane, x, row_y, color, plan)
+        elements.append(f"<g data-group={quoteattr(lane.group.name)}>")
+        elements.append(f"<title>{escape(_tooltip(lane.group, groups, plan))}</title>")
+        elements += _bar(lane, x, row_y, color, plan)
         for row, roles in lane.roles.items():
-            parts += _marks(roles, x, row_y[row])
-        parts.append(_rect(notes_x, y - 5, 10, 10, color))
+            elements += _marks(roles, x, row_y[row])
+        elements.append(_rect(notes_x, y - 5, 10, 10, color))
         ink = _INK if lane.group.reason is None else _FAINT
         for i, line in enumerate(note):
-            parts.append(_text(notes_x + _GAP, y + i * _LINE, line, ink))
-        parts.append("</g>")
-    return "\n".join([*parts, "</svg>", ""])
+            elements.append(_text(notes_x + _GAP, y + i * _LINE, line, ink))
+        elements.append("</g>")
+    return "\n".join([*elements, "</svg>", ""])
+
+
+def _connection(
+    row: int, y: float, lanes: Sequence[Lane], lane_x: Sequence[float], input_x: float
+) -> list[str]:
+    """Returns the line of a row from the lanes that it reads to those it writes.
+
+    A row that reads no lane reads the input of the model, which is at ``input_x``.
+    """
+    here = [
+        (x, lane.roles[row])
+        for x, lane in zip(lane_x, lanes, strict=True)
+        if row in lane.roles
+    ]
+    reads = [x for x, roles in here if "contracted" in roles]
+    writes = [x for x, roles in here if "produced" in roles]
+    if writes and not reads:
+        reads = [input_x]
+    ends = reads + writes
+    return [_line(min(ends), y, max(ends), y, _INK)] if len(ends) > 1 else []
 
 
 def _heights(
@@ -127,8 +143,8 @@ def _heights(
 ) -> tuple[list[float], list[float], float]:
     """Returns the middle of every row, that of every note's first line, the bottom.
 
-    A note begins beside the row where its group begins, and may reach down to rows that
-    have no note of their own; those that have make way.
+    A note begins in the row where its group begins, and may extend over rows without a
+    note; a row with a note is moved down.
     """
     row_y: list[float] = []
     note_y: list[float] = []
@@ -150,54 +166,54 @@ def _heights(
 
 
 def _colors(lanes: Sequence[Lane]) -> list[str]:
-    """Colours in turn, none that a lane beside has; grey for what stays."""
+    """Returns colours in turn, different for parallel lanes; grey for fixed groups."""
     colors: list[str] = []
     turn = 0
     for i, lane in enumerate(lanes):
         if lane.group.reason is not None:
             colors.append(_FIXED)
             continue
-        beside = {colors[j] for j in range(i) if lanes[j].last >= lane.first}
+        taken = {colors[j] for j in range(i) if lanes[j].last >= lane.first}
         order = [*_COLORS[turn:], *_COLORS[:turn]]
-        colors.append(next((c for c in order if c not in beside), order[0]))
+        colors.append(next((c for c in order if c not in taken), order[0]))
         turn = (_COLORS.index(colors[-1]) + 1) % len(_COLORS)
     return colors
 
 
 def _note(group: Group, plan: Plan | None) -> list[str]:
-    """What is said beside the place where a group begins, in lines."""
+    """Returns the lines of the note next to the first row of a group."""
     size = f"{group.name}  {size_change(group, plan)}"
     if group.reason is None:
         return [size]
-    reason = f"stays: {group.reason}"
+    reason = f"kept: {group.reason}"
     if len(size) + 2 + len(reason) <= _NOTE:
         return [f"{size}  {reason}"]
     return [size, *textwrap.wrap(reason, _NOTE)]
 
 
 def _tooltip(group: Group, groups: Groups, plan: Plan | None) -> str:
-    """Everything about a group, shown where the pointer rests on it."""
+    """Returns the full description of a group, shown when the pointer rests on it."""
     lines = [f"{group.name}: {size_change(group, plan)} channels"]
     lines += [f"{word} {names}" for word, names in member_lines(group, groups)]
     if group.reduced:
         lines.append("a sum or maximum runs over them")
     if group.reason is not None:
-        lines.append(f"stays: {group.reason}")
+        lines.append(f"kept: {group.reason}")
     return "\n".join(lines)
 
 
 def _legend(
     lanes: Sequence[Lane], plan: Plan | None, width: float
 ) -> tuple[list[str], float]:
-    """What the signs in this picture mean, and the height at which it ends."""
+    """Returns the legend of the symbols in the picture, and its lower end."""
     roles = {role for lane in lanes for some in lane.roles.values() for role in some}
     entries = [
         (_marks({role}, 8, 0), text)
         for role, text in (
-            ("produced", "the layer makes these channels"),
-            ("contracted", "it reads them"),
+            ("produced", "the layer produces these channels"),
+            ("contracted", "the layer reads them"),
             ("along", "a norm, a bias… acts on each"),
-            ("depthwise", "so does a depthwise kernel"),
+            ("depthwise", "a depthwise kernel acts on each"),
         )
         if role in roles
     ]
@@ -209,22 +225,22 @@ def _legend(
         entries.append((pale, "pale: the share that is pruned"))
     if any(lane.group.reason is not None for lane in lanes):
         entries.append(([_rect(2, -5, _BAR, 10, _FIXED, 0.5)], "cannot be pruned"))
-    parts = []
+    elements = []
     x, y = _MARGIN, _MARGIN + 36
     for drawing, text in entries:
         needed = 20 + _width([text]) + _GAP
         if x + needed > width and x > _MARGIN:
             x, y = _MARGIN, y + _LINE + 2
-        parts.append(f'<g transform="translate({x:.0f} {y:.0f})">')
-        parts += [*drawing, _text(20, 0, text, _FAINT), "</g>"]
+        elements.append(f'<g transform="translate({x:.0f} {y:.0f})">')
+        elements += [*drawing, _text(20, 0, text, _FAINT), "</g>"]
         x += needed
-    return parts, y + _LINE + 8
+    return elements, y + _LINE + 8
 
 
 def _bar(
     lane: Lane, x: float, row_y: Sequence[float], color: str, plan: Plan | None
 ) -> list[str]:
-    """The lane, pale, and on it the share that stays."""
+    """Returns the bar of a lane, pale, and on it the share that is kept."""
     top, height = row_y[lane.first] - 8, row_y[lane.last] - row_y[lane.first] + 16
     group = lane.group
     if group.reason is not None:
@@ -239,7 +255,7 @@ def _bar(
 
 
 def _marks(roles: Iterable[str], x: float, y: float) -> list[str]:
-    """What a layer does to a group: a dot makes it, a ring reads it."""
+    """Returns the symbols of a layer in a lane: a dot produces, a ring reads."""
     marks = []
     if "contracted" in roles:
         marks.append(_circle(x, y, 5.5, _PAPER))

@@ -1,4 +1,4 @@
-"""What the groups of a model are, as text: a line for each, and its members."""
+"""The groups of a model as text: a row for each, with its members."""
 
 import io
 import re
@@ -14,48 +14,49 @@ from tpp_jax.graph.naming import layer_name
 from tpp_jax.graph.ungrouped import ungrouped
 from tpp_jax.pruning.plan import Plan
 
-# A group comes from the kernels that produce it, lies over biases and norms, runs
-# through depthwise kernels and goes into the kernels that contract it.
+# Prepositions for the roles: channels come from kernels that produce them, extend over
+# biases and norms, run through depthwise kernels and lead into kernels that contract
+# them.
 _WORDS = {
     "produced": "from",
     "along": "over",
     "depthwise": "through",
     "contracted": "into",
 }
-# What is in the text of a table → what it means.
+# Explanations by the text in a table that they explain.
 _LEGEND = {
     "from ": "from: kernels that produce the channels",
-    "over ": "over: what acts on each of them",
+    "over ": "over: arrays that act on each of them",
     "through ": "through: depthwise kernels",
     "into ": "into: kernels that contract them",
     "[": "[3]: the axis",
-    "@": "@8..23: the positions there, if not all",
-    "×": "×4: so many positions are one channel",
+    "@": "@8..23: the positions along it, if not all",
+    "×": "×4: number of positions in one channel",
     "*": "*: all arrays of a layer",
     "{": "{0..2}: each of these",
     " .": "a name that begins with a dot is in the same module as its group",
-    "#": "name#2: runs through the same kernels as name, at a finer grain",
+    "#": "name#2: runs through the same kernels as name, at a finer granularity",
     "Σ": "Σ: a sum or maximum runs over the channels (a layer norm, a softmax, queries "
-    "times keys): zeros in their place are not the same as their absence",
+    "times keys): setting them to zero is not the same as removing them",
 }
-# A number without leading zeros: "01" is text, lest it be written as 1.
+# A number without leading zeros: "01" is text, so that it is not written as 1.
 _NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
-_INDENT = 2  # columns between cells
+_INDENT = 2  # number of spaces between cells
 
 
 def describe_groups(groups: Groups, plan: Plan | None = None, width: int = 100) -> str:
-    """Returns the groups of a model as a plain text table, for people.
+    r"""Returns the groups of a model as a plain-text table.
 
     Args:
-      groups: from :func:`tpp_jax.channel_groups`.
-      plan: if given, the table tells how many channels it leaves.
-      width: of the text, in characters.
+      groups: Groups from :func:`tpp_jax.channel_groups`.
+      plan: Plan whose numbers of kept channels are shown, if any.
+      width: Width of the text in characters.
 
     Returns:
-      A row for each group, in order of execution: its name, how many channels it has,
+      A row for each group, in order of execution: its name, its number of channels,
       whether they can be pruned (if not, why), and every array that they run through.
-      Names that differ in numbers only are drawn together, ``layer1.{0..2}.conv2``.
-      Last come the parameters that no group runs through, and why.
+      Names that differ only in numbers are combined, ``layer1.{0..2}.conv2``. The
+      parameters that no group runs through come last, with the reasons.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,24 +65,30 @@ def describe_groups(groups: Groups, plan: Plan | None = None, width: int = 100) 
       ...     return jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"]
       >>> p = {"w1": jnp.ones((4, 8)), "b1": jnp.ones(8), "w2": jnp.ones((8, 2))}
       >>> text = describe_groups(channel_groups(mlp, jnp.ones((1, 4)), params=p))
-      >>> print("\\n".join(text.splitlines()[:5]))
-      2 groups of channels that live and die together, 1 can be pruned
+      >>> print("\n".join(text.splitlines()[:5]))
+      2 groups of coupled channels, 1 can be pruned
       <BLANKLINE>
       group  channels  prunable  members
       w1            8  yes       from w1[1] over b1[0] into w2[0]
-      w2            2  no        from w2[1]; stays: an output of the model
+      w2            2  no        from w2[1]; kept: an output of the model
     """
-    console = rich.console.Console(file=io.StringIO(), width=width, color_system=None)
+    text = io.StringIO()
+    console = rich.console.Console(file=text, width=width, color_system=None)
     console.print(group_report(groups, plan, width))
-    lines = console.file.getvalue().splitlines()
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def group_report(groups: Groups, plan: Plan | None, width: int) -> rich.console.Group:
-    """Returns what :func:`describe_groups` says, with colours for a terminal."""
+    """Returns the table of :func:`describe_groups`, with colours for a terminal.
+
+    Args:
+      groups: Groups from :func:`tpp_jax.channel_groups`.
+      plan: Plan whose numbers of kept channels are shown, if any.
+      width: Width of the terminal in characters.
+    """
     reduced = any(group.reduced for group in groups)
     table = rich.table.Table(box=None, padding=(0, _INDENT, 0, 0), pad_edge=False)
-    longest = width // 3  # of a name, in one line
+    longest = width // 3  # longest part of a name in one line
     table.add_column("group", max_width=longest, overflow="fold")
     table.add_column("channels", justify="right", no_wrap=True)
     table.add_column("prunable", no_wrap=True)
@@ -108,46 +115,56 @@ def group_report(groups: Groups, plan: Plan | None, width: int) -> rich.console.
         ]
         table.add_row(*cells, style="dim" if fixed else "")
     legend = "; ".join(text for mark, text in _LEGEND.items() if mark in shown)
-    parts = [rich.text.Text(headline(groups) + "\n"), table]
-    parts += [rich.text.Text(f"\n{legend}.", style="dim")] if legend else []
-    left = _left_out(groups)
-    parts += [rich.text.Text("\n" + "\n".join(left))] if left else []
-    return rich.console.Group(*parts)
+    blocks = [rich.text.Text(headline(groups) + "\n"), table]
+    blocks += [rich.text.Text(f"\n{legend}.", style="dim")] if legend else []
+    others = _ungrouped_lines(groups)
+    blocks += [rich.text.Text("\n" + "\n".join(others))] if others else []
+    return rich.console.Group(*blocks)
 
 
-def _left_out(groups: Groups) -> list[str]:
-    """Lists the parameters that no group runs through, those alike in one line."""
+def _ungrouped_lines(groups: Groups) -> list[str]:
+    """Lists the parameters that no group runs through, one line for each reason."""
     names: dict[str, list[str]] = {}
-    for leaf, why in ungrouped(groups).items():
-        names.setdefault(why, []).append(leaf)
+    for leaf, reason in ungrouped(groups).items():
+        names.setdefault(reason, []).append(leaf)
     lines = [
-        f"  {', '.join(fold_names(leaves))}: {why}" for why, leaves in names.items()
+        f"  {', '.join(fold_names(leaves))}: {reason}"
+        for reason, leaves in names.items()
     ]
     return ["Parameters that no group runs through:", *lines] if lines else []
 
 
 def headline(groups: Groups) -> str:
-    """Returns one line on all groups together."""
+    """Returns a line with the number of groups.
+
+    Args:
+      groups: Groups from :func:`tpp_jax.channel_groups`.
+    """
     prunable = sum(group.reason is None for group in groups)
     plural = "" if len(groups) == 1 else "s"
-    return (
-        f"{len(groups)} group{plural} of channels that live and die together, "
-        f"{prunable} can be pruned"
-    )
+    return f"{len(groups)} group{plural} of coupled channels, {prunable} can be pruned"
 
 
 def size_change(group: Group, plan: Plan | None) -> str:
-    """Returns the number of channels, ``16`` or ``16 → 8``."""
+    """Returns the number of channels, ``16`` or ``16 → 8``.
+
+    Args:
+      group: Group of channels.
+      plan: Plan whose number of kept channels is shown, if any.
+    """
     kept = group.size if plan is None else plan.kept_count(group)
     return f"{group.size}" if kept == group.size else f"{group.size} → {kept}"
 
 
 def member_lines(group: Group, groups: Groups) -> list[tuple[str, str]]:
-    """Lists what a group runs through: ``("from", "conv1.kernel[3]")``, one per role.
+    """Lists the arrays that a group runs through, by role.
 
     Args:
-      group: one of the groups.
-      groups: all of them; tells which arrays a layer has and how wide they are.
+      group: Group of channels.
+      groups: All groups of the model, with the arrays of each layer and their shapes.
+
+    Returns:
+      Pairs such as ``("from", "conv1.kernel[3]")``, one for each role.
     """
     prefix = _common_module(group)
     lines = []
@@ -160,19 +177,22 @@ def member_lines(group: Group, groups: Groups) -> list[tuple[str, str]]:
 
 
 def _members_cell(group: Group, groups: Groups, width: int) -> rich.text.Text:
-    """All roles in one line if they fit, else a line for each; then the reason."""
-    parts = [
+    """Returns all roles in one line if they fit, else a line for each; then the reason.
+
+    The reason is that of a group which cannot be pruned.
+    """
+    roles = [
         rich.text.Text.assemble((word, "italic"), " ", names)
         for word, names in member_lines(group, groups)
     ]
-    reason = f"stays: {group.reason}" if group.reason is not None else ""
-    fits = sum(len(part) + 1 for part in parts) + len(reason) < width
-    cell = rich.text.Text(" " if fits else "\n").join(parts)
+    reason = f"kept: {group.reason}" if group.reason is not None else ""
+    fits = sum(len(role) + 1 for role in roles) + len(reason) < width
+    cell = rich.text.Text(" " if fits else "\n").join(roles)
     return cell.append(("; " if fits else "\n") + reason, "yellow") if reason else cell
 
 
 def _common_module(group: Group) -> str:
-    """The module of all members with its dot, or "" where leaving it out would blur."""
+    """Returns the module of all members with its dot; "" if names were ambiguous."""
     module = layer_name(group.name) + "."
     if module == group.name + ".":  # at the root of the model
         return ""
@@ -182,7 +202,7 @@ def _common_module(group: Group) -> str:
 
 
 def _entries(members: Sequence[Member], groups: Groups, prefix: str) -> list[str]:
-    """Draws members of one role together: ``layer1.{0..2}.bn2.*[0]``."""
+    """Combines the names of members of one role: ``layer1.{0..2}.bn2.*[0]``."""
     arrays: dict[str, set[str]] = {}
     for leaf in groups.shapes:
         arrays.setdefault(layer_name(leaf), set()).add(leaf)
@@ -208,7 +228,7 @@ def _entries(members: Sequence[Member], groups: Groups, prefix: str) -> list[str
 
 
 def _places(member: Member, shape: tuple[int, ...]) -> str:
-    """Tells which positions of the axis are meant, if not all, and how many each."""
+    """Returns the positions along the axis, if not all, and the number per channel."""
     flat = sorted(set(member.positions.ravel().tolist()))
     each = f"×{member.positions.shape[1]}" if member.positions.shape[1] > 1 else ""
     if len(flat) == shape[member.axis]:
@@ -219,7 +239,10 @@ def _places(member: Member, shape: tuple[int, ...]) -> str:
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """Draws names together that differ in numbers only.
+    """Combines names that differ only in numbers.
+
+    Args:
+      names: Names to combine.
 
     Example:
       >>> fold_names(["conv1", "layer1.0.bn2", "layer1.1.bn2", "layer1.2.bn2"])
@@ -234,12 +257,12 @@ def fold_names(names: Iterable[str]) -> list[str]:
     for text, numbers in alike.items():
         for pattern in _patterns(numbers):
             pairs = zip(text, [*pattern, ""], strict=True)
-            folded.append("".join(part + number for part, number in pairs))
+            folded.append("".join(words + number for words, number in pairs))
     return folded
 
 
 def _patterns(numbers: Sequence[tuple[int, ...]]) -> list[list[str]]:
-    """Writes a set of equally long tuples as few products of sets of numbers."""
+    """Writes a set of tuples of the same length as few products of sets of numbers."""
     if not numbers[0]:
         return [[]]
     rests: dict[int, set[tuple[int, ...]]] = {}
@@ -265,7 +288,7 @@ def _ranges(numbers: Sequence[int]) -> list[str]:
         else:
             runs.append([number])
     return [
-        part
+        text
         for run in runs
-        for part in ([f"{run[0]}..{run[-1]}"] if len(run) > 2 else map(str, run))
+        for text in ([f"{run[0]}..{run[-1]}"] if len(run) > 2 else map(str, run))
     ]

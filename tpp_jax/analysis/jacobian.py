@@ -1,14 +1,14 @@
 """Trainability as a number: singular values of the logits' Jacobian.
 
 For an image x and logits f(x) the Jacobian is J = ∂f/∂x [outputs, inputs]. A gradient
-that flows back through the network is multiplied by Jᵀ: where the singular values of J
-spread widely or vanish, it is distorted or lost. *Dynamical isometry*, all of them near
-1, is what makes a network train well (Saxe et al. 2014; Pennington et al. 2017), and
-what pruning breaks (Wang & Fu 2023, section 3.1).
+that flows back through the network is multiplied by Jᵀ: if the singular values of J
+differ widely or vanish, it is distorted or lost. *Dynamical isometry*, where all are
+near 1, makes a network train well (Saxe et al. 2014; Pennington et al. 2017), and
+pruning destroys it (Wang & Fu 2023, section 3.1).
 
-The network is evaluated, not trained: batch norms use their running statistics, so the
-logits of an image depend on that image alone. (The original evaluates right after
-pruning in training mode, where the images of a batch change each other's logits.)
+The network is run in evaluation mode: batch norms use their running statistics, so the
+logits of an image depend only on that image. (The original uses training mode directly
+after pruning, where the images of a batch affect each other's logits.)
 """
 
 import dataclasses
@@ -30,15 +30,15 @@ Method = Literal["exact", "extremes"]
 
 
 class Summary(NamedTuple):
-    """What a table shows of singular values, as the original computes it.
+    """Statistics of singular values, as the original computes them.
 
     Attributes:
-      mean: over all singular values of all images.
-      std: likewise, their standard deviation.
-      min: the smallest of all.
-      max: the largest of all.
-      condition_numbers: [b], of each image: its largest by its smallest, infinite where
-        that is 0.
+      mean: Mean over all singular values of all images.
+      std: Standard deviation of all singular values of all images.
+      min: Smallest singular value of all.
+      max: Largest singular value of all.
+      condition_numbers: Ratio of the largest to the smallest singular value of each
+        image, [b]; infinite if the smallest is 0.
     """
 
     mean: float
@@ -60,41 +60,42 @@ def jacobian_singular_values(
     seed: int = 0,
     **kwargs: Any,
 ) -> Float[Array, "b k"]:
-    """Returns the singular values of ∂logits/∂image, image by image, in falling order.
+    """Returns the singular values of ∂logits/∂image for each image, in falling order.
 
-    ``"exact"`` differentiates every logit and decomposes the whole Jacobian: as many
-    backward passes for an image as there are logits.
+    ``"exact"`` differentiates every logit and decomposes the full Jacobian, with as
+    many backward passes per image as there are logits.
 
-    ``"extremes"`` estimates the largest and the smallest by Golub–Kahan bidiagonalising
-    (Golub & Van Loan, section 10.4), whose starting vector is random: ``iterations``
-    steps of one forward-mode and one reverse-mode product with J, which is never held.
-    But for rounding, the estimate of the largest is never above it, and that of the
-    smallest never below. With 1000 logits and 32 steps, the largest is right to 0.02 %
-    for a random J. The smallest is 0.8 % too large there, and three times too large if
-    the singular values fall evenly by 100: it is a bound, exact with as many steps as
-    logits. Who needs it asks for ``"exact"``.
+    ``"extremes"`` estimates the largest and the smallest by Golub–Kahan
+    bidiagonalisation (Golub & Van Loan, section 10.4) with a random starting vector, in
+    ``iterations`` steps of one forward-mode and one reverse-mode product with J, which
+    is never stored. Up to rounding, the estimate of the largest is not above it, and
+    that of the smallest not below it. With 1000 logits and 32 steps, the largest is
+    accurate to 0.02 % for a random J. The smallest is 0.8 % too large there, and three
+    times too large if the singular values fall evenly by a factor of 100: it is a
+    bound, and exact with as many steps as logits. For the exact smallest value, use
+    ``"exact"``.
 
     Args:
-      model: an NNX module, which is left untouched and run in evaluation mode; or a
-        Linen module or a function ``fn(params, images)``, to be given in a form that
-        evaluates.
-      images: a batch, normalised as in training.
-      params: the Linen module's variables or the function's parameter tree.
-      plan: the plan by which a Linen module's variables were sliced.
-      method: see above.
-      at_once: how many backward passes run side by side, which bounds the memory: that
-        of a gradient of as many images. One image's whole Jacobian is held besides.
-      iterations: steps of ``"extremes"``.
-      seed: of its starting vector.
-      **kwargs: keyword arguments of the model.
+      model: NNX module, which is not modified and run in evaluation mode; or Linen
+        module or function ``fn(params, images)`` that runs in evaluation mode.
+      images: Batch of images, normalised as in training.
+      params: Variables of the Linen module, or parameters of the function.
+      plan: Plan by which a Linen module's variables were sliced.
+      method: Method, ``"exact"`` or ``"extremes"``.
+      at_once: Number of simultaneous backward passes, which limits the memory to that
+        of a gradient of as many images, plus the Jacobian of one image.
+      iterations: Number of steps of ``"extremes"``.
+      seed: Seed of the starting vector of ``"extremes"``.
+      **kwargs: Keyword arguments of the model.
 
     Returns:
-      float, k = min(logits, numbers in an image) values; with ``"extremes"`` two: the
-      estimates of the largest and of the smallest of those.
+      Floats, k = min(logits, numbers in an image) for each image; for ``"extremes"``
+      the estimates of the largest and the smallest of these.
 
     Raises:
-      TPPError: the images are no floating-point batch, the model does not return one
-        array with a row for each image, or a number or the method is unknown.
+      TPPError: If the images are not a floating-point batch, the model does not return
+        one array with a row for each image, a number is out of range, or the method is
+        unknown.
 
     References:
       Wang & Fu, Trainability Preserving Neural Pruning, ICLR 2023, section 3.1.
@@ -120,68 +121,69 @@ def jacobian_singular_values(
         )
     function = as_function(model, params, plan)
     call, identity = function.call, _identity(model)
-    if kwargs:  # of one call: the next may have others
+    if kwargs:  # the next call may have others
         call, identity = functools.partial(call, **kwargs), object()
     logits, params = _Logits(call, identity), function.params
     outputs = _count_outputs(call, params, images)
     inputs = math.prod(images.shape[1:])
     if method == "extremes" and iterations < outputs <= inputs:
         start = jax.random.normal(jax.random.key(seed), (iterations, outputs))
-        parts = [
-            _extremes(logits, params, part, start) for part in _parts(images, at_once)
+        found = [
+            _extremes(logits, params, chunk, start)
+            for chunk in _chunks(images, at_once)
         ]
     else:
-        parts = [
-            _singular_values(_jacobian(logits, params, part, outputs, at_once))
-            for part in _parts(images, max(1, at_once // outputs))
+        found = [
+            _singular_values(_jacobian(logits, params, chunk, outputs, at_once))
+            for chunk in _chunks(images, max(1, at_once // outputs))
         ]
-    values = jnp.concatenate(parts)[: len(images)]
+    values = jnp.concatenate(found)[: len(images)]
     return values if method == "exact" else values[:, jnp.array([0, -1])]
 
 
 def summarize(values: Float[Array, "b k"]) -> Summary:
-    """Returns the mean, deviation, ends and condition numbers of singular values.
+    """Returns mean, standard deviation, extremes and condition numbers.
 
     Args:
-      values: from :func:`jacobian_singular_values`; mean and deviation say something
-        only of all values, not of the two of ``"extremes"``.
+      values: Singular values from :func:`jacobian_singular_values`. Mean and deviation
+        are meaningful only for all values, not for the two of ``"extremes"``.
 
     Example:
       >>> summary = summarize(jnp.array([[4.0, 2.0], [3.0, 3.0]]))
       >>> summary.mean, summary.max, summary.condition_numbers.tolist()
       (3.0, 4.0, [2.0, 1.0])
     """
-    values = np.asarray(values, np.float64)
-    largest, smallest = values.max(axis=1), values.min(axis=1)
+    exact = np.asarray(values, np.float64)
+    largest, smallest = exact.max(axis=1), exact.min(axis=1)
     infinite = np.full_like(largest, np.inf)
     condition = np.divide(largest, smallest, out=infinite, where=smallest > 0)
-    mean, std = float(values.mean()), float(values.std())
-    return Summary(mean, std, float(values.min()), float(values.max()), condition)
+    mean, std = float(exact.mean()), float(exact.std())
+    return Summary(mean, std, float(exact.min()), float(exact.max()), condition)
 
 
-def _is_float(array: Array) -> bool:
+def _is_float(array: Array | jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _identity(model: Any) -> Any:
-    """Returns what two models have in common that differ in their arrays alone."""
-    # A function may hold arrays of its own, which may have changed since the last call.
+    """Returns a value that is equal for models that differ only in their arrays."""
+    # A function may contain arrays, which may have changed since the last call.
     if not isinstance(model, nnx.Module):
         return object()
     graphdef = nnx.graphdef(model)
     try:
         hash(graphdef)
-    except TypeError:  # somebody's own setting, say a dict
+    except TypeError:  # an unhashable attribute of a user's module, say a dict
         return object()
     return graphdef
 
 
 @dataclasses.dataclass(frozen=True)
 class _Logits:
-    """A model for one image; all that it returns for it, in one row.
+    """A model applied to one image, with its outputs in one row.
 
-    Equal to that of another model of the same identity, so that a network measured
-    again and again while it trains is compiled once.
+    Instances with the same identity are equal, so that a network that is measured
+    repeatedly during training is compiled once.
     """
 
     call: Callable[..., Any] = dataclasses.field(compare=False)
@@ -191,23 +193,23 @@ class _Logits:
         self, params: Any, image: Float[Array, "*image"]
     ) -> Float[Array, " m"]:
         row = self.call(params, image[None])[0].reshape(-1)
-        # The decomposition knows no half precision.
+        # The decomposition does not support half precision.
         return row.astype(jnp.promote_types(row.dtype, jnp.float32))
 
 
 def _count_outputs(call: Callable[..., Any], params: Any, images: Array) -> int:
     try:
         out = jax.eval_shape(call, params, images[:1])
-    except Exception as error:  # whatever a model says of images that it is not for
+    except Exception as error:  # any error of the model about unsuitable images
         raise TPPError(
             f"the model cannot be run on images of shape {list(images[:1].shape)} "
             f"({str(error).partition(chr(10))[0]}): pass a batch [b, …] of its images"
         ) from error
-    whole = isinstance(out, jax.ShapeDtypeStruct)
-    if not whole or not _is_float(out) or out.ndim < 2 or out.shape[0] != 1:
+    single = isinstance(out, jax.ShapeDtypeStruct)
+    if not single or not _is_float(out) or out.ndim < 2 or out.shape[0] != 1:
         raise TPPError(
-            f"the model returns {jax.tree.map(_describe, out)} for one image: give a "
-            "function that returns its logits alone, [b, classes]"
+            f"the model returns {jax.tree.map(_describe, out)} for one image: pass a "
+            "function that returns only logits, [b, classes]"
         )
     return math.prod(out.shape[1:])
 
@@ -216,33 +218,38 @@ def _describe(out: Any) -> str:
     return f"{out.dtype}{list(out.shape)}" if hasattr(out, "shape") else repr(out)
 
 
-def _parts(images: Float[Array, "b ..."], most: int) -> Iterator[Array]:
-    """Yields parts of equal length, so that one compilation serves all of them.
+def _chunks(images: Float[Array, "b ..."], most: int) -> Iterator[Array]:
+    """Yields chunks of equal length, so that one compilation serves all of them.
 
-    The last is filled up with copies of the last image. The loop is Python's: on the
-    CPU, XLA runs convolutions inside a loop of its own some 80 times slower.
+    The last is padded with copies of the last image. A Python loop is used since XLA,
+    on the CPU, runs convolutions inside its own loops some 80 times slower.
     """
     length = -(-len(images) // -(-len(images) // most))
     for start in range(0, len(images), length):
-        part = images[start : start + length]
-        missing = [(0, length - len(part))] + [(0, 0)] * (part.ndim - 1)
-        yield jnp.pad(part, missing, mode="edge")
+        chunk = images[start : start + length]
+        missing = [(0, length - len(chunk))] + [(0, 0)] * (chunk.ndim - 1)
+        yield jnp.pad(chunk, missing, mode="edge")
 
 
 def _jacobian(
     logits: _Logits, params: Any, images: Array, outputs: int, at_once: int
 ) -> Float[Array, "b m d"]:
     rows = -(-outputs // -(-outputs // at_once))
-    parts = [
+    blocks = [
         _jacobian_rows(logits, rows, outputs, params, images, start)
         for start in range(0, outputs, rows)
     ]
-    return jnp.concatenate(parts, axis=1)[:, :outputs]
+    return jnp.concatenate(blocks, axis=1)[:, :outputs]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _jacobian_rows(
-    logits: _Logits, rows: int, outputs: int, params: Any, images: Array, start: Array
+    logits: _Logits,
+    rows: int,
+    outputs: int,
+    params: Any,
+    images: Array,
+    start: int | Array,
 ) -> Float[Array, "b rows d"]:
     """Returns some rows of every image's Jacobian; those past the last are zero."""
 
@@ -263,13 +270,13 @@ def _singular_values(jacobians: Float[Array, "b m d"]) -> Float[Array, "b k"]:
 
 
 class _Bidiagonal(NamedTuple):
-    """J bidiagonalised so far: Jᵀ U = V Lᵀ, with L lower bidiagonal.
+    """A partial bidiagonalisation of J: Jᵀ U = V Lᵀ, with L lower bidiagonal.
 
     Attributes:
-      left: [k, m], the rows of Uᵀ found so far, and zeros.
-      right: [*image], the last column of V.
-      diagonal: [k], of L.
-      below: [k], what stands left of it in each row of L; the first is unused.
+      left: Rows of Uᵀ found so far, and zeros, [k, m].
+      right: Last column of V, [*image].
+      diagonal: Diagonal of L, [k].
+      below: Entries left of the diagonal of L, [k]; the first is unused.
     """
 
     left: Float[Array, "k m"]
@@ -281,10 +288,10 @@ class _Bidiagonal(NamedTuple):
 def _extremes(
     logits: _Logits, params: Any, images: Array, start: Float[Array, "k m"]
 ) -> Float[Array, "b 2"]:
-    """Returns the largest and the smallest singular value of k steps.
+    """Returns the largest and the smallest singular value after k steps.
 
-    They are those of L [k, k], the Ritz values of J Jᵀ on the columns of U; hence
-    neither lies outside the true ones.
+    They are those of L [k, k], the Ritz values of J Jᵀ on the columns of U, and thus
+    lie between the true ones.
     """
     steps, b = len(start), len(images)
     dtype = jnp.promote_types(images.dtype, jnp.float32)
@@ -305,7 +312,7 @@ def _bidiagonalize(
     step: Array,
     fresh: Float[Array, " m"],
 ) -> _Bidiagonal:
-    """Takes one step for every image; ``fresh`` is a random direction."""
+    """Performs one step for every image; ``fresh`` is a random direction."""
 
     def of_one(image: Array, state: _Bidiagonal) -> _Bidiagonal:
         left, right, diagonal, below = state
@@ -314,7 +321,7 @@ def _bidiagonalize(
         _, pullback = jax.vjp(function, image)
 
         def orthogonal(vector: Array) -> Array:
-            # Twice, since what is left may be small. One side is enough, and this is
+            # Twice, since the difference may be small. One side suffices, and this is
             # the shorter one (Simon & Zha 2000).
             for _ in range(2):
                 vector = vector - left.T @ (left @ vector)
@@ -322,8 +329,8 @@ def _bidiagonalize(
 
         direction = orthogonal(product.astype(left.dtype))
         length = jnp.linalg.norm(direction)
-        # J maps all that was found into itself: go on from somewhere else, or a
-        # Jacobian with equal singular values would seem to have one alone.
+        # If J maps the vectors found so far into their span, continue with another
+        # direction: a Jacobian with equal singular values would seem to have only one.
         tiny = 100 * jnp.finfo(left.dtype).eps * jnp.max(diagonal)
         closed = length <= tiny
         direction = jnp.where(closed, orthogonal(fresh.astype(left.dtype)), direction)

@@ -1,4 +1,4 @@
-"""How long networks and their layers take, dense beside pruned, on this machine."""
+"""Latency of networks and their layers, dense and pruned, on this machine."""
 
 import functools
 import time
@@ -22,17 +22,17 @@ from tpp_jax.xla.convolution import (
 )
 
 _LEAST_CALLS = 5
-_SECONDS = 1.0  # that all calls of one network together should take at least
+_SECONDS = 1.0  # least total duration of all calls of one network
 
 
 class Pair(NamedTuple):
-    """A dense and a pruned network, or a layer of both: seconds and FLOPs of a call.
+    """Time and FLOPs of a dense and a pruned network, or of a layer of both.
 
     Attributes:
-      dense_seconds: median over calls.
-      pruned_seconds: likewise.
-      dense_flops: of one image.
-      pruned_flops: likewise.
+      dense_seconds: Median duration of a call of the dense network.
+      pruned_seconds: Median duration of a call of the pruned network.
+      dense_flops: FLOPs of the dense network for one image.
+      pruned_flops: FLOPs of the pruned network for one image.
     """
 
     dense_seconds: float
@@ -42,17 +42,17 @@ class Pair(NamedTuple):
 
     @property
     def speedup(self) -> float:
-        """How many times faster the pruned one is."""
+        """Ratio of the dense to the pruned duration."""
         return self.dense_seconds / self.pruned_seconds
 
     @property
     def flops_speedup(self) -> float:
-        """How many times fewer FLOPs it needs."""
+        """Ratio of the dense to the pruned FLOPs."""
         return self.dense_flops / self.pruned_flops
 
     @property
     def realised(self) -> float:
-        """Share of the FLOPs speedup that the clock shows."""
+        """Share of the FLOPs speedup that is measured as speedup."""
         return self.speedup / self.flops_speedup
 
 
@@ -63,20 +63,20 @@ def compare(
     batch_size: int,
     dtype: str = "float32",
 ) -> Pair:
-    """Times both networks' evaluation, calls taking turns.
+    """Measures the evaluation of both networks, with alternating calls.
 
     Args:
-      dense: a network; left untouched.
-      pruned: the same, sliced.
-      image_shape: ``(h, w, c)``.
-      batch_size: images of a call.
-      dtype: of the computation, parameters included.
+      dense: Dense network; not modified.
+      pruned: The same network, sliced.
+      image_shape: Shape of one image, ``(h, w, c)``.
+      batch_size: Number of images per call.
+      dtype: Type of the computation, parameters included.
     """
     images = jnp.zeros((batch_size, *image_shape), dtype)
     calls = [_forward(model, images) for model in (dense, pruned)]
     one = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    sizes = [count(model, one).flops for model in (dense, pruned)]
-    return Pair(*_medians(calls), *sizes)
+    before, after = (count(model, one).flops for model in (dense, pruned))
+    return Pair(*_medians(calls), dense_flops=before, pruned_flops=after)
 
 
 def compare_layers(
@@ -86,34 +86,38 @@ def compare_layers(
     batch_size: int,
     dtype: str = "float32",
 ) -> dict[str, Pair]:
-    """Times every convolution and dense layer alone, at the shapes that it has.
+    """Measures every convolution and dense layer separately, at the shapes that it has.
 
     Args:
-      dense, pruned, image_shape, batch_size, dtype: as for :func:`compare`.
+      dense: Dense network; not modified.
+      pruned: The same network, sliced.
+      image_shape: Shape of one image, ``(h, w, c)``.
+      batch_size: Number of images per call.
+      dtype: Type of the computation, parameters included.
 
     Returns:
-      Layer name → its pair. What stands between layers is not in them.
+      Pairs by layer name. They exclude the operations between layers.
     """
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     traces = [trace(model, images) for model in (dense, pruned)]
-    kinds = [
+    by_name = [
         {layer.name: layer for layer in layers(traced) if _can_be_timed(layer)}
         for traced in traces
     ]
     one = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     counts = [count(model, one).layers for model in (dense, pruned)]
-    found: dict[str, Pair] = {}
+    pairs: dict[str, Pair] = {}
     known: dict[Any, tuple[float, ...]] = {}
-    for name in kinds[0]:
-        # Layers of equal shapes take equally long: each shape is timed once.
-        both = [(t, kind[name]) for t, kind in zip(traces, kinds, strict=True)]
+    for name in by_name[0]:
+        # Layers of equal shapes take the same time, so each shape is measured once.
+        both = [(t, found[name]) for t, found in zip(traces, by_name, strict=True)]
         shapes = tuple(_shapes(*one) for one in both)
         key = shapes, str(sorted(both[0][1].equation.params.items(), key=str))
         if key not in known:
             known[key] = tuple(_medians([_layer_call(*one, dtype) for one in both]))
-        sizes = [layer_counts[name].flops for layer_counts in counts]
-        found[name] = Pair(*known[key], *sizes)
-    return found
+        before, after = (layer_counts[name].flops for layer_counts in counts)
+        pairs[name] = Pair(*known[key], dense_flops=before, pruned_flops=after)
+    return pairs
 
 
 def _can_be_timed(layer: Layer) -> bool:
@@ -141,7 +145,7 @@ def _forward(model: nnx.Module, images: jax.Array) -> Callable[[], Any]:
 
 
 def _shapes(traced: Trace, layer: Layer) -> tuple[tuple[int, ...], ...]:
-    return tuple(traced.shapes[n] for n in layer.equation.inputs)
+    return tuple(traced.shapes[n] for n in layer.equation.inputs if n is not None)
 
 
 def _layer_call(traced: Trace, layer: Layer, dtype: str) -> Callable[[], Any]:
@@ -161,7 +165,7 @@ def _layer_call(traced: Trace, layer: Layer, dtype: str) -> Callable[[], Any]:
 
 
 def _medians(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Returns each call's median seconds; they take turns."""
+    """Returns the median duration of each call in seconds; the calls alternate."""
     seconds: list[list[float]] = [[] for _ in calls]
     for call in calls:
         jax.block_until_ready(call())
@@ -177,7 +181,11 @@ def _medians(calls: Sequence[Callable[[], Any]]) -> list[float]:
 
 
 def as_json(pairs: Mapping[str, Pair]) -> dict[str, dict[str, float]]:
-    """Returns pairs as plain data, the ratios included."""
+    """Returns pairs as plain data, including the ratios.
+
+    Args:
+      pairs: Pairs by name.
+    """
     return {
         name: pair._asdict()
         | {

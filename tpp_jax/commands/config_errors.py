@@ -1,12 +1,15 @@
 """What goes wrong while a config is read, in one line for the person who wrote it."""
 
+import os
 import pathlib
 import re
+import sys
 import traceback
 
+from tpp_jax.commands import config_files
 from tpp_jax.experiment.config import near_fields
 
-_PACKAGE = str(pathlib.Path(__file__).parents[1])
+_PACKAGE = f"{pathlib.Path(__file__).parents[1]}{os.sep}"
 
 
 def explain(error: Exception) -> str | None:
@@ -26,7 +29,7 @@ def explain(error: Exception) -> str | None:
     if what.startswith("tpp_jax.errors.TPPError: "):
         return what.partition(": ")[2]
     raised_in, _ = calls[-1]
-    if raised_in.startswith(_PACKAGE):
+    if _is_ours(raised_in):
         return None
     of_field = isinstance(error, AttributeError | KeyError)
     if isinstance(error, OSError | SyntaxError):
@@ -38,10 +41,19 @@ def explain(error: Exception) -> str | None:
             return f"the config has no field '{name}'{near_fields(name)}"
         what = "it has no function get_config"
     else:
-        own = [call for call in calls if not re.search("/site-packages/|<", call[0])]
-        own = [call for call in own if not call[0].endswith("launch.py")]
+        own = [call for call in calls if _is_users(call[0])]
         what += f" ({', line '.join(own[-1])})" if own else ""
     return f"the config cannot be read: {what}"
+
+
+def _is_ours(file: str) -> bool:
+    own_config = file.startswith(f"{config_files.folder()}{os.sep}")
+    return file.startswith(_PACKAGE) and not own_config
+
+
+def _is_users(file: str) -> bool:
+    other = re.search("/site-packages/|<", file) or file == sys.argv[0]
+    return not other and not _is_ours(file)
 
 
 def _parts(trace: str) -> tuple[str, list[tuple[str, str]]]:

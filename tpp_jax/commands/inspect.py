@@ -1,5 +1,6 @@
 """What a config would prune, shown without training: --mode=inspect."""
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -16,16 +17,18 @@ from tpp_jax.analysis.groups_svg import draw_groups
 from tpp_jax.analysis.groups_text import describe_groups, group_report
 from tpp_jax.data import sources
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment.config import check_fields, check_values
+from tpp_jax.experiment.config import RunConfig
+from tpp_jax.experiment.planning import plan_for
 from tpp_jax.experiment.records.folders import config_of
 from tpp_jax.experiment.records.terminal import Terminal, say
-from tpp_jax.experiment.setup import initial_model, plan_for, random_model
+from tpp_jax.experiment.sections import DataConfig
+from tpp_jax.experiment.setup import initial_model, random_model
+from tpp_jax.experiment.tasks import open_data
 from tpp_jax.graph.groups import Groups
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.flops import count
 from tpp_jax.saving import load_model
-from tpp_jax.training.feeds import open_data
 
 _WIDTHS = 80, 120  # of the table on a terminal: the least and the most
 
@@ -50,21 +53,18 @@ def inspect(
       TPPError: whatever is wrong with the config.
     """
     try:
-        _inspect(config_of(workdir, config, given), workdir)
+        _inspect(RunConfig.from_dict(config_of(workdir, config, given)), workdir)
         sys.stdout.flush()
     except BrokenPipeError:  # piped into a reader that has seen enough, as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _inspect(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path | None
-) -> None:
-    check_fields(config)
-    check_values(config)
+def _inspect(config: RunConfig, workdir: str | pathlib.Path | None) -> None:
     model = abstract_model(config)
     example = jax.ShapeDtypeStruct((1, *model.spec.image_shape), jnp.float32)
     groups = channel_groups(model, example)
-    plan = plan_for(config, groups, _weights(config, model, groups))
+    weights = _weights(config, model, groups)
+    plan = plan_for(config.prune, groups, weights, config.seed)
     before, after = count(model, example), count(prune(model, plan), example)
     if workdir is not None:
         picture = pathlib.Path(workdir) / "groups.svg"
@@ -82,8 +82,8 @@ def _inspect(
         console.print(group_report(groups, plan, console.width))
     else:
         say(describe_groups(groups, plan))
-    prune_fields = {key: config.prune[key] for key in ("ratios", "flops", "params")}
-    asked = [f"config.prune.{key}={v!r}" for key, v in prune_fields.items() if v]
+    amounts = {key: getattr(config.prune, key) for key in ("ratios", "flops", "params")}
+    asked = [f"config.prune.{key}={v!r}" for key, v in amounts.items() if v]
     say(
         f"\nwith {', '.join(asked) or 'no ratio and no target'}:\n"
         f"params {before.params:,} → {after.params:,} "
@@ -97,36 +97,37 @@ def _inspect(
         say(f"drawn in {picture}")
 
 
-def abstract_model(config: ml_collections.ConfigDict) -> nnx.Module:
+def abstract_model(config: RunConfig) -> nnx.Module:
     """Returns the model of a config; without arrays if its weights decide nothing."""
     if config.init.model:  # as it is, whatever the rest of the config says
         return load_model(config.init.model)
-    shapes = _shapes(config.data)
+    arguments = config.model.name, config.seed, *_shapes(config.data)
     if config.init.torch and config.prune.scope != "local":
-        return initial_model(config, *shapes)
-    return nnx.eval_shape(lambda: random_model(config, *shapes))
+        return initial_model(*arguments, config.init)
+    return nnx.eval_shape(lambda: random_model(*arguments))
 
 
-def _weights(
-    config: ml_collections.ConfigDict, model: nnx.Module, groups: Groups
-) -> Any:
+def _weights(config: RunConfig, model: nnx.Module, groups: Groups) -> Any:
     """Weights to plan with: how many channels of a group go is all that is shown."""
     if config.prune.scope == "local":  # then the shares tell; drawing weights is slow
         return {leaf: np.ones(shape) for leaf, shape in groups.shapes.items()}
     if config.init.model or config.init.torch:
         return model
-    return random_model(config, model.spec.num_classes, model.spec.image_shape)
+    spec = model.spec
+    return random_model(
+        config.model.name, config.seed, spec.num_classes, spec.image_shape
+    )
 
 
-def _shapes(settings: ml_collections.ConfigDict) -> tuple[int, tuple[int, int, int]]:
+def _shapes(settings: DataConfig) -> tuple[int, tuple[int, int, int]]:
     """Number of classes and shape of an image, without reading the images."""
     if settings.name in data.STREAMED:
         size = settings.image_size
         if settings.name == "imagenet2012":
             return 1000, (size, size, 3)
-        return open_data(settings).num_classes, (size, size, 3)
+        return open_data(dataclasses.asdict(settings)).num_classes, (size, size, 3)
     if settings.name == "digits" or settings.name not in sources.NAMES:
-        dataset = open_data(settings)  # or the error
+        dataset = open_data(dataclasses.asdict(settings))  # or the error
         return dataset.num_classes, dataset.image_shape
     features = sources.open_builder(settings.name, settings.dir or None).info.features
     height, width, channels = features["image"].shape

@@ -15,10 +15,10 @@ from flax import nnx
 from tpp_jax.analysis.latency import Pair, as_json, compare, compare_layers
 from tpp_jax.commands.inspect import abstract_model
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment.config import check_fields, check_values
+from tpp_jax.experiment.config import RunConfig
+from tpp_jax.experiment.planning import plan_for
 from tpp_jax.experiment.records.folders import config_of
 from tpp_jax.experiment.records.terminal import Terminal
-from tpp_jax.experiment.setup import plan_for
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import prune
 from tpp_jax.saving import create_abstract, load_model, load_model_info
@@ -57,9 +57,9 @@ def profile(
             dense = _with_weights(create_abstract(**info["model"]))
         dtype = info["config"]["model"]["dtype"]
     else:
-        config = config_of(folder, config, given)
-        dense, pruned = _untrained(config)
-        dtype = config.model.dtype
+        typed = RunConfig.from_dict(config_of(folder, config, given))
+        dense, pruned = _untrained(typed)
+        dtype = typed.model.dtype
     shape = tuple(dense.spec.image_shape)
     console = Terminal()
     device = jax.devices()[0].device_kind
@@ -90,12 +90,11 @@ def profile(
     return result
 
 
-def _untrained(config: ml_collections.ConfigDict) -> tuple[nnx.Module, nnx.Module]:
-    check_fields(config)
-    check_values(config)
+def _untrained(config: RunConfig) -> tuple[nnx.Module, nnx.Module]:
     dense = _with_weights(abstract_model(config), config.seed)
     example = jax.ShapeDtypeStruct((1, *dense.spec.image_shape), jnp.float32)
-    return dense, prune(dense, plan_for(config, channel_groups(dense, example), dense))
+    groups = channel_groups(dense, example)
+    return dense, prune(dense, plan_for(config.prune, groups, dense, config.seed))
 
 
 def _with_weights(model: nnx.Module, seed: int = 0) -> nnx.Module:

@@ -27,6 +27,7 @@ from tpp_jax.experiment.records.history import is_number
 from tpp_jax.experiment.records.summary import draw, read_summary
 from tpp_jax.experiment.records.terminal import say
 from tpp_jax.reports import grids, page, plots
+from tpp_jax.reports.headline import headline_of
 from tpp_jax.storage import processes
 
 
@@ -92,7 +93,7 @@ def sweep(table: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None
             f"{names}…"
         )
     folders.make(workdir)
-    with folders.errors_told(workdir):
+    with folders.errors_explained(workdir):
         _sweep(table, cells, chosen, workdir)
 
 
@@ -224,7 +225,7 @@ def tabulate(workdir: pathlib.Path) -> str:
     """
     grid = read_grid(workdir)
     markdown = grids.markdown(grid)
-    with folders.errors_told(workdir):
+    with folders.errors_explained(workdir):
         folders.write(workdir / "table.md", markdown)
         folders.write(workdir / "table.csv", grids.csv(grid))
     return markdown
@@ -241,7 +242,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     """
     workdir = pathlib.Path(workdir)
     folders.check_kinds(workdir)
-    with folders.errors_told(workdir):
+    with folders.errors_explained(workdir):
         if (workdir / "summary.json").exists():
             return draw(workdir)
         grid = read_grid(workdir)
@@ -298,7 +299,9 @@ def read_grid(workdir: pathlib.Path) -> grids.Grid:
     for key, name in names.items():
         file = workdir / "cells" / name / "summary.json"
         if file.exists():
-            results[key] = grids.metrics_of(read_summary(file))
+            summary = read_summary(file)
+            results[key] = grids.metrics_of(summary)
+            grid = grid._replace(headline=headline_of(summary))
     return grid._replace(results=results)
 
 
@@ -420,8 +423,9 @@ def _dense_folder(
     config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> pathlib.Path | None:
     """Returns the folder of the dense training that a cell starts from, if of any."""
-    kinds = METHODS.get(config.prune.method, ())
-    if "pretrain" not in kinds or config.init.model or config.init.torch:
+    method = METHODS.get(config.prune.method)
+    pretrained = method is not None and "pretrain" in method.stages.split()
+    if not pretrained or config.init.model or config.init.torch:
         return None
     dense = _dense(config)
     number = zlib.crc32(dense.to_json(sort_keys=True).encode())

@@ -1,8 +1,8 @@
 """Images and labels as plain arrays, and the augmentation that a step applies to them.
 
-`load` reads a whole small data set into memory as uint8, `open_stream` decodes a large
-one batch by batch; `augment`, `mix` and `normalize` are pure functions that the
-compiled training step calls. Nothing here knows of models.
+`load` reads a small data set into memory as uint8, `open_stream` decodes a large one
+batch by batch; `augment`, `mix` and `normalize` are pure functions that the compiled
+training step calls. The package does not depend on models.
 """
 
 from tpp_jax.data.augment import augment, normalize

@@ -1,7 +1,7 @@
 """Random crop, flip and normalisation of image batches, inside the compiled step.
 
-Every image brings its own PRNG key, so what happens to an image depends on nothing but
-that key: a batch that is split over devices is augmented exactly as on one device.
+Every image has its own PRNG key, which alone determines its augmentation: a batch that
+is split over devices is augmented exactly as on one device.
 """
 
 from collections.abc import Sequence
@@ -21,25 +21,25 @@ def augment(
     crop_padding: int,
     flip: bool,
 ) -> UInt8[Array, "b h w c"]:
-    """Zero-pads each image, crops it back at a random place and maybe mirrors it.
+    """Zero-pads each image, crops it at a random position and mirrors it at random.
 
     The row and the column of the crop are uniform on ``0 .. 2 * crop_padding``; the
-    image is mirrored left to right with probability one half. The zeros are put in
-    before `normalize`, so that the border is black, as in the original recipe. The crop
-    that a key draws does not depend on `flip`.
+    image is mirrored left to right with probability one half. Padding happens before
+    `normalize`, so that the border is black, as in the original recipe. The crop that a
+    key draws does not depend on `flip`.
 
     Args:
-      keys: one PRNG key per image.
-      images: the batch, 0 to 255.
-      crop_padding: pixels of zeros on each side before the crop; 0 leaves the images
-        in place. A Python int (the compiled program depends on it).
-      flip: whether to mirror at random; a Python bool.
+      keys: PRNG keys, one per image.
+      images: Pixels of the batch, 0 to 255.
+      crop_padding: Number of pixels of zeros on each side before the crop; 0 for no
+        crop. A Python int, since the compiled program depends on it.
+      flip: Whether to mirror at random; a Python bool.
 
     Returns:
       The augmented batch, of the same shape and type.
 
     Raises:
-      TPPError: if `crop_padding` is negative.
+      TPPError: If `crop_padding` is negative.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -60,9 +60,9 @@ def augment(
     top, left, mirrored = jax.vmap(
         lambda key: jax.random.randint(key, (3,), 0, choices), out_axes=1
     )(keys)
-    # Crop and flip are both a choice of rows and columns of the padded image, so two
-    # gathers do all the work. Measured on the CPU this is the fastest formulation:
-    # vmapped dynamic_slice, one joint gather and one-hot matrix products are slower.
+    # Crop and flip both select rows and columns of the padded image, so two gathers
+    # suffice. Measured on the CPU this is the fastest formulation: vmapped
+    # dynamic_slice, one joint gather and one-hot matrix products are slower.
     rows = top[:, None] + jnp.arange(height)
     columns = jnp.arange(width)
     if flip:
@@ -87,17 +87,17 @@ def normalize(
     """Maps pixels to network inputs: ``(pixel / 255 - mean) / std`` per channel.
 
     Args:
-      images: pixels, 0 to 255.
-      mean: the mean per channel, in units of pixel / 255.
-      std: the standard deviation per channel, in the same units.
-      dtype: type of the result. The arithmetic is done in float32 or better, so that
-        bfloat16 inputs are rounded only once.
+      images: Pixels, 0 to 255.
+      mean: Mean per channel, in units of pixel / 255.
+      std: Standard deviation per channel, in the same units.
+      dtype: Type of the result. Computations have at least the precision of float32,
+        so that bfloat16 inputs are rounded only once.
 
     Returns:
       The normalised images.
 
     Raises:
-      TPPError: if `mean` or `std` does not have one number per channel.
+      TPPError: If `mean` or `std` does not have one number per channel.
 
     Example:
       >>> import jax.numpy as jnp

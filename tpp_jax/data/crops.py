@@ -1,8 +1,9 @@
-"""From JPEG bytes to the pixels that torchvision's transforms would give, by Pillow.
+"""From JPEG bytes to the same pixels as torchvision's transforms give, by Pillow.
 
-Networks trained in PyTorch score here what they score there only if their images are
-resized by the same filter and cropped at the same pixel. These are the two pipelines of
-ImageNet: a random crop, resized and mirrored, to train; resize and centre crop to test.
+Networks trained in PyTorch reach the same accuracy here only if their images are
+resized with the same filter and cropped at the same pixel. The two pipelines of
+ImageNet are: a random crop, resized and mirrored, for training; resize and centre crop
+for testing.
 """
 
 import io
@@ -13,15 +14,15 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises of files that are no images, or damaged."""
+"""Exceptions that Pillow raises for files that are damaged or not images."""
 
 _BILINEAR = Image.Resampling.BILINEAR  # Pillow's is antialiased
 
 
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-"""What Pillow is asked to open. It knows many more, some by programs of others."""
+"""Formats that Pillow may open. It knows many more, some through external programs."""
 
-# Content of other kinds, by how it begins, for a message.
+# Other types of content by their first bytes, for a message.
 _OTHERS = {
     b"GIF8": "a GIF",
     b"II*\0": "a TIFF",
@@ -32,7 +33,7 @@ _OTHERS = {
     b"\0\0\1\0": "an icon",
 }
 
-# EXIF's orientation → what puts the image upright.
+# Transformation that puts an image upright, by its orientation in EXIF.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,17 +49,20 @@ _ORIENTATION = 0x0112
 def decode(content: bytes) -> Image.Image:
     """Decodes a JPEG, PNG, BMP or WebP file to RGB, upright.
 
-    Greyscale, palette and CMYK images, which ImageNet has some of, are converted; greys
-    of 16 bits are scaled to 8. Transparency is left out, as by torchvision: a pixel
-    keeps its colour. An image that EXIF says was taken with the camera turned is turned
-    back, which torchvision leaves to the user.
+    Greyscale, palette and CMYK images, of which ImageNet has some, are converted; greys
+    of 16 bits are scaled to 8. Transparency is discarded, as in torchvision: a pixel
+    keeps its colour. An image whose EXIF orientation is not upright is rotated or
+    mirrored accordingly, which torchvision leaves to the user.
+
+    Args:
+      content: Content of the file.
 
     Raises:
-      One of `DAMAGED`: it is not such an image, or cut short.
+      One of `DAMAGED`: If the content is not such an image, or is truncated.
     """
     try:
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
-    except UnidentifiedImageError as error:  # it speaks of the BytesIO
+    except UnidentifiedImageError as error:  # its message names the BytesIO
         raise OSError(f"its content is {_described(content)}") from error
     upright = _UPRIGHT.get(_orientation(image))
     image = _to_rgb(image)
@@ -66,18 +70,18 @@ def decode(content: bytes) -> Image.Image:
 
 
 def _described(content: bytes) -> str:
-    for start, what in _OTHERS.items():
+    for start, description in _OTHERS.items():
         if content.startswith(start):
-            return f"no image that is read here, but {what}"
+            return f"not a supported image, but {description}"
     if content[4:8] == b"ftyp":
-        return "no image that is read here, but HEIC, AVIF or a film"
-    return "no image"
+        return "not a supported image, but HEIC, AVIF or a video"
+    return "not an image"
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # of any kind; the pixels are whole where this text is not
+    except Exception:  # of any type: damaged EXIF data says nothing about the pixels
         return 1
 
 
@@ -85,11 +89,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image  # convert would copy it
-    if image.mode.startswith("I"):  # 16 bits, by Pillow's version in 16 or 32
+    if image.mode.startswith("I"):  # 16 bits, which some versions of Pillow widen to 32
         greys = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray(((greys + 128) // 257).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns if it is left out
+        image = image.convert("RGBA")  # Pillow warns without this step
     return image.convert("RGB")
 
 
@@ -102,19 +106,20 @@ def crop_to_train(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """A random part of an image, resized, and mirrored half of the time.
+    """Returns a random part of an image, resized, and mirrored half of the time.
 
-    torchvision's RandomResizedCrop and RandomHorizontalFlip: the part's share of the
-    area is uniform on ``scale`` and the logarithm of its aspect ratio on that of
-    ``ratio``; after ten parts that do not fit, it is the largest central one that does.
+    The same as torchvision's RandomResizedCrop and RandomHorizontalFlip: the part's
+    share of the area is uniform on ``scale`` and the logarithm of its aspect ratio on
+    that of ``ratio``. After ten draws that do not fit, the largest central part with an
+    aspect ratio in ``ratio`` is taken.
 
     Args:
-      image: RGB.
-      rng: what the part is drawn from.
-      size: height and width of the result, in pixels.
-      flip: whether to mirror at random.
-      scale: least and largest share of the area.
-      ratio: least and largest width / height.
+      image: Image in RGB.
+      rng: Random generator.
+      size: Height and width of the result, in pixels.
+      flip: Whether to mirror at random.
+      scale: Smallest and largest share of the area.
+      ratio: Smallest and largest width / height.
 
     Example:
       >>> image = Image.new("RGB", (500, 375))
@@ -124,7 +129,7 @@ def crop_to_train(
     left, top, width, height = _random_box(image.size, rng, scale, ratio)
     part = image.crop((left, top, left + width, top + height))
     part = part.resize((size, size), _BILINEAR)
-    if flip and rng.random() < 0.5:  # by Pillow: a reversed array is slow to copy
+    if flip and rng.random() < 0.5:  # Pillow mirrors, as reversed arrays copy slowly
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(part)
 
@@ -153,14 +158,14 @@ def _random_box(
 def crop_to_test(
     image: Image.Image, resize: int = 256, size: int = 224
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """The centre of an image whose shorter side was resized.
+    """Resizes an image and returns its centre.
 
-    torchvision's Resize and CenterCrop, with their rounding.
+    The same as torchvision's Resize and CenterCrop, including the rounding.
 
     Args:
-      image: RGB.
-      resize: the shorter side before the crop, in pixels.
-      size: height and width of the result, in pixels; if larger than ``resize``, the
+      image: Image in RGB.
+      resize: Length of the shorter side before the crop, in pixels.
+      size: Height and width of the result, in pixels; if larger than ``resize``, the
         image gets a black border.
 
     Example:
@@ -169,8 +174,8 @@ def crop_to_test(
     """
     short = min(image.size)
     width, height = (int(resize * side / short) for side in image.size)
-    # Across, then down, as Pillow does within one call: the pixels are the same, but
-    # columns that the crop leaves out are not resized down, which is a tenth less work.
+    # First the width, then the height, as Pillow does within one call: the pixels are
+    # the same, but cropped columns are not resized again, which saves a tenth.
     image = image.resize((width, image.height), _BILINEAR)
     if width > size:
         left = round((width - size) / 2)

@@ -1,7 +1,7 @@
-"""Class folders: the image files of a folder for each class, each of them once.
+"""Class folders: the image files of one folder for each class, each of them once.
 
-Links to files and folders are followed, as long as no image is reached twice. What is
-left out (hidden files, other kinds of images) is counted in a warning.
+Links to files and folders are followed, as long as no image is reached twice. A warning
+counts the files that are ignored (hidden files, unsupported image formats).
 """
 
 import collections
@@ -17,47 +17,52 @@ import numpy as np
 from tpp_jax.errors import TPPError
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-# Endings of images that are not read, so that leaving them out is worth a word.
+# Endings of images that are not read, which a warning mentions.
 _OTHER_ENDINGS = {
     *(".gif", ".tif", ".tiff", ".jfif", ".jpe", ".jp2", ".heic", ".heif", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".tga", ".ico", ".svg", ".dcm", ".npy"),
 }
 _TRAIN, _TEST = ("train",), ("val", "validation", "test")
-_SHOWN = 3  # examples in a message
+_SHOWN = 3  # number of examples in a message
 
 _Identity = tuple[int, int]  # device and number of a folder or file
 
 
 class ClassFolders:
-    """The files of a folder of classes, in the order of their names."""
+    """The image files of a folder of classes, in the order of their names."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         """Searches the folder.
 
+        Args:
+          folder: Folder that holds one folder per class.
+
         Raises:
-          TPPError: there are no classes, one has no images, an image would be read
-            twice by a link, or a folder cannot be read.
+          TPPError: If there are no classes, a class has no images, a link leads to an
+            image that is also read elsewhere, or a folder cannot be read.
         """
         self._folder = folder
-        left = _LeftOut()
+        ignored = _Ignored()
         self.classes = []
         for entry in _entries(folder):
-            if _is_hidden(entry, left):
+            if _is_hidden(entry, ignored):
                 continue
             if _is_folder(entry):
                 self.classes.append(entry.name)
             elif _ending(entry.name) in ENDINGS:
-                left.outside.append(entry.name)
-        search = _Search(folder, left)
+                ignored.outside.append(entry.name)
+        search = _Search(folder, ignored)
         names: list[bytes] = []
         labels: list[int] = []
         for label, name in enumerate(self.classes):
-            before = left.others.total()
+            before = ignored.others.total()
             found = sorted(search.images(name))
             if not found:
-                others = left.others.total() - before
-                but = f" that are read, but {others} of other kinds" if others else ""
-                raise TPPError(f"the class folder {folder / name} holds no images{but}")
+                others = ignored.others.total() - before
+                hint = f", but {others} of unsupported types" if others else ""
+                raise TPPError(
+                    f"the class folder {folder / name} holds no images{hint}"
+                )
             names += map(os.fsencode, found)
             labels += [label] * len(found)
         if not labels:
@@ -65,9 +70,9 @@ class ClassFolders:
                 f"{folder} holds no folders: it needs one for each class, with images"
             )
         search.check_links(map(os.fsdecode, names))
-        if said := left.said():
-            warnings.warn(f"{folder}: left out {said}", stacklevel=4)
-        # As an array: ImageNet's names take 40 MB in each process, in a list 100 MB.
+        if summary := ignored.summary():
+            warnings.warn(f"{folder}: ignored {summary}", stacklevel=4)
+        # ImageNet's names take 40 MB in each process as an array, 100 MB as a list.
         self._names, self._labels = np.asarray(names), np.asarray(labels, np.int32)
 
     def __len__(self) -> int:
@@ -84,26 +89,29 @@ class ClassFolders:
 def open_folders(data_dir: str | None) -> tuple[ClassFolders, ClassFolders, int]:
     """Returns the training and the test files in a folder, and the number of classes.
 
+    Args:
+      data_dir: Folder that holds ``train`` and ``val`` (or ``validation`` or ``test``).
+
     Raises:
-      TPPError: it does not hold the same classes to train and to test.
+      TPPError: If the classes for training and testing are not the same.
     """
     if not data_dir:
         raise TPPError(
-            "data set 'folder' needs to know where: give the folder that holds train/ "
-            "and val/ by --config.data.dir"
+            "data set 'folder' needs --config.data.dir: the folder that holds train/ "
+            "and val/"
         )
     root = pathlib.Path(data_dir).expanduser()
     train, test = (_split_folder(root, names) for names in (_TRAIN, _TEST))
     if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        alike = [_plain(name) for name in odd]
+        unpaired = sorted(set(train.classes) ^ set(test.classes))
+        plain = [_plain(name) for name in unpaired]
         hint = ""
-        if len(set(alike)) < len(alike):
-            hint = "; some differ only in capitals or in how an accent is written"
+        if len(set(plain)) < len(plain):
+            hint = "; some differ only in case or in the encoding of an accent"
+        more = " and more" if len(unpaired) > 5 else ""
         raise TPPError(
-            f"train and val of {root} do not have the same classes: "
-            f"{', '.join(odd[:5])}{' and more' if len(odd) > 5 else ''} in one only"
-            f"{hint}"
+            f"train and val of {root} do not have the same classes: only one of them "
+            f"has {', '.join(unpaired[:5])}{more}{hint}"
         )
     return train, test, len(train.classes)
 
@@ -123,27 +131,27 @@ def _split_folder(root: pathlib.Path, names: Sequence[str]) -> ClassFolders:
 
 
 @dataclasses.dataclass
-class _LeftOut:
-    """What is there and is not read.
+class _Ignored:
+    """Files that exist and are not read.
 
     Attributes:
-      hidden: names of hidden folders and images.
-      outside: names of images that lie in no class folder.
-      others: number of images of other kinds, by ending.
+      hidden: Names of hidden folders and images.
+      outside: Names of images outside of the class folders.
+      others: Number of images of unsupported types, by ending.
     """
 
     hidden: list[str] = dataclasses.field(default_factory=list)
     outside: list[str] = dataclasses.field(default_factory=list)
     others: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
-    def said(self) -> str:
-        parts = [
+    def summary(self) -> str:
+        counts = [
             (len(self.hidden), "hidden files and folders", self.hidden),
             (len(self.outside), "images outside of the class folders", self.outside),
-            (self.others.total(), "images of kinds that are not read", self.others),
+            (self.others.total(), "images of unsupported types", self.others),
         ]
         return ", ".join(
-            f"{count} {what} ({_some(names)})" for count, what, names in parts if count
+            f"{count} {noun} ({_some(names)})" for count, noun, names in counts if count
         )
 
 
@@ -153,11 +161,11 @@ def _some(names: Sequence[str] | collections.Counter) -> str:
 
 
 class _Search:
-    """A search for images under one folder that comes to no folder twice."""
+    """A search for images under one folder that enters no folder twice."""
 
-    def __init__(self, root: pathlib.Path, left: _LeftOut) -> None:
-        self._root, self._left = root, left
-        # A link to the folder itself or to one that it is in would lead here again.
+    def __init__(self, root: pathlib.Path, ignored: _Ignored) -> None:
+        self._root, self._ignored = root, ignored
+        # A link to this folder or to one that contains it would be followed endlessly.
         above = root.resolve()
         self._above = {_identity(path): path for path in (above, *above.parents)}
         self._seen: dict[_Identity, str] = {}
@@ -170,7 +178,7 @@ class _Search:
             folder = folders.pop()
             self._enter(folder)
             for entry in _entries(self._root / folder):
-                if _is_hidden(entry, self._left):
+                if _is_hidden(entry, self._ignored):
                     continue
                 path = os.path.join(folder, entry.name)
                 ending = _ending(entry.name)
@@ -181,12 +189,12 @@ class _Search:
                         self._links[path] = _identity(self._root / path)
                     if not entry.is_file():
                         raise TPPError(
-                            f"{self._root / path} is named like an image and is no "
+                            f"{self._root / path} is named like an image, but is not a "
                             "file (a pipe, a socket or a device): remove it"
                         )
                     yield path
                 elif ending in _OTHER_ENDINGS:
-                    self._left.others[ending] += 1
+                    self._ignored.others[ending] += 1
 
     def _enter(self, folder: str) -> None:
         path = self._root / folder
@@ -194,20 +202,23 @@ class _Search:
         if identity in self._above:
             raise TPPError(
                 f"{path} is a link that leads back to {self._above[identity]}: its "
-                "images would be read again and again. Remove the link"
+                "images would be read endlessly. Remove the link"
             )
         first = self._seen.setdefault(identity, folder)
         if first != folder:
             raise TPPError(
-                f"{path} and {self._root / first} are one folder, by a link: its "
-                "images would be read twice. Remove the link"
+                f"{path} and {self._root / first} are the same folder, through a link: "
+                "its images would be read twice. Remove the link"
             )
 
     def check_links(self, names: Iterator[str]) -> None:
-        """Checks that no link leads to a file that is read by another name too.
+        """Checks that no link leads to a file that is also read by another name.
+
+        Args:
+          names: Paths of all images.
 
         Raises:
-          TPPError: one does.
+          TPPError: If a link does.
         """
         if not self._links:
             return
@@ -218,8 +229,8 @@ class _Search:
         for link, identity in self._links.items():
             if identity in first:
                 raise TPPError(
-                    f"{self._root / link} is a link to an image that is read as "
-                    f"{first[identity]} too. Remove the link"
+                    f"{self._root / link} is a link to an image that is also read as "
+                    f"{first[identity]}. Remove the link"
                 )
             first[identity] = link
 
@@ -232,11 +243,11 @@ def _entries(folder: pathlib.Path) -> list[os.DirEntry[str]]:
         raise TPPError(f"{folder} cannot be read ({error.strerror})") from error
 
 
-def _is_hidden(entry: os.DirEntry[str], left: _LeftOut) -> bool:
+def _is_hidden(entry: os.DirEntry[str], ignored: _Ignored) -> bool:
     if not entry.name.startswith("."):
         return False
     if _ending(entry.name) in ENDINGS or _is_folder(entry):
-        left.hidden.append(entry.name)
+        ignored.hidden.append(entry.name)
     return True
 
 

@@ -1,9 +1,9 @@
-"""Mixup and cutmix: batches in which two images, and their labels, share a place.
+"""Mixup and cutmix: batches in which pairs of images, and their labels, are combined.
 
-Images are mixed in pairs, position 2i with position 2i + 1: a batch is in random order,
-so any fixed pairing is as good as another, and this one stays within the part of a
-batch that one device holds. With a key that all devices share, a batch split over eight
-devices is the batch that one device would see.
+Position 2i is mixed with position 2i + 1. A batch is in random order, so all fixed
+pairings are equally good, and with this one both images of a pair are on one device.
+With a key that all devices share, a batch split over eight devices equals the batch on
+one device.
 """
 
 import jax
@@ -28,29 +28,29 @@ def mix(
 
     With λ ~ Beta(α, α), drawn once for the batch:
 
-    - mixup (Zhang et al. 2018): ``λ·image + (1 - λ)·partner``, labels likewise;
+    - mixup (Zhang et al. 2018): ``λ·image + (1 - λ)·partner``, the same for labels;
     - cutmix (Yun et al. 2019): a rectangle of the partner, with the image's proportions
-      and a share ``1 - λ`` of its area, is pasted over the image in the same place. Its
-      centre is any pixel, so that the border may cut it; labels are mixed by the share
-      of the area that was really pasted.
+      and a share ``1 - λ`` of its area, replaces the same pixels of the image. Its
+      centre is any pixel, so the border may cut it; labels are mixed by the share of
+      the area that was actually replaced.
 
-    With both, either one is chosen for each batch, with probability one half. This and
-    the rounding of the rectangle are as in torchvision's reference, whose partner is
-    the image before in the batch and not the other of a pair.
+    If both are used, one of them is chosen for each batch, with probability one half.
+    This choice and the rounding of the rectangle are as in torchvision's reference,
+    where the partner is the previous image in the batch instead of the other of a pair.
 
     Args:
-      key: of the batch: the same on all devices.
-      images: normalised, an even number of them.
-      labels: one-hot, or smoothed.
-      mixup: α of mixup; 0 for none. A Python float, as is `cutmix` (the compiled
-        program depends on them).
-      cutmix: α of cutmix; 0 for none.
+      key: PRNG key of the batch, the same on all devices.
+      images: Normalised images, an even number of them.
+      labels: One-hot or smoothed labels.
+      mixup: Parameter α of mixup; 0 for none. A Python float, as is `cutmix`, since the
+        compiled program depends on them.
+      cutmix: Parameter α of cutmix; 0 for none.
 
     Returns:
       The mixed images and labels, of the same shapes and types.
 
     Raises:
-      TPPError: if an α is negative, or the number of images odd.
+      TPPError: If an α is negative, or the number of images is odd.
 
     Example:
       >>> images, labels = jnp.ones((2, 8, 8, 3)), jnp.eye(2)
@@ -70,15 +70,15 @@ def mix(
             f"mixup and cutmix work on pairs, but there are {len(images)} images on a "
             "device; choose an even number"
         )
-    of_choice, of_share, of_place = jax.random.split(key, 3)
+    choice_key, share_key, place_key = jax.random.split(key, 3)
     both = mixup > 0 and cutmix > 0
-    pastes = jax.random.bernoulli(of_choice) if both else cutmix > 0
+    pastes = jax.random.bernoulli(choice_key) if both else cutmix > 0
     alpha = jnp.where(pastes, cutmix, mixup)
-    share = 1 - jax.random.beta(of_share, alpha, alpha)
-    weights = jnp.where(pastes, _rectangle(of_place, share, *images.shape[1:3]), share)
+    share = 1 - jax.random.beta(share_key, alpha, alpha)
+    weights = jnp.where(pastes, _rectangle(place_key, share, *images.shape[1:3]), share)
 
     def towards_partner(x: Array, weight: Array) -> Array:
-        # Written so that a weight of 0 or 1 changes no digit.
+        # In this form a weight of 0 or 1 gives one of the two exactly.
         return ((1 - weight) * x + weight * partners(x)).astype(x.dtype)
 
     return (
@@ -88,7 +88,7 @@ def mix(
 
 
 def partners(batch: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """Each entry's partner in its place: 2i and 2i + 1 change places.
+    """Returns the batch with each entry replaced by its partner: 2i by 2i + 1.
 
     >>> partners(jnp.arange(6)).tolist()
     [1, 0, 3, 2, 5, 4]
@@ -100,12 +100,12 @@ def partners(batch: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
 def _rectangle(
     key: Key[Array, ""], share: Float[Array, ""], height: int, width: int
 ) -> Float[Array, "h w"]:
-    """1 inside a rectangle of a share of the area, somewhere, and 0 outside."""
+    """Returns 1 inside a random rectangle of a share of the area, and 0 outside."""
 
     def inside(key: Key[Array, ""], size: int) -> Bool[Array, " size"]:
         half = (jnp.sqrt(share) * size / 2).astype(int)
         distance = jnp.arange(size) - jax.random.randint(key, (), 0, size)
         return (distance >= -half) & (distance < half)
 
-    of_row, of_column = jax.random.split(key)
-    return jnp.outer(inside(of_row, height), inside(of_column, width)).astype(float)
+    row_key, column_key = jax.random.split(key)
+    return jnp.outer(inside(row_key, height), inside(column_key, width)).astype(float)

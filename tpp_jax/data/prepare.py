@@ -3,8 +3,8 @@
     pip install 'tpp_jax[prepare]'
     python -m tpp_jax.data.prepare cifar10 mnist --data_dir=~/tensorflow_datasets
 
-This is the one place that needs TensorFlow: TFDS encodes images with it. TFDS's own
-command `tfds build` would do the same, but needs Apache Beam even where it uses none.
+Only this file needs TensorFlow, which TFDS uses to encode images. TFDS's own command
+`tfds build` would do the same, but needs Apache Beam even for data sets without it.
 """
 
 import argparse
@@ -12,29 +12,28 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
-from tpp_jax.data.sources import NAMES, prepare_command
-from tpp_jax.errors import TPPError
+from tpp_jax.data.sources import NAMES
+from tpp_jax.errors import TPPError, require
 
 IMAGENET_FILES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
-"""What must be downloaded by hand, after registering, to prepare ImageNet."""
+"""Files of ImageNet that must be downloaded manually, after registering."""
 
 
 def prepare(name: str, data_dir: str | None = None) -> str:
-    """Downloads a data set and writes it as array_record files, unless it is there.
+    """Downloads a data set and writes it as array_record files, unless it exists.
 
     Args:
-      name: one of `tpp_jax.data.sources.NAMES` other than ``digits``, or
-        ``imagenet2012``.
-      data_dir: the folder to write to, or None for TFDS's default.
+      name: Name of the data set: one of `tpp_jax.data.sources.NAMES` other than
+        ``digits``, or ``imagenet2012``.
+      data_dir: Folder to write to, or None for TFDS's default.
 
     Returns:
       The folder that holds the prepared data set.
 
     Raises:
-      TPPError: if the name is unknown, TensorFlow is missing, the folder holds the data
-        set in another format, the download fails, or ImageNet's files are not there.
+      TPPError: If the name is unknown, TensorFlow is missing, the folder holds the data
+        set in another format, the download fails, or ImageNet's files are missing.
     """
     choices = [known for known in NAMES if known != "digits"] + ["imagenet2012"]
     if name not in choices:
@@ -42,13 +41,7 @@ def prepare(name: str, data_dir: str | None = None) -> str:
             f"{name!r} cannot be prepared. Choose from: {', '.join(choices)}; digits "
             "needs no preparation."
         )
-    for package in ("tensorflow", "importlib_resources", "tensorflow_datasets"):
-        if find_spec(package) is None:
-            raise TPPError(
-                f"Preparing {name} needs the package {package}, which is not "
-                f"installed: {prepare_command(name, data_dir)}"
-            )
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow loads
+    require("prepare", "tensorflow", "importlib_resources", "tensorflow_datasets")
     import tensorflow_datasets as tfds
 
     data_dir = os.path.expanduser(data_dir) if data_dir else None
@@ -66,7 +59,7 @@ def prepare(name: str, data_dir: str | None = None) -> str:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     try:
         builder.download_and_prepare()
-    except OSError as error:  # a network failure is one, and so is a full disk
+    except OSError as error:  # raised for network failures and full disks
         raise TPPError(
             f"{name} could not be downloaded or written to "
             f"{data_dir or builder.data_dir}"
@@ -76,7 +69,7 @@ def prepare(name: str, data_dir: str | None = None) -> str:
 
 
 def _check_imagenet_files(data_dir: pathlib.Path) -> None:
-    """TFDS would leave a split out, without an error, if its file is missing."""
+    """Raises if a file is missing, since TFDS would omit its split without an error."""
     folder = data_dir / "downloads" / "manual"
     if missing := [file for file in IMAGENET_FILES if not (folder / file).exists()]:
         raise TPPError(
@@ -89,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-      arguments: the words after the program's name; None for those of the process.
+      arguments: Command-line arguments; None for those of the process.
 
     Returns:
       The exit status: 0, or 1 if an error was printed.
@@ -101,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", metavar="NAME", help="such as cifar10")
     parser.add_argument("--data_dir", help="default: ~/tensorflow_datasets")
     options = parser.parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow loads
     try:
         for name in options.names:
             print(f"{name} is ready in {prepare(name, options.data_dir)}")

@@ -1,4 +1,4 @@
-"""Small image data sets, read whole into memory as uint8 arrays.
+"""Small image data sets, read into memory as uint8 arrays.
 
 `digits` comes with scikit-learn and needs no download. The others are read with
 `tfds.data_source` from data that TensorFlow Datasets has prepared in the array_record
@@ -9,32 +9,35 @@ import contextlib
 import difflib
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPError, require
 
 
 class Dataset(NamedTuple):
-    """A data set in memory, with what is needed to feed it to a network."""
+    """A data set in memory, with the statistics that normalise it.
+
+    Attributes:
+      train_images: Training pixels, 0 to 255.
+      train_labels: Training classes, 0 to ``num_classes`` - 1.
+      test_images: Test pixels, 0 to 255.
+      test_labels: Test classes, 0 to ``num_classes`` - 1.
+      num_classes: Number of classes.
+      mean: Mean per channel for the normalisation of inputs, in units of pixel / 255.
+      std: Standard deviation per channel, in units of pixel / 255.
+    """
 
     train_images: UInt8[np.ndarray, "train h w c"]
-    """Training pixels, 0 to 255."""
     train_labels: Int32[np.ndarray, " train"]
-    """Training classes, 0 to `num_classes` - 1."""
     test_images: UInt8[np.ndarray, "test h w c"]
-    """Test pixels, 0 to 255."""
     test_labels: Int32[np.ndarray, " test"]
-    """Test classes, 0 to `num_classes` - 1."""
     num_classes: int
-    """Number of classes."""
     mean: tuple[float, ...]
-    """Mean per channel that inputs are normalised with, in units of pixel / 255."""
     std: tuple[float, ...]
-    """Standard deviation per channel, in units of pixel / 255."""
 
     @property
     def num_train(self) -> int:
@@ -48,13 +51,20 @@ class Dataset(NamedTuple):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of one image."""
+        """Shape of one image, (height, width, channels)."""
         return self.train_images.shape[1:]
 
     def train_batches(
         self, batch_size: int, seed: int
-    ) -> Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]]:
-        """Yields the whole batches of one epoch, in random order, not augmented."""
+    ) -> Generator[
+        tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]], None, None
+    ]:
+        """Yields the full batches of one epoch, in random order, not augmented.
+
+        Args:
+          batch_size: Number of images in a batch.
+          seed: Seed of the random order.
+        """
         order = np.random.default_rng(seed).permutation(self.num_train)
         for start in range(0, self.num_train - batch_size + 1, batch_size):
             chosen = order[start : start + batch_size]
@@ -62,7 +72,7 @@ class Dataset(NamedTuple):
 
 
 class _Spec(NamedTuple):
-    """What is known of a TFDS data set before reading it."""
+    """Facts about a TFDS data set that are known before it is read."""
 
     num_classes: int
     mean: tuple[float, ...]
@@ -72,7 +82,7 @@ class _Spec(NamedTuple):
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _TFDS = {
-    # The original normalises CIFAR-10 with ImageNet's statistics; so do we.
+    # ImageNet's statistics, with which the original implementation normalises CIFAR-10.
     "cifar10": _Spec(10, IMAGENET_MEAN, IMAGENET_STD),
     "cifar100": _Spec(100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "emnist/balanced": _Spec(47, (0.1751,), (0.3332,)),
@@ -83,27 +93,27 @@ _TFDS = {
 }
 
 NAMES = tuple(sorted(["digits", *_TFDS]))
-"""The data sets that `load` knows."""
+"""Names of the data sets that `load` reads."""
 
 
 def load(name: str, data_dir: str | None = None, pad_to: int = 0) -> Dataset:
     """Reads a data set by name.
 
     Args:
-      name: one of `NAMES`.
-      data_dir: the folder that holds the prepared TFDS data; None for TFDS's own
-        default, ``~/tensorflow_datasets``. Not used by ``digits``.
-      pad_to: if not 0, images are padded with zeros on all sides to this height and
-        width in pixels (MNIST's 28 to 32, say). `mean` and `std` stay those of the
-        unpadded images.
+      name: Name of the data set, one of `NAMES`.
+      data_dir: Folder that holds the prepared TFDS data; None for TFDS's default,
+        ``~/tensorflow_datasets``. Not used by ``digits``.
+      pad_to: Height and width in pixels to which images are padded with zeros on all
+        sides (MNIST's 28 to 32, say); 0 for no padding. `mean` and `std` remain those
+        of the unpadded images.
 
     Returns:
       The training and test images in memory.
 
     Raises:
-      TPPError: if the name is unknown, the data is not prepared in `data_dir` or not in
+      TPPError: If the name is unknown, the data is not prepared in `data_dir` or not in
         the array_record format, a package is missing, a label is out of range, or the
-        images are larger than `pad_to`. The message says how to mend it.
+        images are larger than `pad_to`. The message names the fix.
 
     Example:
       >>> digits = load("digits")
@@ -128,16 +138,17 @@ def load(name: str, data_dir: str | None = None, pad_to: int = 0) -> Dataset:
 
 
 def _load_digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8 pixels, split 1437 / 360.
+    """Reads scikit-learn's 1,797 handwritten digits, 8x8 pixels, split 1437 / 360.
 
-    The split depends on no seed: of the images sorted stably by class every fifth,
-    beginning with the first, is a test image. Both splits keep the original order, and
-    their class shares agree to within one image.
+    The split is fixed: of the images sorted stably by class every fifth, beginning with
+    the first, is a test image. Both splits keep the original order, and their class
+    shares agree to within one image.
     """
+    require("train", "sklearn")
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    # The pixels count 0..16; the library speaks of 0..255 everywhere.
+    # The pixels are 0 to 16; the rest of the library expects 0 to 255.
     pixels = np.rint(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     labels = labels.astype(np.int32)
     is_test = np.zeros(len(labels), bool)
@@ -155,7 +166,7 @@ def _load_digits() -> Dataset:
 
 
 def _load_tfds(name: str, data_dir: str | None) -> Dataset:
-    """A prepared TFDS data set, decoded into memory."""
+    """Reads a prepared TFDS data set and decodes it into memory."""
     builder = open_builder(name, data_dir)
     with explained(name, builder, data_dir):
         sources = [builder.as_data_source(split=split) for split in ("train", "test")]
@@ -168,23 +179,21 @@ def _load_tfds(name: str, data_dir: str | None) -> Dataset:
 def open_builder(name: str, data_dir: str | None) -> Any:
     """Returns TFDS's builder of a data set.
 
+    Args:
+      name: Name of the data set in TFDS.
+      data_dir: Folder that holds the prepared data; None for TFDS's default.
+
     Raises:
-      TPPError: a package is missing, or what is prepared cannot be understood.
+      TPPError: If a package is missing or the prepared data is damaged.
     """
-    try:
-        import array_record  # noqa: F401  (tfds imports it late, with a poorer message)
-        import PIL  # noqa: F401
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise TPPError(
-            f"Reading {name} needs the package {error.name}, which is not installed: "
-            "pip install tensorflow-datasets array_record pillow"
-        ) from error
+    require("train", "array_record", "PIL", "tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     data_dir = os.path.expanduser(data_dir) if data_dir else None
     try:
         return tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # TFDS raises of every kind where its files are damaged
-        where = data_dir or "TFDS's own folder"
+    except Exception as error:  # of any type, where TFDS's files are damaged
+        where = data_dir or "TFDS's default folder"
         raise TPPError(
             f"the prepared data of {name} in {where} cannot be opened "
             f"({_in_short(error)}). Delete its folder there and prepare it again: "
@@ -194,7 +203,13 @@ def open_builder(name: str, data_dir: str | None) -> Any:
 
 @contextlib.contextmanager
 def explained(name: str, builder: Any, data_dir: str | None) -> Iterator[None]:
-    """Turns TFDS's failure to open a data set into the user's next step."""
+    """Turns errors of TFDS while it opens a data set into messages that name the fix.
+
+    Args:
+      name: Name of the data set.
+      builder: TFDS's builder of the data set.
+      data_dir: Folder that holds the prepared data; None for TFDS's default.
+    """
     try:
         yield
     except (NotImplementedError, KeyError, ValueError, OSError) as error:
@@ -204,15 +219,15 @@ def explained(name: str, builder: Any, data_dir: str | None) -> Iterator[None]:
 def _read(
     source: Any, name: str, builder: Any, data_dir: str | None
 ) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"]]:
-    """All examples of a data source; decoding takes about 0.2 ms an image."""
+    """Reads all examples of a data source; decoding takes about 0.2 ms per image."""
     labels = np.empty(len(source), np.int32)
     images = None
     for i in range(len(source)):
-        # One by one: TFDS's batched read is no faster (decoding is what costs), and
-        # its mock of a data source does not support it.
+        # TFDS's batched read is not faster, as decoding takes most of the time, and its
+        # mock of a data source does not support it.
         try:
             example = source[i]
-        except Exception as error:  # array_record and the decoders raise of every kind
+        except Exception as error:  # array_record and decoders raise errors of any type
             raise TPPError(
                 f"example {i} of {name} in {builder.data_dir} cannot be read "
                 f"({_in_short(error)}): the data is damaged. Delete that folder and "
@@ -224,7 +239,7 @@ def _read(
         labels[i] = example["label"]
     if images is None:
         raise TPPError(
-            f"The data source {source!r} holds no examples: prepare it anew."
+            f"The data source {source!r} holds no examples: prepare it again."
         )
     return images, labels
 
@@ -236,7 +251,7 @@ def _in_short(error: Exception) -> str:
 def _why_unreadable(
     name: str, builder: Any, data_dir: str | None, error: Exception
 ) -> TPPError:
-    """Turns TFDS's failure to open a data set into the user's next step."""
+    """Returns the error that explains why TFDS cannot open a data set."""
     data_dir = os.path.expanduser(data_dir) if data_dir else None
     if data_dir and "://" not in data_dir and not os.path.isdir(data_dir):
         return TPPError(
@@ -265,14 +280,11 @@ def _why_unreadable(
 
 
 def prepare_command(name: str, data_dir: str | None) -> str:
-    """The shell command that downloads and prepares a TFDS data set.
+    """Returns the shell command that downloads and prepares a TFDS data set.
 
     Args:
-      name: the data set.
-      data_dir: the folder to prepare it in, or None for TFDS's default.
-
-    Returns:
-      One line for a shell.
+      name: Name of the data set.
+      data_dir: Folder to prepare it in, or None for TFDS's default.
     """
     where = f" --data_dir={shlex.quote(data_dir)}" if data_dir else ""
     return (
@@ -284,7 +296,7 @@ def prepare_command(name: str, data_dir: str | None) -> str:
 def _check_labels(
     name: str, split: str, labels: Int32[np.ndarray, " n"], dataset: Dataset
 ) -> None:
-    """A label that the network has no output for would train in silence on nothing."""
+    """Raises for a label without an output of the network: JAX would not report it."""
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= dataset.num_classes:
         raise TPPError(
@@ -295,10 +307,16 @@ def _check_labels(
 
 
 def padded_size(name: str, height: int, width: int, pad_to: int) -> tuple[int, int]:
-    """Returns the height and width of a data set's images once padded.
+    """Returns the height and width of a data set's images after padding.
+
+    Args:
+      name: Name of the data set, for a message.
+      height: Height of an image in pixels.
+      width: Width of an image in pixels.
+      pad_to: Height and width to pad to; 0 for no padding.
 
     Raises:
-      TPPError: they are larger than ``pad_to``.
+      TPPError: If the images are larger than ``pad_to``.
 
     Example:
       >>> padded_size("mnist", 28, 28, pad_to=32)
@@ -315,7 +333,7 @@ def padded_size(name: str, height: int, width: int, pad_to: int) -> tuple[int, i
 def _pad(
     name: str, images: UInt8[np.ndarray, "n h w c"], size: int
 ) -> UInt8[np.ndarray, "n size size c"]:
-    """Zeros on all sides; an odd remainder goes to the bottom and the right."""
+    """Pads by zeros on all sides; an odd number has one more at bottom and right."""
     height, width = images.shape[1:3]
     padded_size(name, height, width, size)
     top, left = (size - height) // 2, (size - width) // 2

@@ -1,7 +1,8 @@
-"""Data sets too large for memory, read and decoded by Grain while a network trains.
+"""Data sets too large for memory, read and decoded by Grain during training.
 
-A batch depends on the seed and its number alone, however many threads or processes
-decode and wherever reading starts: the position in the data is the number of the step.
+A batch depends only on the seed and its number, and not on the number of threads or
+processes that decode or on where reading starts: the position in the data is the number
+of the step.
 """
 
 import dataclasses
@@ -10,22 +11,22 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import numpy as np
-from absl import flags
 from jaxtyping import Int32, UInt8
 
 from tpp_jax.data import folders, sources
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPError, require
 
 STREAMED = ("folder", "imagenet2012")
-"""The data sets that `open_stream` knows."""
+"""Names of the data sets that `open_stream` opens."""
 
-_ENDLESS = 2**48  # batches, more than any run reads
+_ENDLESS = 2**48  # number of batches, more than any run reads
 
-Batches = Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]]
+_Pair = tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]
+Batches = Generator[_Pair, None, None]
 _Load = Callable[[int], tuple[UInt8[np.ndarray, "h w c"], int]]
 
 
@@ -33,13 +34,16 @@ class Files(Protocol):
     """Image files by number."""
 
     def __len__(self) -> int:
-        """Returns how many there are."""
+        """Returns the number of files."""
+        ...
 
     def __getitem__(self, i: int) -> tuple[bytes, int]:
         """Returns the content and the class of a file."""
+        ...
 
     def name(self, i: int) -> str:
-        """Returns what a file is called, for an error."""
+        """Returns the name of a file, for an error message."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +51,18 @@ class Stream:
     """A data set that is read batch by batch.
 
     Attributes:
-      train: the training images: their number, and each as content and label.
-      test: the test images, likewise.
-      num_classes: number of classes.
-      image_size: height and width of the images it gives, in pixels.
-      resize: shorter side of a test image before its centre crop.
-      flip: whether training images are mirrored at random.
-      workers: processes that decode; 0 for threads of this one.
-      threads: that read and decode in each process.
-      shard: of a batch, which of how many equal parts this process reads.
-      mean: per channel that inputs are normalised with, in units of pixel / 255.
-      std: likewise, the standard deviation.
+      train: Files of the training images.
+      test: Files of the test images.
+      num_classes: Number of classes.
+      image_size: Height and width of the images in a batch, in pixels.
+      resize: Length of the shorter side of a test image before its centre crop.
+      flip: Whether training images are mirrored at random.
+      workers: Number of processes that decode; 0 for threads of this process.
+      threads: Number of threads that read and decode in each process.
+      shard: Index and number of the equal shares of a batch, of which this process
+        reads one.
+      mean: Mean per channel for the normalisation of inputs, in units of pixel / 255.
+      std: Standard deviation per channel, in units of pixel / 255.
     """
 
     train: Files
@@ -84,26 +89,27 @@ class Stream:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of one image."""
+        """Shape of one image, (height, width, channels)."""
         return self.image_size, self.image_size, 3
 
     def train_batches(
-        self, batch_size: int, seed: int, start: int = 0, parts: int = 1
+        self, batch_size: int, seed: int, start: int = 0, accumulate: int = 1
     ) -> Batches:
-        """Yields training batches without end, each epoch in an order of its own.
+        """Yields training batches endlessly, each epoch in a different order.
 
-        The images that fill no whole batch at the end of an epoch's order are left out.
-        Close the iterator to stop reading ahead.
+        The images at the end of an epoch that do not fill a batch are dropped. Close
+        the iterator to stop reading ahead.
 
         Args:
-          batch_size: images of all processes together.
-          seed: of the orders, crops and flips; below 2³².
-          start: number of the first batch; those before it are not read.
-          parts: of a batch, of each of which every process reads its share.
+          batch_size: Number of images of all processes together.
+          seed: Seed of the orders, crops and flips; below 2³².
+          start: Number of the first batch; those before it are not read.
+          accumulate: Number of equal parts of a batch over which gradients are
+            accumulated; every process reads its share of each.
 
         Raises:
-          TPPError: the data set is smaller than a batch, or the batch does not split
-            over processes; in the course of reading, that a file is not an image.
+          TPPError: If the data set is smaller than a batch, or the batch does not split
+            over the processes; during iteration, if a file is not an image.
         """
         self._check_batch(batch_size)
         if batch_size > self.num_train:
@@ -118,18 +124,19 @@ class Stream:
             seed,
             self.num_train // batch_size * batch_size,
         )
-        return self._batches(load, batch_size, start, None, parts)
+        return self._batches(load, batch_size, start, None, accumulate)
 
     def test_batches(self, batch_size: int) -> Batches:
         """Yields every test image once, in order.
 
-        The last batch is filled up with black images of label -1, which do not count.
+        The last batch is padded with black images of label -1, which do not count.
 
         Args:
-          batch_size: images of all processes together.
+          batch_size: Number of images of all processes together.
 
         Raises:
-          TPPError: as for training.
+          TPPError: If the batch does not split over the processes; during iteration, if
+            a file is not an image.
         """
         self._check_batch(batch_size)
         load = _Testing(self.test, self.image_size, self.resize)
@@ -141,15 +148,16 @@ class Stream:
         batch_size: int,
         start: int,
         count: int | None,
-        parts: int = 1,
+        accumulate: int = 1,
     ) -> Batches:
+        require("train", "grain", "PIL")
         import grain  # late: data sets in memory do not need it
 
         index, processes = self.shard
-        places = np.arange(batch_size).reshape(parts, processes, -1)[:, index]
+        places = np.arange(batch_size).reshape(accumulate, processes, -1)[:, index]
         batch = _Batch(load, batch_size, tuple(places.reshape(-1).tolist()))
-        # A batch is an element, so that processes take whole batches in turn, and one
-        # more than is being made is all that waits in memory; beside a process, two.
+        # Grain's elements are batches, so that processes take turns with batches. With
+        # threads only one finished batch waits in memory, with processes two each.
         threads = 0 if self.workers else self.threads
         options = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=threads and threads + 1
@@ -157,7 +165,9 @@ class Stream:
         batches = grain.MapDataset.range(start, _ENDLESS).map(batch)
         batches = batches.to_iter_dataset(options)
         if self.workers:
-            if not flags.FLAGS.is_parsed():  # outside launch.py; Grain reads its own
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # by no command line; Grain reads its own
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self.workers), _begin_worker
@@ -174,7 +184,7 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """Loads the part of a batch that is this process's, given its number."""
+    """Loads this process's share of the batch with a given number."""
 
     load: _Load
     size: int
@@ -193,13 +203,13 @@ class _Batch:
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-    """Loads the training image that stands at a place of all epochs' orders."""
+    """Loads the training image at a position in the sequence of all epochs."""
 
     files: Files
     size: int
     flip: bool
     seed: int
-    per_epoch: int  # images of an epoch's whole batches
+    per_epoch: int  # number of images in an epoch's full batches
 
     def __call__(self, place: int) -> tuple[np.ndarray, int]:
         from grain.experimental import index_shuffle
@@ -208,7 +218,7 @@ class _Training:
 
         epoch, i = divmod(place, self.per_epoch)
         seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]
-        # The permutation that Grain shuffles with: no list of the images is drawn up.
+        # Grain's permutation, which needs no list of the images.
         i = index_shuffle(i, max_index=len(self.files) - 1, seed=int(seed), rounds=4)
         rng = np.random.default_rng((self.seed, place))
         image, label = _decoded(self.files, i)
@@ -217,7 +227,7 @@ class _Training:
 
 @dataclasses.dataclass(frozen=True)
 class _Testing:
-    """Loads a test image; black ones of label -1 follow the last."""
+    """Loads a test image, or a black one of label -1 past the last."""
 
     files: Files
     size: int
@@ -239,7 +249,7 @@ def _decoded(files: Files, i: int) -> tuple[Any, int]:
         content, label = files[i]
         return crops.decode(content), label
     except crops.DAMAGED as error:
-        reason = getattr(error, "strerror", None) or error  # without the name
+        reason = getattr(error, "strerror", None) or error  # without the file's name
         raise TPPError(
             f"the image {files.name(i)} cannot be read ({reason}): replace it, or "
             "remove it and start again"
@@ -247,23 +257,31 @@ def _decoded(files: Files, i: int) -> tuple[Any, int]:
 
 
 def _begin_worker(index: int, count: int) -> None:
-    """Binds a process that decodes to the one that started it, in life and death."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other to handle
+    """Makes a process that decodes end with the process that started it.
+
+    Args:
+      index: Number of this process, as Grain passes it.
+      count: Number of processes, as Grain passes it.
+    """
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "Grain starts this function in a child process"
 
     def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)  # it was killed: nobody will ask this one to stop
+        parent.join()
+        os._exit(1)  # the parent was killed and cannot stop this process
 
     threading.Thread(target=follow, daemon=True).start()
 
 
 def _closing(batches: Any, count: int | None) -> Batches:
-    """Yields from an endless Grain data set, whose threads and processes end with it.
+    """Yields from an endless Grain data set and ends its threads and processes.
 
-    Batches that workers make lie in shared memory. They are copied out of it, and no
-    variable here keeps them, so that it is free again whatever becomes of them; for the
-    same reason the end is here and not in Grain, which would keep the last ones with
-    its StopIteration.
+    Batches of workers are in shared memory. They are copied, and no variable refers to
+    the originals, so that their memory is freed even if the caller keeps the copies.
+    For the same reason the count is not passed to Grain, whose StopIteration would keep
+    the last batches.
     """
     iterator = iter(batches)
     try:
@@ -272,9 +290,10 @@ def _closing(batches: Any, count: int | None) -> Batches:
         if "Worker process" not in str(error):
             raise
         raise TPPError(
-            "a process that decodes images has died; its own message may stand above. "
-            "Set fewer config.data.workers, or 0, if memory is full or a container's "
-            "/dev/shm; a script must begin under if __name__ == '__main__'"
+            "a process that decodes images has died; its own message may be above. "
+            "If memory or a container's /dev/shm is full, set fewer "
+            "config.data.workers, or 0; a script must call this under "
+            "if __name__ == '__main__'"
         ) from error
     finally:
         iterator.close()
@@ -286,7 +305,7 @@ def _copied(batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarra
 
 
 class _InTFDS:
-    """The images of a split that TensorFlow Datasets has prepared, undecoded."""
+    """The undecoded images of a split that TensorFlow Datasets has prepared."""
 
     def __init__(self, builder: Any, split: str) -> None:
         import tensorflow_datasets as tfds
@@ -317,25 +336,41 @@ def open_stream(
     threads: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Stream:
-    """Opens a data set of ImageNet's kind; no image is read yet.
+    """Opens a large data set such as ImageNet, without reading an image.
 
     Args:
-      name: ``"folder"`` for ``data_dir/train`` and ``data_dir/val`` with a folder of
-        JPEG (PNG…) files for each class, classes numbered in the order of their names.
-        What is left out there, hidden files for example, is counted in a warning;
-        ``"imagenet2012"`` as TensorFlow Datasets prepares it, as array_record.
-      data_dir: where it is; for TFDS None is its own default.
-      image_size: height and width of the images it gives, in pixels.
-      resize: shorter side of a test image before its centre crop, in pixels.
-      flip: whether training images are mirrored at random.
-      workers: processes that decode; 0 for threads of this one, which is as fast up to
-        some ten cores, since Pillow decodes outside Python's lock.
-      threads: that decode, where there are no workers; None for one a core, 16 at most.
-      shard: which of how many equal parts of each batch to read, ``(process_index,
-        process_count)`` where several processes train.
+      name: Name of the data set. ``"folder"``: ``data_dir/train`` and ``data_dir/val``
+        with a folder of JPEG (PNG…) files for each class; classes are numbered in the
+        order of their names, and a warning counts ignored files, such as hidden ones.
+        ``"imagenet2012"``: as TensorFlow Datasets prepares it, as array_record.
+      data_dir: Folder that holds the data set; None for TFDS's default.
+      image_size: Height and width of the images in a batch, in pixels.
+      resize: Length of the shorter side of a test image before its centre crop, in
+        pixels.
+      flip: Whether training images are mirrored at random.
+      workers: Number of processes that decode; 0 for threads of this process, which are
+        as fast up to some ten cores, since Pillow decodes without Python's lock.
+      threads: Number of threads that decode if there are no workers; None for one per
+        core, 16 at most.
+      shard: Index and number of the equal shares of each batch, of which this process
+        reads one: ``(process_index, process_count)`` if several processes train.
+
+    Returns:
+      The data set, whose images are read when its batches are.
 
     Raises:
-      TPPError: there is no such data set, or it is not as it should be.
+      TPPError: If the data set does not exist or is invalid.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from PIL import Image
+      >>> root = pathlib.Path(tempfile.mkdtemp())
+      >>> for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+      ...     (root / name).mkdir(parents=True)
+      ...     Image.new("RGB", (12, 9)).save(root / name / "1.png")
+      >>> stream = open_stream("folder", str(root), image_size=8, resize=8)
+      >>> stream.num_classes, stream.num_train
+      (2, 2)
     """
     if name == "folder":
         train, test, num_classes = folders.open_folders(data_dir)
@@ -350,7 +385,7 @@ def open_stream(
             f"or more, workers {workers} not negative"
         )
     if not 0 <= shard[0] < shard[1]:
-        raise TPPError(f"shard {shard} must be an index and, above it, a count")
+        raise TPPError(f"shard {shard} must be an index and a count greater than it")
     return Stream(
         train,
         test,
@@ -365,8 +400,8 @@ def open_stream(
 
 
 def _cores() -> int:
-    """Returns how many cores this process may use, 16 at most."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # macOS has not
+    """Returns the number of cores that this process may use, 16 at most."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # macOS lacks it
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return min(cores, 16)
 

@@ -1,139 +1,141 @@
 """The stages that do not train: keeping the dense network, choosing channels, cutting.
 
-Those that change a run are functions of it; the others are pure.
+Each takes the run as it is and returns it as it is afterwards.
 """
 
 import math
 import time
 import zlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
-import ml_collections
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from tpp_jax.experiment import measures
 from tpp_jax.experiment.methods import Stage
-from tpp_jax.experiment.setup import plan_for, random_model
+from tpp_jax.experiment.planning import plan_for
+from tpp_jax.experiment.position import Result
+from tpp_jax.experiment.setup import Setup
+from tpp_jax.experiment.tools import Run, Tools
 from tpp_jax.graph.groups import Groups
 from tpp_jax.graph.nnx_layers import modules
 from tpp_jax.method.isometry import reinitialize
 from tpp_jax.models.layers import uniform_bias_init
-from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import prune
+from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import save_model
 from tpp_jax.storage import processes
 
-if TYPE_CHECKING:
-    from tpp_jax.experiment.run import Run
 
-
-def keep_dense(run: "Run") -> None:
+def keep_dense(run: Run, stage: Stage, tools: Tools) -> Run:
     """Saves and measures the network before anything is done to prune it."""
-    if run.meta["dense_accuracy"] is not None:
-        return
-    if not processes.largest((run.workdir / "dense").exists()):
-        save_model(run.workdir / "dense", run.model, config=run.meta["config"])
-    run.meta["dense_accuracy"] = run.accuracy(run.model)
+    del stage
+    if run.position.dense is not None:
+        return run
+    folder = tools.workdir / "dense"
+    if not processes.largest(folder.exists()):
+        save_model(folder, run.model, config=run.position.config)
+    return run.at(dense=tools.score(run.model))
 
 
-def choose(run: "Run", stage: Stage) -> None:
+def choose(run: Run, stage: Stage, tools: Tools) -> Run:
     """Makes the plan from the trained weights, and shows what one-shot costs."""
     if len(run.plans) >= stage.round:
-        return
-    setup, groups = run.setup, groups_now(run)
-    arguments = setup.config, groups, run.model, setup.dataset
+        return run
+    setup, headline = tools.setup, tools.task.headline
+    groups = setup.groups_of(run.model, run.plans)
+    plan = None
     if stage.round == 1:
-        plan = plan_for(*arguments)
-        if (dense := run.meta["dense_accuracy"]) is not None:
-            one_shot = run.meta["one_shot"] = run.accuracy(prune(run.model, plan))
-            run.progress.say(
+        plan = _planned(run, groups, setup)
+        if (dense := run.position.dense) is not None:
+            one_shot = tools.score(prune(run.model, plan))
+            tools.progress.say(
                 "Chose the channels to prune. Cutting all of them out at once takes "
-                f"the accuracy from {dense:.2f} % to {one_shot:.2f} %."
+                f"the {headline.name} from {headline.text(dense)} to "
+                f"{headline.text(one_shot)}."
             )
-        run.meta["goal"] = {name: len(kept) for name, kept in plan.kept.items()}
-    if (rounds := setup.stages[-1].round) > 1:
-        sizes = {group.name: group.size for group in setup.groups}
-        counts = counts_of_round(sizes, run.meta["goal"], stage.round / rounds)
-        # A group that is down to one channel may no longer be seen as one.
-        there = [group.name for group in groups if group.name in counts]
-        plan = plan_for(*arguments, counts={name: counts[name] for name in there})
+            run = run.at(one_shot=one_shot)
+        run = run.at(goal={name: len(kept) for name, kept in plan.kept.items()})
+    if plan is None or setup.rounds > 1:
+        plan = _planned(run, groups, setup, _counts(run, stage, groups, setup))
         if not plan.pruned_groups:
-            run.progress.say(
-                f"Round {stage.round} of {rounds} removes nothing, since its share is "
-                "less than half a channel of every group; its fine-tuning goes on."
+            tools.progress.say(
+                f"Round {stage.round} of {setup.rounds} removes nothing, since its "
+                "share is less than half a channel of every group; its fine-tuning "
+                "goes on."
             )
-    run.plans.append(plan)
-    run.meta["plans"] = [plan.to_dict() for plan in run.plans]
-    run.phases = setup.phases(plan)
-    save_gram(run, "chosen", run.model)
+    run = run.at(plans=(*run.position.plans, plan.to_dict()))
+    run = run.but(plans=(*run.plans, plan), phases=setup.phases(plan))
+    tools.keep_gram(run, "chosen", run.model)
+    return run
 
 
-def cut(run: "Run", stage: Stage) -> None:
-    """Cuts the pruned channels out and compares the accuracy before and after."""
-    if run.finished(stage.name):
-        return
-    start, config, plan = time.monotonic(), run.setup.config, run.plans[-1]
-    key, dataset = stage.key(config.seed), run.setup.dataset
+def _planned(
+    run: Run, groups: Groups, setup: Setup, counts: Mapping[str, int] | None = None
+) -> Plan:
+    config, task = setup.config, setup.task("criteria")
+    return plan_for(config.prune, groups, run.model, config.seed, task, counts=counts)
+
+
+def _counts(run: Run, stage: Stage, groups: Groups, setup: Setup) -> dict[str, int]:
+    """Returns how many channels of each group a round leaves."""
+    sizes = {group.name: group.size for group in setup.groups}
+    goal = run.position.goal or {}
+    counts = counts_of_round(sizes, goal, stage.round / setup.rounds)
+    # A group that is down to one channel may no longer be seen as one.
+    there = [group.name for group in groups if group.name in counts]
+    return {name: counts[name] for name in there}
+
+
+def cut(run: Run, stage: Stage, tools: Tools) -> Run:
+    """Cuts the pruned channels out and compares the scores before and after."""
+    if run.position.finished(stage.name):
+        return run
+    start, setup, plan = time.monotonic(), tools.setup, run.plans[-1]
+    key = stage.key(setup.config.seed)
     before = None
-    if config.prune.method == "scratch":
-        fresh = random_model(config, dataset.num_classes, dataset.image_shape)
-        run.model = with_random_weights(prune(fresh, plan), key)
+    if setup.method.random_weights:
+        model = setup.task().model(nnx.Rngs(setup.config.seed))
+        model = with_random_weights(prune(model, plan), key)
     else:
-        before = run.accuracy(run.model)
-        run.model = prune(run.model, plan)
-    accuracy = after = run.accuracy(run.model)
+        before = tools.score(run.model)
+        model = prune(run.model, plan)
+    score = after = tools.score(model)
     if before is not None:
-        run.progress.say(
-            f"Sliced: accuracy {before:.2f} % before, {after:.2f} % after the cut."
+        headline = tools.task.headline
+        tools.progress.say(
+            f"Sliced: {headline.name} {headline.text(before)} before, "
+            f"{headline.text(after)} after the cut."
         )
-    if config.prune.reinitialize:
-        run.model = reinitialized(run.model, config, key)
-        accuracy = run.accuracy(run.model)
-    run.meta["phase"], run.meta["step"] = stage.name, 0
-    save_gram(run, "cut", run.model)
-    run.record_result(
-        name=stage.name,
-        steps=0,
-        seconds=time.monotonic() - start,
-        accuracy=accuracy,
-        best_accuracy=accuracy,
-        accuracy_before=before,
-        accuracy_after=after,
-        **({"jacobian": run.jacobian(run.model)} if config.jacobian_every else {}),
-    )
-
-
-def save_gram(run: "Run", moment: str, model: nnx.Module) -> None:
-    """Keeps a Gram matrix for the report, in a first round that prunes the layer."""
-    if len(run.plans) == 1 and processes.is_first():
-        [plan] = run.plans
-        if (member := measures.find_report_layer(run.setup.config, plan)) is None:
-            return
-        measures.save_gram(run.workdir / "gram.npz", moment, model, member, plan)
-
-
-def groups_now(run: "Run") -> Groups:
-    """Returns the groups of the network as it is."""
-    if not run.plans:
-        return run.setup.groups
-    return channel_groups(run.model, *run.setup.groups.inputs)
+    if recipe := setup.config.prune.reinitialize:
+        # The gain is that of ReLU, or 1 for the networks that are called linear.
+        linear = setup.config.model.name.endswith("_linear")
+        activation = "linear" if linear else "relu"
+        model = reinitialize(model, recipe, activation=activation, key=key)
+        score = tools.score(model)
+    more: dict[str, Any] = {"before": before, "after": after}
+    if tools.jacobian is not None:
+        more["jacobian"] = tools.jacobian(model)
+    tools.keep_gram(run, "cut", model)
+    seconds = time.monotonic() - start
+    result = Result(stage.name, 0, seconds, score, score, more)
+    results = (*run.position.results, result)
+    return run.but(model=model).at(phase=stage.name, step=0, results=results)
 
 
 def counts_of_round(
     sizes: Mapping[str, int], goal: Mapping[str, int], progress: float
 ) -> dict[str, int]:
-    """Returns how many channels of each group stay after some rounds.
+    """Returns how many channels of each group are left after some rounds.
 
-    Every round takes the same share of what is left: of n channels of which k are to
-    stay in the end, round r of R leaves n · (k/n)^(r/R), rounded.
+    Every round takes the same share of what is left: of n channels of which k are left
+    in the end, round r of R leaves n · (k/n)^(r/R), rounded.
 
     Args:
-      sizes: group → n.
-      goal: group → k.
-      progress: r/R; at 1 the goal is reached exactly.
+      sizes: Number n of channels of each group at first.
+      goal: Number k of channels of each group in the end.
+      progress: Quotient r/R; at 1 the goal is reached exactly.
 
     Example:
       >>> [counts_of_round({"a": 16}, {"a": 2}, r / 3)["a"] for r in (1, 2, 3)]
@@ -146,27 +148,15 @@ def counts_of_round(
     return counts
 
 
-def reinitialized(
-    model: nnx.Module, config: ml_collections.ConfigDict, key: PRNGKeyArray
-) -> nnx.Module:
-    """Returns the model with kernels made anew by ``config.prune.reinitialize``.
-
-    The gain is that of ReLU, or 1 for the networks that are called linear.
-    """
-    linear = config.model.name.endswith("_linear")
-    activation = "linear" if linear else "relu"
-    recipe = config.prune.reinitialize
-    return reinitialize(model, recipe, activation=activation, key=key)
-
-
 def with_random_weights(model: nnx.Module, key: PRNGKeyArray) -> nnx.Module:
-    """Returns a model whose convolutions and dense layers start anew at their widths.
+    """Returns a model whose convolutions and dense layers are drawn at their widths.
 
-    The fewer channels a layer sees, the larger its weights are drawn. What does not
-    tell how it started (norms, tokens, a classifier of fixed variance) stays as it is,
-    which is right for a network of random weights that was cut.
+    The fewer channels a layer sees, the larger its weights are drawn. Layers that do
+    not say how they were drawn (norms, tokens, a classifier of fixed variance) are left
+    as they are, which is right for a network of random weights that was cut.
     """
     model = nnx.clone(model)
+    layer: Any  # whatever has a kernel
     for path, layer in modules(model):
         if (start := getattr(layer, "kernel_start", None)) is None:
             continue

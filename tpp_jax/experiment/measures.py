@@ -1,7 +1,7 @@
-"""What is measured of a network on its way, beside loss and accuracy.
+"""Measurements of a network during a run, in addition to loss and accuracy.
 
-Jacobian singular values, the Gram matrix of a layer, the norm of what is to be pruned,
-and how well the pruned network trains at first.
+Jacobian singular values, the Gram matrix of a layer, the norm of the filters to be
+pruned, and how well the pruned network trains at first.
 """
 
 import math
@@ -13,12 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tpp_jax import data
 from tpp_jax.analysis.jacobian import jacobian_singular_values, summarize
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.phases import Phase
@@ -32,21 +30,15 @@ _BINS = 50
 
 
 class JacobianMeter:
-    """Jacobian singular values on the same test images at every measurement."""
+    """Jacobian singular values at the same inputs in every measurement."""
 
-    def __init__(self, dataset: data.Dataset | data.Stream, number: int) -> None:
-        """Args:
-        dataset: whose first test images are used.
-        number: of images; at most all.
+    def __init__(self, inputs: Float[Array, "n ..."]) -> None:
+        """Keeps the inputs.
+
+        Args:
+          inputs: Inputs of the network for some examples.
         """
-        if isinstance(dataset, data.Dataset):
-            pixels = dataset.test_images[:number]
-        else:
-            number = min(number, dataset.num_test)
-            batches = dataset.test_batches(number)
-            pixels = next(batches)[0]
-            batches.close()
-        self._images = data.normalize(jnp.asarray(pixels), dataset.mean, dataset.std)
+        self._inputs = inputs
 
     def __call__(self, model: nnx.Module) -> dict[str, Any]:
         """Measures a network, in evaluation mode and single precision.
@@ -56,10 +48,10 @@ class JacobianMeter:
           the mean over images of the largest by the smallest, None if it is infinite;
           ``edges`` and ``counts`` of a histogram of 50 bins.
         """
-        # On the host, lest a copy on several devices meet images on one.
+        # On the host: weights on several devices do not combine with images on one.
         graphdef, state = nnx.split(model)
         model = nnx.merge(graphdef, jax.device_get(state))
-        values = np.asarray(jacobian_singular_values(model, self._images), np.float64)
+        values = np.asarray(jacobian_singular_values(model, self._inputs), np.float64)
         found = summarize(values)
         condition = float(found.condition_numbers.mean())
         counts, edges = np.histogram(values, _BINS)
@@ -75,7 +67,7 @@ class JacobianMeter:
 
 
 def jacobian_scalars(jacobian: Mapping[str, Any]) -> dict[str, float]:
-    """Returns what of a measurement is logged, as ``jsv_mean``…; all are finite."""
+    """Returns the finite numbers of a measurement, to be logged as ``jsv_mean`` etc."""
     names = "mean", "std", "min", "max", "condition"
     return {f"jsv_{n}": jacobian[n] for n in names if jacobian[n] is not None}
 
@@ -93,25 +85,29 @@ def pruned_norm(plan: Plan, params: Any) -> Float[Array, ""]:
     return jnp.sqrt(total)
 
 
-def report_layer(config: ml_collections.ConfigDict, plan: Plan) -> Member:
+def report_layer(name: str, plan: Plan) -> Member:
     """Returns the filters of the layer whose Gram matrix is kept.
 
+    Args:
+      name: Name of the layer; "" for the first one that filters are pruned of.
+      plan: The plan.
+
     Raises:
-      TPPError: the config names a layer that no filter is pruned of.
+      TPPError: No filter of that layer is pruned.
     """
-    if member := find_report_layer(config, plan):
+    if member := find_report_layer(name, plan):
         return member
     names = dict.fromkeys(layer_name(member.leaf) for member in _pruned_filters(plan))
     raise TPPError(
-        f"config.report_layer is {config.report_layer!r}, but filters are pruned of "
+        f"config.report_layer is {name!r}, but filters are pruned of "
         f"{', '.join(names)}: choose one of those"
     )
 
 
-def find_report_layer(config: ml_collections.ConfigDict, plan: Plan) -> Member | None:
+def find_report_layer(name: str, plan: Plan) -> Member | None:
     """Returns what :func:`report_layer` does; None if the plan prunes none of it."""
     for member in _pruned_filters(plan):
-        if config.report_layer in ("", layer_name(member.leaf)):
+        if name in ("", layer_name(member.leaf)):
             return member
     return None
 
@@ -126,16 +122,17 @@ def save_gram(
 ) -> None:
     """Adds a layer's Gram matrix W Wᵀ to an ``.npz`` file.
 
-    All of a file are divided by the mean diagonal of its first, so that its filters
-    have length 1 on average.
+    All matrices of a file are divided by the mean diagonal of the first one, whose
+    filters have length 1 on average then.
 
     Args:
-      file: made if missing; holds for each moment float32 [n, n], ``layer``,
-        ``pruned`` (bool [n], of the unpruned layer) and ``scale``, the divisor.
-      moment: name of the matrix; one of that name is replaced.
-      model: with its weights, pruned or not.
-      member: the filters.
-      plan: which of them are pruned.
+      file: The file; made if missing. It holds a float32 [n, n] array for each matrix,
+        ``layer``, ``pruned`` (bool [n], of the unpruned layer) and ``scale``, the
+        divisor.
+      moment: Name of the matrix; one of that name is replaced.
+      model: Network with its weights, pruned or not.
+      member: Filters of the layer.
+      plan: Plan that prunes some of them.
     """
     content = read_grams(file)
     kernel = np.asarray(named_leaves(nnx.state(model))[member.leaf], np.float64)
@@ -155,7 +152,7 @@ def save_gram(
 
 
 def read_grams(file: pathlib.Path) -> dict[str, Any]:
-    """Reads what :func:`save_gram` wrote; empty if there is none, or no whole one."""
+    """Reads what :func:`save_gram` wrote; empty if the file is missing or damaged."""
     try:
         with np.load(file) as saved:
             return dict(saved)
@@ -163,40 +160,42 @@ def read_grams(file: pathlib.Path) -> dict[str, Any]:
         return {}
 
 
-def trainability_accuracy(
+def trainability_score(
     history: Iterable[Mapping[str, Any]],
     name: str,
     start: int,
     phase: Phase,
-    kind: str,
+    schedule: str,
+    metric: str = "test_accuracy",
 ) -> float | None:
-    """Returns the mean test accuracy while fine-tuning at its first learning rate.
+    """Returns the mean of a test metric while fine-tuning at its first learning rate.
 
     Args:
-      history: rows with ``phase``, ``step`` and ``test_accuracy``.
-      name: of the phase in them.
-      start: the step of the run at which the phase starts.
-      phase: of fine-tuning.
-      kind: of its learning rate's schedule; one that falls steadily has no stages.
+      history: Rows with ``phase``, ``step`` and the metric.
+      name: Name of the phase in them.
+      start: Step of the run at which the phase starts.
+      phase: Phase of fine-tuning.
+      schedule: Schedule of its learning rate; a rate that falls steadily has no stages.
+      metric: Name of the metric.
 
     Returns:
-      Percent, or None if nothing was measured in that stage.
+      The mean, or None if nothing was measured in that stage.
 
     References:
       Wang et al., Dynamical Isometry: The Missing Ingredient for Neural Network
       Pruning, 2021.
     """
-    if kind != "step":
+    if schedule != "step":
         return None
     steps = np.arange(phase.steps)
     rates = np.broadcast_to(np.asarray(phase.learning_rate(steps)), steps.shape)
     falls = np.flatnonzero(np.diff(rates) < 0)
     end = int(falls[0]) + 1 if falls.size else phase.steps
     found = [
-        row["test_accuracy"]
+        row[metric]
         for row in history
         if row.get("phase") == name
-        and is_number(row.get("test_accuracy"))
+        and is_number(row.get(metric))
         and row["step"] <= start + end
     ]
     return float(np.mean(found)) if found else None

@@ -1,42 +1,121 @@
-"""What a run does, one stage after the other: TPP and its rivals as rows of a table."""
+"""The methods: TPP and its rivals, each a row that says all there is to it.
 
-from typing import NamedTuple
+A row names the stages of a run in order, the functions that make the phases of its own
+and what these log. A new rival is a row here, its optax transform in
+:mod:`tpp_jax.method` and the function that chains it into a phase.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jaxtyping import PRNGKeyArray
 
-_STAGES = {
-    "tpp": "pretrain dense choose regularize stabilize slice finetune",
+from tpp_jax.experiment.phases import (
+    Phase,
+    extra_phase,
+    group_lasso_phase,
+    growing_l2_phase,
+    tpp_phases,
+)
+from tpp_jax.method.orthogonality import OrthogonalityState
+from tpp_jax.method.rivals import GroupLassoState, GrowingState
+from tpp_jax.method.schedule import GrowingSchedule
+from tpp_jax.method.transforms import TPPState
+from tpp_jax.pruning.plan import Plan
+
+MakePhases = Callable[[Any, Plan, GrowingSchedule], tuple[Phase, ...]]
+"""Makes phases of the config's ``prune`` part, a plan and the schedule of λ."""
+
+Scalars = Mapping[type, Mapping[str, str]]
+"""Class of an optimizer's state → name in the log → field of the state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row: what a run does by a method.
+
+    Attributes:
+      stages: Kinds of the stages in order, separated by spaces. ``dense`` saves the
+        network before pruning, ``choose`` makes the plan, ``slice`` cuts; the others
+        train.
+      phases: Functions that make the phases of its own. ``pretrain`` and ``finetune``
+        are made from the config's parts of these names.
+      scalars: Numbers that its optax transforms keep to be logged.
+      repeated: Kinds of the stages that each further round goes through.
+      penalizes_first: Whether a phase before the choice penalizes every group that the
+        choice may prune.
+      random_weights: Whether the cut network starts from random weights of its widths.
+    """
+
+    stages: str
+    phases: tuple[MakePhases, ...] = ()
+    scalars: Scalars = dataclasses.field(default_factory=dict)
+    repeated: str = ""
+    penalizes_first: bool = False
+    random_weights: bool = False
+
+
+_TPP = {TPPState: {"strength": "strength", "gram": "gram"}}
+
+METHODS = {
+    "tpp": Method(
+        "pretrain dense choose regularize stabilize slice finetune",
+        (tpp_phases,),
+        _TPP,
+    ),
     # The channels are cut out at once.
-    "oneshot": "pretrain dense choose slice finetune",
+    "oneshot": Method("pretrain dense choose slice finetune"),
     # The same, trained on for as long as TPP regularizes: its rival of equal epochs.
-    "extra": "pretrain dense choose slice extra finetune",
+    "extra": Method("pretrain dense choose slice extra finetune", (extra_phase,)),
     # The small network from random weights.
-    "scratch": "choose slice finetune",
+    "scratch": Method("choose slice finetune", random_weights=True),
     # All filters are shrunk first, then channels are chosen by what is left of them.
-    "greg2": "pretrain dense grow choose regularize stabilize slice finetune",
-    "group_lasso": "pretrain dense grow choose slice finetune",
+    "greg2": Method(
+        "pretrain dense grow choose regularize stabilize slice finetune",
+        (tpp_phases, growing_l2_phase),
+        _TPP | {GrowingState: {"strength": "strength"}},
+        penalizes_first=True,
+    ),
+    "group_lasso": Method(
+        "pretrain dense grow choose slice finetune",
+        (group_lasso_phase,),
+        {GroupLassoState: {"group_lasso": "penalty"}},
+        penalizes_first=True,
+    ),
     # The last three over and over, a part of the channels each time.
-    "iterative": "pretrain dense choose slice finetune",
-    "none": "pretrain dense",
+    "iterative": Method(
+        "pretrain dense choose slice finetune", repeated="choose slice finetune"
+    ),
+    "none": Method("pretrain dense"),
 }
-METHODS = {method: tuple(kinds.split()) for method, kinds in _STAGES.items()}
-"""Method → kinds of its stages. ``dense`` saves the network before pruning, ``choose``
-makes the plan, ``slice`` cuts; the others train: :mod:`tpp_jax.experiment.phases`."""
+"""Method → its row."""
 
-_REPEATED = ("choose", "slice", "finetune")
+# Any method may be asked for a penalty of orthogonality in its plain phases.
+_ALWAYS: Scalars = {OrthogonalityState: {"orthogonality": "penalty"}}
 
-KINDS = ("pretrain", "regularize", "stabilize", "slice", "finetune", "grow", "extra")
-"""The kinds that draw random numbers: a kind's place here seeds them, so that new ones
-go to the end."""
+# Numbers that some kinds of stages draw by, so that recorded runs can be repeated. All
+# other kinds draw by a checksum of their name.
+_DRAWN_BY = {
+    "pretrain": 0,
+    "regularize": 1,
+    "stabilize": 2,
+    "slice": 3,
+    "finetune": 4,
+    "grow": 5,
+    "extra": 6,
+}
 
 
-class Stage(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Stage:
     """One stage of a run.
 
     Attributes:
-      kind: what is done, a word of :data:`METHODS`.
-      round: counts from 1; above it only in iterative pruning.
+      kind: Word of :attr:`Method.stages`.
+      round: Number of the round, from 1; above it only in iterative pruning.
     """
 
     kind: str
@@ -44,12 +123,13 @@ class Stage(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What no other stage of the run is called: ``slice``, ``slice_2``…"""
+        """Name that no other stage of the run has, ``slice_2`` for example."""
         return self.kind if self.round == 1 else f"{self.kind}_{self.round}"
 
     def key(self, seed: int) -> PRNGKeyArray:
-        """Returns what the stage draws its random numbers from."""
-        key = jax.random.fold_in(jax.random.key(seed), KINDS.index(self.kind))
+        """Returns the key that the stage draws its random numbers from."""
+        number = _DRAWN_BY.get(self.kind, zlib.crc32(self.kind.encode()))
+        key = jax.random.fold_in(jax.random.key(seed), number)
         return key if self.round == 1 else jax.random.fold_in(key, self.round)
 
 
@@ -59,15 +139,32 @@ def stages_of(
     """Returns the stages of a method, in order.
 
     Args:
-      method: a name in :data:`METHODS`.
-      rounds: of iterative pruning.
-      given: whether the run starts from a network that has been trained already.
+      method: Name in :data:`METHODS`.
+      rounds: Number of rounds of a method that repeats stages.
+      given: Whether the run starts from a network that has been trained already.
 
     Example:
       >>> [stage.name for stage in stages_of("iterative", 2, given=True)]
       ['dense', 'choose', 'slice', 'finetune', 'choose_2', 'slice_2', 'finetune_2']
     """
-    stages = [Stage(k) for k in METHODS[method] if not (given and k == "pretrain")]
-    if method == "iterative":
-        stages += [Stage(k, n) for n in range(2, rounds + 1) for k in _REPEATED]
-    return tuple(stages)
+    row = METHODS[method]
+    kinds = [kind for kind in row.stages.split() if not (given and kind == "pretrain")]
+    more = [Stage(k, n) for n in range(2, rounds + 1) for k in row.repeated.split()]
+    return (*map(Stage, kinds), *more)
+
+
+def logged_scalars(method: str, opt_state: Any) -> dict[str, float]:
+    """Returns the numbers in an optimizer's state that a method logs.
+
+    Args:
+      method: Name in :data:`METHODS`.
+      opt_state: State of the optimizer. Numbers of one name are added up: there is a
+        penalty of orthogonality for each stride of convolutions.
+    """
+    scalars = {**_ALWAYS, **METHODS[method].scalars}
+    found: dict[str, float] = {}
+    known = tuple(scalars)
+    for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, known)):
+        for name, field in scalars.get(type(state), {}).items():
+            found[name] = found.get(name, 0.0) + float(getattr(state, field))
+    return found

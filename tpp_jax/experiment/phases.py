@@ -1,24 +1,18 @@
 """The phases of a run: each a name, a number of steps and an optax chain."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
-import jax
 import numpy as np
 import optax
 from flax import nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.nnx_layers import modules
-from tpp_jax.method.orthogonality import OrthogonalityState, add_orthogonality
-from tpp_jax.method.rivals import (
-    GroupLassoState,
-    GrowingState,
-    add_group_lasso,
-    add_growing_l2,
-)
+from tpp_jax.method.orthogonality import add_orthogonality
+from tpp_jax.method.rivals import add_group_lasso, add_growing_l2
 from tpp_jax.method.schedule import GrowingSchedule, growing_schedule
-from tpp_jax.method.transforms import TPPState, add_tpp_penalties, zero_pruned
+from tpp_jax.method.transforms import add_tpp_penalties, zero_pruned
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training.optimizers import (
     MOST_STEPS,
@@ -28,27 +22,37 @@ from tpp_jax.training.optimizers import (
 )
 
 
-class Phase(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Phase:
     """A stretch of training.
 
     Attributes:
-      kind: what it is, a word of :data:`tpp_jax.experiment.methods.METHODS`.
-      steps: how long it is.
-      tx: the optimizer.
-      learning_rate: step → rate, as ``tx`` has it; to be logged.
-      fresh: whether the optimizer starts anew, or carries on from the phase before.
+      kind: Kind of the stage that goes through it.
+      steps: Number of steps.
+      tx: The optimizer.
+      learning_rate: Function step → rate of ``tx``, to be logged.
+      part: Name of the part of the config that the phase reads.
+      fresh: Whether the optimizer starts at its initial state, and not where the phase
+        before left it.
+      shrinks: Whether the pruned filters are driven to zero, so that their norm is
+        logged.
+      gram: Name by which the Gram matrix at the end is kept for the report; "" if it is
+        not.
     """
 
     kind: str
     steps: int
     tx: optax.GradientTransformation
     learning_rate: optax.Schedule
+    part: str
     fresh: bool = True
+    shrinks: bool = False
+    gram: str = ""
 
 
 def training_phase(
     kind: str,
-    config: Any,
+    recipe: Any,
     steps_per_epoch: int,
     model: nnx.Module | None = None,
     rounds: int = 1,
@@ -56,25 +60,26 @@ def training_phase(
     """Returns a plain phase, ``pretrain`` or ``finetune``.
 
     Args:
-      kind: which.
-      config: its part of the config.
-      steps_per_epoch: of the data.
-      model: for the strides of its layers, which a penalty on convolutions asks for.
-      rounds: into which its steps are divided; each goes through the whole schedule of
-        the learning rate, that much faster.
+      kind: Kind of the phase, and the name of its part of the config.
+      recipe: That part of the config.
+      steps_per_epoch: Number of steps in an epoch of the data.
+      model: Network, for the strides of its layers, which a penalty on convolutions
+        asks for.
+      rounds: Number of rounds that the steps are divided among; each goes through the
+        whole schedule of the learning rate, that much faster.
 
     Raises:
-      TPPError: a learning rate that cannot be read, a warm-up longer than the phase, an
-        unknown optimizer.
+      TPPError: A learning rate that cannot be read, a warm-up longer than the phase, or
+        an unknown optimizer.
     """
     rate = learning_rate(
-        config.learning_rate,
+        recipe.learning_rate,
         steps_per_epoch,
-        kind=config.schedule,
-        epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
+        kind=recipe.schedule,
+        epochs=recipe.epochs,
+        warmup_epochs=recipe.warmup_epochs,
     )
-    steps = config.epochs * steps_per_epoch
+    steps = recipe.epochs * steps_per_epoch
     if 0 < steps < rounds:
         raise TPPError(
             f"config.prune.rounds is {rounds}, but {kind} has only {steps} steps to "
@@ -82,11 +87,11 @@ def training_phase(
         )
     if rounds > 1:
         rate = _faster(rate, rounds)
-    tx = optimizer(config, rate)
-    if config.orthogonality:
-        weight = config.orthogonality_weight
-        tx = optax.chain(*_orthogonal(config.orthogonality, weight, model), tx)
-    return Phase(kind, steps // rounds, tx, rate)
+    tx = optimizer(recipe, rate)
+    if recipe.orthogonality:
+        weight = recipe.orthogonality_weight
+        tx = optax.chain(*_orthogonal(recipe.orthogonality, weight, model), tx)
+    return Phase(kind, steps // rounds, tx, rate, part=kind)
 
 
 def _faster(rate: optax.Schedule, times: int) -> optax.Schedule:
@@ -94,13 +99,15 @@ def _faster(rate: optax.Schedule, times: int) -> optax.Schedule:
 
 
 def _orthogonal(
-    kind: str, weight: float, model: nnx.Module
+    penalty: str, weight: float, model: nnx.Module | None
 ) -> list[optax.GradientTransformation]:
-    """Returns KernOrth, or OrthConv with each layer's own stride.
+    """Returns KernOrth, or OrthConv with the stride of each layer.
 
     Grouped convolutions have no matrix of filters that all see the same channels, and
-    are left out. So is, by OrthConv, the first convolution, as in the original.
+    are left out. OrthConv leaves out the first convolution too, as in the original.
     """
+    if model is None:
+        raise ValueError("a penalty of orthogonality needs the model")
     layers: dict[str, int] = {}
     for path, module in modules(model):
         if isinstance(module, nnx.Conv):
@@ -108,7 +115,7 @@ def _orthogonal(
                 layers[path] = max(np.atleast_1d(module.strides or 1))
         elif isinstance(module, nnx.Linear):
             layers[path] = 1
-    if kind == "kernel":
+    if penalty == "kernel":
         return [add_orthogonality(weight, "kernorth", layers=list(layers))]
     convolutions = [path for path, m in modules(model) if isinstance(m, nnx.Conv)]
     for path in convolutions[:1]:
@@ -123,11 +130,22 @@ def _orthogonal(
     ]
 
 
-def strength_schedule(config: Any) -> GrowingSchedule:
-    """Returns the schedule of the penalties from ``config.prune.schedule``."""
-    fields = config.to_dict()
-    fields["regularize_steps"] = fields["regularize_steps"] or None
-    return _countable(growing_schedule(**fields), "config.prune.schedule")
+def strength_schedule(fields: Any) -> GrowingSchedule:
+    """Returns the schedule of the penalties' strength.
+
+    Args:
+      fields: The config's ``prune.schedule`` part.
+    """
+    schedule = growing_schedule(
+        fields.kind,
+        fields.granularity,
+        fields.every,
+        fields.ceiling,
+        stabilize=fields.stabilize,
+        zero_out_every=fields.zero_out_every,
+        regularize_steps=fields.regularize_steps or None,
+    )
+    return _countable(schedule, "config.prune.schedule")
 
 
 def _countable(schedule: GrowingSchedule, fields: str) -> GrowingSchedule:
@@ -139,132 +157,101 @@ def _countable(schedule: GrowingSchedule, fields: str) -> GrowingSchedule:
     return schedule
 
 
-def tpp_phases(
-    config: Any, plan: Plan, schedule: GrowingSchedule
-) -> tuple[Phase, Phase]:
+def tpp_phases(prune: Any, plan: Plan, schedule: GrowingSchedule) -> tuple[Phase, ...]:
     """Returns ``regularize`` and ``stabilize``: one optimizer, so one compiled step.
 
     Args:
-      config: the run's ``prune`` part.
-      plan: what is pruned.
-      schedule: of the strength.
+      prune: The config's ``prune`` part.
+      plan: Plan whose filters are driven to zero.
+      schedule: Schedule of the strength.
 
     Raises:
-      TPPError: stabilizing ends before the last layer's zero-out.
+      TPPError: Stabilizing ends before the last layer's zero-out.
     """
     tx = optax.chain(
         add_tpp_penalties(
             plan,
             schedule,
-            config.gram_weight,
-            config.bn,
-            config.l2,
-            config.target,
-            config.kept_weight,
+            prune.gram_weight,
+            prune.bn,
+            prune.l2,
+            prune.target,
+            prune.kept_weight,
         ),
-        sgd(config.learning_rate, config.momentum, config.weight_decay),
+        sgd(prune.learning_rate, prune.momentum, prune.weight_decay),
         zero_pruned(plan, schedule),
     )
-    grow = schedule.regularize_steps
-    rate = optax.constant_schedule(config.learning_rate)
-    return (
-        Phase("regularize", grow, tx, rate),
-        Phase("stabilize", schedule.total_steps - grow, tx, rate, fresh=False),
+    rate = optax.constant_schedule(prune.learning_rate)
+    regularize = Phase(
+        "regularize", schedule.regularize_steps, tx, rate, part="prune", shrinks=True
     )
+    stabilize = dataclasses.replace(
+        regularize,
+        kind="stabilize",
+        steps=schedule.total_steps - regularize.steps,
+        fresh=False,
+        gram="regularized",
+    )
+    return regularize, stabilize
 
 
-def extra_phase(config: Any, schedule: GrowingSchedule) -> Phase:
+def extra_phase(prune: Any, plan: Plan, schedule: GrowingSchedule) -> tuple[Phase, ...]:
     """Returns ``extra``: as many plain steps as TPP regularizes and stabilizes for.
 
     Args:
-      config: the run's ``prune`` part, whose learning rate, momentum and weight decay
+      prune: The config's ``prune`` part, whose learning rate, momentum and weight decay
         are those of TPP's steps.
-      schedule: of TPP's strength.
+      plan: The plan, which nothing is penalized by here.
+      schedule: Schedule of TPP's strength.
     """
-    tx = sgd(config.learning_rate, config.momentum, config.weight_decay)
-    rate = optax.constant_schedule(config.learning_rate)
-    return Phase("extra", schedule.total_steps, tx, rate)
+    del plan
+    return (_with_sgd("extra", schedule.total_steps, prune),)
 
 
-def grow_phase(config: Any, plan: Plan, schedule: GrowingSchedule) -> Phase:
-    """Returns ``grow``: all filters of the groups to be pruned are shrunk.
+def growing_l2_phase(
+    prune: Any, plan: Plan, schedule: GrowingSchedule
+) -> tuple[Phase, ...]:
+    """Returns ``grow`` of GReg-2: L2 of growing strength on all filters.
 
     Args:
-      config: the run's ``prune`` part.
-      plan: whose pruned groups are meant.
-      schedule: of TPP's strength; as long is the group lasso unless told.
+      prune: The config's ``prune`` part.
+      plan: Plan whose pruned groups are penalized, all filters of them.
+      schedule: Schedule of TPP's strength, which GReg-2 has its own of.
 
     Raises:
-      TPPError: a number of GReg-2's growth is out of range.
+      TPPError: A number of the growth is out of range.
     """
-    fields = config.grow
-    if config.method == "greg2":
-        growth = growing_schedule(
-            "linear", fields.granularity, fields.every, fields.ceiling
-        )
-        _countable(growth, "config.prune.grow")
-        penalty, steps = add_growing_l2(plan, growth), growth.regularize_steps
-    else:
-        penalty = add_group_lasso(plan, fields.weight)
-        steps = fields.steps or schedule.total_steps
-    tx = optax.chain(
-        penalty, sgd(config.learning_rate, config.momentum, config.weight_decay)
+    del schedule
+    fields = prune.grow
+    growth = growing_schedule(
+        "linear", fields.granularity, fields.every, fields.ceiling
     )
-    rate = optax.constant_schedule(config.learning_rate)
-    return Phase("grow", steps, tx, rate)
+    _countable(growth, "config.prune.grow")
+    penalty = add_growing_l2(plan, growth)
+    return (_with_sgd("grow", growth.regularize_steps, prune, penalty),)
 
 
-def make_phases(
-    config: Any,
-    kinds: Sequence[str],
-    *,
-    plan: Plan,
-    schedule: GrowingSchedule,
-    steps_per_epoch: int,
-    model: nnx.Module,
-    rounds: int = 1,
-) -> dict[str, Phase]:
-    """Returns the phases among a run's stages, by kind.
+def group_lasso_phase(
+    prune: Any, plan: Plan, schedule: GrowingSchedule
+) -> tuple[Phase, ...]:
+    """Returns ``grow`` of the group lasso: a constant pull on the norms of all filters.
 
     Args:
-      config: of the run.
-      kinds: of its stages.
-      plan: what is pruned.
-      schedule: of TPP's strength.
-      steps_per_epoch: of the data.
-      model: for the strides of its layers.
-      rounds: of fine-tuning, which share its epochs.
-
-    Raises:
-      TPPError: a field is wrong.
+      prune: The config's ``prune`` part.
+      plan: Plan whose pruned groups are penalized, all filters of them.
+      schedule: Schedule of TPP's strength, which is as long unless the config says how
+        many steps there are.
     """
-    found: dict[str, Phase] = {}
-    for part in ("pretrain", "finetune"):
-        n = rounds if part == "finetune" else 1
-        found[part] = training_phase(part, config[part], steps_per_epoch, model, n)
-    if "regularize" in kinds:
-        for phase in tpp_phases(config.prune, plan, schedule):
-            found[phase.kind] = phase
-    if "extra" in kinds:
-        found["extra"] = extra_phase(config.prune, schedule)
-    if "grow" in kinds:
-        found["grow"] = grow_phase(config.prune, plan, schedule)
-    return found
+    steps = prune.grow.steps or schedule.total_steps
+    penalty = add_group_lasso(plan, prune.grow.weight)
+    return (_with_sgd("grow", steps, prune, penalty),)
 
 
-def penalties_of(opt_state: Any) -> dict[str, float]:
-    """Returns what the penalties in an optimizer's state have to be logged of."""
-    known = TPPState, GrowingState, GroupLassoState, OrthogonalityState
-    found: dict[str, float] = {}
-    for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, known)):
-        match state:
-            case TPPState(strength=strength, gram=gram):
-                found |= {"strength": float(strength), "gram": float(gram)}
-            case GrowingState(strength=strength):
-                found["strength"] = float(strength)
-            case GroupLassoState(penalty=penalty):
-                found["group_lasso"] = float(penalty)
-            case OrthogonalityState(penalty=penalty):  # one for each stride
-                before = found.get("orthogonality", 0.0)
-                found["orthogonality"] = before + float(penalty)
-    return found
+def _with_sgd(
+    kind: str, steps: int, prune: Any, *penalties: optax.GradientTransformation
+) -> Phase:
+    """Returns a phase of SGD with TPP's constants, behind some penalties."""
+    descent = sgd(prune.learning_rate, prune.momentum, prune.weight_decay)
+    tx = optax.chain(*penalties, descent) if penalties else descent
+    rate = optax.constant_schedule(prune.learning_rate)
+    return Phase(kind, steps, tx, rate, part="prune")

@@ -9,15 +9,14 @@ picks positions by number, on just these positions.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
-import jax
 import numpy as np
 
 from tpp_jax.graph.fields import Parts
 from tpp_jax.graph.labels import Channels, Labels
-from tpp_jax.graph.tracing import Equation, Trace, source_line
+from tpp_jax.graph.tracing import Equation, Trace, source_line, source_lines
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +51,7 @@ class Reading:
         return frozenset(int(i) for i in groups if i >= 0)
 
     @functools.cached_property
-    def _distinct(self) -> tuple[dict[int, list[int]], list[np.ndarray], np.ndarray]:
+    def distinct(self) -> tuple[dict[int, list[int]], list[np.ndarray], np.ndarray]:
         """Value number → numbers of its axes' labels; these labels; where each ends."""
         numbers: dict[int, int] = {}
         arrays: list[np.ndarray] = []
@@ -72,7 +71,7 @@ class Reading:
 
     @functools.cached_property
     def _flat(self) -> np.ndarray:
-        _, arrays, _ = self._distinct
+        _, arrays, _ = self.distinct
         return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
 
     def stays(self, masks: Sequence[np.ndarray | None]) -> "Stays":
@@ -94,7 +93,7 @@ class Reading:
             keep[defined] = (keep[parts] | (parts < 0)).all(axis=1)
             if np.array_equal(before, keep[defined]):
                 break
-        of, _, ends = self._distinct
+        of, _, ends = self.distinct
         flat = self._flat
         kept = np.ones(len(flat), bool)
         free = flat >= 0
@@ -117,7 +116,7 @@ class Reading:
         """
         found = []
         seen = set()
-        _, arrays, _ = self._distinct
+        _, arrays, _ = self.distinct
         for labels in arrays:
             if not (labels >= 0).any():
                 continue
@@ -187,6 +186,11 @@ class Stays:
         """Returns the shape that a value has after the cut."""
         return tuple([self.counts[i] for i in self.of[value]])
 
+    def widths(self, reading: Reading) -> Iterable[tuple[np.ndarray, int]]:
+        """Returns the labels of every distinct axis, and its size after the cut."""
+        _, arrays, _ = reading.distinct
+        return zip(arrays, self.counts, strict=True)
+
     def mask(self, value: int, axis: int) -> np.ndarray:
         """Returns bool ``[n]``, True for the positions of an axis that stay."""
         i = self.of[value][axis]
@@ -203,6 +207,7 @@ class Difference:
       old_size: whether an operation keeps the old size of an axis, which leaves no
         doubt that the groups along it are at fault.
       line: of the user's code, ``model.py:31``, if known.
+      lines: that line and those it was called from, the innermost first.
       order: whether other operations are done, or in another order.
     """
 
@@ -210,6 +215,7 @@ class Difference:
     groups: frozenset[int] = frozenset()
     old_size: bool = False
     line: str = ""
+    lines: tuple[str, ...] = ()
     order: bool = False
 
 
@@ -234,7 +240,8 @@ def difference(
             or before.outputs != after.outputs
         ):
             here = _groups_through(before, old, reading)
-            return Difference(_other_way(before, after), here, order=True)
+            lines = tuple(source_lines(after.source))
+            return Difference(_other_way(before, after), here, lines=lines, order=True)
         for value in before.outputs:
             expected, found = stays.shape(value), new.shapes[value]
             if expected != found:
@@ -243,6 +250,7 @@ def difference(
             return Difference(
                 f"'{before.primitive}' has other settings{_at(after)}",
                 _groups_through(before, old, reading),
+                lines=tuple(source_lines(after.source)),
             )
     if len(old.equations) != len(new.equations) or old.outputs != new.outputs:
         longer = max(old, new, key=lambda trace: len(trace.equations))
@@ -266,52 +274,6 @@ def _groups_through(eqn: Equation, old: Trace, reading: Reading) -> frozenset[in
     )
 
 
-def other_number(old: Trace, new: Trace) -> Difference | None:
-    """Finds a number that is written into one computation and not into the other.
-
-    A scale ``1 / sqrt(width)``, or a factor that depends on a width otherwise: the cut
-    network then computes something else than the masked one.
-
-    Args:
-      old: the trace of the whole model.
-      new: that of the cut one, which does the same operations.
-    """
-    for (before, _), (after, source) in zip(old.literals, new.literals, strict=False):
-        if before is not after and not _is_same(before, after):
-            if np.ndim(after):
-                return Difference("an array of other numbers enters its values")
-            line = source_line(source)
-            return Difference(
-                f"the number {_short(after)} enters its values in place of "
-                f"{_short(before)}",
-                line=line,
-            )
-    return None
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Reports whether two numbers, or two arrays of one shape, are the same.
-
-    What has another shape is compared as all arrays are; random keys are not.
-    """
-    if np.shape(one) != np.shape(other) or _is_key(one):
-        return True
-    one, other = np.asarray(one), np.asarray(other)
-    return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
-
-
-def _is_key(array: Any) -> bool:
-    kind = getattr(array, "dtype", None)
-    return kind is not None and jax.dtypes.issubdtype(kind, jax.dtypes.extended)
-
-
-def _short(number: Any) -> str:
-    try:
-        return f"{float(number):.6g}"
-    except (TypeError, ValueError):
-        return str(number)[:40]
-
-
 def _other_way(before: Equation, after: Equation) -> str:
     return f"another branch of the model's own code is taken{_at(after) or _at(before)}"
 
@@ -328,12 +290,14 @@ def _other_shape(
         f"'{equation.primitive}' gives the shape {list(found)} in place of "
         f"{list(expected)}{_at(equation)}"
     )
+    lines = tuple(source_lines(equation.source))
     if len(found) != len(expected):
-        return Difference(text)
+        return Difference(text, lines=lines)
     odd = [i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b]
     kept_old = [i for i in odd if found[i] == old.shapes[value][i]]
     groups = [reading.groups_along(value, i) for i in kept_old or odd]
-    return Difference(text, frozenset().union(*groups), old_size=bool(kept_old))
+    here = frozenset().union(*groups)
+    return Difference(text, here, old_size=bool(kept_old), lines=lines)
 
 
 def _at(equation: Equation) -> str:

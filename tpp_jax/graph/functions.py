@@ -67,8 +67,16 @@ def as_function(
             raise TPPTypeError("an NNX module holds its parameters: leave params out")
         graphdef, state = nnx.split(model)
         call = merged_call(graphdef)
-        trained = frozenset(_names(nnx.filter_state(state, nnx.Param)))
-        return Function(call, state, _names(state), trained, graphdef=graphdef)
+        variables = jax.tree_util.tree_leaves_with_path(
+            state, is_leaf=lambda node: isinstance(node, nnx.Variable)
+        )
+        names = _names(state)
+        if len(names) == len(variables):  # one array each
+            pairs = zip(names, variables, strict=True)
+            trained = [n for n, (_, one) in pairs if isinstance(one, nnx.Param)]
+        else:
+            trained = _names(nnx.filter_state(state, nnx.Param))
+        return Function(call, state, names, frozenset(trained), graphdef=graphdef)
     if not callable(model):
         raise TPPTypeError(f"expected a Flax module or a function, got {type(model)}")
     if params is None:
@@ -142,8 +150,11 @@ def set_evaluation(model: nnx.Module) -> None:
     for _, module in modules(model):
         if type(module).eval is not nnx.Module.eval:
             module.eval()
+        own = vars(module)
         for name in ("deterministic", "use_running_average"):
-            if hasattr(module, name):
+            if name in own:  # a setting as before: NNX need not look at it
+                own[name] = True
+            elif hasattr(module, name):
                 setattr(module, name, True)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.comparing import Reading
 from tpp_jax.graph.functions import is_array
-from tpp_jax.graph.labels import Labels, NotUnderstood, solve
+from tpp_jax.graph.labels import Channels, Labels, NotUnderstood, solve
 from tpp_jax.graph.layers import kernel_axes
 from tpp_jax.graph.records import Group, Groups, Member, Slot, Supposition, with_inner
 from tpp_jax.graph.roles import (
@@ -68,17 +68,19 @@ def read_groups(
         for leaf, value in traced.leaves.items()
         for axis in range(len(traced.shapes[value]))
     ]
-    rows = [solution.of(axes[traced.leaves[leaf]][axis]) for leaf, axis in slots]
+    rows = _rows(solution, [axes[traced.leaves[leaf]][axis] for leaf, axis in slots])
     channels_at = {slot: row[1] for slot, row in zip(slots, rows, strict=True)}
     stacked = read_stacks(traced, roles, channels_at)
     filters = read_filters(traced, roles, stacked)
     place = {slot: i for i, slot in enumerate(slots)}
 
     @functools.cache
-    def sorted_rows(slot: Slot) -> tuple[np.ndarray, np.ndarray]:
+    def sorted_rows(slot: Slot) -> tuple[np.ndarray, np.ndarray, bool]:
         positions, at = rows[place[slot]]
+        if (at[1:] > at[:-1]).all():  # as most often
+            return positions, at, True
         order = np.lexsort((positions, at))
-        return positions[order], at[order]
+        return positions[order], at[order], False
 
     known = {slot for slot, role in roles.of.items() if role == "produced"}
     known |= roles.makers | roles.lost.keys()
@@ -142,11 +144,14 @@ def read_groups(
         joined=joined,
         reading=reading,
     )
+    supposed = _rows(solution, [axis for axis, _, _ in labels.supposed])
     suppositions = [
-        Supposition(int(i), part, source)
-        for axis, part, source in labels.supposed
-        for i in np.unique(reading.group_of[solution.of(axis)[1]])
-        if i >= 0 and found[int(i)].reason is None
+        Supposition(i, part, source)
+        for (_, channels), (_, part, source) in zip(
+            supposed, labels.supposed, strict=True
+        )
+        for i in sorted(set(reading.group_of[channels].tolist()))
+        if i >= 0 and found[i].reason is None
     ]
     return found, suppositions
 
@@ -247,29 +252,51 @@ def _alike_channels(
     """
     if not rows:
         return
+    slot_of = np.repeat(np.arange(len(rows)), [len(row[1]) for row in rows])
+    channel_at = np.concatenate([channels for _, channels in rows])
     # A channel's signature is the sum of a random 64-bit number for each of its slots:
     # equal sums mean equal slots, but for a chance of 2^-64 a pair.
     weights = np.random.default_rng(0).integers(
         2**63, size=len(rows) + stuck.max(initial=-1) + 2, dtype=np.uint64
     )
     signature = weights[len(rows) + stuck + 1]
+    np.add.at(signature, channel_at, weights[slot_of])
     seen = np.zeros(len(stuck), bool)
-    for (_, channels), weight in zip(rows, weights, strict=False):
-        np.add.at(signature, channels, weight)
-        seen[channels] = True
+    seen[channel_at] = True
     present = np.flatnonzero(seen)
     bundle = np.zeros(len(stuck), np.int64)
     _, bundle[present] = np.unique(signature[present], return_inverse=True)
+    met = np.unique(bundle[channel_at] * len(rows) + slot_of)
     slots_of: dict[int, list[int]] = {}
-    for slot, (_, channels) in enumerate(rows):
-        for number in set(bundle[channels].tolist()):
-            slots_of.setdefault(number, []).append(slot)
+    for number, slot in zip(*np.divmod(met, len(rows)), strict=True):
+        slots_of.setdefault(int(number), []).append(int(slot))
     by_bundle = present[np.argsort(bundle[present], kind="stable")]
     ends = np.flatnonzero(np.diff(bundle[by_bundle])) + 1
     for chosen in np.split(by_bundle, ends):
         slots = slots_of.get(int(bundle[chosen[0]]), [])
         for channels in _apart(chosen, *rows[slots[0]]):
             yield channels, slots
+
+
+def _rows(
+    solution: Channels, axes: list[np.ndarray]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns what :meth:`Channels.of` does for each of several axes, all at once."""
+    if not axes:
+        return []
+    ends = np.cumsum([len(axis) for axis in axes])
+    positions, channels = solution.of(np.concatenate(axes))
+    if (np.diff(positions) < 0).any():  # some are made up of others
+        order = np.argsort(positions, kind="stable")
+        positions, channels = positions[order], channels[order]
+    cuts = positions.searchsorted(ends[:-1])
+    starts = [0, *ends[:-1].tolist()]
+    return [
+        (own - start, at)
+        for own, start, at in zip(
+            np.split(positions, cuts), starts, np.split(channels, cuts), strict=True
+        )
+    ]
 
 
 def _apart(
@@ -285,7 +312,7 @@ def _apart(
       positions: positions of an axis that all of them run through.
       row: the channel at each of these.
     """
-    if len(row) == len(channels) and (np.diff(positions) > 0).all():
+    if (positions[1:] > positions[:-1]).all():
         return [channels]
     here = np.isin(row, channels)
     positions, row = positions[here], np.searchsorted(channels, row[here])
@@ -300,18 +327,23 @@ def _apart(
 
 
 def _positions_of(
-    channels: np.ndarray, row: tuple[np.ndarray, np.ndarray]
+    channels: np.ndarray, row: tuple[np.ndarray, np.ndarray, bool]
 ) -> np.ndarray:
     """Returns int64 ``[len(channels), m]``: where each channel stands along an axis.
 
     Args:
       channels: those of one group, in any order.
-      row: positions along the axis and the channel at each, sorted by channel.
+      row: positions along the axis and the channel at each, sorted by channel, and
+        whether each channel is there once.
     """
-    positions, at = row
-    start = np.searchsorted(at, channels)
-    m = np.searchsorted(at, channels[0], side="right") - start[0]
-    return positions[start[:, None] + np.arange(m)]
+    positions, at, once = row
+    start = at.searchsorted(channels[0])
+    there = slice(start, start + len(channels))
+    if once and np.array_equal(at[there], channels):
+        return positions[there, None]
+    starts = at.searchsorted(channels)
+    m = 1 if once else at.searchsorted(channels[0], side="right") - starts[0]
+    return positions[starts[:, None] + np.arange(m)]
 
 
 def _grain(group: Group, leaf: str) -> tuple[bool, int, int, int]:
@@ -321,10 +353,11 @@ def _grain(group: Group, leaf: str) -> tuple[bool, int, int, int]:
     an axis further left. What cannot be pruned comes last.
     """
     [own, *_] = [m for m in group.members if m.role == "produced" and m.leaf == leaf]
-    breaks = np.flatnonzero(np.diff(own.positions[0]) != 1)
-    runs = np.diff([-1, *breaks, own.positions.shape[1] - 1])
-    first = int(own.positions.min())
-    return group.reason is not None, own.axis, -int(runs.max()), first
+    first, longest = int(own.positions.min()), 1
+    if own.positions.shape[1] > 1:
+        breaks = np.flatnonzero(np.diff(own.positions[0]) != 1)
+        longest = int(np.diff([-1, *breaks, own.positions.shape[1] - 1]).max())
+    return group.reason is not None, own.axis, -longest, first
 
 
 def _abstract(array: Any) -> jax.ShapeDtypeStruct:

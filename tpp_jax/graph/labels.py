@@ -33,6 +33,10 @@ class Labels:
     Attributes:
       count: labels given out so far, which are ``0 … count - 1``.
       ties: pairs of equally long label vectors, tied position by position.
+      blocks: vectors of labels that were given out together, in order. Most ties are of
+        such a vector to another.
+      root: for each of these, a number not larger than its own: that of a vector that
+        it is tied to as a whole, or its own.
       fixed: pairs (labels, reason number) of positions that must stay.
       definitions: pairs (labels ``[n]``, their parts ``[n, k]``).
       pieces: an axis that was concatenated → the sizes of its pieces.
@@ -51,6 +55,10 @@ class Labels:
     def __init__(self) -> None:
         self.count = 0
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
+        self.blocks: list[np.ndarray] = []
+        self.root: list[int] = []
+        self._block: dict[int, int] = {}  # by id: the blocks are kept
+        self._signs: dict[int, tuple[np.ndarray, int]] = {}  # by id, with what has it
         self.fixed: list[tuple[np.ndarray, int]] = []
         self.definitions: list[tuple[np.ndarray, np.ndarray]] = []
         self.pieces: dict[bytes, list[int]] = {}
@@ -65,7 +73,11 @@ class Labels:
     def fresh(self, n: int) -> np.ndarray:
         """Returns ``n`` new labels."""
         self.count += n
-        return np.arange(self.count - n, self.count)
+        block = np.arange(self.count - n, self.count)
+        self._block[id(block)] = len(self.blocks)
+        self.root.append(len(self.blocks))
+        self.blocks.append(block)
+        return block
 
     def stuck(self, n: int, reason: str) -> np.ndarray:
         """Returns ``n`` positions that are fixed for ``reason``."""
@@ -95,9 +107,17 @@ class Labels:
         """Ties two axes position by position; returns the joint labels."""
         if a is b:
             return a
-        if a.min(initial=0) >= 0 and b.min(initial=0) >= 0:  # as most often
+        blocks = self._block.get(id(a)), self._block.get(id(b))
+        if None not in blocks:
+            one, other = sorted(map(self._root_of, blocks))
+            self.root[other] = one
+            return a
+        signs = self._sign(a), self._sign(b)
+        if signs == (1, 1):
             self.ties.append((a, b))
             return a
+        if signs == (-1, -1):
+            return b
         both = (a >= 0) & (b >= 0) & (a != b)
         if both.any():
             self.ties.append((a[both], b[both]))
@@ -160,6 +180,21 @@ class Labels:
         ]
         self.definitions.append((axis, np.stack(grids, axis=1)))
         return parts
+
+    def _sign(self, labels: np.ndarray) -> int:
+        """Returns 1 if all positions are free, -1 if all are fixed, 0 otherwise."""
+        found = self._signs.get(id(labels))
+        if found is None:
+            free = labels >= 0
+            sign = 1 if free.all() else 0 if free.any() else -1
+            found = self._signs[id(labels)] = labels, sign
+        return found[1]
+
+    def _root_of(self, block: int) -> int:
+        root = self.root
+        while root[block] != block:
+            root[block] = block = root[root[block]]
+        return block
 
     def _fix(self, labels: np.ndarray, reason: int) -> None:
         labels = labels[labels >= 0]
@@ -277,12 +312,21 @@ def _undo_fixed(parts: np.ndarray, stuck: np.ndarray) -> None:
 
 
 def _components(labels: Labels) -> np.ndarray:
-    n = labels.count
-    none = np.zeros(0, np.int64)
-    a = np.concatenate([tie[0] for tie in labels.ties] or [none])
-    b = np.concatenate([tie[1] for tie in labels.ties] or [none])
+    """Returns int64 ``[labels]``: the class of each, in the order of their firsts."""
+    sizes = np.array([len(block) for block in labels.blocks], np.int64)
+    root = np.array([labels._root_of(i) for i in range(len(sizes))], np.int64)
+    own = root == np.arange(len(root))
+    # Vectors that are tied as a whole have their root's classes, in its order.
+    first = np.cumsum(np.where(own, sizes, 0)) - np.where(own, sizes, 0)
+    start = np.cumsum(sizes) - sizes
+    component = np.arange(labels.count) + np.repeat(first[root] - start, sizes)
+    if not labels.ties:
+        return component
+    a, b = (component[np.concatenate(side)] for side in zip(*labels.ties, strict=True))
+    n = int(sizes[own].sum())
     graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(n, n))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    found = connected_components(graph, directed=False)[1].astype(np.int64)
+    return found[component]
 
 
 def _agree(labels: Labels, component: np.ndarray, stuck: np.ndarray) -> np.ndarray:

@@ -92,14 +92,17 @@ def arrays_decide(
     return interceptor
 
 
-def linen_fields(module: linen.Module, run: Callable[[], Any]) -> list[Field]:
-    """Lists the whole numbers that a model's own Linen modules keep.
+def linen_fields(module: linen.Module, run: Callable[[], Any]) -> dict[Field, type]:
+    """Finds the whole numbers that a model's own Linen modules keep.
 
     Args:
       module: the model.
       run: runs the model; the modules that it meets are looked at.
+
+    Returns:
+      Attribute → class of the module that keeps it.
     """
-    found: dict[tuple[str, str], Field] = {}
+    found: dict[Field, type] = {}
 
     def note(
         method: Callable[..., Any],
@@ -111,13 +114,12 @@ def linen_fields(module: linen.Module, run: Callable[[], Any]) -> list[Field]:
         own = type(inner).__module__.partition(".")[0] != "flax"
         if own and inner.scope is not None:  # those of Flax follow their arrays
             path = ".".join(inner.path)
-            for field in own_fields(inner, path, vars(inner)):  # and what setup sets
-                found[path, field.name] = field
+            found.update(own_fields(inner, path, vars(inner)))  # and what setup sets
         return method(*args, **kwargs)
 
     with linen.intercept_methods(note):
         run()
-    return list(found.values())
+    return found
 
 
 class _Param:

@@ -57,7 +57,8 @@ def follow_layers(
         with the arrays before are set: a class of one's own may mean something else.
     """
     for path, module in modules(model):
-        _follow_own_arrays(module, path, num_groups, shapes or {})
+        if _is_known(type(module)):
+            _follow_own_arrays(module, path, num_groups, shapes or {})
 
 
 def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
@@ -118,6 +119,8 @@ def _follow_own_arrays(
         found: Any = module
         for part in array.split("."):
             found = getattr(found, part, None)
+        if isinstance(found, nnx.Variable):  # its shape, without a look at its rights
+            found = found.get_raw_value()
         return None if found is None else tuple(found.shape)
 
     def before(array: str) -> Shape | None:
@@ -237,6 +240,20 @@ def _sizes(layer: _Layer) -> dict[str, Any]:
         case nnx.OptimizedLSTMCell() | nnx.GRUCell() | nnx.SimpleCell():
             return _cell(shape("dense_i.kernel"), shape("dense_h.kernel"))
     return {}
+
+
+_KNOWN = (
+    *(nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose),
+    *(nnx.Embed, nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.InstanceNorm),
+    *(nnx.GroupNorm, nnx.LoRA, nnx.MultiHeadAttention, nnx.LSTMCell),
+    *(nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell),
+)
+
+
+@functools.cache
+def _is_known(of: type) -> bool:
+    """Reports whether the layers of a class are in the table of sizes."""
+    return issubclass(of, _KNOWN)
 
 
 def _cell(kernel: Shape, recurrent: Shape) -> dict[str, int]:

@@ -26,19 +26,19 @@ class Member:
     """One axis of one parameter array that a group's channels run through.
 
     Attributes:
-      leaf: dotted name, ``layer1.0.conv1.kernel``.
-      axis: which of its axes.
-      positions: int64 ``[size, m]``; channel c occupies ``positions[c]`` along the axis
-        (m > 1 where a flattened feature map enters a dense layer).
-      role: ``"produced"`` for the output axis of a kernel, ``"contracted"`` for the
-        input axis of one, ``"along"`` for what is applied channel by channel (a bias, a
-        norm's scale, bias, mean and variance), ``"depthwise"`` for the kernel of a
+      leaf: Dotted name of the array, ``layer1.0.conv1.kernel``.
+      axis: Index of the axis.
+      positions: Positions along the axis, int64 ``[size, m]``: channel c occupies
+        ``positions[c]`` (m > 1 where a flattened feature map enters a dense layer).
+      role: ``"produced"`` for the output axis of a kernel, ``"contracted"`` for its
+        input axis, ``"along"`` for arrays that are applied channel by channel (a bias,
+        a norm's scale, bias, mean and variance), ``"depthwise"`` for the kernel of a
         depthwise convolution, which is applied channel by channel too.
-      order: index of the layer in order of execution: the kernel's own or, for a norm,
-        that of the layer run last before it.
-      batch: axes of a kernel along which kernels of their own are stacked: the axis
-        that a loop over layers runs along, the experts of a batched product.
-      filters: axes of a kernel that index its filters together: heads and the
+      order: Index of the layer in order of execution: the kernel's own or, for a norm,
+        that of the last layer before it.
+      batch: Axes of a kernel along which separate kernels are stacked: the axis that a
+        loop over layers runs along, the experts of a batched product.
+      filters: Axes of a kernel that together index its filters: heads and the
         dimensions of a head in a kernel ``[width, heads, size]``. Like ``batch`` empty
         unless the role is ``"produced"``; the axis itself is in one of the two, unless
         it holds the words of a table.
@@ -72,20 +72,20 @@ class Group:
     """Channels that occupy the same arrays.
 
     Attributes:
-      name: the layer that produces them first, ``layer1.0.conv1``.
-      size: number of channels.
-      producers: names of all layers that produce them, in order of execution.
-      members: every parameter axis that they run through.
-      inner: whether one of the ``outer`` groups can be pruned and has several channels:
-        a ratio for the layer is then that group's.
-      reason: why they cannot be pruned; None if they can.
-      reduced: whether a sum or maximum runs over the channels that is not a layer's own
-        (a layer norm, a softmax, a product of queries and keys, which is scaled by the
-        number of channels); then zeros in their place are not the same as their
-        absence.
-      outer: names of the groups that run through the same filters at a coarser grain:
-        their channels are the heads of an attention, say, and this one's the dimensions
-        of each head. Such a group is named ``layer#2``.
+      name: Name of the layer that produces them first, ``layer1.0.conv1``.
+      size: Number of channels.
+      producers: Names of all layers that produce them, in order of execution.
+      members: Axes of all parameters that they run through.
+      inner: Whether one of the ``outer`` groups can be pruned and has several channels:
+        a ratio for the layer then applies to that group.
+      reason: Reason why they cannot be pruned; None if they can.
+      reduced: Whether a sum or maximum that is not part of a layer runs over the
+        channels (a layer norm, a softmax, a product of queries and keys, which is
+        scaled by the number of channels); then zeros in their place are not the same as
+        their absence.
+      outer: Names of the groups that run through the same filters at a coarser grain:
+        their channels are the heads of an attention, for instance, and those of this
+        group the dimensions of each head. Such a group is named ``layer#2``.
     """
 
     name: str
@@ -119,17 +119,17 @@ class Groups:
     """The groups of a model, in order of execution; compared by content.
 
     Attributes:
-      all: every group, prunable or not.
-      layers: names of the convolution and dense layers in order of execution.
-      shapes: parameter leaf name → shape of the unpruned array.
-      inputs: abstract example inputs, to re-trace a sliced model.
-      kwargs: keyword arguments, like the inputs.
-      joined: pairs of axes whose channels go together since the model refuses to run
-        otherwise.
-      trainable: names of the leaves that are trained, see :class:`Trace`.
-      sizes: attributes of the model's own modules that follow the channels.
-      reading: the labels that the groups were read off, or None after unpickling.
-      source: the model, to be traced again, or None after unpickling.
+      all: All groups, prunable or not.
+      layers: Names of the convolution and dense layers in order of execution.
+      shapes: Parameter leaf name → shape of the unpruned array.
+      inputs: Abstract example inputs, to trace a sliced model.
+      kwargs: Keyword arguments, like the inputs.
+      joined: Pairs of axes whose channels are pruned together because the model does
+        not run otherwise.
+      trainable: Names of the leaves that are trained; see :class:`Trace`.
+      sizes: Attributes of the model's own modules that follow the channels.
+      reading: Labels that the groups were read off, or None after unpickling.
+      source: Model to trace again, or None after unpickling.
     """
 
     def __init__(

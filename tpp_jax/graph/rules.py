@@ -52,8 +52,15 @@ def _elementwise(
     out = []
     for i, n in enumerate(shape):
         # An axis of size one is broadcast: it does not couple with what it meets.
-        met = [axes[i] for axes in arrays if len(axes[i]) == n]
-        out.append(functools.reduce(labels.tie, met))
+        joint = None
+        for axes in arrays:
+            axis = axes[i]
+            if joint is None or axis is joint:
+                joint = axis if len(axis) == n else joint
+            elif len(axis) == n:
+                joint = labels.tie(joint, axis)
+        assert joint is not None
+        out.append(joint)
     return [out for _ in shapes]
 
 

@@ -42,7 +42,7 @@ def reshape(
 ) -> list[Axes]:
     old, new = operands[0], shapes[0]
     out: Axes = []
-    for old_axes, new_axes in _matching_axes([len(a) for a in old], new):
+    for old_axes, new_axes in _matching_axes(tuple(map(len, old)), new):
         block = [old[i] for i in old_axes]
         sizes = tuple(new[j] for j in new_axes)
         if not block:
@@ -60,8 +60,9 @@ def reshape(
     return [out]
 
 
+@functools.lru_cache(maxsize=1024)
 def _matching_axes(
-    old: list[int], new: tuple[int, ...]
+    old: tuple[int, ...], new: tuple[int, ...]
 ) -> list[tuple[list[int], list[int]]]:
     """Splits a reshape into the smallest runs of axes of equal size.
 

@@ -47,7 +47,8 @@ class Trace:
       input_names: where each of ``inputs`` stands among the arguments, ``[1]['mask']``.
       output_names: where each of ``outputs`` stands in what the model returns.
       literals: the numbers that are written into the computation, in order, with the
-        source of each (see :func:`source_line`), then the arrays that it closed over.
+        source of each (see :func:`source_line`) and the value number of what is
+        computed with it first, then the arrays that it closed over.
     """
 
     leaves: dict[str, int]
@@ -61,7 +62,7 @@ class Trace:
     origin: dict[int, tuple[str, ...]]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-    literals: tuple[tuple[Any, Any], ...] = ()
+    literals: tuple[tuple[Any, Any, int | None], ...] = ()
 
     @functools.cached_property
     def uses(self) -> tuple[Layer, ...]:
@@ -143,7 +144,7 @@ def trace_function(
         origin=origin,
         input_names=_places(inputs, is_array) + _places(dict(kwargs), is_array),
         output_names=_places(returned, lambda leaf: True),
-        literals=(*builder.literals, *((array, None) for array in closed.consts)),
+        literals=(*builder.literals, *((array, None, None) for array in closed.consts)),
     )
 
 
@@ -275,8 +276,13 @@ def source_line(source: Any) -> str:
       library of layers; if there is none, the innermost one of such a library that is
       not Flax; ``""`` if there is none either.
     """
+    return next(source_lines(source), "")
+
+
+def source_lines(source: Any) -> Iterator[str]:
+    """Yields all such lines that an equation comes from, the innermost first."""
     traceback = getattr(source, "traceback", None)
-    library = ""
+    library = []
     for frame in traceback.frames if traceback is not None else ():
         name = frame.file_name
         if name == __file__:  # what is further out called the model
@@ -284,10 +290,10 @@ def source_line(source: Any) -> str:
         owner = _owner(name)
         line = f"{pathlib.Path(name).name}:{frame.line_num}"
         if owner is None:
-            return line
-        if owner not in ("jax", "flax", "") and not library:
-            library = line
-    return library
+            yield line
+        elif owner not in ("jax", "flax", ""):
+            library.append(line)
+    yield from library
 
 
 def lines_of_error(error: BaseException) -> Iterator[str]:

@@ -86,7 +86,7 @@ class Builder:
         self.shapes: list[tuple[int, ...]] = []
         self.equations: list[Equation] = []
         self.constants: list[int] = []
-        self.literals: list[tuple[Any, Any]] = []
+        self.literals: list[tuple[Any, Any, int]] = []
         self.origin: dict[int, tuple[str, ...] | None] = {}
         self._unions: dict[tuple[Any, Any], tuple[str, ...]] = {}
         self._source: Any = None
@@ -270,7 +270,8 @@ class Builder:
 
     def _read(self, var: Any, env: dict[Any, int | None]) -> int | None:
         if isinstance(var, jex_core.Literal):
-            self.literals.append((var.val, self._source))
+            # What is numbered next is the result, or in a call the first one.
+            self.literals.append((var.val, self._source, len(self.shapes)))
             return None
         return env[var]
 

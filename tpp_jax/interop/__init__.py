@@ -1,1 +1,1 @@
-"""Weights in and out of the formats that PyTorch users keep theirs in."""
+"""Import and export of weights in PyTorch's formats."""

@@ -1,4 +1,4 @@
-"""Flax's convolutions in PyTorch's words, where PyTorch has the same."""
+"""Flax's convolutions as arguments of PyTorch's, where PyTorch has the same."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,18 +6,19 @@ from typing import Any
 import jax
 from flax import nnx
 
-_OF_THE_EDGE = {"CIRCULAR": "circular", "REFLECT": "reflect"}  # Flax's → padding_mode
+# PyTorch's padding_mode by Flax's padding.
+_MODES = {"CIRCULAR": "circular", "REFLECT": "reflect"}
 
 
 def describe_convolution(module: nnx.Conv) -> tuple[dict[str, Any], list[str]]:
     """Returns the arguments of ``torch.nn.Conv1d``, ``2d`` or ``3d``.
 
     Args:
-      module: The convolution.
+      module: Convolution to describe.
 
     Returns:
-      The arguments, and a sentence for each thing that PyTorch's layer does not do. An
-      argument that would be wrong is left out.
+      The arguments, and a sentence for each feature that PyTorch's layer lacks. An
+      argument that would be wrong is omitted.
     """
     *kernel, inner, outer = module.kernel.shape
     axes = len(kernel)
@@ -28,13 +29,13 @@ def describe_convolution(module: nnx.Conv) -> tuple[dict[str, Any], list[str]]:
         notes.append(f"PyTorch has no convolution over {axes} axes")
     if _per_axis(module.input_dilation, axes) != [1] * axes:
         notes.append(
-            f"it puts zeros between its inputs (input_dilation "
+            f"it inserts zeros between its inputs (input_dilation "
             f"{module.input_dilation}), as a transposed convolution does"
         )
     if module.mask is not None:
         notes.append("it multiplies its kernel by a mask, which PyTorch's does not")
     if module.conv_general_dilated is not jax.lax.conv_general_dilated:
-        notes.append("it computes by a function of its own (conv_general_dilated)")
+        notes.append("it uses a custom function (conv_general_dilated)")
     return {
         "type": f"Conv{axes}d",
         "in_channels": inner * module.feature_group_count,
@@ -57,40 +58,41 @@ def _per_axis(value: int | Sequence[int] | None, axes: int) -> list[int]:
 def _padding(
     padding: Any, kernel: list[int], strides: list[int], dilation: list[int]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns PyTorch's arguments of padding, and what they cannot say."""
+    """Returns PyTorch's arguments of the padding, and notes on the differences."""
     axes = range(len(kernel))
-    # What a window reaches beyond the pixel that it stands on, on both sides together.
+    # Number of pixels in a window apart from its own, on both sides together.
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     if not isinstance(padding, str):
         pads = [padding] * len(kernel) if isinstance(padding, int) else padding
         pairs = [(pad, pad) if isinstance(pad, int) else tuple(pad) for pad in pads]
         return _numbers(pairs)
-    kind = padding.upper()
-    if kind == "VALID":
+    name = padding.upper()
+    if name == "VALID":
         return {"padding": [0] * len(kernel)}, []
-    if kind == "CAUSAL":
+    if name == "CAUSAL":
         return _numbers([(total, 0) for total in reach])
-    mode = {"padding_mode": _OF_THE_EDGE[kind]} if kind in _OF_THE_EDGE else {}
+    mode = {"padding_mode": _MODES[name]} if name in _MODES else {}
     if all(reach[i] == 0 for i in axes):
         return {"padding": [0] * len(kernel)}, []
-    if kind in ("SAME", "SAME_LOWER") and any(s > 1 for s in strides):
+    if name in ("SAME", "SAME_LOWER") and any(s > 1 for s in strides):
         return {}, [
-            f"its padding {kind} with stride {strides} depends on the size n of the "
+            f"its padding {name} with stride {strides} depends on the size n of the "
             "image: max((ceil(n / stride) - 1) · stride + dilation · (kernel - 1) + 1 "
             "- n, 0) zeros along each axis, half of them before and the rest after "
-            f"(SAME_LOWER: the rest before). Pad so before it, and set padding to 0"
+            "(SAME_LOWER: the rest before). Pad the image like this, and set padding "
+            "to 0"
         ]
-    lower = kind == "SAME_LOWER"
+    lower = name == "SAME_LOWER"
     pairs = [
         (total - total // 2, total // 2) if lower else (total // 2, total - total // 2)
         for total in reach
     ]
-    if kind not in ("SAME", "SAME_LOWER", *_OF_THE_EDGE):
-        return {}, [f"its padding {padding} is not known here"]
+    if name not in ("SAME", "SAME_LOWER", *_MODES):
+        return {}, [f"its padding {padding} is unknown"]
     if all(before == after for before, after in pairs):
         return {"padding": [before for before, _ in pairs], **mode}, []
     if not lower and all(s == 1 for s in strides):
-        return {"padding": "same", **mode}, []  # PyTorch too has more of it after
+        return {"padding": "same", **mode}, []  # PyTorch also pads more after
     return _numbers(pairs, mode.get("padding_mode", "constant"))
 
 
@@ -102,6 +104,6 @@ def _numbers(
     last_first = [n for pair in reversed(pairs) for n in pair]
     return {}, [
         f"it pads {[list(pair) for pair in pairs]} (before and after, along each "
-        "axis), which PyTorch's does not: put torch.nn.functional.pad(x, "
-        f"{last_first}, {mode!r}) before it, and set padding to 0"
+        "axis), which PyTorch's layer cannot: apply torch.nn.functional.pad(x, "
+        f"{last_first}, {mode!r}) first, and set padding to 0"
     ]

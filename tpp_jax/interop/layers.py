@@ -1,4 +1,4 @@
-"""A module's layers in PyTorch's words: enough to build them there, at any width."""
+"""A module's layers as types and arguments of ``torch.nn``, at any width."""
 
 import dataclasses
 from typing import Any
@@ -12,20 +12,24 @@ from tpp_jax.interop.places import LAYERS
 from tpp_jax.models.layers import BatchNorm
 from tpp_jax.models.vit import SelfAttention
 
-Described = tuple[dict[str, Any], list[str]]  # a layer, and what it cannot say
+# The type and arguments of a layer, and notes on the differences.
+Described = tuple[dict[str, Any], list[str]]
 
-_OURS = (BatchNorm,)  # classes of this library that compute what Flax's do
+_OURS = (BatchNorm,)  # classes of this library that compute the same as Flax's
 
 
 def describe_layers(model: nnx.Module) -> dict[str, Any]:
-    """Describes a model and the type and sizes of each of its layers; JSON-ready.
+    """Describes a model and the type and sizes of each of its layers, as JSON.
+
+    Args:
+      model: Module to describe.
 
     Returns:
-      ``model``, how ``tpp_jax.models.create`` makes it unpruned (None for others);
-      ``class``; and ``layers``, by name: the ``type`` of ``torch.nn`` and the arguments
-      that make it, widths as they are after pruning. Where PyTorch's layer does not
-      compute the same, a ``note`` says what differs; ``torch.nn`` refuses it as an
-      argument, so that nothing else is built by mistake.
+      ``model``, the arguments of ``tpp_jax.models.create`` for the unpruned model (None
+      for other modules); ``class``; and ``layers``, by name: the ``type`` in
+      ``torch.nn`` and its arguments, with the widths after pruning. Where PyTorch's
+      layer does not compute the same, a ``note`` describes the difference; since
+      ``torch.nn`` rejects it as an argument, no wrong layer is built by mistake.
 
     Example:
       >>> from tpp_jax.models.layers import conv
@@ -57,21 +61,21 @@ def _is_attention(module: nnx.Module) -> bool:
 def _describe(module: nnx.Module) -> dict[str, Any] | None:
     if isinstance(module, SelfAttention):
         return _attention(module)
-    base = next((kind for kind in LAYERS if isinstance(module, kind)), None)
+    base = next((layer for layer in LAYERS if isinstance(module, layer)), None)
     if base is None:
         return None
     layer, notes = _DESCRIBED[base](module)
     own = type(module)
     if own.__call__ is not base.__call__ and not issubclass(own, _OURS):
-        notes.append(f"it is a {own.__name__}, which computes in a way of its own")
+        notes.append(f"it is a {own.__name__}, which has a custom __call__")
     return {**layer, "note": "; ".join(notes)} if notes else layer
 
 
 def _attention(module: SelfAttention) -> dict[str, Any]:
     width, projected = module.in_proj.kernel.shape
     heads = projected // 3 // module.size
-    # PyTorch's attention is as wide as its stream: pruned heads give their size, which
-    # it refuses.
+    # In PyTorch the heads together are as wide as the embedding. If heads are pruned,
+    # their size is given, which PyTorch rejects as an argument.
     pruned = {} if heads * module.size == width else {"head_dim": module.size}
     return {
         "type": "MultiheadAttention",
@@ -90,7 +94,7 @@ def _linear(module: nnx.Linear) -> Described:
         "in_features": before,
         "out_features": after,
         "bias": module.bias is not None,
-    }, [] if plain else ["it computes by a function of its own (dot_general)"]
+    }, [] if plain else ["it uses a custom function (dot_general)"]
 
 
 def _batch_norm(module: nnx.BatchNorm) -> Described:
@@ -101,7 +105,7 @@ def _batch_norm(module: nnx.BatchNorm) -> Described:
         "type": "BatchNorm2d",
         "num_features": module.mean.shape[0],
         "eps": module.epsilon,
-        "momentum": round(1 - module.momentum, 9),  # PyTorch's is of the new
+        "momentum": round(1 - module.momentum, 9),  # PyTorch's weights the new value
         **affine,
     }, notes
 
@@ -167,7 +171,7 @@ _DESCRIBED = {
 
 
 def _affine(module: Any) -> Described:
-    """Returns ``affine``, where it is not PyTorch's default of scale and bias."""
+    """Returns ``affine`` if it is not PyTorch's default of scale and bias."""
     has = [module.scale is not None, module.bias is not None]
     if all(has):
         return {}, []

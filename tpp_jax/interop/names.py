@@ -1,4 +1,4 @@
-"""Names and texts from files of others, made fit for a message."""
+"""Names and texts from foreign files, made safe for a message."""
 
 _LONGEST = 80  # characters of a name
 
@@ -7,7 +7,7 @@ def shown(text: object, most: int = _LONGEST) -> str:
     r"""Returns a text on one line, without control characters and of bounded length.
 
     Args:
-      text: Text or a number from a file that others wrote.
+      text: Text or number from a foreign file.
       most: Number of characters after which the text is cut.
 
     Example:

@@ -1,14 +1,14 @@
 """A pickle read as data: no class is built, no function called, nothing imported.
 
-A pickle is a program. Python's own unpickler runs it, and whoever wrote the file
-decides what it calls. Here its instructions are followed only as far as they put
-containers and constants together; where one names a global, calls it or builds an
-object with it, a record of that is all that is made.
+A pickle is a program. Python's unpickler runs it, so the author of the file decides
+what is called. The reader here executes only the instructions that assemble containers
+and constants; for an instruction that names a global, calls it or builds an object with
+it, the reader only makes a record.
 
-A pickle may also be written to exhaust memory or time: by naming one thing in it many
-times over. So nothing is copied here, except where a container is filled, and what is
-copied is no more than a few times what the pickle spells out; numbers of hundreds of
-digits and globals of hundreds of characters, which no file of weights has, are errors.
+A pickle may also be written to exhaust memory or time, by repeating one of its values
+many times. Therefore nothing is copied except into containers, and the number of copies
+is limited to a small multiple of the pickle's length. Numbers of hundreds of digits and
+globals of hundreds of characters, which no file of weights has, are errors.
 """
 
 import dataclasses
@@ -26,28 +26,28 @@ class Global:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Record:
-    """An object that the pickle would have made by calling something.
+    """An object that the pickle would have created by a call.
 
     Attributes:
-      what: what would have been called, a :class:`Global` unless the file is odd.
-      args: what it would have been called with; keywords are left out.
-      state: what would have been put into the object afterwards.
+      callee: Callable of the call, a :class:`Global` in all valid files.
+      args: Positional arguments of the call; keyword arguments are dropped.
+      state: State that the object would have been given afterwards.
     """
 
-    what: Any
+    callee: Any
     args: Any
     state: Any = None
 
 
 _LONGEST_NAME = 200  # characters of a module and of a class or function in it
 _LARGEST_NUMBER = 2**256
-# Entries copied into dicts by calls, for each instruction that was read until then. A
-# pair that Python 2 writes takes four instructions at least.
+# Largest number of entries copied into dicts by calls, per instruction read so far. A
+# pair that Python 2 writes takes at least four instructions.
 _COPIES = 2
 
-_MARK = object()  # stands on the stack where an instruction's arguments begin
+_MARK = object()  # marks the place on the stack where an instruction's arguments begin
 
-# The instructions that put their argument, which pickletools reads, on the stack.
+# Instructions that push their argument, which pickletools reads, on the stack.
 _VALUES = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"),
     *("FLOAT", "BINFLOAT", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
@@ -66,132 +66,211 @@ _SETS = [
 def read_pickle(
     stream: BinaryIO, persistent: Callable[[Any], Any] | None = None
 ) -> Any:
-    """Reads one pickle of any protocol, and leaves the stream just behind it.
+    """Reads one pickle of any protocol, and leaves the stream directly after it.
 
     Args:
-      stream: with ``read``, ``readline`` and ``tell``.
-      persistent: what stands for a *persistent id*, by which a pickle refers to things
-        that are kept outside of it; a pickle with any is refused without.
+      stream: Stream with ``read``, ``readline`` and ``tell``.
+      persistent: Function from a *persistent id*, by which a pickle refers to an object
+        outside of it, to the object; None to reject pickles with such ids.
 
     Returns:
-      The object, of Python's constants and containers, :class:`Global` and
-      :class:`Record`. An ``OrderedDict`` is a dict, a set a list; entries of a dict
-      whose key is neither text nor a number of 64 bits are left out.
+      The object, made of Python's constants and containers, :class:`Global` and
+      :class:`Record`. An ``OrderedDict`` becomes a dict, a set becomes a list; entries
+      of a dict are dropped if their key is neither text nor a number of 64 bits.
 
     Raises:
-      ValueError, TypeError, AttributeError, LookupError: the pickle is damaged, or
+      ValueError, TypeError, AttributeError, LookupError: If the pickle is damaged, or
         written to exhaust memory.
 
     Example:
       >>> import fractions, io, pickle
-      >>> read_pickle(io.BytesIO(pickle.dumps({"half": fractions.Fraction(1, 2)})))
-      {'half': Record(what=Global(name='fractions.Fraction'), args=(1, 2), state=None)}
+      >>> record = read_pickle(io.BytesIO(pickle.dumps(fractions.Fraction(1, 2))))
+      >>> record.callee, record.args
+      (Global(name='fractions.Fraction'), (1, 2))
     """
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-    read = copied = 0  # instructions, entries
-
-    def since_mark() -> list[Any]:
-        start = len(stack) - 1
-        while stack[start] is not _MARK:  # ends in an IndexError if there is none
-            start -= 1
-        found = stack[start + 1 :]
-        del stack[start:]
-        return found
-
-    def called(what: Any, args: Any) -> Any:
-        nonlocal copied
-        if what == _ORDERED and isinstance(args, tuple):
-            copied += len(args[0]) if args else 0
-            if copied > _COPIES * read:
-                raise ValueError("the pickle fills dicts with one list over and over")
-            return _ordered(args)
-        if what in _SETS and isinstance(args, tuple):
-            return _set(args)
-        return Record(what, args)
-
+    machine = _Machine([], {}, persistent)
     for opcode, arg, _ in pickletools.genops(stream):
-        read += 1
-        match opcode.name:
-            case "BINPUT" | "LONG_BINPUT" | "PUT":
-                memo[arg] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET" | "GET":
-                stack.append(memo[arg])
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                [result] = stack
-                return result
-            case "MARK":
-                stack.append(_MARK)
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                since_mark()
-            case "DUP":
-                stack.append(stack[-1])
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(_last(stack, int(opcode.name[-1]))))
-            case "TUPLE":
-                stack.append(tuple(since_mark()))
-            case "EMPTY_LIST" | "EMPTY_SET":
-                stack.append([])
-            case "LIST" | "FROZENSET":
-                stack.append(since_mark())
-            case "APPEND" | "APPENDS" | "ADDITEMS" as name:
-                added = [stack.pop()] if name == "APPEND" else since_mark()
-                if isinstance(stack[-1], list):  # else a record of some kind of list
-                    stack[-1].extend(added)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "DICT":
-                stack.append(_pairs(since_mark()))
-            case "SETITEM" | "SETITEMS" as name:
-                added = since_mark() if name == "SETITEMS" else _last(stack, 2)
-                if isinstance(stack[-1], dict):  # else a record of some kind of dict
-                    stack[-1].update(_pairs(added))
-            case "GLOBAL":
-                stack.append(_global(*arg.split(" ", 1)))
-            case "STACK_GLOBAL":
-                stack.append(_global(*_last(stack, 2)))
-            case "REDUCE" | "NEWOBJ":
-                stack.append(called(*_last(stack, 2)))
-            case "NEWOBJ_EX":
-                what, args, _ = _last(stack, 3)
-                stack.append(called(what, args))
-            case "OBJ":
-                what, *args = since_mark()
-                stack.append(called(what, tuple(args)))
-            case "INST":
-                what = _global(*arg.split(" ", 1))
-                stack.append(called(what, tuple(since_mark())))
-            case "BUILD":
-                state = stack.pop()
-                if isinstance(stack[-1], Record):  # attributes of a dict are left out
-                    stack[-1].state = state
-            case "PERSID":
-                stack.append(_refer(persistent, arg))
-            case "BINPERSID":
-                stack.append(_refer(persistent, stack.pop()))
-            case name if name in _VALUES:
-                if type(arg) is int and abs(arg) >= _LARGEST_NUMBER:
-                    raise ValueError("the pickle has a number of hundreds of digits")
-                stack.append(arg)
-            case name:
-                raise ValueError(f"the pickle's instruction {name} is not one of data")
+        machine.read += 1
+        name = opcode.name
+        if name == "STOP":
+            [result] = machine.stack
+            return result
+        if name in _VALUES:
+            if type(arg) is int and abs(arg) >= _LARGEST_NUMBER:
+                raise ValueError("the pickle has a number of hundreds of digits")
+            machine.stack.append(arg)
+        elif name in _HANDLERS:
+            _HANDLERS[name](machine, name, arg)
+        else:
+            raise ValueError(f"the pickle's instruction {name} is not one of data")
     raise ValueError("the pickle has no end")
 
 
+@dataclasses.dataclass(slots=True)
+class _Machine:
+    """The state between two instructions.
+
+    Attributes:
+      stack: Values that later instructions use.
+      memo: Values by number, which instructions store and fetch.
+      persistent: Function that resolves persistent ids, if any.
+      read: Number of instructions read so far.
+      copied: Number of entries copied into dicts by calls so far.
+    """
+
+    stack: list[Any]
+    memo: dict[int, Any]
+    persistent: Callable[[Any], Any] | None
+    read: int = 0
+    copied: int = 0
+
+    def since_mark(self) -> list[Any]:
+        """Pops the values above the last mark, and the mark."""
+        start = len(self.stack) - 1
+        while self.stack[start] is not _MARK:  # an IndexError if there is none
+            start -= 1
+        found = self.stack[start + 1 :]
+        del self.stack[start:]
+        return found
+
+    def call(self, callee: Any, args: Any) -> None:
+        """Pushes the container or the record that stands for a call."""
+        if callee == _ORDERED and isinstance(args, tuple):
+            self.copied += len(args[0]) if args else 0
+            if self.copied > _COPIES * self.read:
+                raise ValueError("the pickle fills dicts with one list repeatedly")
+            self.stack.append(_ordered(args))
+        elif callee in _SETS and isinstance(args, tuple):
+            self.stack.append(_set(args))
+        else:
+            self.stack.append(Record(callee, args))
+
+    def refer(self, identity: Any) -> None:
+        """Pushes the object that a persistent id refers to."""
+        if self.persistent is None:
+            raise ValueError("the pickle refers to something outside of it")
+        self.stack.append(self.persistent(identity))
+
+
+def _on_memo(machine: _Machine, name: str, arg: Any) -> None:
+    """Executes an instruction that stores or fetches a value."""
+    stack, memo = machine.stack, machine.memo
+    match name:
+        case "BINPUT" | "LONG_BINPUT" | "PUT":
+            memo[arg] = stack[-1]
+        case "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        case _:
+            stack.append(memo[arg])
+
+
+def _on_stack(machine: _Machine, name: str, _: Any) -> None:
+    """Executes an instruction that changes only the stack."""
+    stack = machine.stack
+    match name:
+        case "MARK":
+            stack.append(_MARK)
+        case "POP":
+            stack.pop()
+        case "POP_MARK":
+            machine.since_mark()
+        case "DUP":
+            stack.append(stack[-1])
+        case "NONE":
+            stack.append(None)
+        case "NEWTRUE" | "NEWFALSE":
+            stack.append(name == "NEWTRUE")
+
+
+def _on_new_container(machine: _Machine, name: str, _: Any) -> None:
+    """Executes an instruction that creates a container."""
+    stack = machine.stack
+    match name:
+        case "EMPTY_TUPLE":
+            stack.append(())
+        case "TUPLE1" | "TUPLE2" | "TUPLE3":
+            stack.append(tuple(_last(stack, int(name[-1]))))
+        case "TUPLE":
+            stack.append(tuple(machine.since_mark()))
+        case "EMPTY_LIST" | "EMPTY_SET":
+            stack.append([])
+        case "LIST" | "FROZENSET":
+            stack.append(machine.since_mark())
+        case "EMPTY_DICT":
+            stack.append({})
+        case "DICT":
+            stack.append(_pairs(machine.since_mark()))
+
+
+def _on_container(machine: _Machine, name: str, _: Any) -> None:
+    """Executes an instruction that fills a container.
+
+    Containers of other types are records, whose entries are dropped.
+    """
+    stack = machine.stack
+    match name:
+        case "APPEND" | "APPENDS" | "ADDITEMS":
+            added = [stack.pop()] if name == "APPEND" else machine.since_mark()
+            if isinstance(stack[-1], list):
+                stack[-1].extend(added)
+        case "SETITEM" | "SETITEMS":
+            added = machine.since_mark() if name == "SETITEMS" else _last(stack, 2)
+            if isinstance(stack[-1], dict):
+                stack[-1].update(_pairs(added))
+
+
+def _on_object(machine: _Machine, name: str, arg: Any) -> None:
+    """Executes an instruction that names, calls or builds something."""
+    stack = machine.stack
+    match name:
+        case "GLOBAL":
+            stack.append(_global(*arg.split(" ", 1)))
+        case "STACK_GLOBAL":
+            stack.append(_global(*_last(stack, 2)))
+        case "REDUCE" | "NEWOBJ":
+            machine.call(*_last(stack, 2))
+        case "NEWOBJ_EX":
+            callee, args, _ = _last(stack, 3)
+            machine.call(callee, args)
+        case "OBJ":
+            callee, *args = machine.since_mark()
+            machine.call(callee, tuple(args))
+        case "INST":
+            callee = _global(*arg.split(" ", 1))
+            machine.call(callee, tuple(machine.since_mark()))
+        case "BUILD":
+            state = stack.pop()
+            if isinstance(stack[-1], Record):  # attributes of a dict are dropped
+                stack[-1].state = state
+        case "PERSID":
+            machine.refer(arg)
+        case "BINPERSID":
+            machine.refer(stack.pop())
+
+
+def _ignored(machine: _Machine, name: str, arg: Any) -> None:
+    """Executes an instruction that has no effect."""
+    del machine, name, arg
+
+
+_HANDLERS: dict[str, Callable[[_Machine, str, Any], None]] = {
+    name: handler
+    for handler, names in (
+        (_ignored, "PROTO FRAME"),
+        (_on_memo, "BINPUT LONG_BINPUT PUT MEMOIZE BINGET LONG_BINGET GET"),
+        (_on_stack, "MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE"),
+        (_on_new_container, "EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST"),
+        (_on_new_container, "EMPTY_SET LIST FROZENSET EMPTY_DICT DICT"),
+        (_on_container, "APPEND APPENDS ADDITEMS SETITEM SETITEMS"),
+        (_on_object, "GLOBAL STACK_GLOBAL REDUCE NEWOBJ NEWOBJ_EX OBJ INST BUILD"),
+        (_on_object, "PERSID BINPERSID"),
+    )
+    for name in names.split()
+}
+
+
 def _last(stack: list[Any], count: int) -> list[Any]:
-    """Takes the last few values off the stack."""
+    """Pops the last values from the stack."""
     if len(stack) < count:
         raise IndexError("the pickle's stack is empty")
     found = stack[-count:]
@@ -200,8 +279,8 @@ def _last(stack: list[Any], count: int) -> list[Any]:
 
 
 def _pairs(flat: list[Any]) -> dict[Any, Any]:
-    # Deeply nested keys would overflow the interpreter's stack when they are hashed,
-    # and large numbers can be made to have one hash.
+    # Hashing deeply nested keys would overflow the interpreter's stack, and many large
+    # numbers may have the same hash.
     pairs = zip(flat[::2], flat[1::2], strict=True)
     return {key: value for key, value in pairs if _is_key(key)}
 
@@ -214,7 +293,7 @@ def _is_key(key: Any) -> bool:
 
 def _global(module: Any, name: Any) -> Global:
     if not isinstance(module, str) or not isinstance(name, str):
-        raise TypeError("the pickle names a global by something else than text")
+        raise TypeError("the pickle names a global by something other than text")
     if len(module) + len(name) > _LONGEST_NAME:
         raise ValueError("the pickle has a global whose name is too long")
     return Global(f"{module}.{name}")
@@ -223,27 +302,21 @@ def _global(module: Any, name: Any) -> Global:
 def _ordered(args: tuple[Any, ...]) -> dict[Any, Any]:
     """Returns an OrderedDict as a dict.
 
-    Python 2 passes the entries, in one list; Python 3 sets them later.
+    Python 2 passes the entries in one list; Python 3 sets them later.
     """
     if not args:
         return {}
     [entries] = args
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in entries):
-        raise ValueError("the pickle has an OrderedDict of something else than pairs")
-    return _pairs([part for pair in entries for part in pair])
+        raise ValueError("the pickle has an OrderedDict of something other than pairs")
+    return _pairs([item for pair in entries for item in pair])
 
 
 def _set(args: tuple[Any, ...]) -> list[Any]:
-    """Returns a set as the list that it would have been made of, without a copy."""
+    """Returns a set as the list of its elements, without a copy."""
     if not args:
         return []
     [elements] = args
     if not isinstance(elements, list):
-        raise TypeError("the pickle has a set of something else than a list")
+        raise TypeError("the pickle has a set of something other than a list")
     return elements
-
-
-def _refer(persistent: Callable[[Any], Any] | None, identity: Any) -> Any:
-    if persistent is None:
-        raise ValueError("the pickle refers to something outside of it")
-    return persistent(identity)

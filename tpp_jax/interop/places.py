@@ -1,7 +1,7 @@
 """The place of every array of a module in a state dict of PyTorch.
 
-A place is a name there, and a layout that differs in the order of the axes. Loading and
-saving read the same list.
+A place is a name in PyTorch, and a layout that differs in the order of the axes.
+Loading and saving use the same list.
 """
 
 import math
@@ -18,8 +18,8 @@ from tpp_jax.models.mlp import MLP
 from tpp_jax.models.vit import SelfAttention
 
 Shape = tuple[int, ...]
-# The pixels of feature maps that are flattened, by the dense layer behind: its inputs
-# are (height, width, channels) here and (channels, height, width) in PyTorch.
+# Height and width of flattened feature maps, by the dense layer that follows. The order
+# of its inputs is (height, width, channels) here, (channels, height, width) in PyTorch.
 Flattened = Mapping[str, tuple[int, int]]
 
 _NAMES = {
@@ -36,14 +36,14 @@ LAYERS = (
 
 
 class Place(NamedTuple):
-    """Where an array of a module is found in a state dict.
+    """The place of an array of a module in a state dict.
 
     Attributes:
-      leaf: our name.
-      name: PyTorch's.
-      is_kernel: whether the axes are in another order: PyTorch has (out, in, *window),
-        we have (*window, in, out).
-      pixels: (height, width) of the flattened feature map that the kernel is applied
+      leaf: Name of the array in the module.
+      name: Name of the array in PyTorch.
+      is_kernel: Whether the order of the axes differs: (out, in, *window) in PyTorch,
+        (*window, in, out) here.
+      pixels: Height and width of the flattened feature map that the kernel is applied
         to; None if there is none, or it is flattened in PyTorch's order.
     """
 
@@ -53,11 +53,19 @@ class Place(NamedTuple):
     pixels: tuple[int, int] | None
 
     def shape(self, ours: Shape) -> Shape:
-        """Returns the shape in PyTorch of an array of this shape here."""
+        """Returns the shape in PyTorch of an array that has this shape here.
+
+        Args:
+          ours: Shape of the array in the module.
+        """
         return (*ours[:-3:-1], *ours[:-2]) if self.is_kernel else tuple(ours)
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """Returns an array of ours in PyTorch's layout."""
+        """Returns an array of the module in PyTorch's layout.
+
+        Args:
+          array: Array in the layout of the module.
+        """
         if not self.is_kernel:
             return array
         n = array.ndim
@@ -69,7 +77,11 @@ class Place(NamedTuple):
         return array
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """Returns a tensor of PyTorch in our layout."""
+        """Returns a tensor of PyTorch in the layout of the module.
+
+        Args:
+          tensor: Array in PyTorch's layout.
+        """
         if not self.is_kernel:
             return tensor
         if self.pixels:
@@ -82,44 +94,50 @@ class Place(NamedTuple):
 def places(model: nnx.Module, flattened: Flattened | None = None) -> list[Place]:
     """Returns the place of every array of a model, in the order of its state.
 
+    Args:
+      model: Module whose arrays are placed.
+      flattened: Height and width of each flattened feature map, by the name of the
+        dense layer that follows.
+
     Raises:
-      TPPError: a layer has no counterpart in PyTorch, or ``flattened`` is wrong.
+      TPPError: If a layer has no counterpart in PyTorch, or ``flattened`` is wrong.
     """
     by_path = dict(modules(model))
     leaves = named_leaves(nnx.split(model, nnx.RngState, ...)[2])
     pixels = dict(flattened or {})
     if isinstance(model, MLP) and "net.0" not in pixels:
-        if not hasattr(model, "spec"):
+        spec = getattr(model, "spec", None)
+        if spec is None:
             raise TPPError(
-                "this MLP does not tell the shape of its images: pass "
+                "the shape of this MLP's images is unknown: pass "
                 'flattened={"net.0": (height, width)}'
             )
-        pixels["net.0"] = model.spec.image_shape[:2]
+        pixels["net.0"] = spec.image_shape[:2]
     for layer, size in pixels.items():
         rows = leaves[f"{layer}.kernel"].shape if f"{layer}.kernel" in leaves else ()
         if len(rows) != 2 or rows[0] % math.prod(size):
             raise TPPError(
-                f"flattened has {layer}: {size}, which is no dense layer of this "
-                f"{type(model).__name__} with that many inputs for each channel"
+                f"flattened has {layer}: {size}, but no dense layer of this "
+                f"{type(model).__name__} has that name and that many inputs per channel"
             )
     return [_place(leaf, by_path, pixels) for leaf in leaves]
 
 
 def _place(leaf: str, by_path: Mapping[str, nnx.Module], pixels: Flattened) -> Place:
-    layer, _, kind = leaf.rpartition(".")
+    layer, _, variable = leaf.rpartition(".")
     module = by_path.get(layer)
     if not isinstance(module, LAYERS):
-        # A parameter of somebody's own module keeps its name and layout. Flax's lists
-        # and dicts are nobody's layers.
+        # A parameter of a user's module keeps its name and layout, and so does one in a
+        # list or dict of Flax, which belongs to no layer.
         ours = type(module).__module__.startswith("flax.")
         if ours and not isinstance(module, (nnx.List, nnx.Dict)):
             raise TPPError(
-                f"{layer} is a {type(module).__name__}, whose layout in PyTorch is not "
-                "known here: convert its arrays by hand"
+                f"{layer} is a {type(module).__name__}, whose layout in PyTorch is "
+                "unknown: convert its arrays by hand"
             )
         return Place(leaf, leaf, is_kernel=False, pixels=None)
-    is_kernel, kind = kind == "kernel", _NAMES.get(kind, kind)
+    is_kernel, theirs = variable == "kernel", _NAMES.get(variable, variable)
     parent = by_path.get(layer.rpartition(".")[0])
     fused = isinstance(parent, SelfAttention) and layer.endswith("in_proj")
-    name = f"{layer}_{kind}" if fused else f"{layer}.{kind}"
+    name = f"{layer}_{theirs}" if fused else f"{layer}.{theirs}"
     return Place(leaf, name, is_kernel, pixels.get(layer) if is_kernel else None)

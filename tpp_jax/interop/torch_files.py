@@ -1,11 +1,11 @@
-"""PyTorch's files as NumPy arrays by name: without PyTorch, and running nothing.
+"""PyTorch's files as NumPy arrays by name, without PyTorch and without running code.
 
 ``torch.save`` writes a pickle, which only refers to the numbers, and the numbers as raw
 bytes: *storages*, of which each tensor is a strided view. Since PyTorch 1.6 both are
 entries of a zip archive; before, they followed one another in one stream.
 
-What a file says of its own sizes is not believed: no more is read or made than a small
-multiple of the file's size, whatever is written in it.
+The sizes that a file states are not trusted: memory is limited to a small multiple of
+the file's size, whatever the file contains.
 """
 
 import io
@@ -28,9 +28,9 @@ from tpp_jax.interop.torch_tensors import (
     Storage,
     Tensors,
     as_numpy,
+    described,
     dtype_of_storage,
     is_tensor,
-    kind_of,
     tensors_of_module,
     why_unreadable,
 )
@@ -54,9 +54,9 @@ _DTYPES_OF_SAFETENSORS = {
     "C64": np.complex64,
 }
 _MAGIC_OF_STREAMS = 0x1950A86A20F9469CFC6C
-_OF_A_CHECKPOINT = ("state_dict", "model_state_dict", "model", "net")
-_DEEPEST = 100  # checkpoints within checkpoints
-_SHOWN = 5  # names that a message lists
+_KEYS_OF_WEIGHTS = ("state_dict", "model_state_dict", "model", "net")
+_DEEPEST = 100  # number of checkpoints within checkpoints
+_SHOWN = 5  # number of names that a message lists
 
 
 _DAMAGE = (
@@ -66,20 +66,21 @@ _DAMAGE = (
 
 
 def read_torch(path: str | pathlib.Path, *, key: str | None = None) -> Tensors:
-    """Reads the tensors of a file, whatever its suffix says.
+    """Reads the tensors of a file, whatever its suffix.
 
     Args:
-      path: a ``.safetensors`` file; one that ``torch.save`` wrote in any version of
-        PyTorch: a state dict, a checkpoint with one inside, or a whole module; or the
-        ``.index.json`` of a checkpoint in several files, which are in the same folder.
-      key: which entry of a checkpoint to take; None for ``state_dict``,
-        ``model_state_dict``, ``model`` or ``net``, the first of these that there is.
+      path: Path of a ``.safetensors`` file; of a file that ``torch.save`` wrote in any
+        version of PyTorch: a state dict, a checkpoint that contains one, or a module;
+        or of the ``.index.json`` of a checkpoint in several files, which are in the
+        same folder.
+      key: Entry of a checkpoint to read; None for the first of ``state_dict``,
+        ``model_state_dict``, ``model`` and ``net`` that exists.
 
     Returns:
       Arrays by PyTorch's names, of PyTorch's shapes and types. They may be read-only.
 
     Raises:
-      TPPError: the file is missing, damaged, or holds no weights.
+      TPPError: If the file is missing, damaged, or contains no weights.
     """
     path = pathlib.Path(path)
     content = _content(path)
@@ -92,7 +93,7 @@ def read_torch(path: str | pathlib.Path, *, key: str | None = None) -> Tensors:
         if not file.is_file():
             raise TPPError(
                 f"{path} is the index of a checkpoint in {len(set(shards.values()))} "
-                f"files, and {shown(shard)} is not in its folder: fetch all of them"
+                f"files, but {shown(shard)} is not in its folder: fetch all of them"
             )
         found = _tensors_of_file(_content(file), file, key)
         tensors |= {n: x for n, x in found.items() if shards.get(n, shard) == shard}
@@ -120,30 +121,30 @@ def _shards(content: bytes, path: pathlib.Path) -> dict[str, str] | None:
     """Returns the file of each tensor if the content is an index; None if it is not.
 
     Raises:
-      TPPError: it is other JSON, or an index of files that are not in its own folder.
+      TPPError: If it is other JSON, or an index of files outside of its folder.
     """
     if content[:1] != b"{" or _is_safetensors(content):
         return None
     try:
         index = json.loads(content)
     except (ValueError, RecursionError):
-        raise TPPError(f"{path} is JSON that is damaged: fetch it again") from None
+        raise TPPError(f"{path} is damaged JSON: fetch it again") from None
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise TPPError(
-            f"{path} is JSON, and neither weights nor an index of their files"
+            f"{path} is JSON, but neither weights nor an index of their files"
         )
     for shard in shards.values():
         if not isinstance(shard, str) or not _is_plain(shard):
             raise TPPError(
-                f"{path} is an index that names {shown(shard)!r}, which is no file of "
-                "its own folder: fetch it again from a source that you trust"
+                f"{path} is an index that names {shown(shard)!r}, which is not a file "
+                "in its folder: fetch it again from a source that you trust"
             )
     return shards
 
 
 def _is_plain(name: str) -> bool:
-    """Tells whether a name is that of a file, and no path."""
+    """Returns whether a name is that of a file, and not a path."""
     return (
         name not in ("", ".", "..")
         and len(name) < 200
@@ -164,55 +165,60 @@ def _tensors_of_file(content: bytes, path: pathlib.Path, key: str | None) -> Ten
     except TPPError as error:
         raise TPPError(f"{path}: {error}") from None
     except _DAMAGE as error:
-        # The text of a KeyError is a key, which says nothing to a person. The traceback
-        # is left out, since what is in the file may be in it.
-        reason = "no pickle" if isinstance(error, KeyError) else shown(error, 200)
+        # The text of a KeyError is only a key. The traceback is dropped, since it may
+        # show the content of the file.
+        reason = "not a pickle" if isinstance(error, KeyError) else shown(error, 200)
         raise TPPError(
-            f"{path} is damaged, or no file of weights ({reason}): fetch it again"
+            f"{path} is damaged, or not a file of weights ({reason}): fetch it again"
         ) from None
 
 
 def tensors_in(saved: Any, key: str | None = None) -> Tensors:
-    """Returns the tensors of what was saved: a state dict, or something around one.
+    """Returns the tensors of a saved object: a state dict, or one that contains it.
 
-    Where a checkpoint holds several sets of weights, such as ``model`` and
-    ``model_ema``, a warning says which one is taken.
+    If a checkpoint contains several sets of weights, such as ``model`` and
+    ``model_ema``, a warning names the one that is read.
 
     Args:
-      saved: tensors by name (PyTorch's, NumPy's or JAX's), a checkpoint that holds them
-        as ``state_dict``, ``model`` or ``net``, or what was read off a pickled module.
-      key: which entry of a checkpoint to take; None for the first of those.
+      saved: Tensors by name (PyTorch's, NumPy's or JAX's), a checkpoint that contains
+        them as ``state_dict``, ``model_state_dict``, ``model`` or ``net``, or the
+        record of a pickled module.
+      key: Entry of a checkpoint to read; None for the first of these.
 
     Raises:
-      TPPError: there are no tensors, or something else among them.
+      TPPError: If there are no tensors, or other values among them.
     """
     if key is not None:
         if not isinstance(saved, Mapping) or not _holds_weights(saved.get(key)):
             raise TPPError(f"there are no weights under the key {shown(key)!r}")
         return tensors_in(saved[key])
-    for depth in range(_DEEPEST):
-        if not isinstance(saved, Mapping):
-            break
-        inner = next((k for k in _OF_A_CHECKPOINT if _is_container(saved.get(k))), None)
-        if inner is None:
-            break
-        _warn_of_others(saved, inner, compare=depth == 0)
-        saved = saved[inner]
-    else:
-        raise TPPError("the checkpoint in it holds itself")
+    saved = _weights_of_checkpoint(saved)
     if isinstance(saved, Record):
         tensors = tensors_of_module(saved)
         if not tensors:
-            raise TPPError(f"it holds {kind_of(saved)}, in which there are no weights")
+            raise TPPError(f"it holds {described(saved)}, which contains no weights")
         return tensors
     if not isinstance(saved, Mapping):
-        raise TPPError(f"a state dict is wanted, this is {kind_of(saved)}")
+        raise TPPError(f"it is {described(saved)} instead of a state dict")
     if not saved:
         raise TPPError("the state dict is empty")
     for name, value in saved.items():
         if not isinstance(name, str) or not is_tensor(value):
             raise TPPError(_why_no_state_dict(saved, name, value))
     return {name: _array_of(name, value) for name, value in saved.items()}
+
+
+def _weights_of_checkpoint(saved: Any) -> Any:
+    """Returns the weights in a checkpoint; other objects are returned unchanged."""
+    for depth in range(_DEEPEST):
+        if not isinstance(saved, Mapping):
+            return saved
+        inner = next((k for k in _KEYS_OF_WEIGHTS if _is_container(saved.get(k))), None)
+        if inner is None:
+            return saved
+        _warn_of_others(saved, inner, compare=depth == 0)
+        saved = saved[inner]
+    raise TPPError("the checkpoint in it contains itself")
 
 
 def _array_of(name: str, value: Any) -> np.ndarray:
@@ -227,7 +233,7 @@ def _is_container(value: Any) -> bool:
 
 
 def _holds_weights(value: Any) -> bool:
-    """Tells whether a value looks like a state dict or a module, without reading it."""
+    """Returns whether a value looks like a state dict or module, without reading it."""
     if isinstance(value, Record):
         return isinstance(value.state, dict) and "_modules" in value.state
     return (
@@ -238,12 +244,12 @@ def _holds_weights(value: Any) -> bool:
 
 
 def _warn_of_others(saved: Mapping[str, Any], taken: str, compare: bool) -> None:
-    """Warns if a checkpoint holds other weights than those that are taken.
+    """Warns if a checkpoint contains weights other than those that are read.
 
     Args:
-      saved: the checkpoint.
-      taken: the key of what is taken.
-      compare: whether to leave out a single other set of the same numbers.
+      saved: Checkpoint.
+      taken: Key of the weights that are read.
+      compare: Whether to ignore a single other set of the same numbers.
     """
     others = [k for k, x in saved.items() if k != taken and _holds_weights(x)]
     if len(others) == 1 and compare and _are_same(saved[taken], saved[others[0]]):
@@ -252,14 +258,14 @@ def _warn_of_others(saved: Mapping[str, Any], taken: str, compare: bool) -> None
         names = [shown(name) for name in others[:_SHOWN]]
         warnings.warn(
             f"the checkpoint holds several sets of weights: {taken} is taken, and not "
-            f"{', '.join(names)}. For another one, give load_torch what "
-            f"tpp_jax.interop.torch_files.read_torch(file, key={names[0]!r}) returns",
-            stacklevel=3,
+            f"{', '.join(names)}. For another one, pass load_torch the result of "
+            f"tpp_jax.interop.torch_files.read_torch(file, key={names[0]!r})",
+            stacklevel=4,
         )
 
 
 def _are_same(first: Any, second: Any) -> bool:
-    """Tells whether two sets of weights are views of the same numbers."""
+    """Returns whether two sets of weights are views of the same numbers."""
     sets = []
     for value in (first, second):
         if isinstance(value, Record):
@@ -280,20 +286,20 @@ def _why_no_state_dict(saved: Mapping[Any, Any], name: Any, value: Any) -> str:
         return f"{shown(name)} is {reason}"
     if str(name).endswith("_packed_params"):
         return (
-            f"{shown(name)} is of a quantised layer, whose numbers are packed: save "
-            "the model before it is quantised"
+            f"{shown(name)} belongs to a quantised layer, whose numbers are packed: "
+            "save the model before it is quantised"
         )
     some = ", ".join(shown(key) for key in itertools.islice(saved, 5))
     return (
-        f"a state dict is wanted, this is a dict of {some}, where {shown(name)} is "
-        f"{kind_of(value)}; a state dict inside it has to be picked by hand"
+        f"it is a dict of {some} instead of a state dict: {shown(name)} is "
+        f"{described(value)}; if it contains a state dict, pass that"
     )
 
 
 _OTHER_FORMATS = {
-    b"\x89HDF\r\n": "an HDF5 file, as Keras writes it, and not PyTorch's",
+    b"\x89HDF\r\n": "an HDF5 file, such as Keras writes, and not PyTorch's",
     b"GGUF": "a GGUF file, and not PyTorch's",
-    b"\x93NUMPY": "an array of NumPy, and no state dict",
+    b"\x93NUMPY": "an array of NumPy, and not a state dict",
     b"\x1f\x8b": "compressed by gzip: unpack it",
     b"BZh": "compressed by bzip2: unpack it",
     b"\xfd7zXZ": "compressed by xz: unpack it",
@@ -307,11 +313,11 @@ def _check_is_a_file_of_weights(content: bytes, path: pathlib.Path) -> None:
         raise TPPError(f"{path} is a web page, not weights: fetch it again")
     if start.startswith(b"version https://git-lfs"):
         raise TPPError(
-            f"{path} only stands for a file that Git LFS keeps: run git lfs pull"
+            f"{path} is only a pointer to a file in Git LFS: run git lfs pull"
         )
-    for magic, what in _OTHER_FORMATS.items():
+    for magic, description in _OTHER_FORMATS.items():
         if content.startswith(magic):
-            raise TPPError(f"{path} is {what}")
+            raise TPPError(f"{path} is {description}")
 
 
 def _is_safetensors(content: bytes) -> bool:
@@ -319,7 +325,7 @@ def _is_safetensors(content: bytes) -> bool:
 
 
 def _read_safetensors(content: bytes) -> Tensors:
-    import safetensors  # here, so that only who has such a file needs the package
+    import safetensors  # late: only these files need the package
 
     try:
         found = safetensors.deserialize(content)
@@ -329,7 +335,7 @@ def _read_safetensors(content: bytes) -> Tensors:
     for name, it in found:
         if it["dtype"] not in _DTYPES_OF_SAFETENSORS:
             raise TPPError(
-                f"{shown(name)} is of type {shown(it['dtype'])}, which is not read here"
+                f"{shown(name)} is of type {shown(it['dtype'])}, which is not supported"
             )
         dtype = np.dtype(_DTYPES_OF_SAFETENSORS[it["dtype"]])
         tensors[name] = np.frombuffer(it["data"], dtype).reshape(it["shape"])
@@ -351,44 +357,47 @@ def _read_zip(content: bytes) -> Any:
     folder = pickles[0].removesuffix("data.pkl")
     order = f"{folder}byteorder"
     if order in entries and archive.read(order) != b"little":
-        raise TPPError("it is of a big-endian machine: save it as .safetensors there")
+        raise TPPError("it is from a big-endian machine: save it as .safetensors there")
     source: dict[str, bytes] = {}
 
     def refer(identity: Any) -> Storage:
-        _, kind, key = _fields(identity)[:3]
+        _, storage_type, key = _fields(identity)[:3]
         if key not in source:
             source[key] = archive.read(f"{folder}data/{key}")
-        return Storage(dtype_of_storage(kind), key, source)
+        return Storage(dtype_of_storage(storage_type), key, source)
 
     return read_pickle(io.BytesIO(archive.read(pickles[0])), refer)
 
 
 def _other_archive(entries: set[str]) -> str | None:
-    """Returns what an archive is if it is known to be none of ``torch.save``."""
+    """Returns what an archive is if ``torch.save`` did not write it."""
     names = {entry.rpartition("/")[2] for entry in entries}
     if "constants.pkl" in names or any("/code/" in entry for entry in entries):
         return "it holds a TorchScript program: save its state_dict() instead"
     if "archive_format" in names:
         return "it holds a program that torch.export wrote: save its state_dict instead"
     if any(name.endswith(".npy") for name in names):
-        return "it is an archive of NumPy: give load_torch a dict of its arrays"
+        return "it is an archive of NumPy: pass load_torch a dict of its arrays"
     if "model.weights.h5" in names:
         return "it is a model of Keras, and not PyTorch's"
     return None
 
 
 def _fields(identity: Any) -> tuple[Any, ...]:
-    """Returns the fields of a reference to a storage: what, type, key, device, …"""
+    """Returns the fields of a reference to a storage: tag, type, key, device, size."""
     if not isinstance(identity, tuple) or not 3 <= len(identity) <= 8:
-        raise ValueError("it refers to something that is no storage")
+        raise ValueError("it refers to something that is not a storage")
     if not isinstance(identity[2], str):
-        raise ValueError("it refers to a storage by something else than text")
+        raise ValueError("it refers to a storage by something other than text")
     return identity
 
 
 def _read_stream(stream: BinaryIO) -> Any:
-    """Reads five pickles: a magic number, a version, the machine, what was saved, and
-    the names of the storages, which follow."""
+    """Reads the format before PyTorch 1.6.
+
+    It consists of five pickles: a magic number, a version, the machine, the saved
+    object, and the names of the storages; the storages follow.
+    """
     magic = read_pickle(stream)
     if type(magic) is not int or magic != _MAGIC_OF_STREAMS:
         raise TPPError("it is a pickle, but not one that torch.save wrote")
@@ -399,9 +408,9 @@ def _read_stream(stream: BinaryIO) -> Any:
 
     def refer(identity: Any) -> Any:
         if isinstance(identity, tuple) and identity[:1] == ("module",):
-            return identity[1]  # a class, beside the text of its definition
-        _, kind, key, _, _, *view = _fields(identity)
-        dtype = dtype_of_storage(kind)
+            return identity[1]  # a class, which comes with the text of its definition
+        _, storage_type, key, _, _, *view = _fields(identity)
+        dtype = dtype_of_storage(storage_type)
         sizes[key] = dtype.itemsize
         start = view[0][1] if view and view[0] else 0
         return Storage(dtype, key, source, start)

@@ -1,8 +1,8 @@
-"""Tensors of PyTorch as NumPy arrays, from the records that a pickle leaves of them.
+"""Tensors of PyTorch as NumPy arrays, from the records of a pickle.
 
 A tensor is a call of one of PyTorch's functions with a storage, an offset, a size and a
-stride, of which a view is made within the bounds of the storage. A pickled module is
-searched for its parameters and buffers.
+stride; it becomes a view within the bounds of the storage. A pickled module is searched
+for its parameters and buffers.
 """
 
 import dataclasses
@@ -34,26 +34,24 @@ _DTYPES = {
     "ComplexDouble": np.complex128,
     "Untyped": np.uint8,
 }
-# A module may hold itself, or another one twice, which then is there four times, ….
+# A module may contain itself, or one twice that contains another one twice, and so on.
 _DEEPEST, _MOST_ENTRIES, _MOST_CHARACTERS = 100, 200_000, 30_000_000
 _MOST_AXES = 32
 
 _QUANTISED = "quantised: save the model before it is quantised, or dequantize() it"
 _SPARSE = "sparse: call its to_dense() before it is saved"
-_WITHOUT_NUMBERS = (
-    "on PyTorch's meta device, so without numbers: load the weights first"
-)
+_WITHOUT_NUMBERS = "on PyTorch's meta device, without numbers: load the weights first"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """Where a tensor's numbers are.
+    """The location of a tensor's numbers.
 
     Attributes:
-      dtype: type of the numbers.
-      key: name of their bytes.
-      source: all bytes by name; a stream's come after the pickle and are added then.
-      start: first number that belongs to this storage.
+      dtype: Type of the numbers.
+      key: Name of their bytes.
+      source: All bytes by name; in a stream they follow the pickle and are added later.
+      start: Index of the first number that belongs to this storage.
     """
 
     dtype: np.dtype
@@ -62,27 +60,33 @@ class Storage:
     start: int = 0
 
 
-def dtype_of_storage(kind: Any) -> np.dtype:
-    """Returns the type in ``torch.FloatStorage``, ``torch.cuda.HalfStorage``, …
+def dtype_of_storage(storage_type: Any) -> np.dtype:
+    """Returns the type of the numbers in a storage of PyTorch.
+
+    Args:
+      storage_type: Global such as ``torch.FloatStorage`` or ``torch.cuda.HalfStorage``.
 
     Raises:
-      TPPError: it is one that NumPy does not have.
+      TPPError: If NumPy does not have the type.
     """
-    name = kind.name.rpartition(".")[2].removesuffix("Storage")
+    name = storage_type.name.rpartition(".")[2].removesuffix("Storage")
     if name not in _DTYPES:
         if name.startswith(("Q", "q")):
             raise TPPError(
                 f"it has numbers of type {shown(name)}, so it is {_QUANTISED}"
             )
-        raise TPPError(f"it has numbers of type {shown(name)}, which is not read here")
+        raise TPPError(f"it has numbers of type {shown(name)}, which is not supported")
     return np.dtype(_DTYPES[name])
 
 
 def tensors_of_module(root: Record) -> Tensors:
-    """Returns what ``state_dict()`` of a pickled module would.
+    """Returns what ``state_dict()`` of a pickled module would return.
+
+    Args:
+      root: Record of the module.
 
     Raises:
-      TPPError: modules are within themselves, or there are too many entries.
+      TPPError: If a module contains itself, or there are too many entries.
     """
     found: dict[str, Any] = {}
     stack = [("", 0, root)]
@@ -91,17 +95,16 @@ def tensors_of_module(root: Record) -> Tensors:
         prefix, depth, module = stack.pop()
         state = module.state if isinstance(module.state, dict) else {}
         parameters, buffers, children = (
-            state.get(f"_{part}", {}) for part in ("parameters", "buffers", "modules")
+            state.get(f"_{table}", {}) for table in ("parameters", "buffers", "modules")
         )
         unsaved = state.get("_non_persistent_buffers_set", [])
-        parts = (parameters, buffers, children, unsaved)
-        entries += 1 + sum(map(len, parts))
-        names = [name for part in parts[:3] for name in part]
+        entries += 1 + sum(map(len, (parameters, buffers, children, unsaved)))
+        names = [name for table in (parameters, buffers, children) for name in table]
         characters += sum(len(prefix) + len(str(name)) for name in names)
         if depth > _DEEPEST or entries > _MOST_ENTRIES or characters > _MOST_CHARACTERS:
-            raise TPPError("the module in it holds itself, or too many modules")
-        left_out = {name for name in unsaved if isinstance(name, str)}
-        own = {name: value for name, value in buffers.items() if name not in left_out}
+            raise TPPError("the module in it contains itself, or too many modules")
+        skipped = {name for name in unsaved if isinstance(name, str)}
+        own = {name: value for name, value in buffers.items() if name not in skipped}
         for name, value in {**parameters, **own}.items():
             if value is not None:
                 found[f"{prefix}{name}"] = value
@@ -112,18 +115,21 @@ def tensors_of_module(root: Record) -> Tensors:
 
 
 def is_tensor(value: Any) -> bool:
-    """Tells whether a value is a tensor: PyTorch's, an array, or the record of one."""
+    """Returns whether a value is a tensor of PyTorch, an array or a tensor's record."""
     if isinstance(value, Record):
-        return isinstance(value.what, Global) and value.what.name in _REBUILDS
+        return isinstance(value.callee, Global) and value.callee.name in _REBUILDS
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def as_numpy(value: Any) -> np.ndarray:
-    """Returns a tensor as an array, a view where it can be.
+    """Returns a tensor as an array, a view if possible.
+
+    Args:
+      value: Tensor of PyTorch, array, or record of a tensor.
 
     Raises:
-      TPPError: its numbers are not there, or kept in a way that is not read here.
-      ValueError: the record of it is damaged.
+      TPPError: If its numbers are missing, or stored in an unsupported way.
+      ValueError: If its record is damaged.
     """
     if isinstance(value, Record):
         return _rebuild(value)
@@ -132,7 +138,7 @@ def as_numpy(value: Any) -> np.ndarray:
     for flag, remedy in _OF_TORCH.items():
         if getattr(value, flag, False):
             raise TPPError(f"a tensor is {remedy}")
-    # By way of its bytes, since NumPy's own types are not all that PyTorch has.
+    # As bytes first, since NumPy lacks some of PyTorch's types.
     value = value.detach().cpu().contiguous()
     torch = sys.modules["torch"]
     numbers = value.reshape(-1).view(torch.uint8).numpy()
@@ -170,18 +176,22 @@ _NEWER_DTYPES = {
 
 
 def why_unreadable(value: Any) -> str | None:
-    """Returns what is special about a tensor that is not read here; None otherwise."""
-    if isinstance(value, Record) and isinstance(value.what, Global):
-        return _NOT_READ.get(value.what.name)
+    """Returns why a tensor is not supported; None if it is.
+
+    Args:
+      value: Record of a tensor, or any other value.
+    """
+    if isinstance(value, Record) and isinstance(value.callee, Global):
+        return _NOT_READ.get(value.callee.name)
     return None
 
 
 def _rebuild(tensor: Record) -> np.ndarray:
-    """Does what the functions of PyTorch that the pickle names would do."""
-    what, args = tensor.what, tensor.args
+    """Rebuilds a tensor as the functions of PyTorch that the pickle names would."""
+    callee, args = tensor.callee, tensor.args
     for _ in range(_DEEPEST):  # parameters around tensors, and subclasses around both
-        # As many arguments as any of the functions has, however many there are.
-        match getattr(what, "name", None), args[:8]:
+        # None of the functions has more arguments than this.
+        match getattr(callee, "name", None), args[:8]:
             case name, (Storage() as storage, offset, size, stride, *_) if (
                 name in _OF_A_STORAGE
             ):
@@ -198,21 +208,21 @@ def _rebuild(tensor: Record) -> np.ndarray:
             ) if name == _OF_A_NEWER_TYPE:
                 return _strided(storage, _newer_dtype(dtype), offset, size, stride)
             case name, (Record() as inner, *_) if name in _OF_A_TENSOR:
-                what, args = inner.what, inner.args
+                callee, args = inner.callee, inner.args
             case name, (function, _, inner, *_) if name == _OF_A_SUBCLASS:
-                what, args = function, inner
+                callee, args = function, inner
             case _:
                 break
-    record = Record(what, args)
+    record = Record(callee, args)
     if reason := why_unreadable(record):
         raise TPPError(f"a tensor is {reason}")
-    raise ValueError(f"it has {kind_of(record)} where a tensor should be")
+    raise ValueError(f"it has {described(record)} where a tensor should be")
 
 
-def _newer_dtype(kind: Any) -> np.dtype:
-    name = kind.name.removeprefix("torch.")
+def _newer_dtype(dtype: Any) -> np.dtype:
+    name = dtype.name.removeprefix("torch.")
     if name not in _NEWER_DTYPES:
-        raise TPPError(f"it has numbers of type {shown(name)}, which is not read here")
+        raise TPPError(f"it has numbers of type {shown(name)}, which is not supported")
     return np.dtype(name)
 
 
@@ -223,23 +233,27 @@ def _strided(
     if not sizes or len(size) > _MOST_AXES or len(size) != len(stride):
         raise ValueError("a tensor has no size and stride, or too many axes")
     if not all(type(n) is int and n >= 0 for n in (storage.start, offset, *size)):
-        raise ValueError("a tensor has a size that is no number")
+        raise ValueError("a tensor has a size that is not a number")
     if not all(type(n) is int and n >= 0 for n in stride):
-        raise ValueError("a tensor has a stride that is no number")
+        raise ValueError("a tensor has a stride that is not a number")
     if 0 in size:
         return np.zeros(size, dtype)
     numbers = storage.source[storage.key]
     first = storage.start + offset
     last = first + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     if (last + 1) * dtype.itemsize > len(numbers):
-        raise ValueError("a tensor reaches beyond its numbers")
+        raise ValueError("a tensor extends beyond its numbers")
     strides = [n * dtype.itemsize for n in stride]
     return np.ndarray(tuple(size), dtype, numbers, first * dtype.itemsize, strides)
 
 
-def kind_of(value: Any) -> str:
-    """Names what a value is, for a message."""
+def described(value: Any) -> str:
+    """Returns the type of a value, for a message.
+
+    Args:
+      value: Any value.
+    """
     if isinstance(value, Record):
-        name = getattr(value.what, "name", "unknown type")
+        name = getattr(value.callee, "name", "unknown type")
         return f"an object of {shown(name)}"
     return f"of type {type(value).__name__}"

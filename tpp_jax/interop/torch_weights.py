@@ -1,8 +1,7 @@
-"""PyTorch's weights in our modules, and our modules' weights for PyTorch."""
+"""Import of PyTorch's weights into modules, and export of a module's weights."""
 
 import contextlib
 import difflib
-import importlib.util
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPError, require
 from tpp_jax.graph.bridge import follow_arrays
 from tpp_jax.graph.functions import set_evaluation
 from tpp_jax.graph.naming import layer_name, map_named, named_leaves
@@ -25,8 +24,9 @@ from tpp_jax.interop.torch_files import read_torch, tensors_in
 from tpp_jax.interop.torch_tensors import Tensors
 
 _OF_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
-_SHOWN = 5  # names of each kind that a message lists
-_COMPARED, _LONGEST = 1000, 200  # names compared with a missing one, and their length
+_SHOWN = 5  # number of names that a message lists, of each category
+# Number of names that are compared with a missing one, and their largest length.
+_COMPARED, _LONGEST = 1000, 200
 
 
 def load_torch(
@@ -38,30 +38,30 @@ def load_torch(
 ) -> nnx.Module:
     """Returns a module of the same class with weights of PyTorch.
 
-    Files are read without PyTorch, and nothing in them is run. Every tensor must have
-    its place and every array its tensor; ``num_batches_tracked``, which PyTorch counts
-    and does not use, is left out.
+    Files are read without PyTorch, and no code in them is run. Tensors and arrays must
+    correspond one to one; only ``num_batches_tracked``, which PyTorch counts but does
+    not use, is ignored.
 
     Args:
-      source: a ``.safetensors`` file, one that ``torch.save`` wrote (a state dict, a
-        checkpoint with one, or a whole module), the ``.index.json`` of a checkpoint in
-        several files, or a state dict: tensors of PyTorch, NumPy or JAX by name. Of a
-        checkpoint with several sets of weights, such as ``model`` and ``model_ema``,
-        the first of ``state_dict``, ``model_state_dict``, ``model`` and ``net`` is
-        taken, with a warning.
-      model: has the structure; its arrays are not used, and it may be abstract
+      source: Path of a ``.safetensors`` file, of a file that ``torch.save`` wrote (a
+        state dict, a checkpoint with one, or a module), or of the ``.index.json`` of a
+        checkpoint in several files; or a state dict: tensors of PyTorch, NumPy or JAX
+        by name. From a checkpoint with several sets of weights, such as ``model`` and
+        ``model_ema``, the first of ``state_dict``, ``model_state_dict``, ``model`` and
+        ``net`` is read, with a warning.
+      model: Module with the structure; its arrays are not used, and it may be abstract
         (``nnx.eval_shape``).
-      pruned: whether layers may be narrower than the model's.
-      flattened: ``{layer: (height, width)}`` for every dense layer that is applied to a
-        flattened feature map. Only for your own modules, and if they flatten pixels
-        before channels; the networks of ``tpp_jax.models`` tell it themselves.
+      pruned: Whether layers may be narrower than the model's.
+      flattened: Sizes ``{layer: (height, width)}`` for every dense layer that is
+        applied to a flattened feature map. Needed only for your own modules that
+        flatten pixels before channels, and not for the networks of ``tpp_jax.models``.
 
     Returns:
-      A new module. Its arrays have the types of the tensors; float64 only with
-      ``jax.enable_x64``. The given one is untouched.
+      A new module; the given one is not modified. Its arrays have the types of the
+      tensors; float64 only with ``jax.enable_x64``.
 
     Raises:
-      TPPError: the file cannot be read, or the tensors are not those of the model.
+      TPPError: If the file cannot be read, or the tensors do not fit the model.
 
     Example:
       >>> model = nnx.List([nnx.Linear(3, 2, rngs=nnx.Rngs(0))])
@@ -72,15 +72,15 @@ def load_torch(
     in_memory = isinstance(source, Mapping)
     tensors = tensors_in(source) if in_memory else read_torch(source)
     graphdef, rngs, state = nnx.split(model, nnx.RngState, ...)
-    leaves, there = named_leaves(state), places(model, flattened)
-    tensors = _without_wrappers(tensors, there)
-    _check_names(tensors, there, model)
+    leaves, targets = named_leaves(state), places(model, flattened)
+    tensors = _without_wrappers(tensors, targets)
+    _check_names(tensors, targets, model)
     _check_shapes(
-        tensors, {p: p.shape(leaves[p.leaf].shape) for p in there}, model, pruned
+        tensors, {p: p.shape(leaves[p.leaf].shape) for p in targets}, model, pruned
     )
-    arrays = {p.leaf: jnp.array(p.to_ours(tensors[p.name])) for p in there}
+    arrays = {p.leaf: jnp.array(p.to_ours(tensors[p.name])) for p in targets}
     state = map_named(lambda leaf, _: arrays[leaf], state)
-    loaded = nnx.merge(graphdef, rngs, state, copy=True)  # of the random state too
+    loaded = nnx.merge(graphdef, rngs, state, copy=True)  # copies the random state too
     if pruned:
         _follow_widths(loaded)
     return loaded
@@ -91,29 +91,34 @@ def save_torch(
 ) -> None:
     """Saves a module's weights as a state dict of PyTorch, pruned widths included.
 
-    Beside it, ``<path>.json`` tells the type and the sizes of every layer, see
-    :func:`tpp_jax.interop.layers.describe_layers`. Each file is replaced as a whole.
+    A second file, ``<path>.json``, holds the type and the sizes of every layer; see
+    :func:`tpp_jax.interop.layers.describe_layers`. Each file is replaced atomically.
 
     Args:
-      model: with its arrays.
-      path: a file that ends in ``.safetensors``; or in ``.pth`` or ``.pt``, which needs
-        PyTorch. Folders are made.
-      flattened: see :func:`load_torch`.
+      model: Module with concrete arrays.
+      path: Path that ends in ``.safetensors``, or in ``.pth`` or ``.pt``, which needs
+        PyTorch. Missing folders are created.
+      flattened: Sizes of flattened feature maps, as for :func:`load_torch`.
 
     Raises:
-      TPPError: another ending, PyTorch is not there, or the model is abstract or has a
-        layer of which PyTorch has none alike.
+      TPPError: If the path has another ending, PyTorch is not installed, or the model
+        is abstract or has a layer without an equivalent in PyTorch.
+
+    Example:
+      >>> import tempfile
+      >>> file = pathlib.Path(tempfile.mkdtemp()) / "weights.safetensors"
+      >>> save_torch(nnx.List([nnx.Linear(3, 2, rngs=nnx.Rngs(0))]), file)
+      >>> sorted(tensors_in(read_torch(file)))
+      ['0.bias', '0.weight']
     """
     path = pathlib.Path(path)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise TPPError(
-            f"{path} does not say what to write: end it in .safetensors or .pth"
+            f"the format to write is unknown from {path}: end it in .safetensors or "
+            ".pth"
         )
-    if path.suffix != ".safetensors" and importlib.util.find_spec("torch") is None:
-        raise TPPError(
-            f"{path.suffix} files are written by PyTorch, which is not installed: save "
-            "as .safetensors, or install tpp_jax[torch]"
-        )
+    if path.suffix != ".safetensors":
+        require("torch", "torch")
     leaves = named_leaves(nnx.split(model, nnx.RngState, ...)[2])
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
         raise TPPError(
@@ -136,19 +141,19 @@ def save_torch(
         partial.write_text(description)
 
 
-def _without_wrappers(tensors: Tensors, there: Sequence[Place]) -> Tensors:
-    """Takes off what DataParallel and the like put in front of every name."""
-    for prefix in 2 * _OF_WRAPPERS:  # either may be around the other
-        if any(place.name.startswith(prefix) for place in there):
+def _without_wrappers(tensors: Tensors, targets: Sequence[Place]) -> Tensors:
+    """Removes the prefixes that DataParallel and other wrappers add to every name."""
+    for prefix in 2 * _OF_WRAPPERS:  # either may wrap the other
+        if any(place.name.startswith(prefix) for place in targets):
             continue
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
     return tensors
 
 
-def _check_names(tensors: Tensors, there: Sequence[Place], model: nnx.Module) -> None:
-    wanted = {place.name for place in there}
-    missing = [place.name for place in there if place.name not in tensors]
+def _check_names(tensors: Tensors, targets: Sequence[Place], model: nnx.Module) -> None:
+    wanted = {place.name for place in targets}
+    missing = [place.name for place in targets if place.name not in tensors]
     unexpected = [
         name
         for name in tensors
@@ -187,24 +192,25 @@ def _check_shapes(
         return
     layers = {layer_name(place.name) for place in wrong}
     has, wants = max(wrong.values(), key=lambda pair: len(pair[1]))
-    what = type(model).__name__
+    name = type(model).__name__
     if len(layers) == 1 and len(wants) == 2 and has[1:] == wants[1:]:
         raise TPPError(
-            f"the weights have {has[0]} outputs at {layers.pop()} and this {what} has "
-            f"{wants[0]}: make the model with num_classes={has[0]} if these are classes"
+            f"the weights have {has[0]} outputs at {layers.pop()} and this {name} has "
+            f"{wants[0]}: create the model with num_classes={has[0]} if these are "
+            "classes"
         )
     names = [
         f"{place.name} is {shown(_size(has))} and not {_size(wants)}"
         for place, (has, wants) in wrong.items()
     ]
-    hint = "; if they are of a pruned network, pass pruned=True" if narrower else ""
+    hint = "; if the network is pruned, pass pruned=True" if narrower else ""
     raise TPPError(
-        f"the weights have other shapes than this {what}: {_listed(names)}{hint}"
+        f"the weights have other shapes than this {name}: {_listed(names)}{hint}"
     )
 
 
 def _is_narrower(has: Shape, wants: Shape, place: Place) -> bool:
-    """Tells whether channels may have been taken out; windows must stay as they are."""
+    """Returns whether channels may have been removed; windows must be the same."""
     if len(has) != len(wants) or (place.is_kernel and has[2:] != wants[2:]):
         return False
     return all(0 < n <= most for n, most in zip(has, wants, strict=True))
@@ -222,30 +228,31 @@ def _size(shape: Shape) -> str:
 
 
 def _follow_widths(model: nnx.Module) -> None:
-    """Sets the static sizes of a module to those of its arrays, and tries it.
+    """Sets the static sizes of a module to those of its arrays, and traces it.
 
     Raises:
-      TPPError: the widths do not go together.
+      TPPError: If the widths do not fit each other.
     """
     for path, module in modules(model):
         if not isinstance(module, LAYERS):
             continue
         arrays = [v for v in vars(module).values() if isinstance(v, nnx.Variable)]
-        widths = {array.shape[-1] for array in arrays}  # of what the layer produces
+        widths = {array.shape[-1] for array in arrays}  # numbers of output channels
         if len(widths) > 1:
             raise TPPError(
-                f"the weights do not go together: {path} has arrays for "
+                f"the weights do not fit each other: {path} has arrays for "
                 f"{' and for '.join(map(str, sorted(widths)))} channels"
             )
         grouped = isinstance(module, nnx.GroupNorm)
         if grouped and widths != {module.num_groups * module.group_size}:
             raise TPPError(
-                f"{path} is a pruned GroupNorm, and weights alone do not tell its "
-                "number of groups: keep such a network with tpp_jax.save_model"
+                f"{path} is a pruned GroupNorm, whose number of groups does not follow "
+                "from the weights: save such a network with tpp_jax.save_model"
             )
-    follow_arrays(model, num_groups=lambda leaf, number: None)
-    if not hasattr(model, "spec"):
-        return  # nobody knows what it is applied to
+    follow_arrays(model, num_groups=lambda *_: None)
+    spec = getattr(model, "spec", None)
+    if spec is None:
+        return  # the shape of its inputs is unknown
     graphdef, state = nnx.split(model)
 
     def run(state: Any, images: Any) -> Any:
@@ -253,12 +260,12 @@ def _follow_widths(model: nnx.Module) -> None:
         set_evaluation(merged)
         return merged(images)
 
-    images = jax.ShapeDtypeStruct((1, *model.spec.image_shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
     try:
         jax.eval_shape(run, state, images)
     except (TypeError, ValueError) as error:
         raise TPPError(
-            f"the weights do not go together in this {type(model).__name__}: {error}"
+            f"the weights do not fit each other in this {type(model).__name__}: {error}"
         ) from error
 
 
@@ -267,7 +274,7 @@ def _follow_widths(model: nnx.Module) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a file to write that takes the place of another once it is complete."""
+    """Yields the path of a file that replaces another once it is complete."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
@@ -277,16 +284,16 @@ def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _write_safetensors(tensors: Tensors, path: pathlib.Path) -> None:
-    from safetensors.numpy import save_file  # only who writes such a file needs it
+    from safetensors.numpy import save_file  # late: only these files need the package
 
     save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _write_with_torch(tensors: Tensors, path: pathlib.Path) -> None:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  # an optional dependency
 
     def as_torch(array: np.ndarray) -> Any:
-        # By way of its bytes, since NumPy's types are not all that PyTorch has.
+        # As bytes first, since NumPy lacks some of PyTorch's types.
         bytes_ = torch.from_numpy(array.reshape(-1).view(np.uint8).copy())
         dtype = getattr(torch, array.dtype.name)
         return bytes_.view(dtype).reshape(array.shape)

@@ -1,1 +1,1 @@
-"""The paper as pure functions of arrays: penalties, schedule, optax transforms."""
+"""The method of the paper as pure functions: penalties, schedule, optax transforms."""

@@ -5,16 +5,16 @@ axis; W is the matrix [N, D] of filters as rows and G = W Wᵀ. A penalty is
 
     L(W) = ‖R(G)‖²_F / N²
 
-with a residual R that is linear in G but for a constant, so that
+with a residual R that is an affine function of G, so that
 
     ∂L/∂W = (4 / N²) R(G) W.
 
-The gradient depends on the parameters alone, which is why it belongs in an optax
-transform and not in the loss (TPP, section 3.2).
+The gradient depends only on the parameters, so it is added in an optax transform rather
+than in the loss (TPP, section 3.2).
 
 The filters of other kernels lie along several axes (heads, and the dimensions of each),
-and a kernel may be a stack of kernels. Nothing is reshaped here: arrays that are
-sharded over a mesh stay as they are.
+and a kernel may be a stack of kernels. The functions here do not reshape arrays, so
+that sharded arrays keep their sharding.
 """
 
 from collections.abc import Sequence
@@ -29,10 +29,10 @@ from tpp_jax.errors import TPPError
 from tpp_jax.graph.arrays import is_explicit
 
 Target = Literal["decorrelate", "orthogonal"]
-"""What the Gram matrix is driven to.
+"""Target of the Gram matrix.
 
-``"decorrelate"``: 0 in every row and column of a pruned filter, its diagonal included,
-and whatever it is among the kept ones (TPP). ``"orthogonal"``: the identity among the
+``"decorrelate"``: 0 in the rows and columns of pruned filters, diagonal included, while
+the entries among kept filters are free (TPP). ``"orthogonal"``: the identity among the
 kept filters and 0 for the pruned ones (the ablation "kernel orthogonality for
 pruning").
 """
@@ -46,9 +46,16 @@ def gram_penalty(
     """Returns the penalty of one layer, L(W) above.
 
     Args:
-      kernel: float, filters on the last axis.
-      pruned: which filters are to be pruned.
-      target: see :data:`Target`.
+      kernel: Kernel of the layer, filters on the last axis.
+      pruned: Mask of the filters to prune.
+      target: Target of the Gram matrix; see :data:`Target`.
+
+    Returns:
+      A scalar of the kernel's type.
+
+    Raises:
+      TPPError: If the target is unknown, or the mask does not have an entry for each
+        filter.
 
     Example:
       >>> gram_penalty(jnp.eye(3), jnp.array([True, False, False]))
@@ -62,7 +69,24 @@ def gram_penalty_grad(
     pruned: Bool[Array, " n"],
     target: Target = "decorrelate",
 ) -> Float[Array, "*d n"]:
-    """Returns the gradient of :func:`gram_penalty` with respect to the kernel."""
+    """Returns the gradient of :func:`gram_penalty` with respect to the kernel.
+
+    Args:
+      kernel: Kernel of the layer, filters on the last axis.
+      pruned: Mask of the filters to prune.
+      target: Target of the Gram matrix; see :data:`Target`.
+
+    Returns:
+      An array of the kernel's shape and type.
+
+    Raises:
+      TPPError: If the target is unknown, or the mask does not fit the kernel.
+
+    Example:
+      >>> gram_penalty_grad(jnp.eye(2), jnp.array([True, False]))
+      Array([[1., 0.],
+             [0., 0.]], dtype=float32)
+    """
     return gram_penalty_and_grad(kernel, pruned, target)[1]
 
 
@@ -73,19 +97,18 @@ def gram_penalty_and_grad(
     filters: Sequence[int] = (-1,),
     batch: Sequence[int] = (),
 ) -> tuple[Float[Array, ""], Float[Array, "..."]]:
-    """Returns the penalty and its gradient, sharing the one Gram matrix.
+    """Returns the penalty and its gradient, which share one Gram matrix.
 
     Args:
-      kernel: float.
-      pruned: which filters are to be pruned, of the shape of the kernel along the axes
-        of its filters.
-      target: see :data:`Target`.
-      filters: axes of the kernel that index its filters together.
-      batch: axes along which kernels of their own are stacked; their penalties are
-        added up.
+      kernel: Kernel of the layer.
+      pruned: Mask of the filters to prune, of the kernel's shape along ``filters``.
+      target: Target of the Gram matrix; see :data:`Target`.
+      filters: Axes of the kernel that together index its filters.
+      batch: Axes along which separate kernels are stacked; their penalties are summed.
 
     Raises:
-      TPPError: an unknown target, or a mask that is not of the kernel's filters.
+      TPPError: If the target is unknown, or the mask does not have the shape of the
+        kernel's filters.
     """
     gram = _Gram(kernel, pruned, filters, batch)
     if target == "decorrelate":
@@ -106,14 +129,14 @@ def kept_penalty_and_grad(
 ) -> tuple[Float[Array, ""], Float[Array, "..."]]:
     """Returns the penalty ‖G − I‖²_F / N² among the kept filters, and its gradient.
 
-    With it TPP also asks of the kept filters to be orthonormal: an ablation, in which
-    the two parts of the Gram matrix have weights of their own.
+    In an ablation, TPP also drives the kept filters to be orthonormal, and the two
+    parts of the Gram matrix have separate weights.
 
     Args:
-      kernel: float.
-      pruned: as for :func:`gram_penalty_and_grad`.
-      filters: as for :func:`gram_penalty_and_grad`.
-      batch: as for :func:`gram_penalty_and_grad`.
+      kernel: Kernel of the layer.
+      pruned: Mask of the filters to prune, of the kernel's shape along ``filters``.
+      filters: Axes of the kernel that together index its filters.
+      batch: Axes along which separate kernels are stacked; their penalties are summed.
 
     Example:
       >>> kept_penalty_and_grad(2 * jnp.eye(3), jnp.array([True, False, False]))[0]
@@ -128,8 +151,8 @@ class _Gram:
     """The Gram matrices of a kernel.
 
     Attributes:
-      matrix: float ``[*batch, *filters, *filters]``.
-      any_pruned: bool ``[*filters, *filters]``: whether either filter is to be pruned.
+      matrix: Gram matrices, float ``[*batch, *filters, *filters]``.
+      any_pruned: Whether either filter is to be pruned, bool ``[*filters, *filters]``.
     """
 
     def __init__(
@@ -161,7 +184,7 @@ class _Gram:
         self.any_pruned = self._rows(pruned) | self._columns(pruned)
 
     def diagonal(self, values: Array) -> Array:
-        """Returns the matrix with given values ``[*filters]`` on its diagonal."""
+        """Returns the matrix with the given values ``[*filters]`` on its diagonal."""
         identity = jnp.eye(values.size, dtype=values.dtype)
         return identity.reshape(self.shape * 2) * self._rows(values)
 
@@ -191,7 +214,7 @@ class _Gram:
         return jnp.expand_dims(array, tuple(range(array.ndim)))
 
     def _sharding(self, axes: Sequence[int]) -> Any:
-        """Returns the sharding of a result that has these axes of the kernel first."""
+        """Returns the sharding of a result whose first axes are these of the kernel."""
         if not is_explicit(self.kernel):
             return None
         sharding = jax.typeof(self.kernel).sharding

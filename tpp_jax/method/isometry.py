@@ -1,10 +1,10 @@
-"""Kernels made anew so that signals keep their length: the rivals of TPP's penalties.
+"""Reinitialisation of kernels so that signals keep their norm: alternatives to TPP.
 
 Removing filters shrinks the singular values of a layer, and of a network's Jacobian.
-These recipes restore them after pruning, at the price of the weights that were learned.
-A kernel (HWIO of a convolution, IO of a dense layer) is read as the matrix W [N, D] of
-its N filters as rows, and its rows, or its columns if N > D, are made orthogonal with
-length g, the gain of the activation that follows.
+These recipes restore them after pruning, at the cost of the learned weights. A kernel
+(HWIO of a convolution, IO of a dense layer) is read as the matrix W [N, D] of its N
+filters as rows, and its rows, or its columns if N > D, are made orthogonal with norm g,
+the gain of the activation that follows.
 """
 
 import functools
@@ -33,8 +33,8 @@ from tpp_jax.pruning.planning import parse_patterns
 
 Activation = Literal["linear", "relu", "leaky_relu", "tanh", "sigmoid"]
 Layers = str | Sequence[str] | Plan
-"""Which kernels: ``fnmatch`` patterns of layer names, with commas between them or in a
-sequence; or a plan, for the layers that it prunes filters of."""
+"""Selection of kernels: ``fnmatch`` patterns of layer names, separated by commas or in
+a sequence; or a plan, for the layers whose filters it prunes."""
 
 GAINS: Mapping[Activation, float] = MappingProxyType(
     {
@@ -45,8 +45,8 @@ GAINS: Mapping[Activation, float] = MappingProxyType(
         "sigmoid": 1.0,
     }
 )
-"""By how much a kernel must lengthen what the activation behind it shortens (PyTorch's
-``calculate_gain``)."""
+"""Factors by which a kernel must scale signals up to compensate for the activation that
+follows (PyTorch's ``calculate_gain``)."""
 
 Kernel = Float[Array, "*d n"]
 Recipe = Callable[[Kernel, Activation, PRNGKeyArray | None], Kernel]
@@ -54,19 +54,19 @@ Recipe = Callable[[Kernel, Activation, PRNGKeyArray | None], Kernel]
 
 @functools.partial(jax.jit, static_argnames="activation")
 def orthogonalize(kernel: Kernel, activation: Activation = "relu") -> Kernel:
-    """Returns the kernel made orthogonal by its own QR decomposition: OrthP.
+    """Orthogonalises a kernel by its own QR decomposition: OrthP.
 
     With Wᵀ = Q R if N < D, else W = Q R:
 
         W ← g · (Q · sign(diag R))ᵀ   or   g · Q · sign(diag R).
 
-    The signs make the decomposition unique. Filters that are zero stay zero. (A dense
-    layer behind a flattened feature map with N > D has its inputs in another order in
-    PyTorch, and so gets another orthogonal matrix than there.)
+    The signs make the decomposition unique. Filters that are zero remain zero. (A dense
+    layer with N > D after a flattened feature map has its inputs in another order in
+    PyTorch, and therefore another orthogonal matrix.)
 
     Args:
-      kernel: float, filters on the last axis.
-      activation: that follows the layer, a name in :data:`GAINS`.
+      kernel: Kernel of the layer, filters on the last axis.
+      activation: Activation that follows the layer, a name in :data:`GAINS`.
 
     References:
       Wang et al., Dynamical Isometry: The Missing Ingredient for Neural Network
@@ -77,7 +77,7 @@ def orthogonalize(kernel: Kernel, activation: Activation = "relu") -> Kernel:
       Array([[0.6],
              [0.8]], dtype=float32)
     """
-    # If N > D, Q depends on the order of W's columns, which is that of PyTorch: all
+    # If N > D, Q depends on the order of W's columns. PyTorch's order is used: all
     # pixels of a channel, then the next channel.
     channels_first = jnp.moveaxis(_wide(kernel), -2, 0)
     columns = channels_first.reshape(-1, kernel.shape[-1])  # [D, N], W transposed
@@ -95,17 +95,17 @@ def delta_orthogonalize(
 ) -> Kernel:
     """Returns a kernel that is orthogonal at the middle of its window, 0 elsewhere.
 
-    A convolution with it keeps the length of a whole image, not only of one window. The
-    middle is a block [I, O] of the orthogonal matrix that the QR decomposition of a
-    random one gives.
+    A convolution with it preserves the norm of an entire image, not only of one window.
+    The middle is a block [I, O] of the orthogonal matrix from the QR decomposition of a
+    random matrix.
 
     Args:
-      kernel: float, HWIO or IO; only its shape and type matter.
-      gaussian: of normal numbers, with m = max(I, O).
-      activation: that follows the layer, a name in :data:`GAINS`.
+      kernel: Kernel of the layer, HWIO or IO; only its shape and type matter.
+      gaussian: Matrix of normal random numbers, with m = max(I, O).
+      activation: Activation that follows the layer, a name in :data:`GAINS`.
 
     Raises:
-      TPPError: the random matrix is of another size.
+      TPPError: If the random matrix has another size.
 
     References:
       Xiao et al., Dynamical Isometry and a Mean Field Theory of CNNs, ICML 2018.
@@ -131,16 +131,16 @@ def delta_orthogonalize(
 def approximate_isometry(
     kernel: Kernel, steps: int = 40, learning_rate: float = 1e-3
 ) -> Kernel:
-    """Returns the kernel after some steps down ``mean((W Wᵀ − I)²)``.
+    """Returns the kernel after some descent steps on ``mean((W Wᵀ − I)²)``.
 
-    What was learned stays in part. As in the original, Adam starts anew in each step;
-    so a step is the learning rate times the gradient's sign, nearly, and no weight
-    moves by more than ``steps * learning_rate``.
+    The learned weights are kept in part. As in the original, Adam's state is reset in
+    each step, so a step is almost the learning rate times the sign of the gradient, and
+    no weight changes by more than ``steps * learning_rate``.
 
     Args:
-      kernel: float, filters on the last axis.
-      steps: how many.
-      learning_rate: how far a weight moves in one.
+      kernel: Kernel of the layer, filters on the last axis.
+      steps: Number of steps.
+      learning_rate: Largest change of a weight in one step.
 
     References:
       Lee et al., A Signal Propagation Perspective for Pruning Neural Networks at
@@ -177,19 +177,18 @@ def _draw_delta(kernel: Kernel, activation: Activation, key: Any) -> Kernel:
 _variance = jax.nn.initializers.variance_scaling
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "orthp": lambda kernel, activation, key: orthogonalize(kernel, activation),
-        "approximate_isometry": lambda kernel, activation, key: approximate_isometry(
-            kernel
-        ),
+        "orthp": lambda kernel, activation, _: orthogonalize(kernel, activation),
+        "approximate_isometry": lambda kernel, *_: approximate_isometry(kernel),
         "orthogonal": _draw(jax.nn.initializers.orthogonal),
         "delta_orthogonal": _draw_delta,
         "kaiming": _draw(lambda gain: _variance(gain**2, "fan_in", "normal")),
         "xavier": _draw(lambda gain: _variance(gain**2, "fan_avg", "normal")),
     }
 )
-"""``orthp`` and ``approximate_isometry`` start from the kernel's weights. The others
-draw anew: ``orthogonal`` (Saxe et al. 2014), ``delta_orthogonal``, and normal numbers
-with the variance of He et al. 2015 (``kaiming``) or Glorot & Bengio 2010 (``xavier``).
+"""Reinitialisations by name. ``orthp`` and ``approximate_isometry`` start from the
+kernel's weights. The others draw new ones: ``orthogonal`` (Saxe et al. 2014),
+``delta_orthogonal``, and normal numbers with the variance of He et al. 2015
+(``kaiming``) or Glorot & Bengio 2010 (``xavier``).
 """
 _FROM_WEIGHTS = ("orthp", "approximate_isometry")
 
@@ -202,22 +201,23 @@ def reinitialize(
     activation: Activation = "relu",
     key: PRNGKeyArray | None = None,
 ) -> Any:
-    """Returns the model with its kernels made anew; biases and norms stay.
+    """Returns the model with reinitialised kernels; biases and norms are kept.
 
     Args:
-      model: an NNX module, which is left untouched, or a parameter pytree.
-      recipe: a name in :data:`RECIPES`, or a function ``(kernel, activation, key)``.
-      layers: whose kernels; all by default, the classifier's included, as in the
-        original.
-      activation: that follows the layers, a name in :data:`GAINS`.
-      key: for the recipes that draw; each kernel's draw depends on its name alone.
+      model: NNX module, which is not modified, or pytree of parameters.
+      recipe: Name in :data:`RECIPES`, or a function ``(kernel, activation, key)``.
+      layers: Layers whose kernels are reinitialised; by default all, including the
+        classifier, as in the original.
+      activation: Activation that follows the layers, a name in :data:`GAINS`.
+      key: PRNG key for the recipes that draw; the draw of a kernel depends only on the
+        key and the kernel's name.
 
     Returns:
       A module of the same class, or a pytree of the same structure.
 
     Raises:
-      TPPError: an unknown recipe or activation, a recipe that draws without a key, or a
-        pattern that matches no kernel.
+      TPPError: If the recipe or activation is unknown, a recipe that draws has no key,
+        or a pattern matches no kernel.
 
     Example:
       >>> params = {"dense": {"kernel": 5 * jnp.ones((1, 1)), "bias": jnp.ones(1)}}
@@ -234,7 +234,7 @@ def reinitialize(
     def fresh(name: str, leaf: Array) -> Array:
         if name not in names:
             return leaf
-        # The name's own number, so that other layers do not change this one's draw.
+        # A number from the name, so that the draw does not depend on other layers.
         own = (
             None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
         )
@@ -249,17 +249,17 @@ def kernels_of(
 ) -> frozenset[str]:
     """Returns the dotted names of some layers' kernels.
 
-    They are the kernels of convolutions and dense layers in an NNX module; in a pytree,
-    the floating-point leaves called ``kernel`` with two axes or more. Linen's
-    collection ``params`` is no part of a layer's name.
+    In an NNX module these are kernels of convolutions and dense layers; in a pytree,
+    floating-point leaves called ``kernel`` with two or more axes. The name of Linen's
+    collection ``params`` is not part of a layer's name.
 
     Args:
-      model: an NNX module or a parameter pytree.
-      layers: see :data:`Layers`.
-      skip: patterns of layers that are left out.
+      model: NNX module or pytree of parameters.
+      layers: Selection of layers; see :data:`Layers`.
+      skip: Patterns of layers to omit.
 
     Raises:
-      TPPError: a pattern, or a plan, matches no kernel.
+      TPPError: If a pattern or a plan matches no kernel.
 
     Example:
       >>> sorted(kernels_of({"a": {"kernel": jnp.eye(2)}, "b": {"kernel": jnp.eye(2)}}))
@@ -309,8 +309,8 @@ def _planned(kernels: Mapping[str, str], plan: Plan) -> frozenset[str]:
     names = frozenset(k for k in kernels if longest_known_suffix(k, known) in pruned)
     if not names:
         raise TPPError(
-            "the plan prunes no filter of this model's kernels: it is of another "
-            "model, or leaves all of its channels"
+            "the plan prunes no filter of this model's kernels: it is for another "
+            "model, or keeps all channels"
         )
     return names
 
@@ -333,7 +333,7 @@ def _gain(activation: Activation) -> float:
 
 
 def _wide(array: Array) -> Array:
-    """Returns the array in single precision at least: QR knows no half."""
+    """Returns the array in at least single precision, which QR needs."""
     array = jnp.asarray(array)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 

@@ -1,4 +1,4 @@
-"""Penalties that keep filters orthogonal while training: KernOrth and OrthConv.
+"""Penalties that keep filters orthogonal during training: KernOrth and OrthConv.
 
 A kernel (HWIO of a convolution, IO of a dense layer) has its N filters on the last
 axis; W is the matrix [N, D] of filters as rows.
@@ -6,10 +6,11 @@ axis; W is the matrix [N, D] of filters as rows.
     KernOrth   ‖W Wᵀ − I‖, or ‖Wᵀ W − I‖ if N > D      (Xie et al. 2017)
     OrthConv   ‖conv(K, K) − I‖, filters against filters (Wang et al. 2020)
 
-OrthConv also asks of a filter to be orthogonal to the others shifted, as a convolution
-shifts them. Both are rivals of TPP in its tables: added before pruning or after, with
-weight 0.1. What TPP asks of the filters to be pruned is in :mod:`tpp_jax.method.gram`,
-"kernel orthogonality for pruning" (its target ``"orthogonal"``) too.
+OrthConv also requires a filter to be orthogonal to shifted copies of the others, with
+the shifts of the convolution. TPP's tables compare it with both, added before or after
+pruning with weight 0.1. TPP's own penalty on the filters to prune is in
+:mod:`tpp_jax.method.gram`, and so is "kernel orthogonality for pruning" (its target
+``"orthogonal"``).
 """
 
 from collections.abc import Sequence
@@ -25,21 +26,22 @@ from tpp_jax.graph.naming import map_named
 from tpp_jax.method.isometry import Layers, kernels_of
 
 Norm = Literal["frobenius", "mean_square"]
-"""How a residual R becomes one number: ``"frobenius"``: ‖R‖_F, whose gradient has the
-same size far from the minimum and near it; ``"mean_square"``: the mean of R²."""
+"""Norm of a residual R. ``"frobenius"``: ‖R‖_F, whose gradient has the same size far
+from the minimum and near it; ``"mean_square"``: the mean of R²."""
 
 Side = Literal["smaller", "filters", "inputs"]
-"""Which Gram matrix: ``"filters"``: W Wᵀ [N, N]; ``"inputs"``: Wᵀ W [D, D];
-``"smaller"``: the smaller of both."""
+"""Gram matrix in the penalty. ``"filters"``: W Wᵀ [N, N]; ``"inputs"``: Wᵀ W [D, D];
+``"smaller"``: the smaller of the two."""
 
-Kind = Literal["kernorth", "orthconv"]
+Penalty = Literal["kernorth", "orthconv"]
+"""Penalty of :func:`add_orthogonality`."""
 
 
 class OrthogonalityState(NamedTuple):
     """State of :func:`add_orthogonality`.
 
     Attributes:
-      penalty: Σ over layers of the penalty at the last update, unweighted.
+      penalty: Sum over layers of the penalty at the last update, unweighted.
     """
 
     penalty: Float[Array, ""]
@@ -50,17 +52,18 @@ def kernel_orthogonality(
 ) -> Float[Array, ""]:
     """Returns how far a kernel's filters are from orthonormal: KernOrth.
 
-    The side changes the value and not the minimum's direction, as
-    ‖W Wᵀ − I‖² = ‖Wᵀ W − I‖² + N − D; but of the larger side it is never 0.
+    The side changes the value but not the minimum, since
+    ‖W Wᵀ − I‖² = ‖Wᵀ W − I‖² + N − D; with the larger side the value is never 0.
 
     Args:
-      kernel: float, filters on the last axis.
-      norm: see :data:`Norm`.
-      side: see :data:`Side`. The original's mean of squares takes ``"inputs"`` for a
-        kernel with fewer filters than input channels, else ``"filters"``.
+      kernel: Kernel of the layer, filters on the last axis.
+      norm: Norm of the residual; see :data:`Norm`.
+      side: Gram matrix to use; see :data:`Side`. The original's mean of squares uses
+        ``"inputs"`` for a kernel with fewer filters than input channels, else
+        ``"filters"``.
 
     Raises:
-      TPPError: an unknown norm or side.
+      TPPError: If the norm or the side is unknown.
 
     References:
       Xie et al., All You Need is Beyond a Good Init, CVPR 2017, section 3.
@@ -88,21 +91,21 @@ def convolution_orthogonality(
 ) -> Float[Array, ""]:
     """Returns how far a convolution is from orthogonal: OrthConv.
 
-    The filters are convolved with one another, [N, N, *shifts]; at no shift the result
-    is to be the identity, and at all others 0.
+    The filters are convolved with one another, [N, N, *shifts]. Without a shift the
+    result should be the identity, for all other shifts 0.
 
     Args:
-      kernel: float, HWIO, of any number of spatial axes.
-      stride: the layer's own.
-      padding: on every side; by default ⌊(k − 1) / stride⌋ · stride for a window of k,
-        all the shifts at which two filters overlap. The released original has 1, and a
-        stride of 2, for every layer; with a window of 3 the shifts are then −1 and 1,
-        and the identity is asked for at 1.
-      norm: see :data:`Norm`.
+      kernel: Kernel of the convolution, HWIO, with any number of spatial axes.
+      stride: Stride of the layer.
+      padding: Padding on every side; by default ⌊(k − 1) / stride⌋ · stride for a
+        window of k, which gives all shifts at which two filters overlap. The released
+        original uses 1, and a stride of 2, for every layer; with a window of 3 the
+        shifts are then −1 and 1, and the identity is the target at 1.
+      norm: Norm of the residual; see :data:`Norm`.
 
     Raises:
-      TPPError: an unknown norm, a kernel without a window, or a stride or padding out
-        of range.
+      TPPError: If the norm is unknown, the kernel has no window, or the stride or
+        padding is out of range.
 
     References:
       Wang et al., Orthogonal Convolutional Neural Networks, CVPR 2020, equation 6.
@@ -119,8 +122,8 @@ def convolution_orthogonality(
         )
     if stride < 1 or (padding is not None and padding < 0):
         raise TPPError(
-            f"stride {stride} and padding {padding}: the one must be at least 1, the "
-            "other 0"
+            f"stride {stride} and padding {padding}: the stride must be at least 1, "
+            "the padding at least 0"
         )
     pads = [(w - 1) // stride * stride if padding is None else padding for w in window]
     axes = "".join(chr(ord("0") + i) for i in range(len(window)))
@@ -140,7 +143,7 @@ def convolution_orthogonality(
 
 def add_orthogonality(
     weight: float = 0.1,
-    kind: Kind = "kernorth",
+    kind: Penalty = "kernorth",
     *,
     layers: Layers = "*",
     skip: Sequence[str] | str = (),
@@ -151,29 +154,30 @@ def add_orthogonality(
 ) -> optax.GradientTransformation:
     """Adds ``weight`` times the gradient of an orthogonality penalty to the kernels'.
 
-    To stand before weight decay and the optimizer. The parameters' leaves called
-    ``kernel`` are meant; leave out layers whose kernel is no matrix of filters that all
-    see the same channels, such as depthwise and grouped convolutions.
+    Chain it before weight decay and the optimizer. It applies to the parameters called
+    ``kernel``. Skip layers whose kernel is not a matrix of filters with the same input
+    channels, such as depthwise and grouped convolutions.
 
     Args:
-      weight: of the sum over layers; 0.1 in the paper.
-      kind: ``"kernorth"`` or ``"orthconv"``; the latter takes KernOrth for dense layers
-        and windows of one pixel, which have no shifts.
-      layers: whose kernels.
-      skip: patterns of layers that are left out. For OrthConv the original leaves out
-        the first convolution.
-      norm: see :data:`Norm`.
-      side: for KernOrth, see :data:`Side`.
-      stride: for OrthConv. Where layers differ, chain one transform for each stride.
-      padding: for OrthConv, see :func:`convolution_orthogonality`; the released
-        original's is ``stride=2, padding=1``.
+      weight: Weight of the sum over layers; 0.1 in the paper.
+      kind: Penalty, ``"kernorth"`` or ``"orthconv"``; the latter is KernOrth for dense
+        layers and windows of one pixel, which have no shifts.
+      layers: Layers whose kernels are penalised.
+      skip: Patterns of layers to omit. For OrthConv the original omits the first
+        convolution.
+      norm: Norm of the residual; see :data:`Norm`.
+      side: Gram matrix for KernOrth; see :data:`Side`.
+      stride: Stride for OrthConv. If the strides of layers differ, chain one transform
+        for each.
+      padding: Padding for OrthConv; see :func:`convolution_orthogonality`. The released
+        original uses ``stride=2, padding=1``.
 
     Returns:
       A transform of gradients that needs ``params``.
 
     Raises:
-      TPPError: an unknown kind or norm; when it meets the parameters, a pattern that
-        matches no kernel.
+      TPPError: If the kind or the norm is unknown; from ``init`` or ``update``, if a
+        pattern matches no kernel.
 
     References:
       Wang & Fu, Trainability Preserving Neural Pruning, ICLR 2023, section 4.
@@ -194,13 +198,13 @@ def add_orthogonality(
             return convolution_orthogonality(kernel, stride, padding, norm)
         return kernel_orthogonality(kernel, norm, side)
 
-    def init(params: Any) -> OrthogonalityState:
-        kernels_of(params, layers, skip)  # to tell of a wrong pattern at once
+    def init(params: optax.Params) -> OrthogonalityState:
+        kernels_of(params, layers, skip)  # to report a wrong pattern immediately
         return OrthogonalityState(jnp.zeros((), jnp.result_type(float)))
 
     def update(
-        updates: Any, state: OrthogonalityState, params: Any = None
-    ) -> tuple[Any, OrthogonalityState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, OrthogonalityState]:
         if params is None:
             raise TPPError(
                 "the transform needs the parameters: "
@@ -232,7 +236,7 @@ def _size(residual: Float[Array, "..."], norm: Norm) -> Float[Array, ""]:
     _check_norm(norm)
     if norm == "mean_square":
         return jnp.mean(jnp.square(residual))
-    # The root has no derivative at 0; there 0 is the one to take, and not NaN.
+    # The root has no derivative at 0, where this gives 0 instead of NaN.
     total = jnp.sum(jnp.square(residual))
     positive = total > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1)), 0)

@@ -1,7 +1,8 @@
-"""Rivals of TPP that shrink all filters before any is chosen, as optax transforms.
+"""Alternatives to TPP that shrink all filters before any is chosen, as transforms.
 
-TPP and GReg-1 choose the channels to prune first and shrink those. Here every filter of
-the groups to be pruned is shrunk, and the training shows which can be spared.
+TPP and GReg-1 first choose the channels to prune and then shrink those. The transforms
+here shrink every filter of the groups to be pruned, and training shows which are
+dispensable.
 """
 
 from typing import Any, NamedTuple
@@ -26,8 +27,8 @@ class GrowingState(NamedTuple):
     """State of :func:`add_growing_l2`.
 
     Attributes:
-      step: int32, updates done.
-      strength: λ of the last update.
+      step: Number of updates, int32.
+      strength: Strength λ at the last update.
     """
 
     step: Int[Array, ""]
@@ -38,7 +39,7 @@ class GroupLassoState(NamedTuple):
     """State of :func:`add_group_lasso`.
 
     Attributes:
-      penalty: Σ ‖w_f‖ over all filters at the last update, unweighted.
+      penalty: Sum of ‖w_f‖ over all filters at the last update, unweighted.
     """
 
     penalty: Float[Array, ""]
@@ -50,30 +51,30 @@ def add_growing_l2(
     """Adds ``λ · W`` to the gradient of every filter of the groups that a plan prunes.
 
     The first part of GReg-2: λ is the same for all filters and grows slowly, so that
-    those which the loss holds on to least shrink most.
+    the filters that matter least to the loss shrink most.
 
     Args:
-      plan: whose pruned groups are meant, whatever it keeps of their channels.
-      schedule: λ by step, counted from 0.
+      plan: Plan whose pruned groups are shrunk. All their channels are, even those that
+        the plan keeps.
+      schedule: Strength λ by step, counted from 0.
 
     Returns:
-      A transform of gradients that needs ``params``; to stand before weight decay. It
+      A transform of gradients that needs ``params``; chain it before weight decay. It
       finds its parameters as :func:`tpp_jax.add_tpp_penalties` does.
 
     References:
       Wang et al., Neural Pruning via Growing Regularization, ICLR 2021, algorithm 2.
     """
-
     kernels = _kernels(plan)
 
-    def init(params: Any) -> GrowingState:
+    def init(params: optax.Params) -> GrowingState:
         find_filters(plan, kernels, params)
         zero = jnp.zeros((), jnp.result_type(float))
         return GrowingState(jnp.zeros((), jnp.int32), zero)
 
     def update(
-        updates: Any, state: GrowingState, params: Any = None
-    ) -> tuple[Any, GrowingState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, GrowingState]:
         if params is None:
             raise TPPError(_NO_PARAMS)
         found = find_filters(plan, kernels, params)
@@ -96,30 +97,30 @@ def add_group_lasso(plan: Plan, weight: float = 1e-3) -> optax.GradientTransform
     """Adds ``weight · w_f / ‖w_f‖`` to the gradient of every filter (SSL).
 
     That is the gradient of the group lasso ``weight · Σ ‖w_f‖``, whose groups of
-    weights are the filters w_f. It pulls a small filter as hard as a large one, and so
-    makes filters vanish as wholes. At 0 its derivative is taken as 0.
+    weights are the filters w_f. The gradient has the same norm for small and for large
+    filters, so entire filters vanish. At 0 the derivative is taken to be 0.
 
     Args:
-      plan: whose pruned groups are meant, whatever it keeps of their channels.
-      weight: of the penalty.
+      plan: Plan whose pruned groups are shrunk. All their channels are, even those that
+        the plan keeps.
+      weight: Weight of the penalty.
 
     Returns:
-      A transform of gradients that needs ``params``; to stand before weight decay. It
+      A transform of gradients that needs ``params``; chain it before weight decay. It
       finds its parameters as :func:`tpp_jax.add_tpp_penalties` does.
 
     References:
       Wen et al., Learning Structured Sparsity in Deep Neural Networks, NeurIPS 2016.
     """
-
     kernels = _kernels(plan)
 
-    def init(params: Any) -> GroupLassoState:
+    def init(params: optax.Params) -> GroupLassoState:
         find_filters(plan, kernels, params)
         return GroupLassoState(jnp.zeros((), jnp.result_type(float)))
 
     def update(
-        updates: Any, state: GroupLassoState, params: Any = None
-    ) -> tuple[Any, GroupLassoState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, GroupLassoState]:
         if params is None:
             raise TPPError(_NO_PARAMS)
         found = find_filters(plan, kernels, params)
@@ -145,13 +146,16 @@ def add_group_lasso(plan: Plan, weight: float = 1e-3) -> optax.GradientTransform
 def _norms(
     member: Member, parameter: Array
 ) -> tuple[Float[Array, " size"], Float[Array, " n"]]:
-    """Returns ‖w_f‖ of each channel's filter, and at each position along the axis that
-    of the filter which it is part of, 0 where it is of none."""
+    """Returns the norm ‖w_f‖ of each channel's filter, by channel and by position.
+
+    The second array has, for each position along the axis, the norm of the filter that
+    contains it, or 0 if no filter does.
+    """
     others = [axis for axis in range(parameter.ndim) if axis != member.axis]
     squares = jnp.sum(jnp.square(parameter), axis=others)
     channels = _channels(member, parameter)
     size = len(member.positions)
-    # What belongs to no channel is summed behind the last.
+    # Positions that belong to no channel are summed after the last channel.
     totals = jax.ops.segment_sum(
         squares, np.where(channels < 0, size, channels), size + 1
     )
@@ -160,7 +164,7 @@ def _norms(
 
 
 def _kernels(plan: Plan) -> dict[str, Filters]:
-    """Returns the kernels that make the channels of the pruned groups."""
+    """Returns the kernels that produce the channels of the pruned groups."""
     return {
         name: one
         for name, one in pruned_filters(plan).items()
@@ -169,7 +173,7 @@ def _kernels(plan: Plan) -> dict[str, Filters]:
 
 
 def _filters(plan: Plan, kernel: Filters | None) -> list[Member]:
-    """Lists the axes of a kernel along which the pruned groups' filters stand."""
+    """Returns the axes of a kernel that index filters of the pruned groups."""
     if kernel is None:
         return []
     return [
@@ -180,13 +184,13 @@ def _filters(plan: Plan, kernel: Filters | None) -> list[Member]:
 
 
 def _channels(member: Member, parameter: Array) -> Int[np.ndarray, " n"]:
-    """Returns the channel at each position along a member's axis, -1 where none is."""
+    """Returns the channel at each position along a member's axis, -1 for none."""
     channels = np.full(parameter.shape[member.axis], -1)
     channels[member.positions] = np.arange(len(member.positions))[:, None]
     return channels
 
 
 def _along(factor: Array, member: Member, parameter: Array) -> Array:
-    """Shapes a vector so that it runs along a member's axis."""
+    """Reshapes a vector so that it broadcasts along a member's axis."""
     axes = range(parameter.ndim)
     return jnp.reshape(factor, [-1 if i == member.axis else 1 for i in axes])

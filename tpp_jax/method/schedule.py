@@ -1,4 +1,4 @@
-"""How the penalties' strength λ grows, and where the phases begin and end."""
+"""Growth of the penalties' strength λ, and the length of the phases."""
 
 import dataclasses
 import functools
@@ -11,22 +11,24 @@ from jaxtyping import Array, Float, Int
 
 from tpp_jax.errors import TPPError
 
-_MOST_INTERVALS = 1_000_000  # each is an entry of a table
+_MOST_INTERVALS = 1_000_000  # each takes an entry of a table
 
 
 @dataclasses.dataclass(frozen=True)
 class GrowingSchedule:
     """The strength λ as a function of the step, and the length of the phases.
 
-    Made by :func:`growing_schedule`. Steps count from 0; λ changes only on multiples of
-    ``every`` and is 0 throughout the first interval.
+    Created by :func:`growing_schedule`. Steps count from 0; λ changes only on multiples
+    of ``every`` and is 0 throughout the first interval.
 
     Attributes:
-      strengths: λ in each interval, from 0 to the first that reaches the ceiling.
-      every: steps in an interval (τ).
-      stabilize: steps that the run goes on for at full strength.
-      zero_out_every: while stabilizing, the layer of index i (in order of execution) is
-        set to zero from the ``(i + 1) * zero_out_every``-th step on.
+      strengths: Strength λ in each interval, from 0 to the first that reaches the
+        ceiling.
+      every: Number of steps in an interval (τ).
+      stabilize: Number of steps at full strength.
+      zero_out_every: Number of steps between the zero-outs of two layers. In the
+        stabilize phase the layer of index i (in order of execution) is set to zero from
+        the ``(i + 1) * zero_out_every``-th step on.
     """
 
     strengths: tuple[float, ...]
@@ -36,12 +38,12 @@ class GrowingSchedule:
 
     @property
     def regularize_steps(self) -> int:
-        """Steps before λ is at its ceiling, where the stabilize phase starts."""
+        """Number of steps before λ reaches its ceiling, where stabilizing starts."""
         return (len(self.strengths) - 1) * self.every
 
     @property
     def total_steps(self) -> int:
-        """Steps of both phases, step ``regularize_steps + stabilize`` included."""
+        """Number of steps of both phases, ``regularize_steps + stabilize + 1``."""
         return self.regularize_steps + self.stabilize + 1
 
     @functools.cached_property
@@ -49,12 +51,20 @@ class GrowingSchedule:
         return np.asarray(self.strengths)
 
     def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
-        """Returns λ at a step; traceable."""
+        """Returns λ at a step.
+
+        Args:
+          step: Number of the step; may be traced.
+        """
         interval = jnp.minimum(step // self.every, len(self.strengths) - 1)
         return jnp.asarray(self._table)[interval]
 
     def zero_out_step(self, layer_index: int) -> int:
-        """Returns the first step at which a layer's pruned filters are set to zero."""
+        """Returns the first step at which a layer's pruned filters are set to zero.
+
+        Args:
+          layer_index: Index of the layer in order of execution.
+        """
         return self.regularize_steps + (layer_index + 1) * self.zero_out_every
 
 
@@ -67,25 +77,27 @@ def growing_schedule(
     zero_out_every: int = 100,
     regularize_steps: int | None = None,
 ) -> GrowingSchedule:
-    """Makes the schedule of the strength λ (GReg; TPP section 3.2, method step 1).
+    """Creates the schedule of the strength λ (GReg; TPP section 3.2, method step 1).
 
     Args:
-      kind: ``"linear"``: λ = Δ·k in the k-th interval, until it reaches the ceiling;
-        ``"poly2"``, ``"poly3"``…: λ = λ_max·(k·τ/T)^p over T = ``regularize_steps``.
-      granularity: Δ, what λ grows by in an interval; unused by poly.
-      every: τ, steps in an interval.
-      ceiling: λ_max. The strength is not clipped: with Δ = 0.07 it ends at 1.05.
-      stabilize: steps at full strength afterwards.
-      zero_out_every: steps between the zero-out of one layer and the next.
-      regularize_steps: T, for poly only.
+      kind: Form of the growth. ``"linear"``: λ = Δ·k in the k-th interval, until it
+        reaches the ceiling; ``"poly2"``, ``"poly3"``…: λ = λ_max·(k·τ/T)^p over
+        T = ``regularize_steps``.
+      granularity: Increment Δ of λ per interval; unused by poly.
+      every: Number τ of steps in an interval.
+      ceiling: Final strength λ_max. It is not a bound: with Δ = 0.07 the strength ends
+        at 1.05.
+      stabilize: Number of steps at full strength afterwards.
+      zero_out_every: Number of steps between the zero-outs of two layers.
+      regularize_steps: Number T of steps of growth, for poly only.
 
     Returns:
       The schedule. The defaults are the original's for CIFAR: 100,000 steps of growth
-      and 10,000 of stabilizing.
+      and 10,000 steps of stabilizing.
 
     Raises:
-      TPPError: an unknown kind, a number out of range, poly without its T or with
-        one that is no multiple of ``every``, linear with a T.
+      TPPError: If the kind is unknown, a number is out of range, poly lacks T or has
+        one that is not a multiple of ``every``, or linear has a T.
 
     Example:
       >>> schedule = growing_schedule(granularity=0.5, every=2, stabilize=3)
@@ -110,7 +122,7 @@ def growing_schedule(
         if regularize_steps is not None:
             raise TPPError(
                 "a linear schedule's length follows from granularity, every and "
-                "ceiling: leave regularize_steps out, or use a poly schedule"
+                "ceiling: omit regularize_steps, or use a poly schedule"
             )
         _check_length(ceiling / granularity)
         strengths = _until_ceiling(granularity, ceiling)
@@ -136,13 +148,13 @@ def growing_schedule(
 def _check_length(intervals: float) -> None:
     if intervals > _MOST_INTERVALS:
         raise TPPError(
-            f"the schedule would raise the strength {intervals:.3g} times, at most "
-            f"{_MOST_INTERVALS:,} times will do: raise granularity or every"
+            f"the schedule would raise the strength {intervals:.3g} times, but at most "
+            f"{_MOST_INTERVALS:,} times are supported: increase granularity or every"
         )
 
 
 def _until_ceiling(granularity: float, ceiling: float) -> list[float]:
-    # The original compares in float32, where 3 * 0.3 does reach 0.9.
+    # The original compares in float32, where 3 * 0.3 reaches 0.9.
     strengths = [0.0]
     while np.float32(strengths[-1]) < np.float32(ceiling):
         strengths.append(granularity * len(strengths))

@@ -1,9 +1,11 @@
-"""Where a run of TPP stands, read off the optimizer's state and the parameters."""
+"""The progress of a run of TPP, from the optimizer's state and the parameters."""
 
 import dataclasses
 from typing import Any
 
 import jax
+import optax
+from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.naming import named_leaves
@@ -13,21 +15,21 @@ from tpp_jax.pruning.readiness import UNDONE, at, find_states, measure
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """Where a run of TPP stands.
+    """The progress of a run of TPP.
 
     Attributes:
-      step: updates done.
-      strength: λ of the last update; None without ``add_tpp_penalties``.
-      gram: Gram energy: Σ over pruned layers of the Gram penalty at the last update,
-        unweighted; None without ``add_tpp_penalties``.
-      pruned_norm: Euclidean norm of the pruned filters, their biases and their norms'
-        scales and biases.
-      zeroed: number of layers whose pruned filters are exactly zero.
-      layers: number of layers that lose filters.
-      ready: whether the cut changes nothing: all that it removes is exactly zero where
-        it is produced, and no norm or softmax runs over channels that are removed. (An
-        activation that is not zero at zero, a sigmoid for instance, must not follow.)
-      reason: why it is not ready, None if it is.
+      step: Number of updates.
+      strength: Strength λ at the last update; None without ``add_tpp_penalties``.
+      gram: Gram energy: the sum over pruned layers of the Gram penalty at the last
+        update, unweighted; None without ``add_tpp_penalties``.
+      pruned_norm: Euclidean norm of the pruned filters, their biases and the scales and
+        biases of the norms after them.
+      zeroed: Number of layers whose pruned filters are exactly zero.
+      layers: Number of layers of which filters are pruned.
+      ready: Whether the cut changes nothing: everything that it removes is exactly zero
+        where it is produced, and no norm or softmax runs over removed channels. (No
+        activation that is nonzero at zero, such as a sigmoid, may follow.)
+      reason: Reason why the run is not ready; None if it is.
     """
 
     step: int
@@ -40,22 +42,22 @@ class Status:
     reason: str | None
 
 
-def status(opt_state: Any, plan: Plan, params: Any) -> Status:
-    """Returns where a run of TPP stands.
+def status(opt_state: Any, plan: Plan, params: optax.Params) -> Status:
+    """Returns the progress of a run of TPP.
 
     Args:
-      opt_state: state of an optimizer with :func:`tpp_jax.add_tpp_penalties` or
-        :func:`tpp_jax.zero_pruned` in it, at any depth: optax's chains and wrappers,
+      opt_state: State of an optimizer that contains :func:`tpp_jax.add_tpp_penalties`
+        or :func:`tpp_jax.zero_pruned` at any depth: optax's chains and wrappers,
         ``nnx.Optimizer``, a training state.
-      plan: what is pruned; concrete.
-      params: the parameters now, whole or cut, as the optimizer sees them.
+      plan: Plan of the run; its arrays are concrete.
+      params: Current parameters, before or after the cut, as the optimizer sees them.
 
     Returns:
       Numbers on the host; after the cut the norm is 0 and the run is ready.
 
     Raises:
-      TPPError: there is no such state, or more than one; the transforms stand in a
-        wrong order in their chain; a planned parameter is missing; something is traced.
+      TPPError: If there is no such state or more than one, the transforms are chained
+        in a wrong order, a parameter of the plan is missing, or a value is traced.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -91,7 +93,7 @@ def status(opt_state: Any, plan: Plan, params: Any) -> Status:
         for field in ("strength", "gram"):
             numbers[field] = named[at(states.penalties, field)]
     leaves = (numbers, jax.tree.leaves(params), jax.tree.leaves(plan))
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaves)):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(leaves)):
         raise TPPError("status returns numbers on the host: call it outside of jit")
     if states.zeroing is not None and named[at(states.zeroing, "undone")]:
         raise TPPError(UNDONE)
@@ -106,7 +108,7 @@ def status(opt_state: Any, plan: Plan, params: Any) -> Status:
     elif reduced and not progress.cut:
         reason = (
             f"a norm, softmax or other reduction runs over channels of {reduced[0]}: "
-            "zeros in their place are not the same as their absence"
+            "with zeros in their place it gives another result than without them"
         )
     return Status(
         step=int(numbers["step"]),

@@ -1,4 +1,4 @@
-"""The method as optax gradient transforms: wrap your optimizer, keep your loss.
+"""The method as optax gradient transforms: the optimizer is wrapped, the loss is kept.
 
     tx = optax.chain(
         add_tpp_penalties(plan, schedule),
@@ -7,8 +7,8 @@
         zero_pruned(plan, schedule),
     )
 
-All state lives in the optimizer's state: checkpoints and parallelism come free. After
-the cut both transforms change nothing, so that the same ``tx`` trains on with
+All state is in the optimizer's state, so checkpoints and parallelism need no extra
+code. After the cut both transforms change nothing, so the same ``tx`` continues with
 ``slice_tree(plan, opt_state)`` and the pruned parameters.
 """
 
@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.arrays import is_explicit
+from tpp_jax.graph.groups import Member
 from tpp_jax.graph.naming import map_named
 from tpp_jax.method.gram import (
     Target,
@@ -28,7 +30,12 @@ from tpp_jax.method.gram import (
     kept_penalty_and_grad,
 )
 from tpp_jax.method.schedule import GrowingSchedule
-from tpp_jax.pruning.filters import belongs_to_layer, find_filters, pruned_filters
+from tpp_jax.pruning.filters import (
+    Filters,
+    belongs_to_layer,
+    find_filters,
+    pruned_filters,
+)
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.readiness import UNDONE
 
@@ -39,9 +46,9 @@ class TPPState(NamedTuple):
     """State of :func:`add_tpp_penalties`.
 
     Attributes:
-      step: int32, updates done.
-      strength: λ of the last update.
-      gram: Σ over pruned layers of the Gram penalty at the last update, unweighted.
+      step: Number of updates, int32.
+      strength: Strength λ at the last update.
+      gram: Sum over pruned layers of the Gram penalty at the last update, unweighted.
     """
 
     step: Int[Array, ""]
@@ -53,11 +60,11 @@ class ZeroPrunedState(NamedTuple):
     """State of :func:`zero_pruned`.
 
     Attributes:
-      step: int32, updates done.
-      cleared: int32, the step of the last update, which set to zero what was due at
-        that step; -1 before any.
-      undone: bool, whether the last update found something nonzero that the one before
-        had set to zero: then the transform does not stand last in its chain.
+      step: Number of updates, int32.
+      cleared: Step of the last update, int32; -1 before the first. That update set to
+        zero all filters that were due at its step.
+      undone: Whether the last update found nonzero values that the one before had set
+        to zero, bool. Then the transform is not the last in its chain.
     """
 
     step: Int[Array, ""]
@@ -76,46 +83,60 @@ def add_tpp_penalties(
 ) -> optax.GradientTransformation:
     """Adds the gradients of the TPP penalties (method steps 2–4).
 
-    For every layer with filters P to prune, with λ the strength at this step: to the
-    kernel ``gram_weight · λ · ∂L_gram/∂W`` and, on P, ``λ · W``; to the layer's bias on
-    P, ``λ · b``; to the scale and bias of the norm after it on P, ``λ · γ`` and
-    ``λ · β``.
+    For every layer with filters P to prune, and the strength λ of the step, it adds
+    ``gram_weight · λ · ∂L_gram/∂W`` and, on P, ``λ · W`` to the gradient of the kernel;
+    on P, ``λ · b`` to that of the bias, and ``λ · γ`` and ``λ · β`` to those of the
+    scale and bias of the norm that follows.
 
     Args:
-      plan: which filters are pruned.
-      schedule: λ by step, counted from 0.
-      gram_weight: weight of the Gram penalty; 0 leaves it out (ablation, GReg-1).
-      bn: whether norms' scales and biases are shrunk.
-      l2: whether pruned filters and their biases are.
-      target: of the Gram matrix, see :data:`tpp_jax.method.gram.Target`.
-      kept_weight: weight of ‖W Wᵀ − I‖² / N² among the kept filters, which does not
+      plan: Plan that says which filters are pruned.
+      schedule: Strength λ by step, counted from 0.
+      gram_weight: Weight of the Gram penalty; 0 for none (ablation, GReg-1).
+      bn: Whether the scales and biases of norms are shrunk.
+      l2: Whether pruned filters and their biases are shrunk.
+      target: Target of the Gram matrix; see :data:`tpp_jax.method.gram.Target`.
+      kept_weight: Weight of ‖W Wᵀ − I‖² / N² among the kept filters, which does not
         grow with λ (ablation; 0.1 in the original).
 
     Returns:
-      A transform of gradients that needs ``params``; to stand before weight decay and
+      A transform of gradients that needs ``params``. Chain it before weight decay and
       the optimizer, as in the module's example (or after ``optax.scale_by_adam`` and
-      before the learning rate, so that Adam does not rescale the penalties). Parameters
-      are found by name as by :func:`tpp_jax.slice_tree`. What the plan has cut already
-      is not penalised.
+      before the learning rate, so that Adam does not rescale the penalties). It finds
+      parameters by name, as :func:`tpp_jax.slice_tree` does. Filters that are already
+      cut are not penalised.
 
     Raises:
-      TPPError: from ``init`` or ``update``: a parameter that the plan prunes is missing
-        from the tree of parameters, is there twice, or has another shape.
+      TPPError: From ``init`` or ``update``, if a parameter that the plan prunes is
+        missing from the tree of parameters, occurs twice, or has another shape.
 
     References:
       Wang & Fu, Trainability Preserving Neural Pruning, ICLR 2023, section 3.2.
-    """
 
+    Example:
+      >>> import tpp_jax as tpp
+      >>> def net(p, x):
+      ...     return x @ p["w1"] @ p["w2"]
+      >>> p = {"w1": jnp.eye(2), "w2": jnp.ones((2, 1))}
+      >>> groups = tpp.channel_groups(net, jnp.ones((1, 2)), params=p)
+      >>> plan = tpp.make_plan(groups, p, 0.5)
+      >>> schedule = tpp.growing_schedule(granularity=0.5, every=1, stabilize=100)
+      >>> tx = optax.chain(add_tpp_penalties(plan, schedule), optax.sgd(1.0))
+      >>> state = tx.init(p)
+      >>> for step in range(2):  # λ is 0, then 0.5
+      ...     updates, state = tx.update(jax.tree.map(jnp.zeros_like, p), state, p)
+      >>> int(state[0].step), float(state[0].strength), float(state[0].gram)
+      (2, 0.5, 0.25)
+    """
     filters = pruned_filters(plan)
 
-    def init(params: Any) -> TPPState:
+    def init(params: optax.Params) -> TPPState:
         find_filters(plan, filters, params)
         zero = jnp.zeros((), jnp.result_type(float))
         return TPPState(jnp.zeros((), jnp.int32), zero, zero)
 
     def update(
-        updates: Any, state: TPPState, params: Any = None
-    ) -> tuple[Any, TPPState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, TPPState]:
         if params is None:
             raise TPPError(_NO_PARAMS)
         found = find_filters(plan, filters, params)
@@ -127,18 +148,18 @@ def add_tpp_penalties(
                 return gradient
             here = found[name]
             factor, kernel = strength.astype(gradient.dtype), here.kernel
-            if kernel is not None and (gram_weight or kept_weight):
-                axes = {"filters": kernel.filters, "batch": kernel.batch}
-                shape = [parameter.shape[axis] for axis in axes["filters"]]
-                mask = here.mask(parameter.ndim, axes["filters"])
-                mask = jnp.broadcast_to(jnp.asarray(mask), shape)
             if kernel is not None and gram_weight:
-                late = _once_known(gradient, mask)
-                penalty, grad = gram_penalty_and_grad(parameter, late, target, **axes)
+                mask = _delayed(_pruned_mask(here, kernel, parameter), gradient)
+                penalty, grad = gram_penalty_and_grad(
+                    parameter, mask, target, kernel.filters, kernel.batch
+                )
                 penalties.append(penalty.astype(strength.dtype))
                 gradient = gradient + gram_weight * factor * grad
             if kernel is not None and kept_weight:
-                _, grad = kept_penalty_and_grad(parameter, mask, **axes)
+                mask = _pruned_mask(here, kernel, parameter)
+                _, grad = kept_penalty_and_grad(
+                    parameter, mask, kernel.filters, kernel.batch
+                )
                 gradient = gradient + kept_weight * grad
             if l2 if belongs_to_layer(plan, here) else bn:
                 coefficient = factor * here.mask(parameter.ndim)
@@ -156,34 +177,50 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
     """Sets pruned filters to exact zero, layer by layer (method, stabilize phase).
 
     From step ``schedule.zero_out_step(index)`` on, with the layer's index in order of
-    execution, every update leaves the layer's pruned filters, their biases and the next
-    norm's scale and bias at zero. The optimizer's momentum is left alone. (The original
-    leaves the biases of layers without a norm nonzero; then its sliced network is not
-    what the unsliced one was. Here they are zeroed too.)
+    execution, every update sets the layer's pruned filters, their biases and the scale
+    and bias of the next norm to zero. The optimizer's momentum is not changed. (The
+    original does not set the biases of layers without a norm to zero, so its sliced
+    network differs from the unsliced one. Here they are set to zero too.)
 
     Args:
-      plan: which filters are pruned.
-      schedule: tells when each layer's turn is.
+      plan: Plan that says which filters are pruned.
+      schedule: Schedule that says when each layer is set to zero.
 
     Returns:
-      A transform to stand last in the chain; it needs ``params``. Parameters are found
-      as by :func:`add_tpp_penalties`. What the plan has cut already is left alone.
+      A transform that must be the last in the chain; it needs ``params``. It finds
+      parameters as :func:`add_tpp_penalties` does. Filters that are already cut are not
+      changed.
 
     Raises:
-      TPPError: the stabilize phase ends before the last layer's turn; from ``init`` or
-        ``update``, as :func:`add_tpp_penalties`; from an ``update`` that is not traced,
-        what the last one set to zero is so no more. (Under ``jit`` the state remembers
-        that, and :func:`tpp_jax.status` raises.)
+      TPPError: If the stabilize phase ends before the last layer is set to zero; from
+        ``init`` or ``update``, as for :func:`add_tpp_penalties`; from an ``update``
+        that is not traced, if values that the last update set to zero are nonzero.
+        (Under ``jit`` the state records that, and :func:`tpp_jax.status` raises.)
+
+    Example:
+      >>> import tpp_jax as tpp
+      >>> def net(p, x):
+      ...     return x @ p["w1"] @ p["w2"]
+      >>> p = {"w1": jnp.eye(2), "w2": jnp.ones((2, 1))}
+      >>> groups = tpp.channel_groups(net, jnp.ones((1, 2)), params=p)
+      >>> plan = tpp.make_plan(groups, p, 0.5)
+      >>> schedule = tpp.growing_schedule(
+      ...     granularity=1.0, every=1, stabilize=1, zero_out_every=1)
+      >>> tx = optax.chain(optax.sgd(0.0), zero_pruned(plan, schedule))
+      >>> state = tx.init(p)
+      >>> for step in range(schedule.total_steps):
+      ...     updates, state = tx.update(p, state, p)
+      ...     p = optax.apply_updates(p, updates)
+      >>> p["w1"].tolist()
+      [[0.0, 0.0], [0.0, 1.0]]
     """
-    last = max(
-        (
-            m.order
-            for g in plan.pruned_groups
-            for m in g.members
-            if m.role != "contracted"
-        ),
-        default=-1,
-    )
+    orders = [
+        member.order
+        for group in plan.pruned_groups
+        for member in group.members
+        if member.role != "contracted"
+    ]
+    last = max(orders, default=-1)
     if schedule.zero_out_step(last) > schedule.total_steps - 1:
         raise TPPError(
             f"the stabilize phase of {schedule.stabilize} steps ends before layer "
@@ -193,14 +230,14 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
 
     filters = pruned_filters(plan)
 
-    def init(params: Any) -> ZeroPrunedState:
+    def init(params: optax.Params) -> ZeroPrunedState:
         find_filters(plan, filters, params)
         none = jnp.full((), -1, jnp.int32)
         return ZeroPrunedState(jnp.zeros((), jnp.int32), none, jnp.zeros((), bool))
 
     def update(
-        updates: Any, state: ZeroPrunedState, params: Any = None
-    ) -> tuple[Any, ZeroPrunedState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ZeroPrunedState]:
         if params is None:
             raise TPPError(_NO_PARAMS)
         found = find_filters(plan, filters, params)
@@ -212,26 +249,35 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
                 return change
             first = schedule.zero_out_step(found[name].order)
             pruned = found[name].mask(parameter.ndim)
-            # A mask of the parameter's own shape has to be sharded as it is.
+            # A mask of the parameter's shape must have the parameter's sharding.
             pruned = pruned & jnp.ones_like(parameter, bool)
             was_zero = state.cleared >= first
             undone |= was_zero & jnp.any(pruned & (parameter != 0))
             return jnp.where((state.step >= first) & pruned, -parameter, change)
 
         updates = map_named(zero, updates, params)
-        if not isinstance(undone, jax.core.Tracer) and undone:
+        if not isinstance(undone, Tracer) and undone:
             raise TPPError(UNDONE)
         return updates, ZeroPrunedState(state.step + 1, state.step, undone)
 
     return optax.GradientTransformation(init, update)
 
 
-def _once_known(gradient: Array, pruned: Bool[Array, "..."]) -> Bool[Array, "..."]:
-    """Returns the same mask, as something that waits for a finite gradient.
+def _pruned_mask(
+    found: Filters, kernel: Member, parameter: Array
+) -> Bool[Array, "..."]:
+    """Returns which filters of a kernel are pruned, ``[*filters]``."""
+    shape = [parameter.shape[axis] for axis in kernel.filters]
+    mask = found.mask(parameter.ndim, kernel.filters)
+    return jnp.broadcast_to(jnp.asarray(mask), shape)
 
-    A penalty is of parameters alone: XLA would compute its gradient before the loss's,
-    and hold that of all layers through the backward pass.
+
+def _delayed(pruned: Bool[Array, "..."], gradient: Array) -> Bool[Array, "..."]:
+    """Returns the same mask, but makes it depend on a finite gradient.
+
+    A penalty depends only on parameters: XLA would compute its gradient before that of
+    the loss, and keep those of all layers in memory during the backward pass.
     """
-    if is_explicit(gradient):  # one entry of a sharded array cannot be taken there
+    if is_explicit(gradient):  # where a single entry of a sharded array is unavailable
         return jax.lax.optimization_barrier((pruned, gradient))[0]
     return pruned | jnp.isnan(gradient.reshape(-1)[0])

@@ -1,4 +1,6 @@
-"""Flax NNX networks by name, plain: they know nothing of pruning.
+"""Flax NNX networks, created by name.
+
+They have no code for pruning.
 
     >>> from flax import nnx
     >>> model = create("cifar_resnet20", num_classes=10, rngs=nnx.Rngs(0))
@@ -6,7 +8,7 @@
     ModelSpec(name='cifar_resnet20', num_classes=10, image_shape=(32, 32, 3))
 
 Images are [batch, height, width, channels] of any float type; outputs are logits,
-[batch, classes].  `names()` lists what there is.
+[batch, classes]. `names()` lists all networks.
 """
 
 import dataclasses
@@ -57,12 +59,12 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """What `create` was asked for: enough to build the same architecture again.
+    """The arguments of `create`, which suffice to build the same architecture again.
 
     Attributes:
-      name: the name given to `create`.
-      num_classes: number of logits.
-      image_shape: (height, width, channels) of one image.
+      name: Name given to `create`.
+      num_classes: Number of logits.
+      image_shape: Shape of one image, (height, width, channels).
     """
 
     name: str
@@ -70,41 +72,54 @@ class ModelSpec:
     image_shape: tuple[int, int, int]
 
 
-# Each network by its name: the class, and what tells it from others of its family.
+# Shortcut option of a CIFAR ResNet by the suffix of its name.
+_SHORTCUTS: dict[str, cifar_resnet.Option] = {"": "A", "_b": "B"}
+
+# Class of each network by name, with the arguments that set it apart in its family.
 _NETWORKS: dict[str, partial[nnx.Module]] = {
     **{
         f"cifar_resnet{depth}{suffix}": partial(
             CifarResNet, cifar_resnet.blocks_of_depth(depth), option=option
         )
         for depth in cifar_resnet.DEPTHS
-        for suffix, option in (("", "A"), ("_b", "B"))
+        for suffix, option in _SHORTCUTS.items()
     },
     **{f"cifar_wrn{d}_{k}": partial(CifarWRN, d, k) for d, k in cifar_wrn.USUAL},
     **{f"cifar_vgg{d}": partial(CifarVGG, w) for d, w in cifar_vgg.WIDTHS.items()},
     "cifar_mobilenet_v2": partial(MobileNetV2, mobilenet.CIFAR_STAGES, stem_stride=1),
     **{
-        f"mlp{depth}_{kind}": partial(MLP, depth, linear=kind == "linear")
+        f"mlp{depth}_{activation}": partial(MLP, depth, linear=activation == "linear")
         for depth in mlp.DEPTHS
-        for kind in ("linear", "relu")
+        for activation in ("linear", "relu")
     },
     "lenet5": partial(LeNet5),
     "lenet5_linear": partial(LeNet5, linear=True),
-    **{name: partial(ResNet, which) for name, which in resnet.ARCHITECTURES.items()},
+    **{
+        name: partial(ResNet, architecture)
+        for name, architecture in resnet.ARCHITECTURES.items()
+    },
     **{name: partial(VGG, stages) for name, stages in vgg.STAGES.items()},
     "mobilenet_v2": partial(MobileNetV2),
     **{
-        name: partial(VisionTransformer, which)
-        for name, which in vit.ARCHITECTURES.items()
+        name: partial(VisionTransformer, architecture)
+        for name, architecture in vit.ARCHITECTURES.items()
     },
 }
 
 
 def names() -> tuple[str, ...]:
-    """All names that `create` knows, sorted by family and depth, and the open-ended.
+    """Returns the names of all networks, sorted by family and depth.
 
-    A CIFAR ResNet's name may further end in `_x2`, `_x3`, …, a factor on its channels:
-    ``cifar_resnet20_x4``, ``cifar_resnet56_b_x2``.  A wide ResNet may have any depth of
-    6n + 4 and any width: ``cifar_wrn22_5``.
+    `create` accepts more names than these. The name of a CIFAR ResNet may end in `_x2`,
+    `_x3`, …, a factor on its channels: ``cifar_resnet20_x4``, ``cifar_resnet56_b_x2``.
+    A wide ResNet may have any depth of 6n + 4 and any width: ``cifar_wrn22_5``.
+
+    Returns:
+      The names as :func:`create` takes them.
+
+    Example:
+      >>> "cifar_resnet56" in names()
+      True
     """
     return tuple(_NETWORKS)
 
@@ -116,22 +131,22 @@ def create(
     image_shape: tuple[int, int, int] | None = None,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    """Build a network with random weights, in training mode.
+    """Builds a network with random weights, in training mode.
 
     Args:
-      name: one of `names()`, or one of the open-ended names told there.
-      num_classes: number of logits.
-      image_shape: (height, width, channels) of one image; by default (32, 32, 3) for
-        CIFAR's networks, (32, 32, 1) for the MLPs and LeNet-5, (224, 224, 3) for
-        ImageNet's.
-      rngs: source of the random start.
+      name: Name from `names()`, or of one of the forms described there.
+      num_classes: Number of logits.
+      image_shape: Shape of one image, (height, width, channels); by default
+        (32, 32, 3) for CIFAR networks, (32, 32, 1) for the MLPs and LeNet-5,
+        (224, 224, 3) for ImageNet networks.
+      rngs: Random streams for the initial weights.
 
     Returns:
-      The module, from images [b, h, w, c] to logits [b, num_classes].  Its static
+      The module, from images [b, h, w, c] to logits [b, num_classes]. Its static
       attribute `spec` is the `ModelSpec` that builds it again.
 
     Raises:
-      TPPError: if there is no network of that name.
+      TPPError: If no network has that name.
 
     Example:
       >>> import jax.numpy as jnp
@@ -147,17 +162,19 @@ def create(
             side = 32 if name.startswith("cifar") else 224
             image_shape = (side, side, 3)
     height, width, channels = image_shape
-    if network.func in (MLP, VisionTransformer):  # these have arrays as long as images
+    if network.func in (MLP, VisionTransformer):  # their arrays depend on image size
         sizes = {"image_shape": (height, width, channels)}
     else:
         sizes = {"in_channels": channels}
     model = network(num_classes=num_classes, rngs=rngs, **sizes)
-    model.spec = ModelSpec(name, num_classes, (height, width, channels))
+    spec = ModelSpec(name, num_classes, (height, width, channels))
+    # NNX modules take attributes that their class does not declare.
+    model.spec = spec  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
 def _find(name: str) -> partial[nnx.Module]:
-    """What builds the network of that name, listed or open-ended."""
+    """Returns the function that builds the network of that name."""
     if name in _NETWORKS:
         return _NETWORKS[name]
     if wide := re.fullmatch("cifar_wrn([1-9][0-9]*)_([1-9][0-9]*)", name):
@@ -167,6 +184,6 @@ def _find(name: str) -> partial[nnx.Module]:
         return partial(_NETWORKS[widened[1]], width=int(widened[2]))
     near = ", ".join(difflib.get_close_matches(name, names())) or "none"
     raise TPPError(
-        f"There is no network named {name!r} (near it: {near});"
-        " tpp_jax.models.names() lists them all."
+        f"There is no network named {name!r} (similar names: {near});"
+        " tpp_jax.models.names() lists all."
     )

@@ -1,11 +1,11 @@
 """Residual networks for 32×32 images (He et al. 2016, section 4.2).
 
 Three stages of basic blocks at 16, 32 and 64 channels (times a width), 6n + 2 layers in
-all.  Where a stage halves the image and doubles the channels, the shortcut either
-subsamples and pads with zero channels (option A, the paper's for CIFAR, no parameters)
-or is a 1×1 convolution with batch norm (option B).
+all. Where a stage halves the image and doubles the channels, the shortcut either
+subsamples and pads with zero channels (option A, which the paper uses for CIFAR,
+without parameters) or is a 1×1 convolution with batch norm (option B).
 
-Attributes carry the names of the PyTorch implementations, so the path of an array, say
+Attributes have the names of the PyTorch implementations, so the path of an array, say
 ``layer2.0.conv1.kernel``, matches the same pattern strings.
 """
 
@@ -40,13 +40,13 @@ class BasicBlock(nnx.Module):
     [b, h, w, in_planes] to [b, h/stride, w/stride, planes].
 
     Args:
-      in_planes: channels of the input.
-      planes: channels of both convolutions' outputs.
-      stride: 1, or 2 to halve the image in the first convolution.
-      option: shortcut where the shape changes: "A" subsamples and pads channels with
-        zeros, planes // 4 on either side; "B" is a 1×1 convolution and a batch norm,
-        named ``downsample.0`` and ``downsample.1``.
-      rngs: source of the random start.
+      in_planes: Number of channels of the input.
+      planes: Number of channels of the output of each convolution.
+      stride: Stride of the first convolution; 2 halves the image.
+      option: Shortcut of a block that changes the shape: "A" subsamples and adds
+        channels of zeros, planes // 4 on either side; "B" is a 1×1 convolution and a
+        batch norm, named ``downsample.0`` and ``downsample.1``.
+      rngs: Random streams for the initial weights.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class BasicBlock(nnx.Module):
         self.bn1 = BatchNorm(planes, rngs=rngs)
         self.conv2 = conv(planes, planes, 3, padding=1, rngs=rngs)
         self.bn2 = BatchNorm(planes, rngs=rngs)
-        # The one width a forward pass knows.  It stays right while the channels that
-        # blocks pass on are left alone; those inside a block are free.
+        # The only width that a forward pass depends on. It remains right as long as the
+        # channels between blocks are kept; those inside a block may be pruned.
         self.pad_channels = 0
         self.projects = False
         if stride != 1 or in_planes != planes:
@@ -79,15 +79,16 @@ class BasicBlock(nnx.Module):
                 )
 
     def __call__(self, x: Images) -> Images:
+        """Returns the sum of both paths after a ReLU."""
         y = relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         return relu(y + self.shortcut(x))
 
     def shortcut(self, x: Images) -> Images:
-        """The path around the convolutions, in the shape of their output."""
+        """Returns the input in the shape of the output of the convolutions."""
         if self.projects:
-            project, normalise = self.downsample
-            return normalise(project(x))
+            projection, norm = self.downsample
+            return norm(projection(x))
         if self.pad_channels:
             both = (self.pad_channels, self.pad_channels, 0)
             zero = jnp.zeros((), x.dtype)
@@ -98,19 +99,19 @@ class BasicBlock(nnx.Module):
 class CifarResNet(nnx.Module):
     """A CIFAR ResNet, [b, h, w, in_channels] to logits [b, num_classes].
 
-    Weights start as PyTorch's default, U(±1/√fan_in).
+    Weights are initialised as by default in PyTorch, from U(±1/√fan_in).
 
     Args:
-      blocks: number of basic blocks in each of the three stages.
-      num_classes: number of logits.
-      width: factor on the 16, 32 and 64 channels of the stages; 16·width must be a
-        whole, even number.
-      option: shortcut where the shape changes, see `BasicBlock`.
-      in_channels: channels of the images.
-      rngs: source of the random start.
+      blocks: Number of basic blocks in each of the three stages.
+      num_classes: Number of logits.
+      width: Factor on the 16, 32 and 64 channels of the stages; 16·width must be an
+        even integer.
+      option: Shortcut of the blocks that change the shape; see `BasicBlock`.
+      in_channels: Number of channels of the images.
+      rngs: Random streams for the initial weights.
 
     Raises:
-      TPPError: for an impossible width, option or number of stages.
+      TPPError: If the width, the option or the number of stages is invalid.
 
     Example:
       >>> model = CifarResNet((1, 1, 1), num_classes=10, rngs=nnx.Rngs(0))
@@ -138,7 +139,7 @@ class CifarResNet(nnx.Module):
         if planes != 16 * width or planes < 2 or planes % 2:
             raise TPPError(
                 f"A width of {width} gives {16 * width} channels in the first stage; "
-                "choose one that gives a whole, even number."
+                "choose one that gives an even integer."
             )
 
         def stage(in_planes: int, planes: int, count: int, stride: int) -> Blocks:
@@ -159,6 +160,7 @@ class CifarResNet(nnx.Module):
         self.linear = dense(4 * planes, num_classes, rngs=rngs)
 
     def __call__(self, x: Images) -> Logits:
+        """Returns the logits of a batch of images."""
         x = relu(self.bn1(self.conv1(x)))
         for stage in (self.layer1, self.layer2, self.layer3):
             x = stage(x)
@@ -166,7 +168,7 @@ class CifarResNet(nnx.Module):
 
 
 def blocks_of_depth(depth: int) -> tuple[int, int, int]:
-    """Blocks per stage of the network with `depth` = 6n + 2 layers.
+    """Returns the blocks per stage of the network with `depth` = 6n + 2 layers.
 
     >>> blocks_of_depth(56)
     (9, 9, 9)

@@ -1,9 +1,9 @@
 """VGG networks with batch norm for 32×32 images (Simonyan & Zisserman 2015).
 
-`features` is one list in the order of PyTorch's Sequential: convolution, batch norm,
-ReLU, and now and then a pooling.  An array is thus found at, say, ``features.3.kernel``
-where PyTorch has ``features.3.weight``.  As usual on CIFAR the last pooling and the
-large dense layers are replaced by a global average and one dense layer.
+`features` is one list in the order of PyTorch's Sequential: convolution, batch norm and
+ReLU, with a pooling after some of them. An array is thus found at, say,
+``features.3.kernel`` where PyTorch has ``features.3.weight``. As usual on CIFAR, a
+global average and one dense layer replace the last pooling and the large dense layers.
 """
 
 from collections.abc import Sequence
@@ -38,18 +38,19 @@ WIDTHS: dict[int, Widths] = {
 class CifarVGG(nnx.Module):
     """A VGG with batch norm, [b, h, w, in_channels] to logits [b, num_classes].
 
-    Convolutions are 3×3 without bias.  All kernels start from PyTorch's
-    kaiming_normal_ with its default fan_in, N(0, 2/fan_in), as in the paper's base
+    Convolutions are 3×3 without bias. All kernels are initialised as by PyTorch's
+    kaiming_normal_ with its default fan_in, from N(0, 2/fan_in), as in the paper's base
     models; torchvision's ImageNet VGGs use fan_out.
 
     Args:
-      widths: output channels of each convolution, with "M" for a 2×2 max pooling.
-      num_classes: number of logits.
-      in_channels: channels of the images.
-      rngs: source of the random start.
+      widths: Number of output channels of each convolution, with "M" for each 2×2 max
+        pooling.
+      num_classes: Number of logits.
+      in_channels: Number of channels of the images.
+      rngs: Random streams for the initial weights.
 
     Raises:
-      TPPError: if `widths` has no convolution, or something else than widths and "M".
+      TPPError: If `widths` has no convolution, or entries other than widths and "M".
 
     Example:
       >>> import jax.numpy as jnp
@@ -94,6 +95,7 @@ class CifarVGG(nnx.Module):
         )
 
     def __call__(self, x: Images) -> Logits:
+        """Returns the logits of a batch of images."""
         for layer in self.features:
             x = layer(x)
         return self.classifier(global_average_pool(x))

@@ -1,12 +1,12 @@
 """Wide residual networks for 32×32 images (Zagoruyko & Komodakis 2016).
 
 Three stages of pre-activation blocks at 16k, 32k and 64k channels, 6n + 4 layers in
-all: WRN-28-10 has n = 4 and k = 10.  Batch norm and ReLU come before each convolution,
-and nothing after a block's addition.  A block that changes the number of channels takes
-both its paths from the normalised input; its shortcut is a 1×1 convolution.  The
-paper's optional drop-out within blocks is left out.
+all: WRN-28-10 has n = 4 and k = 10. Batch norm and ReLU come before each convolution,
+and nothing follows a block's addition. In a block that changes the number of channels
+both paths start from the normalised input, and the shortcut is a 1×1 convolution. The
+paper's optional dropout within blocks is omitted.
 
-Attributes carry the names of the usual PyTorch implementation, so the path of an array
+Attributes have the names of the usual PyTorch implementation, so the path of an array
 is, say, ``block2.layer.0.conv1.kernel``.
 """
 
@@ -30,8 +30,8 @@ from tpp_jax.xla.blocks import Blocks
 
 _conv = functools.partial(conv, kernel_init=fan_out_init)
 
-# depth and width of those in the paper's tables, and of the teachers and students that
-# papers on distillation and pruning use
+# Depth and width of the networks in the paper's tables, and of the teachers and
+# students in papers on distillation and pruning.
 USUAL = (
     *((16, width) for width in (1, 2, 4, 8, 10)),
     *((22, width) for width in (2, 8)),
@@ -46,11 +46,11 @@ class PreActivationBlock(nnx.Module):
     [b, h, w, in_planes] to [b, h/stride, w/stride, planes].
 
     Args:
-      in_planes: channels of the input.
-      planes: channels of both convolutions' outputs.
-      stride: 1, or 2 to halve the image in the first convolution; a block that halves
-        the image must change the number of channels, too.
-      rngs: source of the random start.
+      in_planes: Number of channels of the input.
+      planes: Number of channels of the output of each convolution.
+      stride: Stride of the first convolution; 2 halves the image. A block that halves
+        the image must also change the number of channels.
+      rngs: Random streams for the initial weights.
     """
 
     def __init__(
@@ -65,20 +65,21 @@ class PreActivationBlock(nnx.Module):
             self.convShortcut = _conv(in_planes, planes, 1, stride=stride, rngs=rngs)
 
     def __call__(self, x: Images) -> Images:
+        """Returns the sum of both paths."""
         y = relu(self.bn1(x))
         shortcut = self.convShortcut(y) if self.projects else x
         return shortcut + self.conv2(relu(self.bn2(self.conv1(y))))
 
 
 class Stage(nnx.Module):
-    """Blocks one after the other, the first of which may change the shape.
+    """A sequence of blocks, the first of which may change the shape.
 
     Args:
-      in_planes: channels of the input.
-      planes: channels of the output.
-      count: number of blocks.
-      stride: of the first block.
-      rngs: source of the random start.
+      in_planes: Number of channels of the input.
+      planes: Number of channels of the output.
+      count: Number of blocks.
+      stride: Stride of the first block.
+      rngs: Random streams for the initial weights.
     """
 
     def __init__(
@@ -92,25 +93,26 @@ class Stage(nnx.Module):
         self.layer = Blocks([first, *rest])
 
     def __call__(self, x: Images) -> Images:
+        """Applies the blocks in order."""
         return self.layer(x)
 
 
 class CifarWRN(nnx.Module):
     """A wide ResNet, [b, h, w, in_channels] to logits [b, num_classes].
 
-    Convolutions start from N(0, 2/fan_out), the dense layer as PyTorch's default with a
-    bias of zero.
+    Convolutions are initialised from N(0, 2/fan_out), the dense layer as by default in
+    PyTorch but with a bias of zero.
 
     Args:
-      depth: number of layers, 6n + 4.
-      width: k, the factor on the 16, 32 and 64 channels of the stages; the first
-        convolution has 16 channels whatever it is.
-      num_classes: number of logits.
-      in_channels: channels of the images.
-      rngs: source of the random start.
+      depth: Number of layers, 6n + 4.
+      width: Factor k on the 16, 32 and 64 channels of the stages; the first convolution
+        always has 16 channels.
+      num_classes: Number of logits.
+      in_channels: Number of channels of the images.
+      rngs: Random streams for the initial weights.
 
     Raises:
-      TPPError: for an impossible depth or width.
+      TPPError: If the depth or the width is invalid.
 
     Example:
       >>> model = CifarWRN(10, 1, num_classes=10, rngs=nnx.Rngs(0))
@@ -142,9 +144,10 @@ class CifarWRN(nnx.Module):
         self.block3 = Stage(planes[1], planes[2], count, stride=2, rngs=rngs)
         self.bn1 = BatchNorm(planes[2], rngs=rngs)
         self.fc = dense(planes[2], num_classes, rngs=rngs)
-        self.fc.bias.set_value(jnp.zeros(num_classes))
+        self.fc.bias = nnx.Param(jnp.zeros(num_classes))
 
     def __call__(self, x: Images) -> Logits:
+        """Returns the logits of a batch of images."""
         x = self.conv1(x)
         for stage in (self.block1, self.block2, self.block3):
             x = stage(x)

@@ -1,12 +1,12 @@
-"""The layers the models are built of, with PyTorch's arithmetic.
+"""The layers of the models, with PyTorch's arithmetic.
 
-Flax and PyTorch disagree in small things that change the numbers: how the running
-variance of a batch norm is estimated, how a strided convolution is padded, how weights
-start.  This file settles them once, in PyTorch's favour, so that networks trained there
-run here unchanged and the published results can be compared.
+Flax and PyTorch differ in details that change the numbers: the estimate of the running
+variance of a batch norm, the padding of a strided convolution, the initial weights. The
+layers here follow PyTorch, so that networks trained with it run unchanged and results
+can be compared with published ones.
 
-Nothing here looks at the declared number of channels after construction: the shapes of
-the arrays decide, so the same graph definition also runs with fewer channels.
+After construction no layer uses its declared number of channels: the shapes of the
+arrays decide, so the same graph definition also runs with fewer channels.
 """
 
 import functools
@@ -26,25 +26,25 @@ Features = Float[Array, "*rest channels"]
 Pooled = Float[Array, "batch channels"]
 Statistic = Float[Array, "channels"]
 
-# PyTorch's default, kaiming_uniform_(a=√5), written out: gain² = 2/(1 + 5) = 1/3, that
-# is U(±1/√fan_in).
+# PyTorch's default, kaiming_uniform_(a=√5): gain² = 2/(1 + 5) = 1/3, which gives
+# U(±1/√fan_in).
 torch_default_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-# kaiming_normal_() with its default fan_in and ReLU gain; a plain normal, as PyTorch's,
-# where Flax's own he_normal truncates.
+# kaiming_normal_() with its default fan_in and ReLU gain. The normal distribution is
+# not truncated, as in PyTorch; that of Flax's he_normal is.
 kaiming_normal_init = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 # kaiming_normal_(mode="fan_out")
 fan_out_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def uniform_bias_init(fan_in: int) -> nnx.Initializer:
-    """PyTorch's default start of a bias, U(±1/√fan_in) of the layer's kernel."""
+    """Returns PyTorch's default initialiser of a bias, U(±1/√fan_in) of the kernel."""
     bound = fan_in**-0.5
 
     def init(
         key: jax.Array,
         shape: tuple[int, ...],
         dtype: Any = jnp.float32,
-        out_sharding: Any = None,  # newer initialisers are called with it
+        out_sharding: Any = None,  # newer versions of Flax pass it
     ) -> Array:
         del out_sharding
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -64,19 +64,20 @@ def conv(
     kernel_init: nnx.Initializer = torch_default_init,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A square 2-d convolution, padded and initialised as `torch.nn.Conv2d`.
+    """Returns a square 2-d convolution, padded and initialised as `torch.nn.Conv2d`.
 
     Args:
-      in_features: channels of the input, [b, h, w, in_features].
-      out_features: channels of the output.
-      kernel_size: height and width of the kernel, [k, k, in_features/groups, out].
-      stride: step in both directions.
-      padding: zeros on each of the four sides.  Explicit, since "SAME" with stride 2
-        pads one side only and shifts the image by a pixel against PyTorch.
-      groups: number of independent channel groups.
-      bias: whether to add one value per output channel.
-      kernel_init: start of the kernel; U(±1/√fan_in) unless told.
-      rngs: source of the random start.
+      in_features: Number of channels of the input, [b, h, w, in_features].
+      out_features: Number of channels of the output.
+      kernel_size: Height and width of the kernel, [k, k, in_features/groups, out].
+      stride: Stride in both directions.
+      padding: Number of rows or columns of zeros on each of the four sides. It is
+        explicit because "SAME" with stride 2 pads one side only, which shifts the image
+        by a pixel compared with PyTorch.
+      groups: Number of groups of channels that are convolved separately.
+      bias: Whether to add one value per output channel.
+      kernel_init: Initialiser of the kernel; U(±1/√fan_in) by default.
+      rngs: Random streams for the initial weights.
 
     Example:
       >>> layer = conv(3, 8, 3, stride=2, padding=1, rngs=nnx.Rngs(0))
@@ -96,7 +97,7 @@ def conv(
         bias_init=uniform_bias_init(fan_in),
         rngs=rngs,
     )
-    layer.kernel_start = kernel_init  # to start anew at another width
+    _remember_init(layer, kernel_init)
     return layer
 
 
@@ -107,7 +108,13 @@ def dense(
     kernel_init: nnx.Initializer = torch_default_init,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A dense layer with bias, [..., in] to [..., out], started as `torch.nn.Linear`.
+    """Returns a dense layer with bias, initialised as `torch.nn.Linear`.
+
+    Args:
+      in_features: Size of the last axis of the input, [..., in_features].
+      out_features: Size of the last axis of the output.
+      kernel_init: Initialiser of the kernel; U(±1/√fan_in) by default.
+      rngs: Random streams for the initial weights.
 
     Example:
       >>> dense(4, 2, rngs=nnx.Rngs(0))(jnp.ones((5, 4))).shape
@@ -120,8 +127,14 @@ def dense(
         bias_init=uniform_bias_init(in_features),
         rngs=rngs,
     )
-    layer.kernel_start = kernel_init  # to start anew at another width
+    _remember_init(layer, kernel_init)
     return layer
+
+
+def _remember_init(layer: nnx.Module, kernel_init: nnx.Initializer) -> None:
+    """Keeps the initialiser, to initialise the kernel again at another width."""
+    # NNX modules take attributes that their class does not declare.
+    layer.kernel_start = kernel_init  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -130,22 +143,25 @@ class BatchNorm(nnx.BatchNorm):
     In training, y = (x − μ)/√(σ² + ε)·scale + bias with the batch's mean μ and biased
     variance σ²; the stored averages follow mean ← m·mean + (1 − m)·μ and
     var ← m·var + (1 − m)·σ²·n/(n − 1), with n the number of values per channel.
-    (Flax's own layer stores the biased variance.)  In evaluation the stored averages
+    (Flax's own layer stores the biased variance.) In evaluation the stored averages
     take the place of μ and σ².
 
-    `model.train()` and `model.eval()` choose between the two.  With `axis_name` set,
-    statistics are those of the whole batch over all devices of that axis, each of which
+    `model.train()` and `model.eval()` choose between the two modes. With `axis_name`
+    set, statistics are those of the batch over all devices of that axis, each of which
     must hold the same number of examples and the same stored averages.
 
-    Statistics have the precision of the input and never less than float32; the output
-    has that of the input, so that float32 parameters do not widen a bfloat16 network.
+    Statistics have the precision of the input, but at least float32. The output has
+    the precision of the input, so that float32 parameters do not widen a bfloat16
+    network.
 
     Args:
-      num_features: number of channels at construction; the arrays rule afterwards.
-      momentum: m above.  PyTorch calls 1 − m its momentum, so its 0.1 is 0.9 here.
-      epsilon: ε above.
-      axis_name: name of the mapped axis to average over, or None.
-      rngs: accepted as every Flax layer does; scale starts at 1 and bias at 0.
+      num_features: Number of channels at construction; later that of the arrays counts.
+      momentum: Momentum m of the averages. PyTorch calls 1 − m the momentum, so its
+        0.1 is 0.9 here.
+      epsilon: Constant ε added to the variance.
+      axis_name: Name of the mapped axis to average over, or None.
+      rngs: Random streams, as every Flax layer takes them; scale is initially 1 and
+        bias 0.
 
     Example:
       >>> layer = BatchNorm(3, rngs=nnx.Rngs(0))
@@ -172,27 +188,32 @@ class BatchNorm(nnx.BatchNorm):
             use_bias=False,
             rngs=rngs,
         )
-        # Made here and not by Flax, which would draw two random keys per layer only to
-        # fill them with constants: a third of the time to build a deep network.
+        # Flax would draw two random keys per layer, only to fill the arrays with
+        # constants: a third of the time to build a deep network.
         self.use_scale = self.use_bias = True
         self.scale = nnx.Param(jnp.ones(num_features))
         self.bias = nnx.Param(jnp.zeros(num_features))
 
-    def __call__(
+    # Flax's layer also takes a mask, which no model here needs.
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Features, use_running_average: bool | None = None
     ) -> Features:
-        """Normalise x, [..., c]; in training also update the stored averages.
+        """Normalises x, [..., c]; in training mode also updates the stored averages.
 
         Args:
-          x: at least two axes, channels last.
-          use_running_average: overrides the layer's own flag when not None.
+          x: Array of at least two axes, channels last.
+          use_running_average: Whether to use the stored averages; None for the choice
+            of `train()` and `eval()`.
 
         Raises:
-          TPPError: in training with one value per channel, which has no variance.
+          TPPError: If there is only one value per channel in training mode, which has
+            no variance.
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
-        scale, bias = self.scale[...], self.bias[...]
+        # Flax's layer may lack scale and bias; this one does not.
+        scale = self.scale[...]  # pyright: ignore[reportOptionalSubscript]
+        bias = self.bias[...]  # pyright: ignore[reportOptionalSubscript]
         if use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
@@ -201,12 +222,12 @@ class BatchNorm(nnx.BatchNorm):
         return _normalise(x, mean, var, scale, bias, self.epsilon)
 
     def _batch_statistics(self, x: Features) -> tuple[Statistic, Statistic]:
-        """The batch's mean and biased variance; updates the stored averages.
+        """Returns the batch's mean and biased variance; updates the stored averages.
 
-        The variance is taken in two passes, E[(x − μ)²].  The single pass
+        The variance is computed in two passes, E[(x − μ)²]. The single pass
         E[x²] − μ² loses all digits in float32 once |μ| is a thousand times σ, and was
-        not faster on the CPU: forward and backward of three 16-channel convolutions
-        with batch norms took 37 ms either way.
+        not faster on the CPU: forward and backward pass of three 16-channel
+        convolutions with batch norms took 37 ms either way.
         """
         axes = tuple(range(x.ndim - 1))
         count = x.size // x.shape[-1]
@@ -223,13 +244,13 @@ class BatchNorm(nnx.BatchNorm):
                 "call model.eval()."
             )
         unbiased = var * (count / (count - 1))
-        # m·old + (1 − m)·new, written so that a float64 batch is not rounded to the
-        # float32 of the stored averages.
+        # Equals m·old + (1 − m)·new, but does not round a float64 batch to the float32
+        # of the stored averages.
         old_mean, old_var = self.mean[...], self.var[...]
         new_mean = old_mean + (1 - self.momentum) * (mean - old_mean)
         new_var = old_var + (1 - self.momentum) * (unbiased - old_var)
-        # Replaced as a whole: an assignment to [...] would cast to the stored type, and
-        # takes time quadratic in the depth of the network while tracing.
+        # An assignment to [...] would cast to the stored type, and its tracing takes
+        # time quadratic in the depth of the network.
         self.mean.set_value(lax.stop_gradient(new_mean))
         self.var.set_value(lax.stop_gradient(new_var))
         return mean, var
@@ -237,11 +258,11 @@ class BatchNorm(nnx.BatchNorm):
     def _across_devices(
         self, mean: Statistic, var: Statistic
     ) -> tuple[Statistic, Statistic]:
-        """Join per-device statistics into the whole batch's, in one collective.
+        """Joins the statistics of all devices into the batch's, in one collective.
 
-        Var = E[var_d + (mean_d − c)²] − (mean − c)² holds for any c.  The stored mean
-        is close to every mean_d, so that nothing cancels, and the same on all devices,
-        so that it need not be communicated first.
+        Var = E[var_d + (mean_d − c)²] − (mean − c)² holds for any c. Here c is the
+        stored mean: it is close to every mean_d, so that no digits cancel, and the same
+        on all devices, so that it need not be communicated first.
         """
         centre = lax.stop_gradient(self.mean[...].astype(mean.dtype))
         offset = mean - centre
@@ -259,10 +280,10 @@ def _normalise(
     bias: Statistic,
     epsilon: float,
 ) -> Features:
-    """(x − mean)/√(var + epsilon)·scale + bias, in the precision of x.
+    """Returns (x − mean)/√(var + epsilon)·scale + bias, in the precision of x.
 
-    Jitted, as `relu` is, so that a network of many alike layers is traced once for
-    each shape: 37 µs a layer, where the ten operations alone take 340 µs to trace.
+    Jitted, as `relu` is, so that it is traced only once for each shape: this takes
+    37 µs per layer, whereas tracing the ten operations takes 340 µs.
     """
     shape = (1,) * (x.ndim - 1) + (-1,)
     mean, var = mean.reshape(shape), var.reshape(shape)
@@ -273,11 +294,11 @@ def _normalise(
 
 @jax.jit
 def relu(x: Features) -> Features:
-    """max(x, 0), with derivative 0 at 0.
+    """Returns max(x, 0), with derivative 0 at 0.
 
-    Jitted, because JAX's own traces its rule for the derivative at every use. In
-    bfloat16 the CPU goes through float32, which gives the same numbers: as of jax 0.11
-    and 0.12 XLA computes rubbish there where it fuses two maxima with the same constant
+    Jitted, because `jax.nn.relu` traces its derivative rule at every use. On the CPU,
+    bfloat16 is computed in float32, which gives the same numbers: in jax 0.11 and 0.12
+    XLA's results are wrong where it fuses two bfloat16 maxima with the same constant
     into one sum, as in ``mean(relu(x) + relu(2 * x))``.
     """
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
@@ -289,28 +310,31 @@ relu6 = jax.jit(jax.nn.relu6)
 
 
 class Relu(nnx.Module):
-    """max(x, 0), with derivative 0 at 0; a module, to have a place in a list."""
+    """The function `relu` as a module, for lists of layers."""
 
     def __call__(self, x: Features) -> Features:
+        """Returns max(x, 0)."""
         return relu(x)
 
 
 class Identity(nnx.Module):
-    """x itself: the activation of a linear network."""
+    """The identity: the activation of a linear network."""
 
     def __call__(self, x: Features) -> Features:
+        """Returns x."""
         return x
 
 
 class MaxPool(nnx.Module):
-    """Maximum over 2×2 windows; see `max_pool`."""
+    """The function `max_pool` as a module, for lists of layers."""
 
     def __call__(self, x: Images) -> Images:
+        """Returns the maxima over 2×2 windows."""
         return max_pool(x)
 
 
 def every_second(x: Images, row: int = 0, column: int = 0) -> Images:
-    """x[:, row::2, column::2], [b, h, w, c] to half the height and width.
+    """Returns x[:, row::2, column::2], half the height and width of [b, h, w, c].
 
     >>> every_second(jnp.ones((1, 5, 4, 3))).shape
     (1, 3, 2, 3)
@@ -319,15 +343,15 @@ def every_second(x: Images, row: int = 0, column: int = 0) -> Images:
 
 
 def max_pool(x: Images) -> Images:
-    """Maximum over 2×2 windows, [b, h, w, c] to [b, ⌊h/2⌋, ⌊w/2⌋, c].
+    """Returns the maxima over 2×2 windows, [b, h, w, c] to [b, ⌊h/2⌋, ⌊w/2⌋, c].
 
-    The maximum of four strided slices, since the gradient of XLA's reduce_window is
-    slow on the CPU: 55 ms for 64×32×32×64 values, against 3 ms for this.  Equal maxima
-    share the gradient, where PyTorch gives it to the first; after a ReLU this matters
-    only for equal positive values.
+    Computed as the maximum of four strided slices, since the gradient of XLA's
+    reduce_window is slow on the CPU: 55 ms for 64×32×32×64 values, compared with 3 ms.
+    Equal maxima share the gradient, whereas PyTorch gives it to the first; after a ReLU
+    this matters only for equal positive values.
 
     Raises:
-      TPPError: if the images have less than two rows or columns.
+      TPPError: If the images have fewer than two rows or columns.
 
     >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
     [[5.0, 7.0], [13.0, 15.0]]
@@ -346,5 +370,5 @@ def max_pool(x: Images) -> Images:
 
 
 def global_average_pool(x: Images) -> Pooled:
-    """Mean over all pixels, [b, h, w, c] to [b, c]."""
+    """Returns the means over all pixels, [b, h, w, c] to [b, c]."""
     return x.mean((1, 2))

@@ -1,7 +1,7 @@
 """LeNet-5 for 32×32 images (LeCun et al. 1998), with max pooling.
 
-The third layer is written as a convolution, as in the original paper: on a 32×32 image
-its 5×5 kernel covers all that is left, and its output is one pixel.
+The third layer is a convolution, as in the original paper: for a 32×32 image its 5×5
+kernel covers its entire input, and its output is one pixel.
 """
 
 from flax import nnx
@@ -13,14 +13,14 @@ from tpp_jax.models.layers import Features, Images, Logits, conv, dense, max_poo
 class LeNet5(nnx.Module):
     """LeNet-5, [b, 32, 32, in_channels] to logits [b, num_classes].
 
-    Weights and biases start as PyTorch's default, U(±1/√fan_in).
+    Weights and biases are initialised as by default in PyTorch, from U(±1/√fan_in).
 
     Args:
-      num_classes: number of logits.
-      in_channels: channels of the images.
-      linear: leave out the ReLUs (the max poolings stay, so that the network is linear
-        only in pieces).
-      rngs: source of the random start.
+      num_classes: Number of logits.
+      in_channels: Number of channels of the images.
+      linear: Whether to omit the ReLUs. The max poolings remain, so the network is only
+        piecewise linear.
+      rngs: Random streams for the initial weights.
 
     Example:
       >>> import jax.numpy as jnp
@@ -44,6 +44,7 @@ class LeNet5(nnx.Module):
         self.linear = linear
 
     def __call__(self, x: Images) -> Logits:
+        """Returns the logits of a batch of images."""
         x = max_pool(self.activate(self.conv1(x)))
         x = max_pool(self.activate(self.conv2(x)))
         x = self.activate(self.conv3(x))
@@ -57,5 +58,5 @@ class LeNet5(nnx.Module):
         return self.fc5(x)
 
     def activate(self, x: Features) -> Features:
-        """ReLU, or nothing in the linear variant."""
+        """Applies a ReLU, or nothing in the linear variant."""
         return x if self.linear else relu(x)

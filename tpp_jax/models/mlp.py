@@ -1,11 +1,12 @@
-"""Multilayer perceptrons, linear and with ReLU: where trainability is easiest to see.
+"""Multilayer perceptrons, linear or with ReLU, which show trainability most clearly.
 
-A deep *linear* network computes a matrix, and its Jacobian is the product of its
-kernels: what pruning does to the singular values can be read off without data.  Dense
-layers sit at the even places of `net`, activations at the odd ones, as in PyTorch's
+A deep *linear* network multiplies by a matrix, and its Jacobian is the product of its
+kernels, so the effect of pruning on the singular values can be computed without data.
+Dense layers have the even indices of `net`, activations the odd ones, as in PyTorch's
 Sequential: ``net.0.kernel``, ``net.2.kernel``, …
 """
 
+import itertools
 import math
 
 from flax import nnx
@@ -19,22 +20,22 @@ DEPTHS = (7, 20, 50)
 class MLP(nnx.Module):
     """`depth` dense layers with biases, [b, h, w, c] to logits [b, num_classes].
 
-    Images are flattened in the order of their axes, pixels before channels.  With one
-    channel that is PyTorch's order too; with several, `tpp_jax.load_torch` rearranges
+    Images are flattened in the order of their axes, pixels before channels. With one
+    channel that is also PyTorch's order; with several, `tpp_jax.load_torch` rearranges
     the rows of the first kernel.
 
-    Weights and biases start as PyTorch's default, U(±1/√fan_in).
+    Weights and biases are initialised as by default in PyTorch, from U(±1/√fan_in).
 
     Args:
-      depth: number of dense layers, at least 1.
-      num_classes: number of logits.
-      image_shape: (height, width, channels) of one image.
-      hidden: width of all layers but the last.
-      linear: leave out the ReLUs.
-      rngs: source of the random start.
+      depth: Number of dense layers, at least 1.
+      num_classes: Number of logits.
+      image_shape: Shape of one image, (height, width, channels).
+      hidden: Width of all layers but the last.
+      linear: Whether to omit the ReLUs.
+      rngs: Random streams for the initial weights.
 
     Raises:
-      TPPError: if `depth` is below 1.
+      TPPError: If `depth` is below 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -58,13 +59,14 @@ class MLP(nnx.Module):
         widths = [math.prod(image_shape), *[hidden] * (depth - 1), num_classes]
         activation = Identity if linear else Relu
         net: list[nnx.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             if net:
                 net.append(activation())
             net.append(dense(before, after, rngs=rngs))
         self.net = nnx.List(net)
 
     def __call__(self, x: Images) -> Logits:
+        """Returns the logits of a batch of images."""
         x = x.reshape(x.shape[0], -1)
         for layer in self.net:
             x = layer(x)

@@ -1,17 +1,17 @@
 """MobileNetV2 (Sandler et al. 2018) for ImageNet, as torchvision has it, and for CIFAR.
 
 Inverted residuals: a block widens its input sixfold with a 1×1 convolution, filters
-each channel by itself, and narrows it again, without activation at its two ends, which
-the shortcuts join.
+each channel separately, and narrows it again. Shortcuts connect the narrow ends, which
+have no activation.
 
-The network for 32×32 images halves them three times and not five: the first
+The network for 32×32 images halves them three times instead of five: the first
 convolution and the second stage keep the size, as in the usual PyTorch implementations
-for CIFAR (kuangliu/pytorch-cifar, huyvnphan/PyTorch_CIFAR10). All else is the paper's,
-as in the latter: 2,236,682 parameters for 10 classes. The former has 60,240 more, in
-1×1 convolutions on the shortcuts that change the number of channels and in a widening
-by 1, and ReLU in the place of ReLU6.
+for CIFAR (kuangliu/pytorch-cifar, huyvnphan/PyTorch_CIFAR10). Everything else follows
+the paper, as in the second of these: 2,236,682 parameters for 10 classes. The first has
+60,240 more, in 1×1 convolutions on the shortcuts that change the number of channels and
+in a widening by 1, and it uses ReLU instead of ReLU6.
 
-Attributes carry torchvision's names: ``features.2.conv.0.0.kernel`` is the first
+Attributes have torchvision's names: ``features.2.conv.0.0.kernel`` is the first
 convolution of the second block.
 """
 
@@ -29,7 +29,7 @@ from tpp_jax.models.layers import (
     relu6,
 )
 
-# factor of the widening, channels of the output, number of blocks, stride of the first
+# Expansion, channels of the output, number of blocks and stride of the first block.
 STAGES = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
@@ -43,21 +43,24 @@ CIFAR_STAGES = (STAGES[0], (6, 24, 2, 1), *STAGES[2:])
 
 
 class Relu6(nnx.Module):
-    """min(max(x, 0), 6); a module, to have a place in a list."""
+    """The function `relu6` as a module, for lists of layers."""
 
     def __call__(self, x: Images) -> Images:
+        """Returns min(max(x, 0), 6)."""
         return relu6(x)
 
 
 class InvertedResidual(nnx.Module):
-    """Widen, filter each channel, narrow; [b, h, w, in_planes] to [b, h', w', planes].
+    """An inverted residual, [b, h, w, in_planes] to [b, h', w', planes].
+
+    Its layers widen the input, filter each channel, and narrow the result.
 
     Args:
-      in_planes: channels of the input.
-      planes: channels of the output.
-      expansion: factor on the channels in between; with 1 nothing is widened.
-      stride: 1, or 2 to halve the image.
-      rngs: source of the random start.
+      in_planes: Number of channels of the input.
+      planes: Number of channels of the output.
+      expansion: Factor on the channels inside the block; 1 for no widening layer.
+      stride: Stride of the depthwise convolution; 2 halves the image.
+      rngs: Random streams for the initial weights.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class InvertedResidual(nnx.Module):
         self.adds = stride == 1 and in_planes == planes
 
     def __call__(self, x: Images) -> Images:
+        """Returns the output of the layers, plus the input if the shapes agree."""
         y = _run(self.conv, x)
         return x + y if self.adds else y
 
@@ -89,16 +93,16 @@ class InvertedResidual(nnx.Module):
 class MobileNetV2(nnx.Module):
     """MobileNetV2, [b, h, w, in_channels] to logits [b, num_classes].
 
-    Convolutions start from N(0, 2/fan_out), the dense layer from N(0, 0.01²), its bias
-    from zero.  torchvision's drop-out before the dense layer is left out; its place in
-    `classifier` is kept.
+    Convolutions are initialised from N(0, 2/fan_out), the dense layer from N(0, 0.01²)
+    with a bias of zero. torchvision's dropout before the dense layer is omitted, but
+    its index in `classifier` is kept.
 
     Args:
-      stages: of blocks, see `STAGES` and `CIFAR_STAGES`.
-      stem_stride: of the first convolution: 2 for ImageNet, 1 for CIFAR.
-      num_classes: number of logits.
-      in_channels: channels of the images.
-      rngs: source of the random start.
+      stages: Stages of blocks; see `STAGES` and `CIFAR_STAGES`.
+      stem_stride: Stride of the first convolution: 2 for ImageNet, 1 for CIFAR.
+      num_classes: Number of logits.
+      in_channels: Number of channels of the images.
+      rngs: Random streams for the initial weights.
 
     Example:
       >>> model = nnx.eval_shape(lambda: MobileNetV2(rngs=nnx.Rngs(0)))
@@ -135,6 +139,7 @@ class MobileNetV2(nnx.Module):
         self.classifier = nnx.List([Identity(), classifier])
 
     def __call__(self, x: Images) -> Logits:
+        """Returns the logits of a batch of images."""
         x = global_average_pool(_run(self.features, x))
         return _run(self.classifier, x)
 
@@ -148,7 +153,7 @@ def _conv_norm_relu(
     groups: int = 1,
     rngs: nnx.Rngs,
 ) -> nnx.List:
-    """A convolution that keeps the image's size or halves it, batch norm and ReLU6."""
+    """Returns a convolution that keeps or halves the image, batch norm and ReLU6."""
     kernel = conv(
         in_features,
         out_features,
@@ -163,7 +168,7 @@ def _conv_norm_relu(
 
 
 def _run(layers: nnx.List, x: jax.Array) -> jax.Array:
-    """Runs layers, and lists of layers, one after the other."""
+    """Applies layers, and lists of layers, in order."""
     for layer in layers:
         x = _run(layer, x) if isinstance(layer, nnx.List) else layer(x)
     return x

@@ -1,11 +1,11 @@
 """Residual networks for ImageNet (He et al. 2016), as torchvision has them.
 
-Four stages after a 7×7 convolution and a pooling.  ResNet-18 and -34 have basic blocks
-of two 3×3 convolutions, the deeper ones bottlenecks 1×1, 3×3, 1×1.  A bottleneck halves
-the image in its 3×3 convolution ("version 1.5"), and every shortcut that changes the
-shape is a 1×1 convolution with a batch norm.
+Four stages after a 7×7 convolution and a pooling. ResNet-18 and -34 have basic blocks
+of two 3×3 convolutions, deeper networks bottlenecks of 1×1, 3×3, 1×1. A bottleneck
+halves the image in its 3×3 convolution ("version 1.5"), and every shortcut that changes
+the shape is a 1×1 convolution with a batch norm.
 
-Attributes carry torchvision's names, so the path of an array, say
+Attributes have torchvision's names, so the path of an array, say
 ``layer2.0.downsample.0.kernel``, is that of its weights.
 """
 
@@ -29,12 +29,12 @@ from tpp_jax.xla.blocks import Blocks
 
 
 class Architecture(NamedTuple):
-    """What tells the networks of this family apart.
+    """Settings that distinguish the networks of this family.
 
     Attributes:
-      blocks: number of blocks in each of the four stages.
-      bottleneck: whether blocks are bottlenecks, whose outputs are four times as wide.
-      width: factor on the width inside the bottlenecks.
+      blocks: Number of blocks in each of the four stages.
+      bottleneck: Whether blocks are bottlenecks, whose outputs are four times as wide.
+      width: Factor on the width inside the bottlenecks.
     """
 
     blocks: tuple[int, int, int, int]
@@ -58,10 +58,10 @@ class BasicBlock(nnx.Module):
     [b, h, w, in_planes] to [b, h/stride, w/stride, planes].
 
     Args:
-      in_planes: channels of the input.
-      planes: channels of both convolutions' outputs.
-      stride: 1, or 2 to halve the image in the first convolution.
-      rngs: source of the random start.
+      in_planes: Number of channels of the input.
+      planes: Number of channels of the output of each convolution.
+      stride: Stride of the first convolution; 2 halves the image.
+      rngs: Random streams for the initial weights.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class BasicBlock(nnx.Module):
             self.downsample = _projection(in_planes, planes, stride, rngs)
 
     def __call__(self, x: Images) -> Images:
+        """Returns the sum of both paths after a ReLU."""
         y = relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.projects:
@@ -90,11 +91,11 @@ class Bottleneck(nnx.Module):
     [b, h, w, in_planes] to [b, h/stride, w/stride, planes].
 
     Args:
-      in_planes: channels of the input.
-      inner: channels between the convolutions.
-      planes: channels of the output.
-      stride: 1, or 2 to halve the image in the 3×3 convolution.
-      rngs: source of the random start.
+      in_planes: Number of channels of the input.
+      inner: Number of channels between the convolutions.
+      planes: Number of channels of the output.
+      stride: Stride of the 3×3 convolution; 2 halves the image.
+      rngs: Random streams for the initial weights.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Bottleneck(nnx.Module):
             self.downsample = _projection(in_planes, planes, stride, rngs)
 
     def __call__(self, x: Images) -> Images:
+        """Returns the sum of both paths after a ReLU."""
         y = relu(self.bn1(self.conv1(x)))
         y = relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
@@ -123,13 +125,14 @@ class Bottleneck(nnx.Module):
 class ResNet(nnx.Module):
     """A ResNet for ImageNet, [b, h, w, in_channels] to logits [b, num_classes].
 
-    Convolutions start from N(0, 2/fan_out), the dense layer from PyTorch's default.
+    Convolutions are initialised from N(0, 2/fan_out), the dense layer as by default in
+    PyTorch.
 
     Args:
-      architecture: blocks of each stage and their kind, see `ARCHITECTURES`.
-      num_classes: number of logits.
-      in_channels: channels of the images.
-      rngs: source of the random start.
+      architecture: Number and type of the blocks; see `ARCHITECTURES`.
+      num_classes: Number of logits.
+      in_channels: Number of channels of the images.
+      rngs: Random streams for the initial weights.
 
     Example:
       >>> tiny = Architecture((1, 1, 1, 1), bottleneck=False)
@@ -153,20 +156,20 @@ class ResNet(nnx.Module):
 
         def stage(inner: int, count: int, stride: int) -> Blocks:
             nonlocal channels
-            made: list[nnx.Module] = []
+            members: list[nnx.Module] = []
             for step in (stride, *[1] * (count - 1)):
                 if bottleneck:
                     planes = 4 * inner
-                    made.append(
+                    members.append(
                         Bottleneck(
                             channels, width * inner, planes, stride=step, rngs=rngs
                         )
                     )
                 else:
                     planes = inner
-                    made.append(BasicBlock(channels, planes, stride=step, rngs=rngs))
+                    members.append(BasicBlock(channels, planes, stride=step, rngs=rngs))
                 channels = planes
-            return Blocks(made)
+            return Blocks(members)
 
         self.layer1 = stage(64, blocks[0], 1)
         self.layer2 = stage(128, blocks[1], 2)
@@ -175,6 +178,7 @@ class ResNet(nnx.Module):
         self.fc = dense(channels, num_classes, rngs=rngs)
 
     def __call__(self, x: Images) -> Logits:
+        """Returns the logits of a batch of images."""
         x = relu(self.bn1(self.conv1(x)))
         x = overlapping_max_pool(x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -183,11 +187,11 @@ class ResNet(nnx.Module):
 
 
 def overlapping_max_pool(x: Images) -> Images:
-    """Maximum over 3×3 windows, two pixels apart, of the image in a border of −∞.
+    """Returns the maxima over 3×3 windows with stride 2, padded by −∞.
 
-    [b, h, w, c] to [b, ⌈h/2⌉, ⌈w/2⌉, c].  First along columns, then along rows, as the
-    maximum of three slices each: the gradient of XLA's reduce_window is slow on the
-    CPU, see `tpp_jax.models.layers.max_pool`.
+    [b, h, w, c] to [b, ⌈h/2⌉, ⌈w/2⌉, c]. Computed along one axis after the other, each
+    time as the maximum of three slices, since the gradient of XLA's reduce_window is
+    slow on the CPU; see `tpp_jax.models.layers.max_pool`.
 
     >>> overlapping_max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
     [[5.0, 7.0], [13.0, 15.0]]
@@ -207,7 +211,7 @@ def overlapping_max_pool(x: Images) -> Images:
 def _conv(
     in_features: int, out_features: int, size: int, *, stride: int = 1, rngs: nnx.Rngs
 ) -> nnx.Conv:
-    """A convolution without bias that keeps the image's size, or halves it."""
+    """Returns a convolution without bias that keeps or halves the image."""
     return conv(
         in_features,
         out_features,
@@ -220,7 +224,7 @@ def _conv(
 
 
 def _projection(in_planes: int, planes: int, stride: int, rngs: nnx.Rngs) -> nnx.List:
-    """A shortcut that changes the shape: a 1×1 convolution and a batch norm."""
+    """Returns a shortcut that changes the shape: 1×1 convolution and batch norm."""
     return nnx.List(
         [
             _conv(in_planes, planes, 1, stride=stride, rngs=rngs),

@@ -1,8 +1,8 @@
 """VGG networks with batch norm for ImageNet (Simonyan & Zisserman 2015).
 
-As torchvision has them: `features` and `classifier` are lists in the order of its
-Sequentials, so an array is found at, say, ``features.3.kernel`` or
-``classifier.6.kernel``.  For images of 32×32 pixels there is `tpp_jax.models.CifarVGG`.
+`features` and `classifier` are lists in the order of torchvision's Sequentials, so an
+array is found at, say, ``features.3.kernel`` or ``classifier.6.kernel``. For images of
+32×32 pixels use `tpp_jax.models.CifarVGG`.
 """
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from tpp_jax.models.layers import (
     fan_out_init,
 )
 
-# output channels of the convolutions, stage by stage; each stage ends with a pooling
+# Output channels of the convolutions of each stage; each stage ends with a pooling.
 STAGES: dict[str, tuple[tuple[int, ...], ...]] = {
     "vgg11_bn": ((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2),
     "vgg13_bn": ((64,) * 2, (128,) * 2, (256,) * 2, (512,) * 2, (512,) * 2),
@@ -27,22 +27,22 @@ STAGES: dict[str, tuple[tuple[int, ...], ...]] = {
     "vgg19_bn": ((64,) * 2, (128,) * 2, (256,) * 4, (512,) * 4, (512,) * 4),
 }
 
-_SIDE = 7  # height and width of what enters the dense layers
+_SIDE = 7  # height and width of the input of the dense layers
 
 
 class VGG(nnx.Module):
     """A VGG with batch norm, [b, h, w, in_channels] to logits [b, num_classes].
 
-    Convolutions are 3×3 with bias and start from N(0, 2/fan_out), dense layers from
-    N(0, 0.01²), biases from zero.  torchvision's drop-outs in `classifier` are left
-    out; their places are kept.
+    Convolutions are 3×3 with bias. Their kernels are initialised from N(0, 2/fan_out),
+    those of dense layers from N(0, 0.01²), biases to zero. torchvision's dropout layers
+    in `classifier` are omitted, but their indices are kept.
 
     Args:
-      stages: output channels of the convolutions of each stage, see `STAGES`.
-      num_classes: number of logits.
-      in_channels: channels of the images.
-      hidden: width of the two dense layers before the last.
-      rngs: source of the random start.
+      stages: Output channels of the convolutions of each stage; see `STAGES`.
+      num_classes: Number of logits.
+      in_channels: Number of channels of the images.
+      hidden: Width of the two dense layers before the last.
+      rngs: Random streams for the initial weights.
 
     Example:
       >>> model = VGG([[8], [16]], num_classes=10, hidden=32, rngs=nnx.Rngs(0))
@@ -93,6 +93,7 @@ class VGG(nnx.Module):
         )
 
     def __call__(self, x: Images) -> Logits:
+        """Returns the logits of a batch of images."""
         for layer in self.features:
             x = layer(x)
         x = average_pool_to(x, _SIDE)
@@ -104,10 +105,11 @@ class VGG(nnx.Module):
 
 
 def average_pool_to(x: Images, side: int) -> Images:
-    """Means over windows that cover the image, [b, h, w, c] to [b, side, side, c].
+    """Returns means over windows that cover the image, ``[b, side, side, c]``.
 
-    Window i of n reaches from pixel ⌊i·h/n⌋ to ⌈(i + 1)·h/n⌉, as in PyTorch's adaptive
-    pooling: an image of side × side pixels stays as it is, a smaller one is repeated.
+    Window i of n extends from pixel ⌊i·h/n⌋ to ⌈(i + 1)·h/n⌉, as in PyTorch's adaptive
+    pooling: an image of side × side pixels is unchanged, pixels of a smaller one are
+    repeated.
 
     >>> average_pool_to(jnp.arange(16.0).reshape(1, 4, 4, 1), 2)[0, :, :, 0].tolist()
     [[2.5, 4.5], [10.5, 12.5]]
@@ -119,7 +121,7 @@ def average_pool_to(x: Images, side: int) -> Images:
 
 
 def _windows(size: int, count: int) -> np.ndarray:
-    """Returns float ``[count, size]``: the weight of each pixel in each window."""
+    """Returns the weight of each pixel in each window, float ``[count, size]``."""
     pixel, window = np.arange(size), np.arange(count)[:, None]
     starts, ends = window * size // count, -(-(window + 1) * size // count)
     inside = (pixel >= starts) & (pixel < ends)

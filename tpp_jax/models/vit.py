@@ -1,12 +1,13 @@
 """Vision transformers for ImageNet (Dosovitskiy et al. 2021), as torchvision has them.
 
-The image is cut into patches, each patch becomes a vector, and encoder blocks let the
-vectors attend to one another; the logits are read off a vector that belongs to no
-patch, the class token.
+The image is cut into patches, each patch becomes a vector, and in the encoder blocks
+the vectors attend to one another. The logits are computed from an additional vector,
+the class token.
 
-Attributes carry torchvision's names, but that its ``self_attention.in_proj_weight`` is
-``self_attention.in_proj.kernel`` here: one dense layer makes queries, keys and values.
-Heads are told by their size and not by their number, so that some can be pruned.
+Attributes have torchvision's names, except that ``self_attention.in_proj_weight`` is
+``self_attention.in_proj.kernel`` here: one dense layer computes queries, keys and
+values. The forward pass uses the size of a head, not the number of heads, so that heads
+can be pruned.
 """
 
 from typing import NamedTuple
@@ -29,14 +30,14 @@ Heads = Float[Array, "batch tokens heads size"]
 
 
 class Architecture(NamedTuple):
-    """What tells the networks of this family apart.
+    """Settings that distinguish the networks of this family.
 
     Attributes:
-      patch: height and width of a patch in pixels.
-      depth: number of encoder blocks.
-      width: numbers that stand for one patch.
-      heads: of each attention; `width` is a multiple of it.
-      hidden: width inside the blocks' dense layers.
+      patch: Height and width of a patch in pixels.
+      depth: Number of encoder blocks.
+      width: Size of the vector of a patch.
+      heads: Number of heads of each attention; `width` is a multiple of it.
+      hidden: Width inside the blocks' dense layers.
     """
 
     patch: int
@@ -55,9 +56,10 @@ _xavier_init = nnx.initializers.xavier_uniform()
 
 
 class Gelu(nnx.Module):
-    """x·Φ(x) with the exact Φ; a module, to have a place in a list."""
+    """The exact GELU as a module, for lists of layers."""
 
     def __call__(self, x: Tokens) -> Tokens:
+        """Returns x·Φ(x), with Φ the normal distribution function."""
         return jax.nn.gelu(x, approximate=False)
 
 
@@ -65,9 +67,9 @@ class SelfAttention(nnx.Module):
     """Multi-head self-attention, [b, n, width] to the same shape.
 
     Args:
-      width: of the tokens.
-      heads: number of heads; `width` is a multiple of it.
-      rngs: source of the random start.
+      width: Size of a token.
+      heads: Number of heads; `width` is a multiple of it.
+      rngs: Random streams for the initial weights.
     """
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs) -> None:
@@ -78,6 +80,8 @@ class SelfAttention(nnx.Module):
         )
 
     def __call__(self, x: Tokens) -> Tokens:
+        """Returns the projected values, weighted by the attention."""
+
         def by_heads(y: Tokens) -> Heads:
             return y.reshape(*y.shape[:2], -1, self.size)
 
@@ -88,13 +92,13 @@ class SelfAttention(nnx.Module):
 
 
 class EncoderBlock(nnx.Module):
-    """Attention and two dense layers, each normalised before and added.
+    """Attention and two dense layers, each after a layer norm and with a shortcut.
 
     Args:
-      width: of the tokens.
-      heads: of the attention.
-      hidden: width between the dense layers.
-      rngs: source of the random start.
+      width: Size of a token.
+      heads: Number of heads of the attention.
+      hidden: Width between the dense layers.
+      rngs: Random streams for the initial weights.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, *, rngs: nnx.Rngs) -> None:
@@ -110,12 +114,13 @@ class EncoderBlock(nnx.Module):
         self.ln_1 = _layer_norm(width, rngs)
         self.self_attention = SelfAttention(width, heads, rngs=rngs)
         self.ln_2 = _layer_norm(width, rngs)
-        # Torchvision's drop-out stands between the two and is 0 in all its networks.
+        # The identity stands for torchvision's dropout, which is 0 in all its networks.
         self.mlp = nnx.List(
             [dense(width, hidden), Gelu(), Identity(), dense(hidden, width)]
         )
 
     def __call__(self, x: Tokens) -> Tokens:
+        """Returns the tokens with the output of both parts added."""
         x = x + self.self_attention(self.ln_1(x))
         y = self.ln_2(x)
         for layer in self.mlp:
@@ -124,12 +129,12 @@ class EncoderBlock(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Positions, encoder blocks, and a last layer norm; [b, n, width] to the same.
+    """Position embedding, blocks and a layer norm, [b, n, width] to the same shape.
 
     Args:
-      tokens: n above.
-      architecture: depth and sizes of the blocks.
-      rngs: source of the random start.
+      tokens: Number n of tokens.
+      architecture: Depth and sizes of the blocks.
+      rngs: Random streams for the initial weights.
     """
 
     def __init__(
@@ -147,8 +152,9 @@ class Encoder(nnx.Module):
         self.ln = _layer_norm(width, rngs)
 
     def __call__(self, x: Tokens) -> Tokens:
+        """Returns the encoded tokens."""
         x = x + self.pos_embedding[...]
-        # By number: a merged module has its entries in alphabetical order, 10 before 2.
+        # The entries of a merged module are in alphabetical order, 10 before 2.
         for i in range(len(self.layers)):
             x = self.layers[f"encoder_layer_{i}"](x)
         return self.ln(x)
@@ -157,17 +163,18 @@ class Encoder(nnx.Module):
 class VisionTransformer(nnx.Module):
     """A vision transformer, [b, h, w, in_channels] to logits [b, num_classes].
 
-    Weights start as torchvision's: Xavier's uniform in the blocks, zeros in the last
-    layer, N(0, 0.02²) for the positions.
+    Weights are initialised as in torchvision: by Xavier's uniform distribution in the
+    blocks, zeros in the last layer, N(0, 0.02²) for the positions.
 
     Args:
-      architecture: see `ARCHITECTURES`.
-      num_classes: number of logits.
-      image_shape: (height, width, channels) of one image; whole numbers of patches.
-      rngs: source of the random start.
+      architecture: Depth and sizes of the network; see `ARCHITECTURES`.
+      num_classes: Number of logits.
+      image_shape: Shape of one image, (height, width, channels); height and width are
+        multiples of the size of a patch.
+      rngs: Random streams for the initial weights.
 
     Raises:
-      TPPError: if the image is no whole number of patches.
+      TPPError: If height or width of the image is not a multiple of the patch size.
 
     Example:
       >>> tiny = Architecture(patch=4, depth=1, width=8, heads=2, hidden=16)
@@ -209,6 +216,7 @@ class VisionTransformer(nnx.Module):
         self.heads = nnx.Dict({"head": head})
 
     def __call__(self, x: Images) -> Logits:
+        """Returns the logits of a batch of images."""
         x = self.conv_proj(x)
         batch, *_, width = x.shape
         x = x.reshape(batch, -1, width)
@@ -218,5 +226,5 @@ class VisionTransformer(nnx.Module):
 
 
 def _layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer norm with the mean taken off before the variance is measured."""
+    """Returns a layer norm that subtracts the mean before it computes the variance."""
     return nnx.LayerNorm(width, epsilon=1e-6, use_fast_variance=False, rngs=rngs)

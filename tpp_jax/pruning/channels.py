@@ -7,7 +7,7 @@ from flax import linen, nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.groups import read_groups
-from tpp_jax.graph.records import Groups
+from tpp_jax.graph.records import Groups, Slot
 from tpp_jax.pruning.search import try_groups
 from tpp_jax.pruning.source import Source
 
@@ -21,30 +21,30 @@ def channel_groups(
 ) -> Groups:
     """Finds the coupled-channel groups of a model.
 
-    The groups are read off the model's jaxpr, and every one that is called prunable was
-    tried: the model, traced once more with fewer channels of all of them, does the same
-    on narrower arrays.
+    The groups are read off the model's jaxpr, and every group that is reported as
+    prunable was tried: the model, traced again with fewer channels in all of them, does
+    the same on narrower arrays.
 
     Args:
-      model: an NNX module (run in evaluation mode, left untouched), a Linen module or a
-        function ``fn(params, *inputs)``.
-      *inputs: example inputs; arrays or ``jax.ShapeDtypeStruct``, only shapes matter.
-        Whatever else is among them (``True``, a string) is handed over as it is.
-      params: for a function, its parameter pytree, for a Linen module its variables
-        (abstract will do). What is no array in the tree (the functions and numbers of
-        an Equinox module) is left as it is.
-      strict: whether to raise where channels meet an operation that is not understood
-        or a size that is written into the model, instead of leaving them unpruned and
-        giving the reason.
-      **kwargs: keyword arguments of the model, like ``inputs``.
+      model: NNX module (run in evaluation mode, not modified), Linen module or function
+        ``fn(params, *inputs)``.
+      *inputs: Example inputs, as arrays or ``jax.ShapeDtypeStruct``; only their shapes
+        and types are used. Other arguments (``True``, a string) are passed unchanged.
+      params: Parameter pytree of a function, or variables of a Linen module; they may
+        be abstract. Leaves that are not arrays (the functions and numbers of an Equinox
+        module) are passed unchanged.
+      strict: Whether to raise where channels meet an operation without a rule or a size
+        that is written into the model, instead of reporting them as unprunable with the
+        reason.
+      **kwargs: Keyword arguments of the model, like ``inputs``.
 
     Returns:
       The groups that have a producing layer, in order of execution. Channels that
-      cannot be removed (outputs of the model, axes that meet an operation that is not
-      understood) are there too, with the reason.
+      cannot be removed (outputs of the model, axes that meet an operation without a
+      rule) are included, with the reason.
 
     Raises:
-      TPPError: with ``strict``, see there.
+      TPPError: If ``strict`` is set and such a group is found.
 
     Example:
       >>> import jax
@@ -61,8 +61,9 @@ def channel_groups(
     traced = source.trace()
     groups, suppositions = read_groups(traced, source.inputs, strict)
     verdict = try_groups(source, groups, suppositions)
-    if verdict.joined:
-        joined = verdict.joined
+    joined: tuple[tuple[Slot, Slot], ...] = ()
+    while verdict.joined:  # each time there are fewer groups
+        joined += verdict.joined
         groups, suppositions = read_groups(traced, source.inputs, strict, joined)
         verdict = try_groups(source, groups, suppositions)
     if strict and verdict.wrong:

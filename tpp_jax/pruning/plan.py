@@ -94,7 +94,7 @@ class Plan:
             return None
         kept = np.ones(shape[axis], bool)
         for group, member in members:
-            if member.axis == axis % len(shape):
+            if member.axis == axis % len(shape) and self.kept_count(group) < group.size:
                 kept[member.positions[self.pruned(group.name)]] = False
         return int(kept.reshape(blocks, -1).any(axis=1).sum())
 

@@ -7,23 +7,25 @@ fault are found with few more traces, by the line of code that fails.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tpp_jax.graph.comparing import Difference
-from tpp_jax.graph.fields import Field, FieldSize, Parts
-from tpp_jax.graph.records import Group, Groups, Slot, Supposition
+from tpp_jax.graph.fields import FieldSize
+from tpp_jax.graph.records import Groups, Slot, Supposition
 from tpp_jax.graph.tracing import source_line
+from tpp_jax.pruning.attributes import Attributes, extended, settle
+from tpp_jax.pruning.literals import OtherNumber
 from tpp_jax.pruning.source import Source
 from tpp_jax.pruning.trial import HAIKU, Trial
+from tpp_jax.pruning.widths import kinds_of, other_size, trial_sizes
 
 # Attempts to join two kinds of groups that the model refuses one by one.
 _PAIRS = 12
 # Searches for kinds that only hold together since they lose as many channels.
 _ROUNDS = 3
-# Attempts to set attributes for a kind of groups.
-_ATTRIBUTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,14 @@ def try_groups(
     return _Search(source, groups, suppositions).verdict()
 
 
+class _Attempt(NamedTuple):
+    """What came of a trial: see :class:`Trial`."""
+
+    fault: Difference | None
+    numbers: list[OtherNumber]
+    suspects: frozenset[int] | None
+
+
 class _Search:
     """Finds the groups of a model that cannot lose channels.
 
@@ -80,15 +90,15 @@ class _Search:
             line = source_line(one.source)
             lines[one.group].add((line, one.part))
             self.supposed[one.group][line] = None
-        self.kinds = _kinds(groups, lines)
+        self.kinds = kinds_of(groups, lines)
         self.kind_of = {i: n for n, kind in enumerate(self.kinds) for i in kind}
-        self.fewer = _trial_sizes(groups, self.kinds)
+        self.fewer = trial_sizes(groups, self.kinds)
         self.rest = set(self.fewer)
         self.wrong: dict[int, str] = {}
         self.failed: list[list[int]] = []
         self.sizes: tuple[FieldSize, ...] = ()
-        self.fields: list[Field] | None = None
-        self.numbered = False  # whether any cut changed a number that is computed with
+        self.attributes = Attributes(source, groups)
+        self.known: dict[Any, _Attempt] = {}
 
     def verdict(self) -> Verdict:
         if not self.rest:
@@ -158,14 +168,25 @@ class _Search:
         Args:
           chosen: indices of the groups.
           sizes: attributes that follow; those found so far if not given.
-          values: see :meth:`Trial.of`.
+          values: whether the numbers that enter the computation must be the same. (They
+            are not where a mean is taken over the channels.)
         """
-        sizes = self.sizes if sizes is None else sizes
-        self.trial.groups = self.groups.replace(sizes=sizes)
-        kept = {i: np.arange(self.fewer[i], dtype=np.int32) for i in chosen}
-        fault = self.trial.of(kept, values)
-        self.numbered |= self.trial.number is not None
-        return fault
+        attempt = self._attempt(chosen, self.sizes if sizes is None else sizes)
+        if attempt.fault is None and values and attempt.numbers:
+            return attempt.numbers[0].difference()
+        return attempt.fault
+
+    def _attempt(
+        self, chosen: Iterable[int], sizes: tuple[FieldSize, ...]
+    ) -> "_Attempt":
+        kept = {i: self.fewer[i] for i in sorted(chosen)}
+        key = tuple(kept.items()), sizes
+        if key not in self.known:
+            self.trial.groups = self.groups.replace(sizes=sizes)
+            fault = self.trial.of({i: np.arange(n) for i, n in kept.items()})
+            numbers, suspects = self.trial.numbers, self.trial.suspects
+            self.known[key] = _Attempt(fault, numbers, suspects)
+        return self.known[key]
 
     def _apart(self, chosen: set[int]) -> Iterator[set[int]]:
         """Yields choices that tell kinds apart which lose as many channels."""
@@ -208,7 +229,7 @@ class _Search:
         if fault is None:
             self.rest.update(members)
             return
-        if self._admit_with_fields(members):
+        if self._admit_with_fields(members, fault):
             return
         if not fault.old_size and self._admit_with_other_sizes(members):
             return
@@ -227,7 +248,7 @@ class _Search:
     def _admit_with_other_sizes(self, members: list[int]) -> bool:
         before = {i: self.fewer[i] for i in members}
         self.fewer |= {
-            i: _other_size(self.groups[i].size, self.fewer[i]) for i in members
+            i: other_size(self.groups[i].size, self.fewer[i]) for i in members
         }
         if self.fewer != self.fewer | before and not self.attempt(
             self.rest.union(members)
@@ -253,6 +274,14 @@ class _Search:
 
     # Attributes that follow the channels.
 
+    def _following(self) -> tuple[FieldSize, ...]:
+        """Returns the attributes that follow a group of those that hold together.
+
+        What others were to follow, which were given up since, may follow anything.
+        """
+        names = {self.groups[i].name for i in self.rest}
+        return tuple(size for size in self.sizes if size.groups & names)
+
     def _with_fields(
         self, blamed: Set[int], fault: Difference
     ) -> tuple[bool, Difference | None]:
@@ -261,64 +290,72 @@ class _Search:
         Returns:
           Whether that helps, and what goes wrong elsewhere then.
         """
-        found = self._candidates(blamed)
+        near, known = self.attributes.of(sorted(blamed)), self._following()
+        for found in near.at(fault.lines, known):
+            sizes = extended(known, found)
+            after = self.attempt(self.rest, sizes)
+            if after is None or not set(after.lines[:1]) <= set(fault.lines):
+                self.sizes = sizes
+                return True, after
+        found = near.candidates(known)
         if not found:
             return False, fault
-        after = self.attempt(self.rest, (*self.sizes, *found))
+        sizes = extended(known, found)
+        after = self.attempt(self.rest, sizes)
         if after is not None and (
             after.groups & blamed or not after.groups or after.line == fault.line
         ):
             return False, fault
-        self.sizes = (*self.sizes, *found)
+        self.sizes = sizes
         return True, after
 
-    def _admit_with_fields(self, members: list[int]) -> bool:
-        found = self._candidates(members)
-        kinds = list(dict.fromkeys(size.field.kind for size in found))
-        attempts = [found] if len(kinds) > 1 else []
-        if len(kinds) > 2:  # one of them is equal by chance
-            attempts += [[s for s in found if s.field.kind != kind] for kind in kinds]
-        attempts += [[s for s in found if s.field.kind == kind] for kind in kinds]
-        for sizes in attempts[:_ATTRIBUTES]:
-            both = (*self.sizes, *sizes)
-            if not self.attempt(self.rest.union(members), both):
-                self.rest.update(members)
-                self.sizes = both
-                return True
-        return False
+    def _admit_with_fields(self, members: list[int], fault: Difference) -> bool:
+        sizes = self._settled(members, fault)
+        if sizes is None:
+            return False
+        self.rest.update(members)
+        self.sizes = sizes
+        return True
 
-    def _candidates(self, members: Iterable[int]) -> list[FieldSize]:
-        """Lists attributes near some groups that equal a size of their channels."""
-        if self.fields is None:
-            self.fields = self.source.fields()
-        if not self.fields:
-            return []
-        leaves = {i: [m.leaf for m in self.groups[i].members] for i in members}
-        names = [group.name for group in self.groups]
-        known = {size.field for size in self.sizes}
-        found = []
-        for path, fields in itertools.groupby(self.fields, lambda field: field.path):
-            inside = f"{path}." if path else ""
-            here = {
-                i
-                for i, own in leaves.items()
-                if any(leaf.startswith(inside) for leaf in own)
-            }
-            numbers = self.groups.reading.numbers(here, names) if here else {}
-            for field in fields:
-                value = field.value
-                value = value if isinstance(value, tuple) else (value,)
-                parts = tuple(_way(numbers.get(n, set()), here, names) for n in value)
-                if field not in known and any(part is not None for part in parts):
-                    found.append(FieldSize(field, parts))
-        return found
+    def _settled(
+        self,
+        members: list[int],
+        fault: Difference,
+        together: Mapping[str, str] | None = None,
+    ) -> tuple[FieldSize, ...] | None:
+        """Returns attributes with which the model holds, None if none are found.
+
+        Args:
+          members: indices of groups to be cut with those that hold.
+          fault: what goes wrong so far.
+          together: name of a group → that of the one that loses the same channels.
+        """
+        chosen = self.rest.union(members)
+        return settle(
+            self.attributes.of(members, together),
+            lambda sizes: self.attempt(chosen, sizes),
+            self._following(),
+            fault,
+        )
 
     def _drop_idle_fields(self) -> None:
         """Forgets attributes that the model holds without."""
-        for kind in dict.fromkeys(size.field.kind for size in self.sizes):
-            without = tuple(s for s in self.sizes if s.field.kind != kind)
-            if not self.attempt(self.rest, without):
-                self.sizes = without
+        # Most likely it is the innermost module that computes with its own.
+        sizes = sorted(self.sizes, key=lambda size: size.field.path.count("."))
+        kinds = list(dict.fromkeys(size.field.kind for size in sizes))
+        self._drop_idle(kinds[:-1])
+        self._drop_idle(kinds[-1:])
+
+    def _drop_idle(self, kinds: list[tuple[str, str]]) -> None:
+        """Forgets attributes of some kinds, found by halving."""
+        if not kinds:
+            return
+        without = tuple(s for s in self.sizes if s.field.kind not in kinds)
+        if not self.attempt(self.rest, without):
+            self.sizes = without
+        elif len(kinds) > 1:
+            self._drop_idle(kinds[: len(kinds) // 2])
+            self._drop_idle(kinds[len(kinds) // 2 :])
 
     # Numbers of channels that enter the values.
 
@@ -332,11 +369,14 @@ class _Search:
         Returns:
           The groups of the second kind.
         """
-        if not self.numbered:
+        whole = self._attempt(self.rest, self.sizes)
+        suspects = whole.suspects if whole.fault is None else None
+        if suspects is not None and not suspects:
             return set()
         plain = [
             [i for i in kind if i in self.rest and not self.groups[i].reduced]
             for kind in self.kinds
+            if suspects is None or not suspects.isdisjoint(kind)
         ]
         follow = set().union(*(size.groups for size in self.sizes))
         follow = {i for i in self.rest if self.groups[i].name in follow}
@@ -379,94 +419,52 @@ class _Search:
         that refuses to run unless there are as many of both.
         """
         pairs = itertools.combinations(self.failed, 2)
-        alike = (
+        alike = [
             (kind, other)
             for kind, other in pairs
             if [self.groups[i].size for i in kind]
             == [self.groups[i].size for i in other]
-        )
-        for kind, other in itertools.islice(alike, _PAIRS):
-            before = dict(self.fewer)
-            self.fewer |= {j: before[i] for i, j in zip(kind, other, strict=True)}
-            fault = self.attempt(self.rest.union(kind, other))
-            self.fewer = before
-            slots = [
-                (_own_slot(self.groups[i]), _own_slot(self.groups[j]))
-                for i, j in zip(kind, other, strict=True)
-            ]
-            if fault is None and all(None not in pair for pair in slots):
-                return tuple(slots)
-        return ()
+        ]
+        found: list[tuple[Slot, Slot]] = []
+        done: set[int] = set()
+        for kind, other in alike[:_PAIRS]:
+            if not done.isdisjoint((*kind, *other)):
+                continue
+            slots = [self._alike_slots(i, j) for i, j in zip(kind, other, strict=True)]
+            if None not in slots and self._hold_together(kind, other):
+                found += slots
+                done.update(kind, other)
+        return tuple(found)
 
+    def _alike_slots(self, i: int, j: int) -> tuple[Slot, Slot] | None:
+        """Returns an axis of each of two groups, which are alike but for the groups."""
+        for one in self.groups[i].members:
+            for other in self.groups[j].members:
+                slots = (one.leaf, one.axis), (other.leaf, other.axis)
+                if one.role == other.role == "produced" and self._layout(
+                    slots[0], i
+                ) == self._layout(slots[1], j):
+                    return slots
+        return None
 
-def _kinds(groups: Groups, lines: dict[int, set[tuple[str, int]]]) -> list[list[int]]:
-    """Puts groups together that rest on the same lines of code, the coarser first."""
-    kinds: dict[object, list[int]] = {}
-    for i, group in enumerate(groups):
-        if group.reason is None and group.size > 1:
-            key = frozenset(lines.get(i, ())), group.inner, group.size
-            kinds.setdefault(key, []).append(i)
-    return sorted(kinds.values(), key=lambda kind: groups[kind[0]].inner)
+    def _layout(self, slot: Slot, i: int) -> tuple[int, dict[int | None, bytes]]:
+        """Returns how long an axis is and where the groups are, one of them unnamed."""
+        leaf, axis = slot
+        return self.groups.shapes[leaf][axis], {
+            None if n == i else n: member.positions.tobytes()
+            for n, group in enumerate(self.groups)
+            for member in group.members
+            if (member.leaf, member.axis) == slot
+        }
 
-
-def _trial_sizes(groups: Groups, kinds: list[list[int]]) -> dict[int, int]:
-    """Chooses about half of the channels of each group.
-
-    Each kind loses another number, so that two that are wrong do not make up for each
-    other, and none is left with a number that is a size of something else in the model,
-    where there are numbers enough.
-    """
-    sizes = {n for shape in groups.traced.shapes for n in shape}
-    taken: set[int] = set()
-    fewer = {}
-    for kind in kinds:
-        size = groups[kind[0]].size
-        others = [n for n in _near_half(size) if n not in taken]
-        free = [n for n in others if n not in sizes]
-        n = next(iter(free or others), max(size // 2, 1))
-        taken.add(n)
-        fewer |= dict.fromkeys(kind, n)
-    return fewer
-
-
-def _near_half(size: int) -> Iterator[int]:
-    half = size // 2
-    for off in range(max(size // 3, 1)):
-        yield from (n for n in (half - off, half + off) if 0 < n < size)
-
-
-def _other_size(size: int, first: int) -> int:
-    """Returns a round number of channels, for models that insist on one."""
-    return max(size // 2 if first != size // 2 else size // 4, 1)
-
-
-def _way(ways: set[Parts], groups: set[int], names: list[str]) -> Parts | None:
-    """Returns the one way in which a number follows the channels, None if unclear.
-
-    Axes of one size may differ in other groups that run along them, the dimensions of
-    queries and of values: then the number follows the groups in question alone.
-    """
-    own = {names[i] for i in groups}
-    fitting = [
-        parts for parts in ways if any(own & set(through) for _, through in parts)
-    ]
-    if len(fitting) == 1:
-        return fitting[0]
-    alone = {_onto(parts, own) for parts in fitting}
-    return alone.pop() if len(alone) == 1 else None
-
-
-def _onto(parts: Parts, own: set[str]) -> Parts:
-    """Leaves out of a size what does not belong to some groups."""
-    sums: collections.Counter[tuple[str, ...]] = collections.Counter()
-    for positions, through in parts:
-        sums[tuple(sorted(own.intersection(through)))] += positions
-    return tuple((n, through) for through, n in sorted(sums.items()))
-
-
-def _own_slot(group: Group) -> Slot | None:
-    """Returns an axis that is made of the group's channels and nothing else."""
-    for member in group.members:
-        if member.role == "produced" and member.positions.shape[1] == 1:
-            return member.leaf, member.axis
-    return None
+    def _hold_together(self, kind: list[int], other: list[int]) -> bool:
+        """Reports whether the model holds if groups lose as many channels, by pairs."""
+        before = dict(self.fewer)
+        pairs = list(zip(kind, other, strict=True))
+        self.fewer |= {j: before[i] for i, j in pairs}
+        fault = self.attempt(self.rest.union(kind, other))
+        if fault is not None:
+            names = {self.groups[j].name: self.groups[i].name for i, j in pairs}
+            holds = self._settled([*kind, *other], fault, names) is not None
+        self.fewer = before
+        return fault is None or holds

@@ -5,7 +5,7 @@ traced once more with the narrower arrays that a plan leaves.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,6 +47,8 @@ class Source:
         Flax modules.
       inputs: abstract example inputs; what is no array is there as it is.
       kwargs: keyword arguments, like the inputs.
+      met: Attributes of the Linen modules met when the model was traced, with the
+        classes of the modules.
     """
 
     model: Any
@@ -55,6 +57,7 @@ class Source:
     tree: Any
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
+    met: dict[Field, type] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -81,7 +84,18 @@ class Source:
 
     def trace(self) -> Trace:
         """Traces the model as it is."""
-        return trace_function(self.function, self.inputs, self.kwargs)
+        if not isinstance(self.model, linen.Module):
+            return trace_function(self.function, self.inputs, self.kwargs)
+        made: list[Trace] = []
+        found = linen_fields(
+            self.model,
+            lambda: made.append(
+                trace_function(self.function, self.inputs, self.kwargs)
+            ),
+        )
+        self.met.clear()
+        self.met.update(found)
+        return made[0]
 
     def trace_cut(self, plan: Any, shapes: Mapping[str, tuple[int, ...]]) -> Trace:
         """Traces the model with narrower arrays.
@@ -106,13 +120,18 @@ class Source:
         )
         return trace_function(function, self.inputs, self.kwargs)
 
-    def fields(self) -> list[Field]:
-        """Lists the whole numbers that the model's own classes keep as attributes."""
+    def fields(self) -> dict[Field, type]:
+        """Finds the whole numbers that the model's own classes keep as attributes.
+
+        Returns:
+          Attribute → class of the module that keeps it.
+        """
         if isinstance(self.model, nnx.GraphDef):
-            merged = nnx.merge(self.model, self.given)
-            return list(_fields_of_nnx(merged))
+            return _fields_of_nnx(nnx.merge(self.model, self.given))
         if isinstance(self.model, linen.Module):
-            return linen_fields(self.model, lambda: self.trace())
+            if not self.met:
+                self.trace()
+            return dict(self.met)
         return fields_of_tree(self.tree)
 
     def _call_cut(self, plan: Any) -> Callable[..., Any]:
@@ -146,11 +165,12 @@ def adapt(module: nnx.Module, plan: Any) -> None:
                 setattr(inner, name, value)
 
 
-def _fields_of_nnx(root: nnx.Module) -> Iterator[Field]:
+def _fields_of_nnx(root: nnx.Module) -> dict[Field, type]:
+    found: dict[Field, type] = {}
     for path, module in modules(root):
-        if type(module).__module__.partition(".")[0] == "flax":
-            continue  # the layers of Flax follow their arrays
-        yield from own_fields(module, path, vars(module))
+        if type(module).__module__.partition(".")[0] != "flax":
+            found |= own_fields(module, path, vars(module))
+    return found  # the layers of Flax follow their arrays
 
 
 def abstract(tree: Any) -> Any:

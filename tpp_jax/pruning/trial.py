@@ -16,12 +16,12 @@ from tpp_jax.graph.comparing import (
     Stays,
     difference,
     lines_of,
-    other_number,
 )
 from tpp_jax.graph.groups import read_groups
 from tpp_jax.graph.records import Groups
 from tpp_jax.graph.tracing import Trace, lines_of_error, raised_in
 from tpp_jax.pruning.arrangement import arrangement
+from tpp_jax.pruning.literals import OtherNumber, Widths, other_numbers
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.source import Source
 
@@ -44,13 +44,20 @@ def blamed(source: Source, plan: Plan) -> tuple[Difference, list[str]] | None:
     trial = Trial(source, plan.groups)
     kept = {g.name: np.asarray(plan.kept[g.name]) for g in plan.pruned_groups}
     index = {g.name: i for i, g in enumerate(plan.groups)}
-    fault = trial.of({index[name]: indices for name, indices in kept.items()})
-    values = fault is None and trial.number is not None
+    values = False
+
+    def fault_of(names: Iterable[str]) -> Difference | None:
+        fault = trial.of({index[name]: kept[name] for name in names})
+        if fault is None and values and trial.numbers:
+            return trial.numbers[0].difference()
+        return fault
+
+    fault = fault_of(kept)
+    values = fault is None and trial.suspects != frozenset()
     if values:
         # Where a mean runs over the channels, other numbers are to be expected.
         kept = {g.name: kept[g.name] for g in plan.pruned_groups if not g.reduced}
-        chosen = {index[name]: indices for name, indices in kept.items()}
-        fault = trial.of(chosen, values) if chosen else None
+        fault = fault_of(kept) if kept else None
     if fault is None:
         return None
     names = [name for name in kept if index[name] in fault.groups]
@@ -59,9 +66,8 @@ def blamed(source: Source, plan: Plan) -> tuple[Difference, list[str]] | None:
     # Halving finds one group that fails alone, or a few that fail together.
     rest = list(kept)
     while len(rest) > 1:
-        halves = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        for half in halves:
-            if found := trial.of({index[name]: kept[name] for name in half}, values):
+        for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
+            if found := fault_of(half):
                 fault, rest = found, half
                 break
         else:
@@ -73,24 +79,23 @@ class Trial:
     """Traces a model with fewer channels of some groups, and compares.
 
     Attributes:
-      number: after a trial that went well, a number that enters the values of the cut
-        model in place of another one; None if there is none.
+      numbers: after a trial that went well, the numbers that enter the values of the
+        cut model in place of others.
+      suspects: groups that these numbers may follow, but for reduced ones; None if it
+        may be any.
     """
 
     def __init__(self, source: Source, groups: Groups) -> None:
         self.source = source
         self.groups = groups
-        self.number: Difference | None = None
+        self.numbers: list[OtherNumber] = []
+        self.suspects: frozenset[int] | None = frozenset()
 
-    def of(
-        self, kept: dict[int, np.ndarray], values: bool = False
-    ) -> Difference | None:
+    def of(self, kept: dict[int, np.ndarray]) -> Difference | None:
         """Returns what goes wrong, None if nothing.
 
         Args:
           kept: index of a group → the channels that stay; other groups keep all.
-          values: whether the numbers that enter the computation must be the same. (They
-            are not where a mean is taken over the channels.)
         """
         groups = self.groups
         masks: list[np.ndarray | None] = [None] * len(groups)
@@ -106,7 +111,7 @@ class Trial:
         old, reading = groups.traced, groups.reading
         stays = reading.stays(masks)
         shapes = {leaf: stays.shape(value) for leaf, value in old.leaves.items()}
-        self.number = None
+        self.numbers, self.suspects = [], frozenset()
         try:
             new = self.source.trace_cut(Plan(everything, groups), shapes)
         except Exception as error:  # whatever the user's code raises of odd shapes
@@ -114,9 +119,17 @@ class Trial:
         found = difference(old, new, reading, stays)
         if found and found.order and self._rearranged(new, everything, stays):
             return None
-        if found is None:
-            self.number = other_number(old, new)
-        return self.number if values and found is None else found
+        if found is not None:
+            return found
+        self.numbers = other_numbers(old, new)
+        if self.numbers:
+            widths = Widths(old, new, reading, stays, self._reduced)
+            self.suspects = widths.followed(self.numbers)
+        return None
+
+    @functools.cached_property
+    def _reduced(self) -> frozenset[int]:
+        return frozenset(i for i, group in enumerate(self.groups) if group.reduced)
 
     def _rearranged(
         self, new: Trace, kept: dict[str, np.ndarray], stays: Stays
@@ -147,12 +160,12 @@ class Trial:
         chosen = frozenset(kept)
         if raised_in(error, "haiku"):
             return Difference(f"{HAIKU}: {text}", chosen, old_size=True)
-        lines = list(lines_of_error(error))
+        lines = tuple(lines_of_error(error))
         for line in lines:
             here = self._groups_at(line) & chosen
             if here:
-                return Difference(text, here, line=line)
-        return Difference(text, line=lines[0] if lines else "")
+                return Difference(text, here, line=line, lines=lines)
+        return Difference(text, line=lines[0] if lines else "", lines=lines)
 
     @functools.cached_property
     def _lines(self) -> dict[str, list[int]]:

@@ -1,1 +1,5 @@
-"""Plots, tables and pages."""
+"""Plots, tables and pages about runs and sweeps."""
+
+from tpp_jax.errors import require
+
+require("plots", "matplotlib")

@@ -1,4 +1,4 @@
-"""Tables of many runs: mean and spread over seeds, beside what is published."""
+"""Tables of many runs: mean and spread over seeds, compared with published values."""
 
 import csv as csv_format
 import io
@@ -8,29 +8,44 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-METRICS = {
-    "best_accuracy": "best test accuracy of the fine-tuning, %",
-    "last_accuracy": "test accuracy at the end, %",
-    "trainability_accuracy": "mean test accuracy at the first learning rate, %",
-    "cut_accuracy": "test accuracy right after the cut, %",
-    "dense_accuracy": "test accuracy of the dense network, %",
-    "jsv_mean": "mean Jacobian singular value right after the cut",
-    "speedup": "FLOPs, dense by pruned",
-    "sparsity": "parameters removed, %",
-}
-"""What can be told of a run, and what it is."""
+from tpp_jax.reports.headline import ACCURACY, Headline, headline_of
+
+
+def metrics_about(headline: Headline) -> dict[str, str]:
+    """Returns what can be shown of runs, by name, each with its description.
+
+    Args:
+      headline: Metric by which the runs are judged.
+    """
+    name, unit = headline.name, f", {headline.unit}" if headline.unit else ""
+    return {
+        f"best_{name}": f"best test {name} of the fine-tuning{unit}",
+        f"last_{name}": f"test {name} at the end{unit}",
+        f"trainability_{name}": f"mean test {name} at the first learning rate{unit}",
+        f"cut_{name}": f"test {name} right after the cut{unit}",
+        f"dense_{name}": f"test {name} of the dense network{unit}",
+        "jsv_mean": "mean Jacobian singular value right after the cut",
+        "speedup": "FLOPs, dense by pruned",
+        "sparsity": "parameters removed, %",
+    }
+
+
+METRICS = metrics_about(ACCURACY)
+"""Metrics of runs that classify images, and their descriptions."""
 
 
 class Grid(NamedTuple):
     """The results of a sweep.
 
     Attributes:
-      title: of the table.
-      rows, columns: their names.
-      metrics: which of :data:`METRICS` are shown.
-      results: (row, column, seed) → metrics, of the runs that are done.
-      planned: how many runs there are in all.
-      paper: (row, column, metric) → published mean, and standard deviation or None.
+      title: Title of the table.
+      rows: Names of the rows.
+      columns: Names of the columns.
+      metrics: Names of the metrics to show, from :func:`metrics_about`.
+      results: Metrics of the finished runs, by row, column and seed.
+      planned: Total number of runs.
+      paper: Published mean, and standard deviation or None, by row, column and metric.
+      headline: Metric by which the runs are judged.
     """
 
     title: str
@@ -40,15 +55,18 @@ class Grid(NamedTuple):
     results: Mapping[tuple[str, str, int], Mapping[str, float]]
     planned: int
     paper: Mapping[tuple[str, str, str], tuple[float, float | None]]
+    headline: Headline = ACCURACY
 
 
 class Entry(NamedTuple):
     """One entry of a table.
 
     Attributes:
-      mean, std: over seeds; the standard deviation is the population's, as the paper's.
-      n: how many runs; 0 if none is done.
-      paper, paper_std: what is published, None if nothing is.
+      mean: Mean over seeds.
+      std: Standard deviation over seeds; that of the population, as in the paper.
+      n: Number of finished runs.
+      paper: Published mean, if any.
+      paper_std: Published standard deviation, if any.
     """
 
     mean: float
@@ -59,18 +77,24 @@ class Entry(NamedTuple):
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the published, where there are both."""
+        """Mean minus published mean; None if one of them is missing."""
         return self.mean - self.paper if self.n and self.paper is not None else None
 
 
 def metrics_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Returns what a run's summary tells of :data:`METRICS`."""
+    """Returns the metrics of :func:`metrics_about` that a run's summary contains.
+
+    Args:
+      summary: Summary of the run.
+    """
     cuts = [p for p in summary["phases"] if p["name"].startswith("slice")]
-    cut = cuts[-1] if cuts else {}
+    cut, name = cuts[-1] if cuts else {}, headline_of(summary).name
     found = {
-        **{name: summary[name] for name in list(METRICS)[:3]},
-        "cut_accuracy": cut.get("accuracy"),
-        "dense_accuracy": summary["dense"]["accuracy"],
+        f"best_{name}": summary[f"best_{name}"],
+        f"last_{name}": summary[f"last_{name}"],
+        f"trainability_{name}": summary[f"trainability_{name}"],
+        f"cut_{name}": cut.get(name),
+        f"dense_{name}": summary["dense"][name],
         "jsv_mean": cut.get("jacobian", {}).get("mean"),
         "speedup": summary["speedup"],
         "sparsity": 100 * summary["sparsity"],
@@ -79,7 +103,14 @@ def metrics_of(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def entry(grid: Grid, row: str, column: str, metric: str) -> Entry:
-    """Returns mean and spread of a metric over the seeds that are done."""
+    """Returns mean and spread of a metric over the finished seeds.
+
+    Args:
+      grid: Results of the sweep.
+      row: Name of the row.
+      column: Name of the column.
+      metric: Name of the metric.
+    """
     values = [
         metrics[metric]
         for (r, c, _), metrics in grid.results.items()
@@ -93,10 +124,14 @@ def entry(grid: Grid, row: str, column: str, metric: str) -> Entry:
 
 
 def markdown(grid: Grid) -> str:
-    """Returns the tables, one for each metric."""
+    """Returns the tables in Markdown, one for each metric.
+
+    Args:
+      grid: Results of the sweep.
+    """
     lines = [f"# {literal(grid.title)}", "", explanation(grid)]
     for metric in grid.metrics:
-        lines += ["", f"## {heading(metric)}", ""]
+        lines += ["", f"## {heading(grid, metric)}", ""]
         lines.append(f"| | {' | '.join(map(literal, grid.columns))} |")
         lines.append(f"|---|{'---|' * len(grid.columns)}")
         for row in grid.rows:
@@ -106,7 +141,10 @@ def markdown(grid: Grid) -> str:
 
 
 def literal(text: str) -> str:
-    r"""Returns what Markdown shows as the given text, within a table too.
+    r"""Returns Markdown that renders as the given text, also inside a table.
+
+    Args:
+      text: Text to render.
 
     Example:
       >>> print(literal("$L_1$ | half"))
@@ -115,14 +153,23 @@ def literal(text: str) -> str:
     return re.sub(r"([\\|$*<`])", r"\\\1", " ".join(text.split()))
 
 
-def heading(metric: str) -> str:
-    """Returns what a metric is, as a sentence starts."""
-    words = METRICS[metric]
+def heading(grid: Grid, metric: str) -> str:
+    """Returns the description of a metric with an initial capital.
+
+    Args:
+      grid: Results of the sweep.
+      metric: Name of the metric.
+    """
+    words = metrics_about(grid.headline)[metric]
     return words[0].upper() + words[1:]
 
 
 def explanation(grid: Grid) -> str:
-    """Returns how to read the table."""
+    """Returns a sentence that explains the entries of the tables.
+
+    Args:
+      grid: Results of the sweep.
+    """
     seeds = len({seed for _, _, seed in grid.results})
     published = "; in brackets the published value, and ours minus it"
     return (
@@ -132,7 +179,14 @@ def explanation(grid: Grid) -> str:
 
 
 def text(grid: Grid, row: str, column: str, metric: str) -> str:
-    """Returns an entry as ``ours ± spread [published ± spread, difference]``."""
+    """Returns an entry as ``ours ± spread [published ± spread, difference]``.
+
+    Args:
+      grid: Results of the sweep.
+      row: Name of the row.
+      column: Name of the column.
+      metric: Name of the metric.
+    """
     found = entry(grid, row, column, metric)
     digits = 4 if metric == "jsv_mean" else 2
     ours = "–" if not found.n else f"{found.mean:.{digits}f}"
@@ -149,12 +203,15 @@ def text(grid: Grid, row: str, column: str, metric: str) -> str:
 
 
 def csv(grid: Grid) -> str:
-    """Returns all entries, one to a line."""
+    """Returns all entries as CSV, one per line.
+
+    Args:
+      grid: Results of the sweep.
+    """
     lines = io.StringIO()
     writer = csv_format.writer(lines, lineterminator="\n")
-    writer.writerow(
-        "row column metric mean std runs paper paper_std difference".split()
-    )
+    header = ["row", "column", "metric", "mean", "std", "runs"]
+    writer.writerow([*header, "paper", "paper_std", "difference"])
     for row, column, metric in _places(grid):
         e = entry(grid, row, column, metric)
         numbers = (e.mean, e.std) if e.n else (None, None)

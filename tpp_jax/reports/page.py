@@ -1,4 +1,4 @@
-"""A page about a run or a sweep: one HTML file that needs nothing beside it."""
+"""A page about a run or a sweep: one self-contained HTML file."""
 
 import base64
 import html
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpp_jax.reports import grids, plots, tables
+from tpp_jax.reports.headline import headline_of
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -28,13 +29,13 @@ pre { overflow-x: auto; font-size: .85rem; }
 """
 
 _CAPTIONS = {
-    "curves": "Accuracy, loss, penalty strength and Gram penalty over all phases. "
+    "curves": "{}, loss, penalty strength and Gram penalty over all phases. "
     "Dots: test set; faint: training batches.",
     "channels": "Channels of each layer before and after.",
     "jacobian": "Jacobian singular values at the end of each stage. Values far below 1 "
     "mean that gradients vanish.",
-    "gram": "Filters that are to go are decorrelated from those that stay, so that the "
-    "cut takes nothing away from these.",
+    "gram": "Filters to prune are decorrelated from the kept ones, so that the cut "
+    "does not affect the latter.",
 }
 
 
@@ -42,11 +43,11 @@ def of_run(
     summary: Mapping[str, Any],
     pictures: Mapping[str, str],
 ) -> str:
-    """Returns the page of a run that is done.
+    """Returns the page of a finished run.
 
     Args:
-      summary: of the run.
-      pictures: name → SVG, see :func:`tpp_jax.reports.plots.save`.
+      summary: Summary of the run.
+      pictures: SVG pictures by name, from :func:`tpp_jax.reports.plots.save`.
     """
     config = summary["config"]
     title = f"{config['model']['name']} on {config['data']['name']}"
@@ -55,25 +56,30 @@ def of_run(
         ("parameters", dense["params"], small["params"]),
         ("FLOPs", dense["flops"], small["flops"]),
     ]
-    accuracies = [
-        (name, f"{accuracy:.2f} %")
-        for name, accuracy in tables.accuracies(summary)
-        if accuracy is not None
+    headline = headline_of(summary)
+    metric = headline.name
+    scores = [
+        (name, headline.text(score))
+        for name, score in tables.scores(summary)
+        if score is not None
     ]
     phases = [
         (
             phase["name"],
             f"{phase['steps']:,}",
             f"{phase['seconds']:.1f} s",
-            f"{phase['accuracy']:.2f} %",
-            f"{phase['best_accuracy']:.2f} %",
+            headline.text(phase[metric]),
+            headline.text(phase[f"best_{metric}"]),
         )
         for phase in summary["phases"]
     ]
-    parts = [
+    title_case = metric[0].upper() + metric[1:]
+    captions = {name: text.format(title_case) for name, text in _CAPTIONS.items()}
+    shown = pictures.items()
+    blocks = [
         f"<p>Method {html.escape(summary['method'])}: {summary['speedup']:.2f}× fewer "
-        f"FLOPs, {100 * summary['sparsity']:.1f} % of the parameters gone.</p>",
-        _table(("network", "test accuracy"), accuracies),
+        f"FLOPs, {100 * summary['sparsity']:.1f} % of the parameters removed.</p>",
+        _table(("network", f"test {metric}"), scores),
         _table(
             ("", "before", "after", "share"),
             [
@@ -82,12 +88,12 @@ def of_run(
             ],
         ),
         "<h2>Phases</h2>",
-        _table(("phase", "steps", "time", "accuracy at its end", "best"), phases),
-        *(_picture(name, svg) for name, svg in pictures.items()),
+        _table(("phase", "steps", "time", f"{metric} at its end", "best"), phases),
+        *(_picture(name, svg, captions.get(name, "")) for name, svg in shown),
         "<h2>Configuration</h2><details><summary>all fields</summary><pre>"
         f"{html.escape(json.dumps(config, indent=2))}</pre></details>",
     ]
-    return _page(title, parts)
+    return _page(title, blocks)
 
 
 def of_grid(
@@ -96,26 +102,27 @@ def of_grid(
     """Returns the page of a sweep, finished or not.
 
     Args:
-      grid: its results so far.
-      pictures: metric → SVG.
-      failed: name of a cell → what it said.
+      grid: Results so far.
+      pictures: SVG pictures by metric.
+      failed: Error messages by name of the failed cell.
     """
-    parts = [f"<p>{html.escape(grids.explanation(grid))}</p>"]
+    blocks = [f"<p>{html.escape(grids.explanation(grid))}</p>"]
     for metric in grid.metrics:
-        parts.append(f"<h2>{html.escape(grids.heading(metric))}</h2>")
+        blocks.append(f"<h2>{html.escape(grids.heading(grid, metric))}</h2>")
         rows = [
             (row, *(grids.text(grid, row, column, metric) for column in grid.columns))
             for row in grid.rows
         ]
-        parts += [_table(("", *grid.columns), rows), _picture(metric, pictures[metric])]
+        blocks.append(_table(("", *grid.columns), rows))
+        blocks.append(_picture(metric, pictures[metric]))
     if failed:
-        parts.append("<h2>Failed</h2>")
-        parts.append(_table(("cell", "error"), list(failed.items())))
-    return _page(grid.title, parts)
+        blocks.append("<h2>Failed</h2>")
+        blocks.append(_table(("cell", "error"), list(failed.items())))
+    return _page(grid.title, blocks)
 
 
-def _page(title: str, parts: Sequence[str]) -> str:
-    body = "\n".join(parts)
+def _page(title: str, blocks: Sequence[str]) -> str:
+    body = "\n".join(blocks)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -145,10 +152,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _picture(name: str, svg: str) -> str:
-    """Both themes of a picture; the browser shows the one that fits."""
+def _picture(name: str, svg: str, caption: str = "") -> str:
+    """Returns a picture in both themes, of which the browser shows the suitable one."""
     light, dark = _data_uri(svg), _data_uri(plots.on_dark(svg))
-    caption = _CAPTIONS.get(name, "")
     return (
         f'<figure id="{name}"><div class="wide"><picture>'
         f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'

@@ -1,4 +1,4 @@
-"""Pictures of a run and of a sweep, in matplotlib."""
+"""Pictures of a run and of a sweep, drawn by Matplotlib."""
 
 import functools
 import io
@@ -12,6 +12,7 @@ import matplotlib.figure
 import numpy as np
 
 from tpp_jax.reports import grids
+from tpp_jax.reports.headline import headline_of
 
 _COLORS = {
     "pretrain": "#4c72b0",
@@ -26,13 +27,13 @@ _COLORS = {
 _INK = "#222222"
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color")
 _INKED += ("ytick.color",)
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {  # Matplotlib's type of the keys is private
     **dict.fromkeys(_INKED, _INK),
     "axes.facecolor": "none",
-    # Names are text: `literal` undoes what would make a formula of them.
+    # Names are text: `literal` escapes the characters of formulas.
     "text.usetex": False,
     "text.parse_math": True,
-    # Letters stay letters, and the same picture is the same file.
+    # SVG files contain text instead of outlines and are reproducible.
     "svg.fonttype": "none",
     "svg.hashsalt": "tpp_jax",
 }
@@ -45,13 +46,13 @@ def of_run(
     summary: Mapping[str, Any],
     grams: Mapping[str, np.ndarray],
 ) -> dict[str, Drawing]:
-    """Returns how to draw the pictures of a run, by name.
+    """Returns functions that draw the pictures of a run, by name.
 
     Args:
-      history: rows of metrics with ``step`` and ``phase``; others are left out, and so
-        is what is no finite number.
-      summary: of the run.
-      grams: from ``gram.npz``, empty if there is none.
+      history: Rows of metrics with ``step`` and ``phase``; other rows and values that
+        are not finite numbers are ignored.
+      summary: Summary of the run.
+      grams: Arrays of ``gram.npz``, empty if it does not exist.
     """
     found: dict[str, Drawing] = {
         "curves": lambda: _curves(history, summary),
@@ -65,10 +66,14 @@ def of_run(
 
 
 def save(drawings: Mapping[str, Drawing], folder: pathlib.Path) -> dict[str, str]:
-    """Saves pictures as ``<name>.png`` and ``<name>.svg``; the latter have no ground.
+    """Saves pictures as ``<name>.png`` and, with a transparent background, as SVG.
+
+    Args:
+      drawings: Functions that draw the pictures, by name.
+      folder: Folder to write to.
 
     Returns:
-      Name → SVG.
+      The SVG pictures by name.
     """
     found = {}
     for name, drawing in drawings.items():
@@ -85,47 +90,87 @@ def save(drawings: Mapping[str, Drawing], folder: pathlib.Path) -> dict[str, str
 
 
 def literal(text: str) -> str:
-    r"""Returns what Matplotlib shows as the given text: no ``$`` begins a formula.
+    r"""Returns text that Matplotlib shows literally: no ``$`` begins a formula.
 
-    Characters that cannot be seen, and that no SVG may hold, become ``�``.
+    Characters that are not printable, which SVG does not allow, become ``�``.
+
+    Args:
+      text: Text to show.
 
     Example:
       >>> literal(r"$\frac$")
       '\\$\\frac\\$'
     """
-    seen = "".join(c if c.isprintable() else "\ufffd" for c in text)
-    return seen.replace("$", r"\$")
+    printable = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return printable.replace("$", r"\$")
 
 
 def on_dark(svg: str) -> str:
-    """Returns one of :func:`save`'s pictures for a page of dark ground."""
+    """Returns one of :func:`save`'s pictures for a page with a dark background.
+
+    Args:
+      svg: Picture for a light background.
+    """
     return svg.replace(_INK, "#dddddd")
 
 
 def _curves(
     history: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> matplotlib.figure.Figure:
-    """Accuracy, loss, strength λ, Gram penalty and the norm of what is to be pruned."""
-    ink = matplotlib.rcParams["text.color"]
+    """Draws headline, loss, strength λ, Gram penalty and norm of the pruned filters."""
+    headline = headline_of(summary)
+    metric = headline.name
     history = [row for row in history if isinstance(row.get("phase"), str)]
-    norms = _series(history, "pruned_norm")
-    ratios = (3, 2, 2, 1.4)[: 4 if norms[1] else 3]
+    steps, norms = _series(history, "pruned_norm")
+    ratios = (3, 2, 2, 1.4)[: 4 if norms else 3]
     size = 9, 1.15 * sum(ratios)
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
-    seen = list(dict.fromkeys(row["phase"] for row in history))
-    for name in seen:
+    phases = list(dict.fromkeys(row["phase"] for row in history))
+    for name in phases:
         rows = [row for row in history if row["phase"] == name]
         color = _COLORS.get(name.partition("_")[0], "#4c72b0")
-        steps, accuracy = _series(rows, "accuracy")
-        axes[0].plot(steps, accuracy, color=color, alpha=0.35, linewidth=1)
-        steps, accuracy = _series(rows, "test_accuracy")
-        axes[0].plot(
-            steps, accuracy, "o-", color=color, markersize=3, label=literal(name)
-        )
+        _draw_scores(axes[0], rows, metric, color, literal(name))
         axes[1].semilogy(*_series(rows, "loss"), color=color, linewidth=1)
-        steps, strength = _series(rows, "strength")
-        axes[2].plot(steps, strength, color=color, linewidth=1.5)
+        axes[2].plot(*_series(rows, "strength"), color=color, linewidth=1.5)
+    _draw_cuts(axes, summary)
+    _draw_gram(axes[2], history)
+    unit = f", {headline.unit}" if headline.unit else ""
+    axes[0].set_ylabel(literal(f"{metric}{unit}") + "\n(faint: training batches)")
+    dense = summary["dense"][metric]
+    if dense is not None:
+        axes[0].axhline(dense, color="0.6", linestyle=":", label="dense")
+    if headline.unit == "%":
+        low = min([*_series(history, f"test_{metric}")[1], 100.0])
+        axes[0].set_ylim(max(low - 5, 0), 100.5)
+    if phases or dense is not None:
+        columns = min(len(phases) + 1, 5)
+        axes[0].legend(loc="lower right", ncols=columns, fontsize="small")
+    axes[1].set_ylabel("training loss")
+    axes[2].set_ylabel("strength λ")
+    if norms:
+        axes[3].plot(steps, norms, color=_COLORS["regularize"], linewidth=1.5)
+        axes[3].set_ylabel("norm of the\nfilters to prune")
+        axes[3].set_ylim(bottom=0)
+    axes[-1].set_xlabel("step")
+    figure.suptitle(_title(summary))
+    for one in axes:
+        one.grid(alpha=0.25)
+    return figure
+
+
+def _draw_scores(
+    axes: Any, rows: Sequence[Mapping[str, Any]], metric: str, color: str, label: str
+) -> None:
+    """Draws the metric in one phase, on training batches and on the test set."""
+    axes.plot(*_series(rows, metric), color=color, alpha=0.35, linewidth=1)
+    steps, values = _series(rows, f"test_{metric}")
+    axes.plot(steps, values, "o-", color=color, markersize=3, label=label)
+
+
+def _draw_cuts(axes: Sequence[Any], summary: Mapping[str, Any]) -> None:
+    """Draws a vertical line at each cut."""
+    ink = matplotlib.rcParams["text.color"]
     for cut in _steps_of_the_cuts(summary):
         for one in axes:
             one.axvline(cut, color=ink, linestyle="--", linewidth=1)
@@ -138,39 +183,27 @@ def _curves(
             va="bottom",
             fontsize="small",
         )
+
+
+def _draw_gram(axes: Any, history: Sequence[Mapping[str, Any]]) -> None:
+    """Draws the Gram penalty, if there is one, on a second axis."""
     steps, values = _series(history, "gram")
     if values:
-        gram = axes[2].twinx()
+        gram = axes.twinx()
         gram.semilogy(steps, np.maximum(values, 1e-12), color="0.5", linewidth=1)
         gram.set_ylabel("Gram penalty (grey)")
-    axes[0].set_ylabel("accuracy, %\n(faint: training batches)")
-    dense = summary["dense"]["accuracy"]
-    if dense is not None:
-        axes[0].axhline(dense, color="0.6", linestyle=":", label="dense")
-    low = min([*_series(history, "test_accuracy")[1], 100.0])
-    axes[0].set_ylim(max(low - 5, 0), 100.5)
-    if seen or dense is not None:
-        columns = min(len(seen) + 1, 5)
-        axes[0].legend(loc="lower right", ncols=columns, fontsize="small")
-    axes[1].set_ylabel("training loss")
-    axes[2].set_ylabel("strength λ")
-    if norms[1]:
-        steps, values = norms
-        axes[3].plot(steps, values, color=_COLORS["regularize"], linewidth=1.5)
-        axes[3].set_ylabel("norm of the\nfilters to prune")
-        axes[3].set_ylim(bottom=0)
-    axes[-1].set_xlabel("step")
-    model = summary["config"]["model"]["name"]
-    data = summary["config"]["data"]["name"]
-    pruned = summary["pruned"] and summary["pruned"]["accuracy"]
-    accuracies = " → ".join(f"{x:.2f} %" for x in (dense, pruned) if x is not None)
-    figure.suptitle(
-        f"{literal(model)} on {literal(data)}: {summary['speedup']:.2f}× fewer FLOPs, "
-        f"{accuracies}"
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    model = literal(summary["config"]["model"]["name"])
+    data = literal(summary["config"]["data"]["name"])
+    headline = headline_of(summary)
+    dense = summary["dense"][headline.name]
+    pruned = summary["pruned"] and summary["pruned"][headline.name]
+    change = " → ".join(headline.text(x) for x in (dense, pruned) if x is not None)
+    return (
+        f"{model} on {data}: {summary['speedup']:.2f}× fewer FLOPs, {literal(change)}"
     )
-    for one in axes:
-        one.grid(alpha=0.25)
-    return figure
 
 
 def _steps_of_the_cuts(summary: Mapping[str, Any]) -> list[int]:
@@ -183,7 +216,7 @@ def _steps_of_the_cuts(summary: Mapping[str, Any]) -> list[int]:
 
 
 def _channels(layers: Mapping[str, Mapping[str, int]]) -> matplotlib.figure.Figure:
-    """A bar for each layer: channels kept over channels there were."""
+    """Draws a bar for each layer: the kept channels over all channels."""
     names = list(layers)
     height = max(2.5, 0.22 * len(names) + 1)
     figure = matplotlib.figure.Figure(figsize=(7, height), layout="constrained")
@@ -193,7 +226,7 @@ def _channels(layers: Mapping[str, Mapping[str, int]]) -> matplotlib.figure.Figu
     kept = [layers[name]["kept"] for name in names]
     axes.barh(places, total, color="#999999", alpha=0.4, label="pruned")
     axes.barh(places, kept, color="#4c72b0", label="kept")
-    for place, k, t in zip(places, kept, total, strict=True):
+    for place, k, t in zip(places.tolist(), kept, total, strict=True):
         text = f" {k}/{t}" if k != t else f" {t}"
         axes.text(t, place, text, va="center", fontsize=7)
     axes.set_yticks(places, [literal(name) for name in names], fontsize=7)
@@ -207,7 +240,7 @@ def _channels(layers: Mapping[str, Mapping[str, int]]) -> matplotlib.figure.Figu
 
 
 def _jacobians(phases: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """Histograms of the Jacobian's singular values at the end of each stage."""
+    """Draws histograms of the Jacobian's singular values at the end of each stage."""
     stages = [phase for phase in phases if "jacobian" in phase]
     figure = matplotlib.figure.Figure(
         figsize=(9, 1.3 * len(stages) + 1), layout="constrained"
@@ -215,12 +248,11 @@ def _jacobians(phases: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
     axes = np.atleast_1d(figure.subplots(len(stages), 1, sharex=True))
     for one, stage in zip(axes, stages, strict=True):
         jacobian = stage["jacobian"]
-        kind = stage["name"].partition("_")[0]
         one.stairs(
             jacobian["counts"],
             jacobian["edges"],
             fill=True,
-            color=_COLORS.get(kind, "#937860"),
+            color=_COLORS.get(stage["name"].partition("_")[0], "#937860"),
         )
         condition = jacobian["condition"]
         condition = "∞" if condition is None else f"{condition:.3g}"
@@ -233,7 +265,7 @@ def _jacobians(phases: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
         )
         one.set_yticks([])
         one.grid(alpha=0.25)
-    axes[-1].set_xlabel("singular values of ∂logits/∂image")
+    axes[-1].set_xlabel("singular values of ∂output/∂input")
     return figure
 
 
@@ -245,14 +277,14 @@ _MOMENTS = {
 
 
 def _grams(grams: Mapping[str, np.ndarray]) -> matplotlib.figure.Figure:
-    """The Gram matrix of a layer's filters, those that stay first, as heat maps."""
+    """Draws the Gram matrix of a layer's filters, kept ones first, as heat maps."""
     moments = [name for name in _MOMENTS if name in grams]
     figure = matplotlib.figure.Figure(
         figsize=(3 * len(moments) + 0.8, 3.4), layout="constrained"
     )
     pruned = np.asarray(grams["pruned"])
     order, kept = np.argsort(pruned, kind="stable"), int((~pruned).sum())
-    image = None
+    images = []
     for one, moment in zip(
         np.atleast_1d(figure.subplots(1, len(moments))), moments, strict=True
     ):
@@ -261,31 +293,35 @@ def _grams(grams: Mapping[str, np.ndarray]) -> matplotlib.figure.Figure:
             gram = gram[np.ix_(order, order)]
             one.axhline(kept - 0.5, color="#888888", linewidth=0.8)
             one.axvline(kept - 0.5, color="#888888", linewidth=0.8)
-        image = one.imshow(
-            gram, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+        images.append(
+            one.imshow(gram, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
         )
         one.set_title(_MOMENTS[moment], fontsize="medium")
         one.set_xticks([])
         one.set_yticks([])
-    figure.colorbar(image, ax=figure.axes, shrink=0.8)
+    figure.colorbar(images[-1], ax=figure.axes, shrink=0.8)
     figure.suptitle(
-        f"W Wᵀ of {literal(str(grams['layer']))}: {kept} filters that stay, then "
+        f"W Wᵀ of {literal(str(grams['layer']))}: {kept} kept filters, then "
         f"{len(pruned) - kept} to prune"
     )
     return figure
 
 
 def of_grid(grid: grids.Grid) -> dict[str, Drawing]:
-    """Returns how to draw the pictures of a sweep, one for each metric."""
+    """Returns functions that draw the pictures of a sweep, by metric.
+
+    Args:
+      grid: Results of the sweep.
+    """
     return {metric: functools.partial(_rows, grid, metric) for metric in grid.metrics}
 
 
 def _rows(grid: grids.Grid, metric: str) -> matplotlib.figure.Figure:
-    """Every row over the columns, with error bars; what is published as crosses."""
+    """Draws every row over the columns, with error bars and published values."""
     figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    colors = matplotlib.colormaps["tab20"].colors
-    colors = colors[::2] + colors[1::2]  # the strong ones first
+    palette = matplotlib.colormaps["tab20"]
+    colors = [palette(i) for i in (*range(0, 20, 2), *range(1, 20, 2))]  # strong first
     width = 0.7 / len(grid.rows)
     for i, row in enumerate(grid.rows):
         entries = [grids.entry(grid, row, column, metric) for column in grid.columns]
@@ -305,14 +341,14 @@ def _rows(grid: grids.Grid, metric: str) -> matplotlib.figure.Figure:
         axes.plot(places, published, "x", color=color, markersize=6)
     axes.set_xticks(range(len(grid.columns)), [literal(x) for x in grid.columns])
     axes.set_xlim(-0.5, len(grid.columns) - 0.5)
-    axes.set_title(grids.heading(metric), fontsize="medium")
+    axes.set_title(grids.heading(grid, metric), fontsize="medium")
     low, high = axes.dataLim.intervaly
     if 0 < low < high / 100:
         axes.set_yscale("log")
     if any(m == metric for _, _, m in grid.paper):
         axes.plot([], [], "x", color="0.5", label="published")
     legend = axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    # Only now: as a label, a name that begins with _ would leave the row out of it.
+    # As a label, a name that begins with _ would hide the row from the legend.
     names = {str(i): row for i, row in enumerate(grid.rows)}
     for shown in legend.get_texts():
         shown.set_text(literal(names.get(shown.get_text(), shown.get_text())))

@@ -1,4 +1,4 @@
-"""Tables of a pruned network, for the terminal."""
+"""Tables about a pruned network, for the terminal."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import rich.table
 import rich.text
 
 from tpp_jax.pruning.flops import Count
+from tpp_jax.reports.headline import headline_of
 
 _DONE = {"stabilize": "regularized", "grow": "shrunk"}
 
@@ -15,8 +16,8 @@ def layer_table(dense: Count, pruned: Count) -> rich.table.Table:
     """Returns a table of every layer before and after: channels, parameters, FLOPs.
 
     Args:
-      dense: the network as it was.
-      pruned: the network after slicing, with the same layers.
+      dense: Counts of the network before pruning.
+      pruned: Counts of the network after slicing, with the same layers.
     """
     table = rich.table.Table(title="Before → after pruning")
     table.add_column("layer", overflow="fold")
@@ -43,41 +44,54 @@ def layer_table(dense: Count, pruned: Count) -> rich.table.Table:
 
 
 def result_table(summary: Mapping[str, Any]) -> rich.table.Table:
-    """Returns a table of what a run achieved, from its summary."""
+    """Returns a table of the results of a run.
+
+    Args:
+      summary: Summary of the run.
+    """
     table = rich.table.Table(
         title=f"{summary['speedup']:.2f}× fewer FLOPs, "
-        f"{100 * summary['sparsity']:.1f} % of the parameters gone"
+        f"{100 * summary['sparsity']:.1f} % of the parameters removed"
     )
     table.add_column("network", overflow="fold")
-    table.add_column("test accuracy", justify="right")
-    for label, accuracy in accuracies(summary):
-        if accuracy is not None:
-            table.add_row(rich.text.Text(label), f"{accuracy:.2f} %")
+    headline = headline_of(summary)
+    table.add_column(f"test {headline.name}", justify="right")
+    for label, score in scores(summary):
+        if score is not None:
+            table.add_row(rich.text.Text(label), headline.text(score))
     return table
 
 
-def accuracies(summary: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-    """Yields what a run measured of its network, in order; None for what it did not."""
-    yield "dense", summary["dense"]["accuracy"]
-    yield "cut at once (one-shot)", summary["one_shot"]["accuracy_after"]
-    done = ""  # to the network since it was last cut
+def scores(summary: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    """Yields the headline metric of a run's network, in order; None if not measured.
+
+    Args:
+      summary: Summary of the run.
+
+    Yields:
+      A description of the network, and its metric.
+    """
+    metric = headline_of(summary).name
+    one_shot = summary["one_shot"][f"{metric}_after"]
+    yield "dense", summary["dense"][metric]
+    yield "cut at once (one-shot)", one_shot
+    done = ""  # treatment of the network since the last cut
     for phase in summary["phases"]:
-        name = phase["name"]
-        kind, _, count = name.partition("_")
+        stage, _, count = phase["name"].partition("_")
         cut = "the cut" if not count else f"cut {count}"
-        if kind == "slice":
-            after = phase["accuracy_after"]
+        if stage == "slice":
+            after = phase[f"{metric}_after"]
             if done:
-                yield f"{done}, before {cut}", phase["accuracy_before"]
-            if done or count or after != summary["one_shot"]["accuracy_after"]:
+                yield f"{done}, before {cut}", phase[f"{metric}_before"]
+            if done or count or after != one_shot:
                 yield f"{done or 'pruned'}, after {cut}", after
-            if phase["accuracy"] != after:
-                yield "its kernels made anew", phase["accuracy"]
-        elif kind == "extra":
-            yield "trained on", phase["accuracy"]
-        elif kind == "finetune":
-            yield "fine-tuned", phase["accuracy"]
-        done = _DONE.get(kind, "")
+            if phase[metric] != after:
+                yield "kernels reinitialized", phase[metric]
+        elif stage == "extra":
+            yield "trained on", phase[metric]
+        elif stage == "finetune":
+            yield "fine-tuned", phase[metric]
+        done = _DONE.get(stage, "")
 
 
 def _change(before: int, after: int) -> str:

@@ -1,1 +1,1 @@
-"""Arrays and JSON on disk: what a saved model and a run's checkpoints are made of."""
+"""Arrays and JSON on disk, for saved models and for checkpoints of runs."""

@@ -1,8 +1,8 @@
-"""Folders that are replaced as a whole: after any interruption the old or the new one.
+"""Atomic replacement of folders: any interruption leaves the old or the new one.
 
-A new folder is written inside a hidden work folder in the same parent, and takes the
-place of the old one by two renames. Between the two, the old one is in the work folder,
-where :func:`whereabouts` finds it.
+A new folder is written inside a hidden work folder in the same parent, and replaces the
+old one by two renames. Between the two, the old one is in the work folder, where
+:func:`whereabouts` finds it.
 """
 
 import contextlib
@@ -18,24 +18,27 @@ from collections.abc import Iterator
 from tpp_jax.errors import TPPError
 
 MANIFEST = "saved_model.json"
-"""File of a saved model that lists all its files, itself excepted."""
+"""File of a saved model that lists all its other files."""
 
 NEW = "new"
-"""Name in a work folder of what is to take the target's place."""
+"""Name in a work folder of the folder that will replace the target."""
 
-# What Orbax writes at the top of a saved model; those of older versions of this library
-# hold nothing else, and no manifest.
+# Files that Orbax writes at the top of a saved model. Models of older versions of this
+# library contain no others, and no manifest.
 _OF_ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt", "_METADATA", "_sharding"}
-# What systems put into folders that somebody has looked at.
+# Files that file managers create in the folders they show.
 _OF_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 _DAY = 86_400  # seconds
 
 
 def resolved(path: str | pathlib.Path) -> pathlib.Path:
-    """Returns the absolute path that a path leads to, links followed.
+    """Returns the absolute path that a path leads to, after following links.
+
+    Args:
+      path: Path to resolve.
 
     Raises:
-      TPPError: it leads in a circle.
+      TPPError: If it leads in a circle.
     """
     try:
         return pathlib.Path(path).resolve()
@@ -44,10 +47,10 @@ def resolved(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def whereabouts(target: pathlib.Path) -> pathlib.Path:
-    """Returns where the content of a folder is: at its path, unless a swap was cut off.
+    """Returns the location of a folder's content: its path or, mid-swap, another.
 
     Args:
-      target: resolved path.
+      target: Resolved path of the folder.
     """
     if not target.exists():
         for work in _work_folders(target):
@@ -57,17 +60,20 @@ def whereabouts(target: pathlib.Path) -> pathlib.Path:
 
 
 def check_replaceable(target: pathlib.Path) -> None:
-    """Refuses a target that holds anything but a saved model.
+    """Checks that a target contains nothing but a saved model.
+
+    Args:
+      target: Resolved path of the folder to replace.
 
     Raises:
-      TPPError: it is a file, or a folder with files that are not of a saved model.
+      TPPError: If it is a file, or a folder with files that are not of a saved model.
     """
     if not target.exists():
         return
     if not target.is_dir():
         raise TPPError(
-            f"{target} is a file, which save_model does not replace: give a folder of "
-            "its own for the model"
+            f"{target} is a file, which save_model does not replace: choose a separate "
+            "folder for the model"
         )
     try:
         foreign = _foreign(target)
@@ -79,12 +85,12 @@ def check_replaceable(target: pathlib.Path) -> None:
     if foreign is not None:
         raise TPPError(
             f"{target} is not replaced, since it holds more than a saved model: "
-            f"{foreign!r}. Give save_model a folder of its own"
+            f"{foreign!r}. Choose a separate folder for the model"
         )
 
 
 def _foreign(folder: pathlib.Path) -> str | None:
-    """Returns something in a folder that no saved model has; None if there is none."""
+    """Returns a file in a folder that no saved model has; None if there is none."""
     names = sorted(e.name for e in folder.iterdir() if e.name not in _OF_SYSTEMS)
     if not names:
         return None
@@ -93,11 +99,11 @@ def _foreign(folder: pathlib.Path) -> str | None:
             known = {MANIFEST, *json.loads((folder / MANIFEST).read_text())["files"]}
         except (ValueError, KeyError, TypeError):
             return MANIFEST
-        there = [name for name in files_in(folder) if name not in known]
-        return next((n for n in there if n not in _OF_SYSTEMS), None)
-    odd = [name for name in names if name not in {"arrays", "meta", *_OF_ORBAX}]
-    if odd:
-        return odd[0]
+        unknown = [name for name in files_in(folder) if name not in known]
+        return next((n for n in unknown if n not in _OF_SYSTEMS), None)
+    unknown = [name for name in names if name not in {"arrays", "meta", *_OF_ORBAX}]
+    if unknown:
+        return unknown[0]
     try:
         meta = json.loads((folder / "meta" / "metadata").read_text())
         ours = {"model", "plan", "config", "metrics"} <= set(meta)
@@ -107,7 +113,11 @@ def _foreign(folder: pathlib.Path) -> str | None:
 
 
 def files_in(folder: pathlib.Path) -> list[str]:
-    """Returns the paths of all that is in a folder and no folder itself, sorted."""
+    """Returns the relative paths of all files and links in a folder, sorted.
+
+    Args:
+      folder: Folder to search, with the folders in it.
+    """
     found = []
     for parent, folders, files in os.walk(folder, onerror=_raise):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
@@ -123,15 +133,18 @@ def _raise(error: OSError) -> None:
 def work_folder(
     target: pathlib.Path, shared: bool = False, make: bool = True
 ) -> Iterator[pathlib.Path]:
-    """Makes a folder to write in, next to a target; gone afterwards whatever happens.
+    """Creates a folder to write in, next to a target, and removes it in any case.
 
-    What killed processes have left there is put right first: a target that one of them
-    had moved away comes back, and their work folders are removed.
+    The traces of killed processes are cleaned up first: a target that one of them had
+    moved is restored, and their work folders are removed.
 
     Args:
-      target: resolved path of what is to be replaced.
-      shared: whether several processes write into the one work folder together.
-      make: whether this process is the one that makes and removes it.
+      target: Resolved path of the folder to replace.
+      shared: Whether several processes write into the same work folder.
+      make: Whether this process creates and removes it.
+
+    Yields:
+      The path of the work folder.
     """
     tag = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     work = target.parent / f"{_prefix(target)}{'shared' if shared else tag}"
@@ -139,12 +152,12 @@ def work_folder(
         yield work
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    there = whereabouts(target)
-    if there != target:
-        there.rename(target)
-    for left in _work_folders(target):
-        if left == work or _is_abandoned(left):
-            shutil.rmtree(left, ignore_errors=True)
+    current = whereabouts(target)
+    if current != target:
+        current.rename(target)
+    for other in _work_folders(target):
+        if other == work or _is_abandoned(other):
+            shutil.rmtree(other, ignore_errors=True)
     work.mkdir()
     try:
         yield work
@@ -153,11 +166,11 @@ def work_folder(
 
 
 def swap(work: pathlib.Path, target: pathlib.Path) -> None:
-    """Puts the new folder that is in a work folder in the place of the target.
+    """Replaces a target by the new folder in a work folder.
 
     Args:
-      work: with the complete folder ``new``; the old target is moved here.
-      target: resolved path; a folder, or nothing.
+      work: Work folder with the complete folder ``new``; the old target is moved here.
+      target: Resolved path of a folder, which need not exist.
     """
     new, old = work / NEW, work / "old"
     _to_disk(new)
@@ -184,9 +197,9 @@ def _work_folders(target: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _is_abandoned(work: pathlib.Path) -> bool:
-    """Tells whether the process that made a work folder is gone.
+    """Returns whether the process that created a work folder has ended.
 
-    That of another machine cannot be asked: after a day it is taken to be.
+    A process on another machine is assumed to have ended after a day.
     """
     host, _, rest = (
         work.name.partition(".saving-")[2].rpartition("-")[0].rpartition("-")
@@ -206,7 +219,7 @@ def _is_abandoned(work: pathlib.Path) -> bool:
 
 
 def _to_disk(folder: pathlib.Path, deep: bool = True) -> None:
-    """Has the system write a folder out, so that a rename never comes before it."""
+    """Flushes a folder to disk, so that a later rename cannot precede its content."""
     entries = [folder, *(folder.rglob("*") if deep else ())]
     for entry in entries:
         try:
@@ -214,8 +227,7 @@ def _to_disk(folder: pathlib.Path, deep: bool = True) -> None:
         except OSError:
             continue  # not every system opens folders
         try:
-            os.fsync(file)
-        except OSError:
-            pass  # nor can every one wait for the disk
+            with contextlib.suppress(OSError):  # not every system supports fsync
+                os.fsync(file)
         finally:
             os.close(file)

@@ -1,19 +1,21 @@
-"""Leaves of any pytree as arrays that Orbax can save, and back as they were.
+"""Conversion of the leaves of any pytree to arrays that Orbax can save, and back.
 
-Orbax saves arrays of numbers. What else a leaf may be (a typed PRNG key, an empty
-array, text, a Python number) is described by a *note*, JSON-ready, from which and the
-saved array the leaf is made again.
+Orbax saves arrays of numbers. Other leaves (a typed PRNG key, an empty array, text, a
+Python number) are described by a *note* in JSON; together with the saved array it
+suffices to restore the leaf.
 """
 
 import collections
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (gives NumPy the names of its types)
+import ml_dtypes  # noqa: F401  (registers the names of its types with NumPy)
 import numpy as np
 from flax.core import FrozenDict
+from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.naming import leaf_name
@@ -28,10 +30,13 @@ _CONSTANTS = {"bool": bool, "int": int, "float": float, "str": str}
 
 
 def unique_names(tree: Any) -> list[str]:
-    """Returns a name of its own for every leaf of a tree, in order.
+    """Returns a unique name for every leaf of a tree, in order.
 
-    It is the dotted name; where two leaves share it (``{"a": {"b": …}, "a.b": …}``),
-    their places in the tree follow.
+    It is the dotted name, followed by the position in the tree if two leaves share the
+    name (``{"a": {"b": …}, "a.b": …}``).
+
+    Args:
+      tree: Any pytree.
     """
     paths = jax.tree_util.tree_leaves_with_path(tree)
     names = [leaf_name(path) for path, _ in paths]
@@ -43,8 +48,11 @@ def unique_names(tree: Any) -> list[str]:
 def encode(leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Note]]:
     """Returns the arrays to save, on the host, and a note of each leaf that needs one.
 
+    Args:
+      leaves: Leaves by name.
+
     Raises:
-      TPPError: a leaf is abstract, traced or deleted, or an object that is no data.
+      TPPError: If a leaf is abstract, traced or deleted, or is not data.
     """
     notes: dict[str, Note] = {}
     on_device: dict[str, jax.Array] = {}
@@ -52,7 +60,7 @@ def encode(leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, 
     for name, leaf in leaves.items():
         _check_concrete(name, leaf)
         if isinstance(leaf, jax.Array):
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 notes[name] = {"key": str(jax.random.key_impl(leaf))}
                 leaf = jax.random.key_data(leaf)
             on_device[name] = leaf
@@ -77,14 +85,14 @@ def decode(
     """Returns the leaves that were saved, by name; a function is an :class:`Other`.
 
     Args:
-      arrays: What was read.
-      notes: The notes of :func:`encode`.
-      exact: Whether a type that JAX does not have here is an error; otherwise it is
-        rounded.
+      arrays: Arrays that were read, by name.
+      notes: Notes from :func:`encode`.
+      exact: Whether a type that JAX does not support in its current configuration is an
+        error; otherwise the numbers are rounded.
 
     Raises:
-      TPPError: a leaf cannot be made here: 64 bits without ``jax.enable_x64``, or an
-        unknown kind of PRNG key.
+      TPPError: If a leaf cannot be restored: it has 64 bits without
+        ``jax.enable_x64``, or is a PRNG key of an unknown implementation.
     """
     names = [*arrays, *(name for name in notes if name not in arrays)]
     return {
@@ -94,14 +102,22 @@ def decode(
 
 
 class Other:
-    """Stands for a saved leaf that is no data, such as a function."""
+    """A placeholder for a saved leaf that is not data, such as a function.
+
+    Args:
+      type_name: Name of the leaf's type.
+    """
 
     def __init__(self, type_name: str) -> None:
         self.type_name = type_name
 
 
 def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], str]:
-    """Returns the shape of a leaf and its dtype, or Python type, as text."""
+    """Returns the shape of a leaf and its dtype, or Python type, as text.
+
+    Args:
+      leaf: Leaf of a tree.
+    """
     if isinstance(leaf, Other):
         return (), leaf.type_name
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
@@ -110,28 +126,28 @@ def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], str]:
 
 
 def _check_concrete(name: str, leaf: Any) -> None:
-    what = None
+    problem = None
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        what = "abstract: it has a shape and no numbers"
-    elif isinstance(leaf, jax.core.Tracer):
-        what = "traced: save_model cannot be called inside jit"
+        problem = "abstract: it has a shape but no numbers"
+    elif isinstance(leaf, Tracer):
+        problem = "traced: save_model cannot be called inside jit"
     elif isinstance(leaf, jax.Array) and leaf.is_deleted():
-        what = "deleted: a compiled function that it was donated to has used it up"
-    if what:
-        raise TPPError(f"{name or 'the array'} cannot be saved, since it is {what}")
+        problem = "deleted: it was donated to a compiled function"
+    if problem:
+        raise TPPError(f"{name or 'the array'} cannot be saved, since it is {problem}")
 
 
 def _note_of_constant(name: str, leaf: Any) -> Note:
     if isinstance(leaf, complex):
         return {"constant": "complex", "value": [leaf.real, leaf.imag]}
-    kind = type(leaf).__name__
-    if _CONSTANTS.get(kind) is type(leaf):
-        return {"constant": kind, "value": leaf}
+    type_name = type(leaf).__name__
+    if _CONSTANTS.get(type_name) is type(leaf):
+        return {"constant": type_name, "value": leaf}
     if callable(leaf):
-        return {"other": kind}
+        return {"other": type_name}
     raise TPPError(
-        f"{name or 'the tree'} cannot be saved, since it is a {kind}: only arrays, "
-        "numbers and text can be"
+        f"{name or 'the tree'} cannot be saved, since it is a {type_name}: only "
+        "arrays, numbers and text can be"
     )
 
 
@@ -151,15 +167,15 @@ def _decoded(name: str, array: Any, note: Note, exact: bool) -> Any:
     if exact and jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise TPPError(
             f"{name or 'the array'} was saved as {dtype}, which JAX has only under "
-            "jax.enable_x64(True): load the model there"
+            "jax.enable_x64(True): load the model in that context"
         )
     if "key" in note:
         try:
             return jax.random.wrap_key_data(jnp.asarray(array), impl=note["key"])
         except ValueError as error:
             raise TPPError(
-                f"{name or 'the array'} is a PRNG key of the kind {note['key']!r}, "
-                "which is not known here"
+                f"{name or 'the array'} is a PRNG key of the implementation "
+                f"{note['key']!r}, which is unknown"
             ) from error
     return jnp.asarray(array)
 
@@ -169,18 +185,16 @@ def _is_data(dtype: np.dtype) -> bool:
 
 
 def _text_of(dtype: np.dtype) -> str:
-    """Returns a text that ``np.dtype`` makes the same type of."""
-    try:
+    """Returns a text from which ``np.dtype`` creates the same type."""
+    with contextlib.suppress(TypeError):
         if np.dtype(dtype.name) == dtype:
             return dtype.name
-    except TypeError:
-        pass
     return dtype.str
 
 
-# The containers that a saved tree is rebuilt from without a template
+# Containers that can be rebuilt without a template
 
-_KINDS = {
+_CONTAINERS = {
     dict: "dict",
     collections.OrderedDict: "ordered",
     FrozenDict: "frozen",
@@ -190,54 +204,62 @@ _KINDS = {
 
 
 def describe(tree: Any, names: list[str]) -> Any:
-    """Returns the containers of a tree, JSON-ready, with its leaves' names in them.
+    """Returns the containers of a tree as JSON, with the names of its leaves.
 
-    A container that is none of Python's own or Flax's FrozenDict is described by its
-    type alone, and so is a dict with other keys than text and integers.
+    A container other than Python's or Flax's FrozenDict is described only by its type,
+    and so is a dict with keys other than text and integers.
+
+    Args:
+      tree: Any pytree.
+      names: Names of its leaves, in order.
     """
     return _described(tree, iter(names))
 
 
-def _described(node: Any, left: Iterator[str]) -> Any:
-    kind = _KINDS.get(type(node))
+def _described(node: Any, names: Iterator[str]) -> Any:
+    container = _CONTAINERS.get(type(node))
     if node is None:
         return {"none": None}
-    if kind in ("list", "tuple"):
-        return {kind: [_described(part, left) for part in node]}
-    if kind is not None and all(type(key) in (str, int) for key in node):
-        # JAX has the leaves of all but an OrderedDict in the order of sorted keys.
-        order = list(node) if kind == "ordered" else sorted(node)
-        parts = {key: _described(node[key], left) for key in order}
-        return {kind: [[key, parts[key]] for key in node]}
+    if container in ("list", "tuple"):
+        return {container: [_described(child, names) for child in node]}
+    if container is not None and all(type(key) in (str, int) for key in node):
+        # JAX sorts the keys of all dicts except an OrderedDict.
+        order = list(node) if container == "ordered" else sorted(node)
+        children = {key: _described(node[key], names) for key in order}
+        return {container: [[key, children[key]] for key in node]}
     if jax.tree_util.all_leaves([node]):
-        return {"leaf": next(left)}
+        return {"leaf": next(names)}
     for _ in jax.tree.leaves(node):
-        next(left)
+        next(names)
     return {"type": type(node).__name__}
 
 
 def rebuild(description: Any, leaves: Mapping[str, Any]) -> Any:
     """Returns the tree that :func:`describe` described.
 
+    Args:
+      description: Description of the tree.
+      leaves: Leaves by name.
+
     Raises:
-      TPPError: it has a container or a leaf that cannot be made from data alone.
+      TPPError: If it has a container or a leaf that cannot be restored from data alone.
     """
-    [(kind, content)] = description.items()
-    if kind == "none":
+    [(container, content)] = description.items()
+    if container == "none":
         return None
-    if kind == "leaf":
+    if container == "leaf":
         if isinstance(leaves[content], Other):
             raise TPPError(
                 f"{content} of the saved tree is a {leaves[content].type_name}, which "
-                "is not saved: pass load_model a tree that has it"
+                "is not saved: pass load_model a tree that contains it"
             )
         return leaves[content]
-    if kind == "type":
+    if container == "type":
         raise TPPError(
             f"the saved tree holds a {content}: pass load_model a tree of the same "
             "structure to fill"
         )
-    make = next(container for container, name in _KINDS.items() if name == kind)
-    if kind in ("list", "tuple"):
-        return make(rebuild(part, leaves) for part in content)
-    return make({key: rebuild(part, leaves) for key, part in content})
+    make = next(cls for cls, name in _CONTAINERS.items() if name == container)
+    if container in ("list", "tuple"):
+        return make(rebuild(child, leaves) for child in content)
+    return make({key: rebuild(child, leaves) for key, child in content})

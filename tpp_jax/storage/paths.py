@@ -1,9 +1,9 @@
-"""Paths that Orbax and TensorStore understand, of folders whose names they do not.
+"""Paths that Orbax and TensorStore understand, for folders whose names they do not.
 
-Orbax takes ``[old]`` in the path of a folder for a pattern, finds none of the files
-that it wrote, and leaves a checkpoint without arrays. TensorStore takes a backslash for
-a slash and writes elsewhere. Neither takes bytes that are no UTF-8. So they are given a
-link of a plain name.
+Orbax treats ``[old]`` in the path of a folder as a pattern, finds none of the files
+that it wrote, and leaves a checkpoint without arrays. TensorStore treats a backslash as
+a slash and writes elsewhere. Neither supports bytes that are not UTF-8. Therefore they
+get a link with a plain name.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ _MISREAD = re.compile(r"[*?\[\\:\ud800-\udfff]")
 
 @contextlib.contextmanager
 def plain(path: str | pathlib.Path, *, new: bool = False) -> Iterator[pathlib.Path]:
-    """Gives a path to a folder that holds no character that would be misread.
+    """Yields a path to a folder without characters that would be misread.
 
     Args:
-      path: of the folder.
-      new: whether it is to be made or replaced: then the link is to its parent, which
-        is made if missing.
+      path: Path of the folder.
+      new: Whether the folder will be created or replaced. The link then leads to its
+        parent, which is created if missing.
 
     Yields:
       The absolute path itself, or one through a link that is removed afterwards.
 
     Raises:
-      TPPError: there can be no link, or the last name of a new folder is one that would
-        be misread.
+      TPPError: If a link is impossible, or the last name of a new folder would be
+        misread.
     """
     path = pathlib.Path(path).absolute()
     if not _MISREAD.search(str(path)):
@@ -43,7 +43,7 @@ def plain(path: str | pathlib.Path, *, new: bool = False) -> Iterator[pathlib.Pa
         return
     if jax.process_count() > 1 or (new and _MISREAD.search(path.name)):
         raise TPPError(
-            f"checkpoints cannot be written to {path}, since their library misreads "
+            f"checkpoints cannot be written to {path}, since Orbax misreads "
             "one of * ? [ \\ : in its name: use another folder"
         )
     target, rest = (path.parent, path.name) if new else (path, "")
@@ -56,8 +56,8 @@ def plain(path: str | pathlib.Path, *, new: bool = False) -> Iterator[pathlib.Pa
             os.symlink(target, link, target_is_directory=True)
         except OSError as error:
             raise TPPError(
-                f"the name of {path} would be misread by the library of checkpoints, "
-                f"and a link to it cannot be made ({error}): use another folder"
+                f"the name of {path} would be misread by Orbax, and a link to it "
+                f"cannot be created ({error}): use another folder"
             ) from error
         yield link / rest
     finally:

@@ -1,1 +1,1 @@
-"""One step function, one loop over phases, checkpoints and progress."""
+"""One step of one task, on one device or many: no config, no files."""

@@ -1,107 +1,75 @@
-"""Accuracy and loss on a test set, of a network at hand or of a finished run."""
+"""Metrics of a network on a task's evaluation data."""
 
-import collections
-import pathlib
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from tpp_jax.errors import TPPError
-from tpp_jax.pruning.flops import count
-from tpp_jax.saving import load_model, load_model_info
 from tpp_jax.training import parallel
-from tpp_jax.training.feeds import Resident, Streamed, open_data, open_feed
 from tpp_jax.training.step import StepConfig, graphdef_of, make_eval_step
+from tpp_jax.training.task import Feed, Task
 
 
 class Evaluator:
-    """Measures accuracy and loss on the whole test set, compiled once per width."""
+    """Measures networks on all evaluation data; compiled once per structure."""
 
     def __init__(
         self,
-        feed: Resident | Streamed,
+        task: Task,
+        feed: Feed,
         config: StepConfig,
         devices: Sequence[jax.Device],
         kind: parallel.Kind = "pmap",
     ) -> None:
-        """Args:
-        feed: of the data.
-        config: normalisation and precision.
-        devices: that ``feed`` was opened for.
-        kind: see :func:`parallel.on_devices`.
+        """Compiles nothing yet.
+
+        Args:
+          task: Task whose metrics are measured.
+          feed: Feed of the task's data.
+          config: How to compute.
+          devices: Devices that ``feed`` was opened for.
+          kind: How several devices are programmed, see :func:`parallel.on_devices`.
         """
-        self._feed, self._config, self._devices = feed, config, devices
+        self._task, self._feed, self._config = task, feed, config
+        self._devices = devices
         self._kind: parallel.Kind = kind
         self._steps: dict[nnx.GraphDef, Callable[..., Any]] = {}
 
     def __call__(
         self, model: nnx.Module, params: nnx.State, stats: nnx.State
     ) -> dict[str, float]:
-        """Returns ``accuracy`` in percent and mean ``loss``.
+        """Returns the metrics that the task reports.
 
         Args:
-          model: the structure; its arrays are not used.
-          params: its parameters.
-          stats: its batch statistics.
+          model: Structure of the network; its arrays are not used.
+          params: Parameters of the network.
+          stats: Batch statistics of the network.
         """
         step = self._step(graphdef_of(model, training=False))
         params, stats = parallel.replicate((params, stats), self._devices)
-        sums = collections.Counter()
-        for arguments in self._feed.test_data():
-            # Fetched at once: what has not run yet keeps its images in memory.
-            sums.update(jax.device_get(step(params, stats, *arguments)))
-        return {
-            "accuracy": 100 * float(sums["hits"] / sums["images"]),
-            "loss": float(sums["loss"] / sums["images"]),
-        }
+        totals: Any = None
+        for arguments in self._feed.eval_data():
+            # Fetched at once: a step that is waiting keeps its batch in memory.
+            found = jax.device_get(step(params, stats, *arguments))
+            totals = (
+                found if totals is None else jax.tree.map(operator.add, totals, found)
+            )
+        sums, n = totals
+        return self._task.report({name: float(x / n) for name, x in sums.items()})
 
     def _step(self, graphdef: nnx.GraphDef) -> Callable[..., Any]:
         if graphdef not in self._steps:
-            axis = parallel.axis_name(self._devices)
-            step = make_eval_step(graphdef, self._config, self._feed.test_batch, axis)
+            step = make_eval_step(
+                graphdef,
+                self._task.metrics,
+                self._config,
+                self._feed.eval_batch,
+                parallel.axis_name(self._devices),
+            )
             split = 2 if self._feed.split else None
             self._steps[graphdef] = parallel.on_devices(
                 step, self._devices, split=split, kind=self._kind
             )
         return self._steps[graphdef]
-
-
-def evaluate(workdir: str | pathlib.Path, data_dir: str = "") -> dict[str, Any]:
-    """Restores a finished run's pruned network and measures it again.
-
-    Args:
-      workdir: of the run; nothing else of it is needed.
-      data_dir: where the data is now, if it has moved since.
-
-    Returns:
-      ``accuracy`` in percent, ``loss``, ``params``, ``flops``.
-
-    Raises:
-      TPPError: the run is not finished, or its model cannot be read.
-    """
-    folder = pathlib.Path(workdir) / "model"
-    if not folder.is_dir():
-        raise TPPError(
-            f"there is no finished run in {workdir}: it has no folder 'model'. Run "
-            "launch.py with the same --workdir and its config to finish it"
-        )
-    config = load_model_info(folder)["config"]
-    if "data" not in config:
-        raise TPPError(f"{folder} does not tell its data: it is not of a finished run")
-    model = load_model(folder)
-    settings = config["data"] | ({"dir": data_dir} if data_dir else {})
-    dataset, devices = open_data(settings), jax.local_devices()
-    feed = open_feed(dataset, settings, devices)
-    dtype = config["model"]["dtype"]
-    compute = StepConfig(dataset.mean, dataset.std, dataset.num_classes, dtype)
-    params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
-    example = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-    size = count(model, example)
-    return {
-        **Evaluator(feed, compute, devices)(model, params, stats),
-        "params": size.params,
-        "flops": size.flops,
-    }

@@ -1,75 +1,34 @@
-"""How batches reach a step: from arrays on the device, or streamed from the host.
+"""Feeds of batches: from arrays on the devices, or streamed from the host.
 
-A feed has two sides. ``train_data`` and ``test_data`` give, on the host, the arguments
-of a step; ``train_batch`` and ``test_batch`` are pure functions that make a device's
-share of the batch of them, inside the compiled program. Batches depend on the seed, the
-phase and the step alone, so that the position in the data is the number of the step.
+Both take any pytree of arrays as a batch; :class:`tpp_jax.training.task.Feed` says what
+their methods are for.
 """
 
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int, Key
 
-from tpp_jax import data
 from tpp_jax.training import parallel
-from tpp_jax.training.step import Batch
+from tpp_jax.training.task import Batch
 
-_TEST_BATCH = 512  # images of one step, rounded up to fill the devices evenly
-
-
-def open_data(settings: ml_collections.ConfigDict | dict[str, Any]) -> Any:
-    """Opens the data set that a config's ``data`` part asks for.
-
-    Returns:
-      A ``data.Dataset``, in memory, or a ``data.Stream``.
-
-    Raises:
-      TPPError: the data cannot be read.
-    """
-    name, folder = settings["name"], settings["dir"] or None
-    if name not in data.STREAMED:
-        return _load(name, folder, settings["pad_to"])
-    fields = {key: settings[key] for key in ("image_size", "resize", "flip", "workers")}
-    shard = jax.process_index(), jax.process_count()
-    return data.open_stream(name, folder, **fields, shard=shard)
-
-
-# The runs of a sweep have one data set, which takes a while to decode.
-_load = functools.lru_cache(maxsize=1)(data.load)
-
-
-def open_feed(
-    dataset: data.Dataset | data.Stream,
-    settings: ml_collections.ConfigDict | dict[str, Any],
-    devices: Sequence[jax.Device],
-    parts: int = 1,
-) -> "Resident | Streamed":
-    """Returns the feed of a data set.
-
-    Args:
-      dataset: in memory, or streamed.
-      settings: the config's ``data`` part.
-      devices: that the step runs on.
-      parts: that each device computes its share of a training batch in.
-    """
-    if isinstance(dataset, data.Stream):
-        return Streamed(dataset, settings["batch_size"], devices, parts)
-    return Resident(dataset, settings, devices, parts)
+EVAL_BATCH = 512
+"""Number of examples in one step of an evaluation, at most; it is rounded up to fill
+the devices evenly."""
 
 
 class Resident:
-    """A data set that lives on the devices as uint8, cropped and flipped there.
+    """Data that live on every device; batches are chosen and augmented there.
+
+    The order of an epoch is one permutation, made on the device.
 
     Attributes:
-      split: whether the data are split over the devices; here each has all of them.
-      at_once: how many steps one dispatch may run at most.
+      split: Whether the data are split over the devices.
+      at_once: Largest number of steps in one dispatch.
     """
 
     split = False
@@ -77,43 +36,53 @@ class Resident:
 
     def __init__(
         self,
-        dataset: data.Dataset,
-        settings: ml_collections.ConfigDict | dict[str, Any],
+        train: Batch,
+        evaluation: Batch,
+        batch_size: int,
         devices: Sequence[jax.Device],
-        parts: int = 1,
+        accumulate: int = 1,
+        augment: Callable[[Key[Array, " n"], Batch], Batch] | None = None,
     ) -> None:
-        self._parts = parts
-        self._settings = {
-            name: settings[name] for name in ("batch_size", "crop_padding", "flip")
-        }
+        """Puts the data on the devices.
+
+        Args:
+          train: All training examples.
+          evaluation: All evaluation examples.
+          batch_size: Number of examples in a training batch of all devices together.
+          devices: Devices that a step runs on.
+          accumulate: Number of parts in which each device computes its share of a
+            training batch.
+          augment: Random change of a batch, given one key for each example. What is
+            done to an example may depend on its own key only, so that a batch that is
+            split over devices is the batch of a single one.
+        """
+        self._batch_size, self._accumulate = batch_size, accumulate
+        self._augment = augment
         self._axis, self._devices = parallel.axis_name(devices), devices
-        n, size = len(dataset.test_images), min(_TEST_BATCH, len(dataset.test_images))
-        self._test_size = math.ceil(size / len(devices)) * len(devices)
-        self._starts = range(0, n, self._test_size)
-        padding = -n % self._test_size
-        test = Batch(
-            np.pad(dataset.test_images, ((0, padding), (0, 0), (0, 0), (0, 0))),
-            np.pad(dataset.test_labels, (0, padding), constant_values=-1),
+        self._n, self._n_eval = _length(train), _length(evaluation)
+        self._eval_size = _filling(min(EVAL_BATCH, self._n_eval), devices)
+        steps = math.ceil(self._n_eval / self._eval_size)
+        self._train, self._eval = parallel.replicate(
+            (train, _padded(evaluation, steps * self._eval_size)), devices
         )
-        train = Batch(dataset.train_images, dataset.train_labels)
-        self._n = len(dataset.train_labels)
-        self._train, self._test = parallel.replicate((train, test), devices)
         self._key, self._epoch = None, -1
 
-    def begin(self, key: Array, step: int) -> None:
-        """Starts a phase, from a step of it on; ``key`` is the phase's."""
-        del step  # the position is the step that train_data is given
+    def begin(self, key: Key[Array, ""], step: int) -> None:
+        """Starts a phase; its position is the step that ``train_data`` is given."""
+        del step
         self._key, self._epoch = key, -1
 
     def steps_left(self, step: int) -> int:
-        """Returns how many steps one dispatch may run from a step on: to its epoch's
-        end, since the order is one of its arguments."""
-        per_epoch = self._n // self._settings["batch_size"]
+        """Returns the number of steps to the end of the epoch.
+
+        The order of the epoch is one of the arguments.
+        """
+        per_epoch = self._n // self._batch_size
         return per_epoch - step % per_epoch
 
     def train_data(self, step: int) -> tuple[Any, ...]:
-        """Returns the arguments of the steps from ``step`` on: order and images."""
-        epoch = step // (self._n // self._settings["batch_size"])
+        """Returns the order of the step's epoch, and the data."""
+        epoch = step // (self._n // self._batch_size)
         if epoch != self._epoch:
             order = _order(self._key, epoch, self._n)
             self._order = parallel.replicate(order, self._devices)
@@ -121,10 +90,14 @@ class Resident:
         return self._order, self._train
 
     def train_batch(
-        self, step: Int[Array, ""], key: Array, order: Int[Array, " n"], images: Batch
+        self,
+        step: Int[Array, ""],
+        key: Key[Array, ""],
+        order: Int[Array, " n"],
+        examples: Batch,
     ) -> Batch:
-        """Returns the next images of the epoch's order, cropped and flipped."""
-        batch, flip = self._settings["batch_size"], self._settings["flip"]
+        """Returns the next examples of the epoch's order, augmented."""
+        batch = self._batch_size
         steps_per_epoch = order.shape[0] // batch
         start = step % steps_per_epoch * batch
         keys = jax.random.split(key, batch)
@@ -132,39 +105,39 @@ class Resident:
         if self._axis is not None:
             device = jax.lax.axis_index(self._axis)
             n = jax.lax.axis_size(self._axis)
-            mine = parallel.places_of(device, n, batch, self._parts)
+            mine = parallel.places_of(device, n, batch, self._accumulate)
             keys, chosen = keys[mine], chosen[mine]
-        padding = self._settings["crop_padding"]
-        pixels = data.augment(
-            keys, images.pixels[chosen], crop_padding=padding, flip=flip
-        )
-        return Batch(pixels, images.labels[chosen])
+        examples = jax.tree.map(lambda x: x[chosen], examples)
+        return examples if self._augment is None else self._augment(keys, examples)
 
-    def test_data(self) -> Iterator[tuple[Any, ...]]:
-        """Yields the arguments of the steps of an evaluation."""
-        for start in self._starts:
-            yield self._test, np.int32(start)
+    def eval_data(self) -> Iterator[tuple[Any, ...]]:
+        """Yields the data and the place of a step's first example."""
+        for start in range(0, self._n_eval, self._eval_size):
+            yield self._eval, np.int32(start)
 
-    def test_batch(self, images: Batch, start: Int[Array, ""]) -> Batch:
-        """Returns this device's share of the test images from ``start`` on."""
-        size = self._test_size
+    def eval_batch(
+        self, examples: Batch, start: Int[Array, ""]
+    ) -> tuple[Batch, Bool[Array, " n"]]:
+        """Returns this device's share of the examples from ``start`` on."""
+        size = self._eval_size
         if self._axis is not None:
             size //= jax.lax.axis_size(self._axis)
             start = start + jax.lax.axis_index(self._axis) * size
-        return jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), images
+        batch = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), examples
         )
+        return batch, start + jnp.arange(size) < self._n_eval
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Does nothing: nothing runs in the background."""
 
 
 class Streamed:
-    """A data set that the host decodes and crops, batch by batch, in the background.
+    """Data that the host makes batch by batch.
 
     Attributes:
-      split: whether the data are split over the devices.
-      at_once: how many steps one dispatch may run at most.
+      split: Whether the data are split over the devices.
+      at_once: Largest number of steps in one dispatch.
     """
 
     split = True
@@ -172,55 +145,93 @@ class Streamed:
 
     def __init__(
         self,
-        stream: data.Stream,
-        batch_size: int,
+        train_batches: Callable[[Key[Array, ""], int], Generator[Batch, None, None]],
+        eval_batches: Callable[[int], Iterable[Batch]],
+        eval_size: int,
         devices: Sequence[jax.Device],
-        parts: int = 1,
     ) -> None:
-        self._stream, self._batch_size, self._parts = stream, batch_size, parts
-        size = min(_TEST_BATCH, batch_size, stream.num_test)
-        self._test_size = math.ceil(size / len(devices)) * len(devices)
-        self._batches: Iterator[tuple[np.ndarray, np.ndarray]] | None = None
+        """Reads nothing yet.
 
-    def begin(self, key: Array, step: int) -> None:
-        """Starts a phase, from a step of it on; ``key`` is the phase's."""
+        Args:
+          train_batches: Function of the key of a phase and a step that yields the
+            training batches from that step on, without end; in each, this process's
+            share of every accumulated part. Closing the generator ends what it does in
+            the background.
+          eval_batches: Function of a number of examples that yields all evaluation
+            data in batches of so many examples, of which each process gets its share.
+            A process's last batch may be smaller. All processes get equally many.
+          eval_size: Number of examples in an evaluation batch of all processes
+            together; it is rounded up to fill the devices evenly.
+          devices: Devices that a step runs on.
+        """
+        self._train_batches, self._eval_batches = train_batches, eval_batches
+        self._eval_size = _filling(eval_size, devices)
+        self._batches: Generator[Batch, None, None] | None = None
+
+    def begin(self, key: Key[Array, ""], step: int) -> None:
+        """Starts to read the batches of a phase from a step on."""
         self.close()
-        seed = int(jax.random.bits(key, dtype=jnp.uint32))
-        self._batches = self._stream.train_batches(
-            self._batch_size, seed, step, self._parts
-        )
+        self._batches = self._train_batches(key, step)
 
     def steps_left(self, step: int) -> int:
-        """Returns how many steps one dispatch may run from a step on."""
+        """Returns 1, since each step has a batch of its own as its argument."""
+        del step
         return 1
 
     def train_data(self, step: int) -> tuple[Any, ...]:
-        """Returns the next batch; steps must follow each other."""
-        return (Batch(*next(self._batches)),)
+        """Returns the next batch; the steps that are asked for must be consecutive."""
+        del step
+        assert self._batches is not None, "begin() comes first"
+        return (next(self._batches),)
 
-    def train_batch(self, step: Int[Array, ""], key: Array, batch: Batch) -> Batch:
-        """Returns the batch: the host has augmented it."""
+    def train_batch(
+        self, step: Int[Array, ""], key: Key[Array, ""], batch: Batch
+    ) -> Batch:
+        """Returns the batch, which the host has augmented."""
+        del step, key
         return batch
 
-    def test_data(self) -> Iterator[tuple[Any, ...]]:
-        """Yields the batches of an evaluation."""
-        for images, labels in self._stream.test_batches(self._test_size):
-            yield (Batch(images, labels),)
+    def eval_data(self) -> Iterator[tuple[Any, ...]]:
+        """Yields each batch, padded, with the examples in it that count."""
+        size = self._eval_size // jax.process_count()
+        for batch in self._eval_batches(self._eval_size):
+            yield ((_padded(batch, size), np.arange(size) < _length(batch)),)
 
-    def test_batch(self, batch: Batch) -> Batch:
-        """Returns the batch."""
+    def eval_batch(
+        self, batch: tuple[Batch, Bool[Array, " n"]]
+    ) -> tuple[Batch, Bool[Array, " n"]]:
+        """Returns the batch and the examples in it that count."""
         return batch
 
     def close(self) -> None:
-        """Stops decoding."""
+        """Stops what is made in the background."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
 
 
-def epoch_order(key: Array, epoch: int, n: int) -> Int[Array, " n"]:
-    """Returns the order in which an epoch visits n images, a permutation."""
+def epoch_order(key: Key[Array, ""], epoch: int, n: int) -> Int[Array, " n"]:
+    """Returns the order in which an epoch visits n examples, a permutation."""
     return jax.random.permutation(jax.random.fold_in(key, epoch), n)
 
 
 _order = jax.jit(epoch_order, static_argnums=2)
+
+
+def _length(batch: Batch) -> int:
+    return len(jax.tree.leaves(batch)[0])
+
+
+def _filling(size: int, devices: Sequence[jax.Device]) -> int:
+    """Returns a size of evaluation batches, rounded up to split over the devices."""
+    return math.ceil(size / len(devices)) * len(devices)
+
+
+def _padded(batch: Batch, size: int) -> Batch:
+    """Appends zeros to all arrays, up to a number of examples."""
+    missing = size - _length(batch)
+    if not missing:
+        return batch
+    return jax.tree.map(
+        lambda x: np.pad(x, ((0, missing), *[(0, 0)] * (np.ndim(x) - 1))), batch
+    )

@@ -14,10 +14,10 @@ SCHEDULES = ("step", "cosine")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
 ORTHOGONALITY = ("", "kernel", "convolution")
 MOST_STEPS = 2**31 - 1
-"""What steps are counted to, in optax and here: as many as 32 bits hold."""
+"""Largest number of steps: optax counts them in 32 bits."""
 
 
-_LARGEST = float(np.finfo(np.float32).max)  # that rates are computed with
+_LARGEST = float(np.finfo(np.float32).max)  # rates are computed in float32
 
 
 def learning_rate(
@@ -31,20 +31,21 @@ def learning_rate(
     """Reads a learning-rate schedule over the steps of a phase.
 
     Args:
-      text: ``"0:0.1,100:0.01"``, epoch:rate pairs as in the original; or one number.
-      steps_per_epoch: turns epochs into steps.
-      kind: ``"step"``: constant between the given epochs; ``"cosine"``: from the one
+      text: Pairs of epoch and rate as in the original, ``"0:0.1,100:0.01"``; or one
+        number.
+      steps_per_epoch: Number of steps in an epoch.
+      kind: ``"step"``, constant between the given epochs; or ``"cosine"``, from the one
         given rate down along a cosine to zero at the end of the phase.
-      epochs: length of the phase, for the cosine.
-      warmup_epochs: length of a linear rise from zero to the first rate, put in place
-        of the schedule's beginning; later epochs stay where they are.
+      epochs: Length of the phase, for the cosine.
+      warmup_epochs: Length of a linear rise from zero to the first rate, which replaces
+        the beginning of the schedule; later epochs are not moved.
 
     Returns:
-      step → rate.
+      The rate as a function of the step.
 
     Raises:
-      TPPError: text that cannot be read, epochs that do not start at 0 and ascend, a
-        cosine with more than one rate, a warm-up that does not end in time.
+      TPPError: Text cannot be read, epochs do not start at 0 and ascend, a cosine has
+        more than one rate, or a warm-up does not end in time.
 
     Example:
       >>> rate = learning_rate("0:0.1,2:0.01", steps_per_epoch=10, warmup_epochs=1)
@@ -115,14 +116,15 @@ def optimizer(
     """Returns the optimizer that a phase's fields describe.
 
     Args:
-      fields: ``optimizer`` (``"sgd"``, ``"adamw"`` or ``"lamb"``), ``momentum`` (β₁ of
-        the latter two; their β₂ is 0.999), ``nesterov`` (of SGD only),
-        ``weight_decay``, and ``decay_norms``: whether parameters of one axis, which
-        are biases and the scales of norms, decay too.
-      rate: step → rate, or one rate.
+      fields: Config of the phase, of which are read ``optimizer`` (``"sgd"``,
+        ``"adamw"`` or ``"lamb"``), ``momentum`` (β₁ of the latter two; their β₂ is
+        0.999), ``nesterov`` (of SGD only), ``weight_decay``, and ``decay_norms``:
+        whether parameters of one axis, which are biases and the scales of norms, decay
+        too.
+      rate: Rate as a function of the step, or one rate.
 
     Raises:
-      TPPError: an unknown optimizer.
+      TPPError: The optimizer is unknown.
 
     Example:
       >>> from tpp_jax.experiment.config import default_config
@@ -157,11 +159,11 @@ def sgd(
     """SGD in PyTorch's order: decay joins the gradient, then momentum, then rate.
 
     Args:
-      rate: step → rate, or one rate.
-      momentum: share of the last step's velocity that stays.
-      weight_decay: times each parameter is added to its gradient.
-      nesterov: whether the step looks ahead along the velocity.
-      mask: tells from the parameters which of them decay; None for all.
+      rate: Rate as a function of the step, or one rate.
+      momentum: Share of the last step's velocity that is kept.
+      weight_decay: Factor by which each parameter is added to its gradient.
+      nesterov: Whether the step looks ahead along the velocity.
+      mask: Function of the parameters that returns which of them decay; None for all.
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask),

@@ -1,9 +1,9 @@
-"""Where a per-device function meets the devices: pmap or shard_map, here and only here.
+"""Programs for several devices: the only place that knows of pmap and shard_map.
 
 A step is written once, as a function of ``(state, ...)`` for one device, with
 collectives over the axis named :data:`AXIS`. State and data are replicated; each device
-works on its own share of the batch, which it picks by its place on the axis. The axis
-runs over the devices of all processes; a process gives and gets its own copies.
+works on its own share of the batch, which it picks by its index on the axis. The axis
+runs over the devices of all processes; a process passes and receives its own copies.
 """
 
 import functools
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -27,25 +28,25 @@ def on_devices(
     devices: Sequence[jax.Device],
     donate: int | None = None,
     split: int | None = None,
-    parts: int = 1,
+    accumulate: int = 1,
     kind: Kind = "pmap",
 ) -> Callable[..., Any]:
     """Compiles a per-device function for some devices.
 
     Args:
-      fn: takes pytrees and returns a replicated pytree. With several devices it runs
-        under an axis named ``AXIS``; with one it is jitted without the axis.
-      devices: what to run on; with several processes, those of all of them.
-      donate: index of the argument whose buffers may be reused.
-      split: index of the argument that is split over the devices, by the first axis of
+      fn: Function of pytrees that returns a replicated pytree. With several devices it
+        runs under an axis named ``AXIS``; with one it is jitted without the axis.
+      devices: Devices to run on; with several processes, those of all of them.
+      donate: Index of the argument whose buffers may be reused.
+      split: Index of the argument that is split over the devices, by the first axis of
         its arrays, of which a process holds its own part; all others are replicated.
-      parts: of the first axis, each of which is split over the devices.
-      kind: which of JAX's ways to program several devices to use; the numbers are the
-        same.
+      accumulate: Number of parts of the first axis, each of which is split over the
+        devices.
+      kind: JAX's way to program several devices; the numbers are the same.
 
     Returns:
       A function of the same arguments and results. Arguments should be placed by
-      :func:`replicate` once, lest they be copied at every call.
+      :func:`replicate` once, so that they are not copied at every call.
     """
     donated = () if donate is None else (donate,)
     if len(devices) == 1:
@@ -60,7 +61,9 @@ def on_devices(
     def call(*args: Any) -> Any:
         given = list(args)
         if split is not None:
-            order = [places_of(i, n, _length(args[split]), parts) for i in range(n)]
+            order = [
+                places_of(i, n, _length(args[split]), accumulate) for i in range(n)
+            ]
             given[split] = jax.tree.map(lambda x: x[np.concatenate(order)], args[split])
         return compiled(len(args))(*given)
 
@@ -123,11 +126,11 @@ def _shard_mapped(
         return compiled
 
     def call(*args: Any) -> Any:
-        whole = [
+        arrays = [
             jax.tree.map(lambda x, i=i: _global(x, mesh, i == split), arg)
             for i, arg in enumerate(args)
         ]
-        return compiled(*whole)
+        return compiled(*arrays)
 
     return call
 
@@ -142,13 +145,13 @@ def _own(devices: Sequence[jax.Device]) -> list[jax.Device]:
 
 
 def _global(x: Any, mesh: Mesh, split: bool) -> Any:
-    """Makes one array of what each process has: its part, or a copy of the whole."""
+    """Makes one array of what each process has: its part, or a copy of everything."""
     if split:
         sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         return jax.make_array_from_process_local_data(sharding, x)
     if not isinstance(x, jax.Array) or not x.is_fully_addressable:
         return x
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _global(jax.random.key_data(x), mesh, split)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     copies = [shard.data for shard in x.addressable_shards]
@@ -156,18 +159,18 @@ def _global(x: Any, mesh: Mesh, split: bool) -> Any:
     return jax.make_array_from_single_device_arrays(x.shape, sharding, copies)
 
 
-def places_of(device: Any, n_devices: int, batch_size: int, parts: int) -> Any:
-    """Returns the places in the batch that one device works on, in order.
+def places_of(device: Any, n_devices: int, batch_size: int, accumulate: int) -> Any:
+    """Returns the positions in the batch that one device works on, in order.
 
-    It has an equal share of each part, so that the parts of all devices together are
-    those of a single one.
+    It has an equal share of each accumulated part, so that the parts of all devices
+    together are those of a single one.
 
     Example:
-      >>> places_of(device=1, n_devices=2, batch_size=8, parts=2).tolist()
+      >>> places_of(device=1, n_devices=2, batch_size=8, accumulate=2).tolist()
       [2, 3, 6, 7]
     """
-    share = batch_size // (n_devices * parts)
-    starts = np.arange(parts)[:, None] * (batch_size // parts)
+    share = batch_size // (n_devices * accumulate)
+    starts = np.arange(accumulate)[:, None] * (batch_size // accumulate)
     return (starts + np.arange(share)).reshape(-1) + device * share
 
 
@@ -198,21 +201,25 @@ def axis_name(devices: Sequence[jax.Device]) -> str | None:
 
 
 def check_batch_size(
-    batch_size: int, devices: Sequence[jax.Device], parts: int = 1, pairs: bool = False
+    batch_size: int,
+    devices: Sequence[jax.Device],
+    accumulate: int = 1,
+    pairs: bool = False,
 ) -> None:
     """Raises a TPPError unless the global batch splits evenly.
 
     Args:
-      batch_size: images of all devices together.
-      devices: what it is split over.
-      parts: in which each device computes its share.
-      pairs: whether a part must hold an even number of images, to be mixed.
+      batch_size: Number of examples in the batch of all devices together.
+      devices: Devices that it is split over.
+      accumulate: Number of parts in which each device computes its share.
+      pairs: Whether a part must hold an even number of images, to be mixed.
     """
-    n = len(devices) * parts * (2 if pairs else 1)
+    n = len(devices) * accumulate * (2 if pairs else 1)
     if batch_size % n:
         near = max(batch_size // n, 1) * n, (batch_size // n + 1) * n
         over = f"{len(devices)} devices"
-        over += f" in {parts} parts each (config.accumulate)" if parts > 1 else ""
+        if accumulate > 1:
+            over += f" in {accumulate} parts each (config.accumulate)"
         over += " by pairs of images, which mixup and cutmix need" if pairs else ""
         raise TPPError(
             f"the batch of {batch_size} does not split over {over}: set "

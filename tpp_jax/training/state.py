@@ -1,4 +1,4 @@
-"""Training states: made from a model, told as named arrays, put back into a model."""
+"""Training states: made from a model, as named arrays, put back into a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,15 +20,15 @@ def initial_state(
     step: int,
     arrays: Mapping[str, Any] | None,
 ) -> TrainState:
-    """Returns the state that a phase starts from, or goes on from.
+    """Returns the state that a phase starts or continues from.
 
     Args:
-      model: with the parameters and batch statistics.
-      tx: the optimizer.
-      average: whether moving averages are kept.
-      step: of the phase.
-      arrays: from :func:`arrays_of`, for the optimizer's state and the averages; None
-        to start those anew.
+      model: Model with the parameters and batch statistics.
+      tx: Optimizer.
+      average: Whether moving averages are kept.
+      step: Number of steps done in the phase.
+      arrays: Arrays from :func:`arrays_of`, for the optimizer's state and the averages;
+        None to initialise these.
     """
     params = nnx.state(model, nnx.Param)
     stats = nnx.state(model, nnx.BatchStat)
@@ -40,19 +40,21 @@ def initial_state(
         opt_state = _filled(opt_state, part(arrays, "opt."))
         averages = _filled(averages, part(arrays, "average."))
     state = TrainState(jnp.int32(step), params, stats, opt_state, averages)
-    # Own buffers: the step donates them, and the model's must live on.
+    # Own buffers: the step donates them, and the model's are still needed.
     return jax.tree.map(jnp.copy, state)
 
 
 def arrays_of(state: TrainState) -> dict[str, Any]:
-    """Returns the arrays of a checkpoint: ``model.<name>``, ``opt.<name>`` and
-    ``average.<name>``."""
-    parts = {
+    """Returns the arrays of a checkpoint.
+
+    They are named ``model.<name>``, ``opt.<name>`` and ``average.<name>``.
+    """
+    trees = {
         "model": named_leaves(state.params) | named_leaves(state.stats),
         "opt": named_leaves(state.opt_state),
         "average": named_leaves(state.average),
     }
-    return {f"{p}.{name}": x for p, named in parts.items() for name, x in named.items()}
+    return {f"{p}.{name}": x for p, named in trees.items() for name, x in named.items()}
 
 
 def part(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from tpp_jax.data import mix, normalize
 from tpp_jax.graph.naming import layer_name, map_named, named_leaves
 from tpp_jax.models import BatchNorm
+from tpp_jax.training.task import Batch, Metrics
 from tpp_jax.xla.blocks import hold_blocks, roll_blocks
 from tpp_jax.xla.convolution import use_fast_convolutions
 
@@ -20,11 +20,11 @@ class TrainState(NamedTuple):
     """What a training step reads and writes.
 
     Attributes:
-      step: int32, steps done in this phase.
-      params: the trainable parameters.
-      stats: batch statistics.
-      opt_state: the optimizer's state.
-      average: moving averages of ``(params, stats)``; None without.
+      step: Number of steps done in this phase, int32.
+      params: Trainable parameters.
+      stats: Batch statistics.
+      opt_state: State of the optimizer.
+      average: Moving averages of ``(params, stats)``; None without.
     """
 
     step: Int[Array, ""]
@@ -39,57 +39,39 @@ class TrainState(NamedTuple):
         return self.average or (self.params, self.stats)
 
 
-class Batch(NamedTuple):
-    """Images and labels.
-
-    Attributes:
-      pixels: uint8 ``[n, h, w, c]``.
-      labels: int32 ``[n]``; -1 marks padding that does not count.
-    """
-
-    pixels: Array
-    labels: Array
-
-
 class StepConfig(NamedTuple):
-    """What a step is compiled for.
+    """How a step computes, whatever the task.
 
     Attributes:
-      mean: of the pixels, in units of pixel/255, per channel.
-      std: likewise.
-      num_classes: of the data.
-      dtype: of the computation. Parameters, their updates, batch statistics and the
-        loss stay float32.
-      remat: whether the backward pass computes again all but convolutions and matrix
+      dtype: Type that parameters are cast to, except those of layers that keep batch
+        statistics. The parameters themselves, their updates, batch statistics and the
+        loss are float32.
+      remat: Whether the backward pass recomputes all but convolutions and matrix
         products, to save memory.
-      parts: how many parts a device computes its share of a batch in, to save memory.
-        Each has its own batch statistics, as a smaller batch would.
-      skip_nonfinite: whether a step whose loss or gradient is not finite changes
+      accumulate: Number of parts in which a device computes its share of a batch, to
+        save memory. Each has its own batch statistics, as a smaller batch would.
+      skip_nonfinite: Whether a step whose loss or gradient is not finite changes
         nothing, and counts as ``skipped`` in the metrics.
-      sync_bn: whether batch norm normalises by the batch of all devices, or each by its
+      sync_bn: Whether batch norm normalises by the batch of all devices, or each by its
         own share; what is kept for evaluation is the mean over devices either way.
-      label_smoothing: share of the target that all classes get alike.
-      mixup, cutmix: see :func:`tpp_jax.data.mix`.
-      ema: decay of the averages d; at step t it is min(d, (1 + t)/(10 + t)), so that
+      ema: Decay d of the averages; at step t it is min(d, (1 + t)/(10 + t)), so that
         the start is forgotten. 0 for no averages.
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    num_classes: int
     dtype: str = "float32"
     remat: bool = False
-    parts: int = 1
+    accumulate: int = 1
     skip_nonfinite: bool = False
     sync_bn: bool = True
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
     ema: float = 0.0
 
 
-# Of a phase's key, what is drawn for a whole batch; its images draw from 0, 1, 2…
-_OF_THE_BATCH = 2**30
+Loss = Callable[[nnx.Module, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
+"""See :meth:`tpp_jax.training.task.Task.loss`."""
+
+# Number in the key of a step from which the key of its loss is made; examples draw from
+# the numbers 0, 1, 2…
+_OF_THE_LOSS = 2**30
 
 
 def graphdef_of(model: nnx.Module, *, training: bool) -> nnx.GraphDef:
@@ -105,116 +87,125 @@ def graphdef_of(model: nnx.Module, *, training: bool) -> nnx.GraphDef:
 def make_train_step(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
+    loss: Loss,
     config: StepConfig,
     select: Callable[..., Batch],
     axis: str | None = None,
-) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Makes the training step of one device.
 
     Args:
-      graphdef: of the model, in training mode.
-      tx: the optimizer.
-      config: how to compute.
-      select: ``select(step, key, *data)`` gives this device's share of a step's batch.
-      axis: name of the device axis that gradients, batch statistics and metrics are
+      graphdef: Structure of the model, in training mode.
+      tx: Optimizer.
+      loss: ``loss(model, batch, key) -> (loss, metrics)``, of a task.
+      config: How to compute.
+      select: ``select(step, key, *data) -> batch``, this device's share of a step's
+        batch.
+      axis: Name of the device axis that gradients, batch statistics and metrics are
         averaged over; None for a single device.
 
     Returns:
-      ``step(state, key, *data) -> (state, metrics)``; metrics are ``loss`` and
-      ``accuracy`` (a share) of the whole batch. What is random draws from ``key``, the
-      step and the place in the batch, so that a batch split over devices is the same
-      batch.
+      ``step(state, key, *data) -> (state, metrics)``; metrics are those of the loss,
+      and the ``loss`` itself, of the batch of all devices. What is random draws from
+      ``key``, the step and the position in the batch, so that a batch split over
+      devices is the batch of a single one.
     """
 
     def forward(
-        params: nnx.State, stats: nnx.State, x: Array, targets: Array
-    ) -> tuple[Array, tuple[nnx.State, Array]]:
-        model = nnx.merge(graphdef, _in(config.dtype, params, stats), stats, copy=True)
-        use_fast_convolutions(model)
-        roll_blocks(model)
+        params: nnx.State, stats: nnx.State, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], tuple[nnx.State, Metrics]]:
+        model = _merged(graphdef, params, stats, config.dtype)
         if axis is not None and config.sync_bn:
-            for _, module in nnx.iter_modules(model):
-                if isinstance(module, BatchNorm):
-                    module.axis_name = axis
-        logits = model(x).astype(jnp.float32)
-        if targets.ndim == 1:
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        else:
-            losses = optax.softmax_cross_entropy(logits, targets)
-        return losses.mean(), (nnx.state(model, nnx.BatchStat), jnp.argmax(logits, -1))
+            _synchronise(model, axis)
+        value, metrics = loss(model, batch, key)
+        return value, (nnx.state(model, nnx.BatchStat), {**metrics, "loss": value})
 
     if config.remat:
         forward = jax.checkpoint(forward, policy=is_expensive)
-    differentiate = jax.value_and_grad(forward, has_aux=True)
+    differentiate = jax.grad(forward, has_aux=True)
 
-    def gradients(
-        params: nnx.State, stats: nnx.State, batch: Batch, key: Array
-    ) -> tuple[nnx.State, nnx.State, dict[str, Array]]:
-        x = normalize(batch.pixels, config.mean, config.std, config.dtype)
-        x, targets = _targets(x, batch.labels, key, config)
-        (loss, (stats, guess)), grads = differentiate(params, stats, x, targets)
-        metrics = {"loss": loss, "accuracy": (guess == batch.labels).mean()}
-        return grads, stats, metrics
-
-    def gradients_in_parts(
-        params: nnx.State, stats: nnx.State, batch: Batch, key: Array
-    ) -> tuple[nnx.State, nnx.State, dict[str, Array]]:
-        n = config.parts
+    def accumulated(
+        params: nnx.State, stats: nnx.State, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[nnx.State, tuple[nnx.State, Metrics]]:
+        n = config.accumulate
 
         def body(carry: Any, part: Any) -> Any:
             sums, stats = carry
-            grads, stats, metrics = gradients(params, stats, *part)
+            grads, (stats, metrics) = differentiate(params, stats, *part)
             return (jax.tree.map(jnp.add, sums, (grads, metrics)), stats), None
 
         batches = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
         parts = batches, jax.random.split(key, n)
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradients, params, stats, *first)
-        zeros = jax.tree.map(jnp.zeros_like, (shapes[0], shapes[2]))
+        shapes, (_, metrics) = jax.eval_shape(differentiate, params, stats, *first)
+        zeros = jax.tree.map(jnp.zeros_like, (shapes, metrics))
         # XLA's CPU backend runs a convolution inside a loop some 80 times slower.
         unroll = jax.default_backend() == "cpu"
-        carry, _ = jax.lax.scan(body, (zeros, stats), parts, unroll=unroll)
-        (grads, metrics), stats = carry
-        grads, metrics = jax.tree.map(lambda total: total / n, (grads, metrics))
-        return grads, stats, metrics
+        (sums, stats), _ = jax.lax.scan(body, (zeros, stats), parts, unroll=unroll)
+        grads, metrics = jax.tree.map(lambda total: total / n, sums)
+        return grads, (stats, metrics)
 
     def step(
-        state: TrainState, key: Array, *data: Any
-    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        state: TrainState, key: Key[Array, ""], *data: Any
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         batch = select(state.step, key, *data)
-        differentiated = gradients if config.parts == 1 else gradients_in_parts
-        grads, stats, metrics = differentiated(
-            state.params, state.stats, batch, jax.random.fold_in(key, _OF_THE_BATCH)
+        gradients = differentiate if config.accumulate == 1 else accumulated
+        grads, (stats, metrics) = gradients(
+            state.params, state.stats, batch, jax.random.fold_in(key, _OF_THE_LOSS)
         )
         if axis is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis)
             if not config.sync_bn:
                 stats = jax.lax.pmean(stats, axis)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
+        params: Any = optax.apply_updates(state.params, updates)
+        average: Any = state.average
         if config.ema:
             t = state.step.astype(jnp.float32)
             rate = 1 - jnp.minimum(config.ema, (1 + t) / (10 + t))
             average = optax.incremental_update((params, stats), average, rate)
         after = TrainState(state.step + 1, params, stats, opt_state, average)
         if config.skip_nonfinite:
-            ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
-            before = state._replace(step=after.step)
-            after, metrics = jax.tree.map(
-                lambda new, old: jnp.where(ok, new, old),
-                (after, metrics),
-                (before, jax.tree.map(jnp.zeros_like, metrics)),
-            )
-            metrics["skipped"] = 1.0 - ok
+            return _if_finite(grads, metrics, state, after)
         return after, metrics
 
     return step
 
 
+def _if_finite(
+    grads: nnx.State, metrics: Metrics, before: TrainState, after: TrainState
+) -> tuple[TrainState, Metrics]:
+    """Returns the state and metrics of a step that counts only if it is finite."""
+    ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
+    before = before._replace(step=after.step)
+    state, metrics = jax.tree.map(
+        lambda new, old: jnp.where(ok, new, old),
+        (after, metrics),
+        (before, jax.tree.map(jnp.zeros_like, metrics)),
+    )
+    return state, {**metrics, "skipped": 1.0 - ok}
+
+
+def _merged(
+    graphdef: nnx.GraphDef, params: nnx.State, stats: nnx.State, dtype: str
+) -> nnx.Module:
+    """Returns the model to compute with."""
+    model = nnx.merge(graphdef, _in(dtype, params, stats), stats, copy=True)
+    use_fast_convolutions(model)
+    roll_blocks(model)
+    return model
+
+
+def _synchronise(model: nnx.Module, axis: str) -> None:
+    """Makes batch norms normalise by the batch of all devices of an axis."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            module.axis_name = axis
+
+
 def _in(dtype: str, params: nnx.State, stats: nnx.State) -> nnx.State:
-    """Casts the parameters, but those of layers that keep batch statistics."""
+    """Casts the parameters, except those of layers that keep batch statistics."""
     if dtype == "float32":
         return params
     norms = {layer_name(name) for name in named_leaves(stats)}
@@ -224,20 +215,11 @@ def _in(dtype: str, params: nnx.State, stats: nnx.State) -> nnx.State:
     )
 
 
-def _targets(
-    x: Array, labels: Array, key: Array, config: StepConfig
-) -> tuple[Array, Array]:
-    """Mixes images and smooths labels; plain labels stay integers."""
-    if not (config.label_smoothing or config.mixup or config.cutmix):
-        return x, labels
-    targets = optax.smooth_labels(
-        jax.nn.one_hot(labels, config.num_classes), config.label_smoothing
-    )
-    return mix(key, x, targets, mixup=config.mixup, cutmix=config.cutmix)
-
-
 def is_expensive(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Tells convolutions and matrix products, as a policy of ``jax.checkpoint``."""
+    """Returns whether a primitive is a convolution or a matrix product.
+
+    A policy of ``jax.checkpoint``.
+    """
     return primitive.name in ("conv_general_dilated", "dot_general")
 
 
@@ -245,20 +227,24 @@ def make_train_steps(step: Callable[..., Any], *, loop: bool) -> Callable[..., A
     """Makes a program of several steps in one dispatch.
 
     Args:
-      step: from :func:`make_train_step`.
-      loop: whether the program loops. False makes it one step whatever ``n`` says, for
+      step: Step from :func:`make_train_step`.
+      loop: Whether the program loops. False makes it one step, whatever ``n`` is, for
         the CPU, where XLA runs a convolution inside a loop some 80 times slower.
 
     Returns:
       ``steps(state, key, n, *data) -> (state, metrics)`` with the metrics averaged over
       the steps.
     """
-    if not loop:
-        return lambda state, key, n, *data: step(state, key, *data)
 
-    def steps(
-        state: TrainState, key: Array, n: Int[Array, ""], *data: Any
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def one(
+        state: TrainState, key: Key[Array, ""], n: Int[Array, ""], *data: Any
+    ) -> tuple[TrainState, Metrics]:
+        del n
+        return step(state, key, *data)
+
+    def several(
+        state: TrainState, key: Key[Array, ""], n: Int[Array, ""], *data: Any
+    ) -> tuple[TrainState, Metrics]:
         def body(_: Any, carry: Any) -> Any:
             state, sums = carry
             state, metrics = step(state, key, *data)
@@ -269,45 +255,40 @@ def make_train_steps(step: Callable[..., Any], *, loop: bool) -> Callable[..., A
         state, sums = jax.lax.fori_loop(0, n, body, (state, zeros))
         return state, jax.tree.map(lambda total: total / n, sums)
 
-    return steps
+    return several if loop else one
 
 
 def make_eval_step(
     graphdef: nnx.GraphDef,
+    metrics: Callable[[nnx.Module, Batch], dict[str, Shaped[Array, " n"]]],
     config: StepConfig,
-    select: Callable[..., Batch],
+    select: Callable[..., tuple[Batch, Bool[Array, " n"]]],
     axis: str | None = None,
-) -> Callable[..., dict[str, Array]]:
+) -> Callable[..., tuple[dict[str, Array], Int[Array, ""]]]:
     """Makes the evaluation step of one device.
 
     Args:
-      graphdef: of the model, in evaluation mode.
-      config: normalisation and precision.
-      select: ``select(*data)`` gives this device's share of a batch.
-      axis: as for :func:`make_train_step`.
+      graphdef: Structure of the model, in evaluation mode.
+      metrics: ``metrics(model, batch)``, values for each example, of a task.
+      config: How to compute.
+      select: ``select(*data) -> (batch, counts)``, this device's share of a batch and
+        which of its examples count.
+      axis: Name of the device axis; None for a single device.
 
     Returns:
-      ``step(params, stats, *data) -> sums``: the sum of losses, the number of hits, and
-      of images, over all devices.
+      ``step(params, stats, *data) -> (sums, n)``: the sums of the metrics over the
+      examples that count, and their number, over all devices.
     """
 
-    def step(params: nnx.State, stats: nnx.State, *data: Any) -> dict[str, Array]:
-        batch = select(*data)
-        model = nnx.merge(graphdef, _in(config.dtype, params, stats), stats, copy=True)
-        use_fast_convolutions(model)
-        roll_blocks(model)
+    def step(
+        params: nnx.State, stats: nnx.State, *data: Any
+    ) -> tuple[dict[str, Array], Int[Array, ""]]:
+        batch, counts = select(*data)
+        model = _merged(graphdef, params, stats, config.dtype)
         hold_blocks(model)
-        x = normalize(batch.pixels, config.mean, config.std, config.dtype)
-        logits = model(x).astype(jnp.float32)
-        counts = batch.labels >= 0
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.maximum(batch.labels, 0)
-        )
-        sums = {
-            "loss": jnp.sum(losses, where=counts),
-            "hits": jnp.sum(jnp.argmax(logits, -1) == batch.labels),
-            "images": jnp.sum(counts),
-        }
-        return jax.lax.psum(sums, axis) if axis is not None else sums
+        values = metrics(model, batch)
+        sums = {name: jnp.sum(x, where=counts) for name, x in values.items()}
+        totals = sums, jnp.sum(counts)
+        return jax.lax.psum(totals, axis) if axis is not None else totals
 
     return step

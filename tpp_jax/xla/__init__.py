@@ -1,1 +1,1 @@
-"""What is done for XLA's sake: lowerings, held arrays, compiled programs."""
+"""Workarounds and settings for XLA: lowerings, shared results, compiled programs."""

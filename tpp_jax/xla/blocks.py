@@ -1,8 +1,8 @@
-"""Blocks that follow each other, and how a deep network of them is compiled.
+"""Sequences of blocks, and how a deep network of them is compiled.
 
-XLA compiles every block anew, however many are alike, and of hundreds of them there is
-no end to it. Where there are many and the backend runs loops well, alike blocks are
-therefore rolled into a loop, which is compiled once.
+XLA compiles every block separately, even if all are identical, which takes very long
+for hundreds of them. Where there are many and the backend runs loops well, identical
+blocks are therefore rolled into a loop, which is compiled once.
 """
 
 import itertools
@@ -17,14 +17,20 @@ from jax import lax
 from tpp_jax.xla.convolution import held
 
 ROLLED_FROM = 50
-"""So many alike blocks in a row are rolled; fewer, up to ResNet-152's 35, are not."""
+"""Least number of identical blocks in a row to roll; ResNet-152 has 35 at most."""
 
 
 class Blocks(nnx.List):
-    """A list of modules, each applied to what the one before returned.
+    """A list of modules, each applied to the output of the one before.
 
     Args:
-      modules: with equal inputs and outputs where they are to be rolled.
+      modules: The modules, in order. A module that is to be rolled has outputs of the
+        same shape as its inputs.
+
+    Attributes:
+      rolled_from: Least number of identical modules in a row to roll into a loop; None
+        to roll none.
+      hold: Whether the output of each module is computed once and kept.
 
     Example:
       >>> blocks = Blocks([nnx.Linear(2, 2, rngs=nnx.Rngs(i)) for i in range(3)])
@@ -32,17 +38,17 @@ class Blocks(nnx.List):
       (5, 2)
     """
 
-    rolled_from: int | None = None  # how many alike in a row are rolled, if any
-    hold: bool = False  # whether what each hands on is held
+    rolled_from: int | None = None
+    hold: bool = False
 
     def __call__(self, x: Any) -> Any:
-        """Applies all modules in their order."""
+        """Applies all modules in order."""
         if self.rolled_from is None:
             for module in self:
                 x = held(module(x)) if self.hold else module(x)
             return x
-        for _, alike in itertools.groupby(self, _structure):
-            modules = list(alike)
+        for _, identical in itertools.groupby(self, _structure):
+            modules = list(identical)
             if len(modules) >= self.rolled_from:
                 x = _roll(modules, x)
             else:
@@ -52,15 +58,15 @@ class Blocks(nnx.List):
 
 
 def roll_blocks(model: nnx.Module, rolled_from: int = ROLLED_FROM) -> None:
-    """Makes a model's alike blocks be compiled once, where there are many in a row.
+    """Rolls long sequences of identical blocks into loops that are compiled once.
 
-    Changes :class:`Blocks` in place, and not on the CPU, where XLA runs a convolution
-    inside a loop some 80 times slower: to be done to the copy in a compiled step. The
-    numbers are the same up to float rounding.
+    Changes the :class:`Blocks` of the model in place, so apply it to the copy of the
+    model inside a compiled step. Does nothing on the CPU, where XLA runs a convolution
+    inside a loop some 80 times slower. Results are the same up to float rounding.
 
     Args:
-      model: any module.
-      rolled_from: how many alike blocks in a row are rolled.
+      model: Any module.
+      rolled_from: Least number of identical blocks in a row to roll.
     """
     if jax.default_backend() == "cpu":
         return
@@ -70,15 +76,18 @@ def roll_blocks(model: nnx.Module, rolled_from: int = ROLLED_FROM) -> None:
 
 
 def hold_blocks(model: nnx.Module) -> None:
-    """Makes what a block hands on be computed once, in the evaluation of a model.
+    """Makes XLA compute the output of each block once, for the evaluation of a model.
 
-    In a residual network a block adds to what it was handed. XLA's CPU backend fuses
-    the sum with those of all blocks before, and makes it anew in each block: a third of
-    the time of a pruned network. (In a training step too, but there what is held for
-    the backward pass costs 14 % more memory and saves 1 % of the time.)
+    In a residual network a block adds to its input. XLA's CPU backend fuses the sum
+    with those of all earlier blocks and recomputes it in each block: a third of the
+    time of a pruned network. (It does so in a training step too, but keeping the
+    outputs for the backward pass costs 14 % more memory and saves 1 % of the time.)
 
-    Changes :class:`Blocks` in place, on the CPU only: to be done to the copy in a
-    compiled step. The numbers are the same.
+    Changes the :class:`Blocks` of the model in place, on the CPU only, so apply it to
+    the copy of the model inside a compiled step. Results are the same.
+
+    Args:
+      model: Any module.
     """
     if jax.default_backend() != "cpu":
         return
@@ -88,13 +97,13 @@ def hold_blocks(model: nnx.Module) -> None:
 
 
 def _structure(module: nnx.Module) -> Any:
-    """Equal for modules that one program can compute."""
+    """Returns a value that is equal for modules that one program can compute."""
     graphdef, state = nnx.split(module)
     return graphdef, [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
 
 
 def _roll(modules: Sequence[nnx.Module], x: Any) -> Any:
-    """Applies alike modules in a loop; each keeps what it noted (batch statistics)."""
+    """Applies identical modules in a loop; each keeps its state (batch statistics)."""
     graphdef = nnx.graphdef(modules[0])
     states = [nnx.split(module, nnx.Param, ...)[1:] for module in modules]
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *states)
@@ -104,7 +113,7 @@ def _roll(modules: Sequence[nnx.Module], x: Any) -> Any:
         x = module(x)
         return x, nnx.split(module, nnx.Param, ...)[2]
 
-    x, noted = lax.scan(body, x, stacked)
+    x, new_states = lax.scan(body, x, stacked)
     for i, module in enumerate(modules):
-        nnx.update(module, jax.tree.map(lambda each, i=i: each[i], noted))
+        nnx.update(module, jax.tree.map(lambda each, i=i: each[i], new_states))
     return x

@@ -1,30 +1,32 @@
-"""Convolutions as XLA's CPU backend runs them best; elsewhere they are XLA's own.
+"""Convolutions in the form that XLA's CPU backend runs fastest.
 
-Six things make the convolutions of a training step slow on a CPU, none of which is
-arithmetic:
+Other backends use XLA's convolution unchanged. Six things make the convolutions of a
+training step slow on a CPU, none of which is arithmetic:
 
-- *Kernel gradients.* Their convolution wants the images as [channels, h, w, batch]. XLA
-  fuses that transposition with whatever made the images, and computes it again, batch
-  norms and sums included, while reading memory in strides: half the time of a step of
-  ResNet-56. Behind a call that is not inlined there is nothing to fuse with.
-- *Images of a pixel or four*, as at the end of a CIFAR VGG: some sixty times slower
+- *Kernel gradients.* Their convolution needs the images as [channels, h, w, batch]. XLA
+  fuses that transposition with the operations that computed the images and repeats
+  them, batch norms and sums included, while reading memory in strides: half the time of
+  a step of ResNet-56. A call that is not inlined prevents the fusion.
+- *Images of one to four pixels*, as at the end of a CIFAR VGG: some sixty times slower
   than the same arithmetic as a matrix product.
-- *1×1 convolutions*: about twice as slow as the matrix product that they are.
-- *Few outputs* of wide images, as in the first stage of ResNet-56: the products inside
-  XLA's convolution are too narrow. For two neighbouring pixels at once they are twice
-  as wide: four fifths of the time, for a third more multiplications, by zero.
+- *1×1 convolutions*: about twice as slow as the equivalent matrix product.
+- *Few output channels* of wide images, as in the first stage of ResNet-56: the products
+  inside XLA's convolution are too narrow. Computing two neighbouring pixels at once
+  makes them twice as wide: four fifths of the time, although a third more
+  multiplications (by zero) are needed.
 - *Thin layers*, as pruning leaves them, from or to few channels: two to six times
-  slower than one product with the pixels of all patches, or of all pixels with all taps
+  slower than one product of all patches with the kernel, or of all pixels with all taps
   of the kernel.
-- *One thread*: XLA hands convolutions to a library, YNNPACK, that it runs on a single
-  core, where its own kernels use them all. See :func:`compiler_options`.
+- *One thread*: XLA passes convolutions to a library, YNNPACK, that it runs on a single
+  core, whereas its own kernels use all cores. See :func:`compiler_options`.
 
-Results are the same up to float rounding, those of the kernel gradients to the bit.
+Results are the same up to float rounding; kernel gradients are the same to the bit.
 docs/performance.md has the measurements.
 """
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,13 +41,13 @@ Images = Float[Array, "b h w c"]
 Kernel = Float[Array, "kh kw c n"]
 
 _CHANNELS_LAST = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
-# Output pixels of an image up to which one matrix product is faster.
+# Largest number of output pixels per image for which one matrix product is faster.
 _FEW_PIXELS = 4
-# Outputs of a pixel up to which, in images at least as wide, pixels go in pairs.
+# Pixels are computed in pairs up to this many output channels and from this width on.
 _FEW_OUTPUTS, _WIDE = 16, 32
-# How much larger than images and outputs the product's operands may be.
+# Largest ratio of the size of a product's operands to that of images and outputs.
 _THIN = 1.25
-# What YNNPACK may compute: elementwise work and convolutions are slower with it.
+# YNNPACK computes only these: elementwise operations and convolutions are slower in it.
 _CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": (
         "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
@@ -58,10 +60,14 @@ _DILATIONS = "lhs_dilation", "rhs_dilation"
 
 
 def use_fast_convolutions(model: nnx.Module) -> None:
-    """Makes the convolutions of a model be computed in the backend's fastest way.
+    """Switches the convolutions of a model to the fastest form for the backend.
 
-    Changes ``nnx.Conv`` layers in place, on the CPU only. They can then no longer be
-    differentiated forwards (``jax.jvp``): to be done to the copy in a compiled step.
+    Changes ``nnx.Conv`` layers in place, on the CPU only. The changed layers do not
+    support forward-mode differentiation (``jax.jvp``), so apply this to the copy of the
+    model inside a compiled step.
+
+    Args:
+      model: Any module.
     """
     if jax.default_backend() != "cpu":
         return
@@ -73,12 +79,12 @@ def use_fast_convolutions(model: nnx.Module) -> None:
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
-    """Returns what ``jax.jit`` should tell XLA of a program with convolutions.
+    """Returns the XLA options of a program with convolutions, for ``jax.jit``.
 
-    On the CPU that is to give YNNPACK only what it computes faster than XLA, reductions
-    and single products; elsewhere, and for a jaxlib that knows no such option, nothing.
-    It goes to the outermost ``jax.jit``, as JAX asks of all such options; ``jax.pmap``
-    takes none.
+    On the CPU they limit YNNPACK to the operations that it computes faster than XLA:
+    reductions and single products. On other backends, and where jaxlib does not know
+    the option, there are none. JAX accepts such options only in the outermost
+    ``jax.jit``; ``jax.pmap`` does not accept them.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -92,9 +98,9 @@ def compiler_options() -> dict[str, str]:
 def held(x: Array) -> Array:
     """Returns the same array, which XLA then computes once and keeps.
 
-    Otherwise it fuses what makes an array with everything that reads it, and computes
-    it again for each. A call that is not to be inlined is what its CPU backend does not
-    see through; ``lax.optimization_barrier`` is dropped before fusion there.
+    Otherwise XLA may fuse the computation of the array into each of its uses and repeat
+    it there. The CPU backend does not fuse across a call that is not inlined; it drops
+    ``lax.optimization_barrier`` before fusion.
     """
     with set_xla_metadata(inlineable="false"):
         return _same(x)
@@ -102,7 +108,7 @@ def held(x: Array) -> Array:
 
 @jax.jit
 def _same(x: Array) -> Array:
-    return jnp.copy(x)  # JAX would see through a function that does nothing
+    return jnp.copy(x)  # JAX removes the call of a function that does nothing
 
 
 def conv_on_cpu(
@@ -112,17 +118,20 @@ def conv_on_cpu(
     padding: str | Sequence[tuple[int, int]],
     **options: Any,
 ) -> Images:
-    """``lax.conv_general_dilated``, faster on the CPU; see the module.
+    """Computes ``lax.conv_general_dilated`` faster on the CPU.
+
+    The docstring of the module describes how.
 
     Args:
-      images: ``[b, h, w, c]``; those of other ranks are left to ``lax``.
-      kernel: ``[kh, kw, c, n]``.
-      window_strides: as for ``lax``.
-      padding: likewise.
-      **options: likewise. Dilation, groups and half precision are left to ``lax``.
+      images: Batch of images, ``[b, h, w, c]``; other ranks are left to ``lax``.
+      kernel: Kernel, ``[kh, kw, c, n]``.
+      window_strides: Strides, as for ``lax``.
+      padding: Padding, as for ``lax``.
+      **options: Other options of ``lax.conv_general_dilated``. Dilation, groups and
+        half precision are left to ``lax``.
 
     Returns:
-      ``[b, h', w', n]``.
+      Output of the convolution, ``[b, h', w', n]``.
     """
     plain = (
         options.get("dimension_numbers") == _CHANNELS_LAST
@@ -137,7 +146,8 @@ def conv_on_cpu(
     sides, window, strides = images.shape[1:3], kernel.shape[:2], tuple(window_strides)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(sides, window, strides, padding)
-    case = _Case(strides, tuple(map(tuple, padding)), options.get("precision"))
+    pads = tuple((low, high) for low, high in padding)
+    case = _Case(strides, pads, options.get("precision"))
     taps = math.prod(window)
     pixels = math.prod(case.output_sides(sides, window))
     inputs, outputs = kernel.shape[2:]
@@ -149,7 +159,7 @@ def conv_on_cpu(
 
 
 class _Case(NamedTuple):
-    """What of a convolution is not an array."""
+    """Settings of a convolution: all of its operands that are not arrays."""
 
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
@@ -161,7 +171,7 @@ class _Case(NamedTuple):
         return [(n + sum(pad) - k) // stride + 1 for n, k, stride, pad in each]
 
     def convolve(self, images: Array, kernel: Array, layout: str = "NHWC") -> Array:
-        """XLA's convolution, of images in any layout to NHWC."""
+        """Applies XLA's convolution to images in any layout; the output is NHWC."""
         return lax.conv_general_dilated(
             images,
             kernel,
@@ -173,10 +183,10 @@ class _Case(NamedTuple):
 
 
 def _gathered(images: Images, kernel: Kernel, case: _Case) -> Images:
-    """One product of all patches of the images with the kernel as a matrix."""
+    """Convolves by one product of all patches of the images with the kernel."""
     kh, kw, _, n = kernel.shape
     if kh * kw > 1:
-        images = held(images)  # lest every tap computes them again
+        images = held(images)  # so that the taps do not each recompute them
     h, w = case.output_sides(images.shape[1:3], (kh, kw))
     patches = [_shifted(images, i, j, h, w, case) for i in range(kh) for j in range(kw)]
     flat = jnp.concatenate(patches, axis=-1).reshape(-1, math.prod(kernel.shape[:3]))
@@ -185,27 +195,28 @@ def _gathered(images: Images, kernel: Kernel, case: _Case) -> Images:
 
 
 def _scattered(images: Images, kernel: Kernel, case: _Case) -> Images:
-    """One product of all pixels with all taps of the kernel, shifted and added up."""
+    """Convolves by one product of all pixels with all taps, shifted and added up."""
     kh, kw, c, n = kernel.shape
     h, w = case.output_sides(images.shape[1:3], (kh, kw))
     flat = kernel.transpose(2, 0, 1, 3).reshape(c, -1)
     product = jnp.dot(images.reshape(-1, c), flat, precision=case.precision)
     taps = product.reshape(*images.shape[:3], kh, kw, n)
-    return sum(
+    shifted = [
         _shifted(taps[:, :, :, i, j], i, j, h, w, case)
         for i in range(kh)
         for j in range(kw)
-    )
+    ]
+    return functools.reduce(operator.add, shifted)
 
 
 def _shifted(images: Images, i: int, j: int, h: int, w: int, case: _Case) -> Images:
-    """Returns what one tap of the kernel sees, ``[b, h, w, c]``."""
+    """Returns the pixels that one tap of the kernel reads, ``[b, h, w, c]``."""
     config = [(0, 0, 0)]
     for side, tap, size, stride, (low, _) in zip(
         images.shape[1:3], (i, j), (h, w), case.strides, case.padding, strict=True
     ):
         last = (size - 1) * stride + 1
-        config.append((low - tap, last - side - low + tap, 0))  # below zero: cut off
+        config.append((low - tap, last - side - low + tap, 0))  # negative: cropped
     padded = lax.pad(images, jnp.zeros((), images.dtype), [*config, (0, 0, 0)])
     return padded[:, :: case.strides[0], :: case.strides[1]]
 
@@ -224,11 +235,11 @@ def _backward(
 ) -> tuple[Images, Kernel]:
     images, kernel = operands
     if case.strides == (1, 1):
-        # As JAX would, but as a convolution that can go in pairs.
-        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        # The same as JAX's gradient, but as a convolution that can pair its pixels.
+        rotated = kernel[::-1, ::-1].swapaxes(2, 3)
         around = zip(kernel.shape[:2], case.padding, strict=True)
         padding = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in around)
-        by_images = _in_pairs(gradient, turned, case._replace(padding=padding))
+        by_images = _in_pairs(gradient, rotated, case._replace(padding=padding))
     else:
         transposed = jax.linear_transpose(lambda x: case.convolve(x, kernel), images)
         [by_images] = transposed(gradient)
@@ -243,7 +254,7 @@ _convolved.defvjp(_forward, _backward)
 
 
 def _in_pairs(images: Images, kernel: Kernel, case: _Case) -> Images:
-    """XLA's convolution; for few outputs of a wide image, two pixels at once."""
+    """Applies XLA's convolution, in pixel pairs for few outputs of wide images."""
     kh, kw, c, n = kernel.shape
     _, width = case.output_sides(images.shape[1:3], (kh, kw))
     few = n <= _FEW_OUTPUTS and width >= _WIDE and width % 2 == 0

@@ -54,15 +54,13 @@ def test_a_folder_that_there_cannot_be_is_refused(tmp_path):
     ],
 )
 def test_errors_of_the_system_about_the_folder_are_explained(tmp_path, number, message):
-    with pytest.raises(TPPError, match=message):
-        with folders.errors_told(tmp_path):
-            raise OSError(number, os.strerror(number), str(tmp_path / "metrics.jsonl"))
+    with pytest.raises(TPPError, match=message), folders.errors_explained(tmp_path):
+        raise OSError(number, os.strerror(number), str(tmp_path / "metrics.jsonl"))
 
 
 def test_errors_of_the_system_about_something_else_keep_their_trace(tmp_path):
-    with pytest.raises(PermissionError):
-        with folders.errors_told(tmp_path):
-            raise PermissionError(errno.EACCES, "no", "/etc/shadow")
+    with pytest.raises(PermissionError), folders.errors_explained(tmp_path):
+        raise PermissionError(errno.EACCES, "no", "/etc/shadow")
 
 
 def test_a_text_is_replaced_as_a_whole(tmp_path, monkeypatch):

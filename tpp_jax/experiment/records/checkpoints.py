@@ -15,9 +15,15 @@ from tpp_jax.storage.paths import plain
 
 
 class Checkpoints:
-    """The checkpoints of a run, one for each step saved, in one folder."""
+    """The checkpoints of a run, one for each saved step, in one folder."""
 
     def __init__(self, folder: str | pathlib.Path, keep: int = 2) -> None:
+        """Opens the checkpoints in a folder.
+
+        Args:
+          folder: Folder of the checkpoints; made if missing.
+          keep: Number of checkpoints to keep, the last ones.
+        """
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True
         )
@@ -31,45 +37,45 @@ class Checkpoints:
         )
 
     def save(self, step: int, arrays: Arrays, meta: Mapping[str, Any]) -> None:
-        """Saves arrays and JSON-ready meta under a step, in the background.
+        """Saves arrays and JSON-ready content under a step, in the background.
 
         The arrays are copied off the device before this returns.
 
         Raises:
-          TPPError: this or the last save could not be written.
+          TPPError: This or the last checkpoint could not be written.
         """
         with self._explained():
             self._manager.save(step, args=items.to_save(arrays, meta), force=True)
 
     def latest(self) -> int | None:
-        """Returns the last step saved, None if there is none."""
+        """Returns the last saved step; None if there is none."""
         return self._manager.latest_step()
 
     def restore(self) -> tuple[Arrays, dict[str, Any], list[str]] | None:
-        """Returns the arrays and meta of the last step that is whole.
+        """Reads the last checkpoint that is not damaged.
 
-        What is damaged is put aside, as ``damaged-<step>``.
+        Damaged ones are renamed to ``damaged-<step>``.
 
         Returns:
-          Arrays, meta, and a line about each damaged checkpoint; None if there is no
-          checkpoint at all.
+          Arrays, JSON content, and a line about each damaged checkpoint; None if there
+          is no checkpoint at all.
 
         Raises:
-          TPPError: all of them are damaged.
+          TPPError: All of them are damaged.
         """
         damaged: list[tuple[int, Exception]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found = self._manager.restore(step, args=items.to_restore())
                 arrays, meta = items.checked(found)
-            except Exception as error:  # orbax and tensorstore raise of every kind here
+            except Exception as error:  # orbax and tensorstore raise all kinds here
                 damaged.append((step, error))
                 continue
             return arrays, meta, [self._put_aside(*one) for one in damaged]
         if damaged:
             raise TPPError(
                 f"none of the checkpoints in {self._folder} can be read "
-                f"({items.kind(damaged[0][1])}). Remove that folder to begin anew"
+                f"({items.reason(damaged[0][1])}). Remove that folder to begin anew"
             ) from damaged[0][1]
         return None
 
@@ -77,18 +83,18 @@ class Checkpoints:
         aside = self._folder / f"damaged-{step}"
         processes.wait_for_all(f"damaged {step}")  # all have read it
         if processes.is_first():
-            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            shutil.rmtree(aside, ignore_errors=True)  # from an earlier start
             (self._folder / str(step)).rename(aside)
         processes.wait_for_all(f"aside {step}")
         self._manager.reload()
-        what = items.kind(error)
+        what = items.reason(error)
         return f"The checkpoint of step {step} is damaged ({what}); it is now {aside}."
 
     def close(self) -> None:
-        """Waits for the last save to be on disk.
+        """Waits until the last checkpoint is on disk.
 
         Raises:
-          TPPError: it could not be written.
+          TPPError: It could not be written.
         """
         with self._explained():
             self._manager.wait_until_finished()
@@ -99,7 +105,7 @@ class Checkpoints:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # orbax and tensorstore raise of every kind here
+        except Exception as error:  # orbax and tensorstore raise all kinds here
             latest = self.latest()
             kept = "none was written before" if latest is None else f"{latest} is whole"
             raise TPPError(

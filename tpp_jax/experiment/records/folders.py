@@ -1,4 +1,4 @@
-"""The folder of a run or a sweep: what is of the wrong kind in it, what it says."""
+"""The folder of a run or a sweep: the kinds of its files, and the config in it."""
 
 import contextlib
 import errno
@@ -12,6 +12,7 @@ import ml_collections
 
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.config import differences
+from tpp_jax.experiment.fields import flat
 from tpp_jax.experiment.records.terminal import say
 from tpp_jax.saving import load_model_info
 
@@ -27,10 +28,10 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def make(workdir: pathlib.Path) -> None:
-    """Makes the folder of a run, and sees to it that the run can use what is there.
+    """Makes the folder of a run, and checks that the run can use what is there.
 
     Raises:
-      TPPError: it cannot be made, or a file is where a folder is to be, or the reverse.
+      TPPError: It cannot be made, or a file is in the place of a folder or the reverse.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,11 @@ def make(workdir: pathlib.Path) -> None:
 
 
 def check_kinds(workdir: pathlib.Path) -> None:
-    """Raises a TPPError if what a run writes in its folder is not of the right kind."""
+    """Checks that files and folders in a run's folder are of the kind that it writes.
+
+    Raises:
+      TPPError: A file is in the place of a folder, or the reverse.
+    """
     for name in _FOLDERS + _FILES:
         path, folder = workdir / name, name in _FOLDERS
         try:
@@ -55,11 +60,11 @@ def check_kinds(workdir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def errors_told(workdir: pathlib.Path) -> Iterator[None]:
-    """Explains what the system says of the files in a folder.
+def errors_explained(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns errors of the system about the files in a folder into a TPPError.
 
     Raises:
-      TPPError: in place of an OSError about the folder or something in it, or about a
+      TPPError: An OSError was raised about the folder or something in it, or about a
         full disk.
     """
     try:
@@ -84,18 +89,18 @@ def _within(path: str, folder: pathlib.Path) -> bool:
 
 
 def write(file: pathlib.Path, text: str) -> None:
-    """Writes a text in UTF-8; a kill leaves the old file or the new one."""
+    """Writes a text in UTF-8; a run killed meanwhile leaves the old file or the new."""
     partial = file.with_name(file.name + ".partial")
-    # Halves of surrogate pairs, of a name that was no UTF-8, are written as \\udc….
+    # Lone surrogates, which stand for bytes that are no UTF-8, are written as \\udc….
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, file)
 
 
 def write_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Writes down the config of a run, for people and :func:`own_config`.
+    """Writes the config of a run, for people and :func:`own_config`.
 
     Raises:
-      TPPError: there is a file of that name that is not a config's.
+      TPPError: There is a file of that name that holds no config.
     """
     own_config(workdir)
     write(workdir / CONFIG, json.dumps(config, indent=2))
@@ -104,15 +109,16 @@ def write_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
 def config_of(
     workdir: str | pathlib.Path | None, config: ml_collections.ConfigDict, given: bool
 ) -> ml_collections.ConfigDict:
-    """Returns the config of the run in a folder; the one at hand if there is no run.
+    """Returns the config of the run in a folder, or a given one if there is no run.
 
     Args:
-      workdir: the folder, if any.
-      config: the one at hand. Its ``data.dir`` is where the data has moved to, if set.
-      given: whether somebody asked for ``config``: then it is said that it is not used.
+      workdir: Folder, if any.
+      config: Config to use without a run. Its ``data.dir``, if set, is used in any
+        case: the data may have moved.
+      given: Whether the user asked for ``config``: if it is not used, a line says so.
 
     Raises:
-      TPPError: the run's config cannot be read.
+      TPPError: The run's config cannot be read.
     """
     own = None if workdir is None else own_config(pathlib.Path(workdir))
     if own is None:
@@ -124,8 +130,8 @@ def config_of(
             f"({'; '.join(found[:3])}{more}). Leave --workdir out to see that one."
         )
     used = ml_collections.ConfigDict(own)
-    if moved := config.get("data", {}).get("dir"):
-        used.data.dir = moved
+    if moved := flat(config).get("data.dir"):
+        used.update_from_flattened_dict({"data.dir": moved})
     return used
 
 
@@ -133,7 +139,7 @@ def own_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     """Returns the config of the run in a folder, a nested dict; None without a run.
 
     Raises:
-      TPPError: what says it cannot be read.
+      TPPError: The file that should hold it cannot be read.
     """
     for name in (CONFIG, "summary.json"):
         file = workdir / name
@@ -157,7 +163,7 @@ def own_config(workdir: pathlib.Path) -> dict[str, Any] | None:
                 "run has its own there: move it away, or use another --workdir"
             ) from error
         return found
-    for name in ("model", "dense"):  # a run of an earlier version, which has no file
+    for name in ("model", "dense"):  # an earlier version wrote no file of its own
         if (workdir / name).is_dir():
             return load_model_info(workdir / name)["config"]
     return None

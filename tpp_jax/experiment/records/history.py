@@ -1,4 +1,4 @@
-"""The metrics of a run, a line of JSON each: what the plots are drawn from."""
+"""The metrics of a run, one line of JSON per row; the plots are drawn from them."""
 
 import json
 import os
@@ -13,20 +13,23 @@ Row = dict[str, Any]
 
 
 class History:
-    """A growing file of metrics that forgets what a resumed run will do again.
+    """A growing file of metrics, from which a resumed run drops what it will repeat.
 
     Attributes:
-      odd: numbers of the lines that are no rows of metrics, from 1. They stay in the
-        file, and are left out of what is read.
+      odd: Numbers of the lines that are no rows of metrics, from 1. They are kept in
+        the file, and left out when it is read.
     """
 
     def __init__(self, file: pathlib.Path, step: int, *, quiet: bool = False) -> None:
-        """Opens ``file``, dropping what was recorded after ``step``.
+        """Opens a file of metrics.
 
-        With ``quiet`` nothing is ever written.
+        Args:
+          file: The file; made if missing.
+          step: Step of the run; rows of later steps are dropped.
+          quiet: Whether nothing is ever written.
 
         Raises:
-          TPPError: something other than a file is in its place.
+          TPPError: Something other than a file is in its place.
         """
         self._file, self._quiet = file, quiet
         self.odd: list[int] = []
@@ -35,7 +38,7 @@ class History:
         kept = []
         for number, (line, row, whole) in enumerate(_lines(file), start=1):
             if row is None and (not whole or not line.strip()):
-                continue  # a kill cut it short, or it is empty
+                continue  # cut short by a kill, or empty
             if row is None:
                 self.odd.append(number)
             if row is None or row["step"] <= step:
@@ -59,17 +62,17 @@ class History:
 def read_history(file: pathlib.Path) -> list[Row]:
     """Returns the rows of a run's metrics, without the lines that are none.
 
-    A row is an object of JSON with a number as ``step``. Other lines come from a kill
-    that cut the last one short, or from somebody's edit.
+    A row is a JSON object with a number as ``step``. A kill can cut the last line
+    short, and others can have been edited.
 
     Raises:
-      TPPError: something other than a file is in its place.
+      TPPError: Something other than a file is in its place.
     """
     return [row for _, row, _ in _lines(file) if row is not None]
 
 
 def _lines(file: pathlib.Path) -> list[tuple[bytes, Row | None, bool]]:
-    """Reads lines: each, the row that it is if any, and whether it has an end."""
+    """Returns each line, its row if it is one, and whether it ends with a newline."""
     if not file.exists():
         return []
     if not file.is_file():
@@ -90,7 +93,7 @@ def _row(line: bytes) -> Row | None:
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a value that was read is a number, and a finite one."""
+    """Returns whether a value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= sys.float_info.max
@@ -100,17 +103,17 @@ def means(recent: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:
     """Returns the means of metrics over several dispatches.
 
     Args:
-      recent: of each dispatch its number of steps and the means over them. ``accuracy``
-        is a share, of steps; ``skipped`` the share of steps that count as zeros.
+      recent: Number of steps of each dispatch and the mean metrics over these.
+        ``skipped`` is the share of steps whose other metrics count as zero.
 
     Returns:
-      ``loss`` and ``accuracy`` (in percent) over the steps that were not skipped, and
-      the other metrics.
+      The share of steps that were skipped, if it is counted, and the means of the other
+      metrics over the steps that were not.
 
     Example:
       >>> step = {"loss": 2.0, "accuracy": 0.5}
       >>> means([(3, step), (1, {"loss": 6.0, "accuracy": 0.5})])
-      {'loss': 3.0, 'accuracy': 50.0}
+      {'loss': 3.0, 'accuracy': 0.5}
     """
     total = sum(n for n, _ in recent)
     found = {
@@ -118,6 +121,4 @@ def means(recent: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:
         for name in recent[-1][1]
     }
     counted = 1 - found.get("skipped", 0.0)
-    found["loss"] /= counted
-    found["accuracy"] *= 100 / counted
-    return found
+    return {name: x if name == "skipped" else x / counted for name, x in found.items()}

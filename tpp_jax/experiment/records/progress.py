@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line, log lines, TensorBoard."""
+"""What is shown while a run is at work: a live line, log lines, TensorBoard."""
 
 import contextlib
 import pathlib
@@ -16,17 +16,19 @@ class Progress:
     """Reports the steps of one phase after the other; a context manager.
 
     On a terminal there is a live line with phase, steps, steps/s, time left and the
-    last metrics; elsewhere the same is printed as a line at each :meth:`say`.
-    TensorBoard event files go to the given folder, over the steps of the whole run.
+    last metrics. :meth:`line` and :meth:`say` print lines that remain. TensorBoard's
+    files count the steps of the run.
     """
 
     def __init__(
         self, folder: pathlib.Path, *, quiet: bool = False, hidden: bool = False
     ) -> None:
-        """Args:
-        folder: of TensorBoard's files.
-        quiet: whether to print and write nothing.
-        hidden: whether to print nothing.
+        """Opens TensorBoard's files.
+
+        Args:
+          folder: Folder of TensorBoard's files.
+          quiet: Whether to print and write nothing.
+          hidden: Whether to print nothing.
 
         Raises:
           TPPError: TensorBoard's folder cannot be made.
@@ -60,12 +62,18 @@ class Progress:
 
     def __exit__(self, *exc: object) -> None:
         self._live.stop()
-        # A disk that is full is told of by what could not be written there itself.
+        # The checkpoint or file that did not fit reports a full disk.
         with contextlib.suppress(OSError):
             self._writer.close()
 
     def phase(self, name: str, steps: int, done: int) -> None:
-        """Begins a phase of ``steps`` steps, of which ``done`` were done before."""
+        """Begins a phase.
+
+        Args:
+          name: Name of the phase.
+          steps: Number of its steps.
+          done: Number of steps that were done before.
+        """
         for task in self._live.task_ids:
             self._live.remove_task(task)
         self._name, self._steps = name, steps
@@ -83,12 +91,12 @@ class Progress:
         )
 
     def rate(self, done: int) -> float:
-        """Returns the mean steps/s of the phase in this process, its start included."""
+        """Returns the mean steps/s of the phase in this process, with its start-up."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         return max(done - self._done_before, 1) / elapsed
 
     def line(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Prints a line that stays: phase, step, speed, time left, metrics."""
+        """Prints a line: phase, step, speed, time left, metrics."""
         rate = self.rate(done)
         left = duration((self._steps - done) / rate)
         digits = ".2f" if rate >= 0.1 else ".2g"
@@ -98,7 +106,7 @@ class Progress:
         )
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes metrics to TensorBoard at a step of the whole run."""
+        """Writes metrics to TensorBoard at a step of the run."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
@@ -108,7 +116,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time as people write it, with its days if there are any.
+    """Returns a time in hours, minutes and seconds, with its days if there are any.
 
     Example:
       >>> duration(3661), duration(86400 * 2 + 5)

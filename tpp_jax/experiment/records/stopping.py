@@ -1,4 +1,4 @@
-"""Ending a run early without losing anything, and two runs kept out of one folder."""
+"""Ends a run early without losing anything, and locks the folder of a run."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from tpp_jax.experiment.records.terminal import say
 
 
 class Stopped(SystemExit):
-    """A signal asked the run to end, and it has saved all it did.
+    """A signal asked the run to end, and everything it did is saved.
 
     The exit code is that of a shell: 128 + the signal's number, 143 for SIGTERM.
     """
@@ -26,12 +26,12 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """Notes SIGTERM and SIGINT instead of dying of them; a context manager.
+    """Records SIGTERM and SIGINT, which do not end the process; a context manager.
 
     A second one of the same kind has its usual effect at once.
 
     Attributes:
-      asked: number of the signal that came, 0 for none.
+      asked: Number of the signal that came; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -49,23 +49,24 @@ class Signals:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
+        del frame
         self.asked = signum
         signal.signal(signum, self._before[signum])
 
 
-# What a lock that another process holds is reported as; all else means "no locks here".
+# Reported for a lock that another process holds; all else means "no locks here".
 _TAKEN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes out of a run's folder; a killed one leaves no lock behind.
+    """Locks a run's folder against other processes; a killed one leaves no lock behind.
 
-    Where the file system has no locks, as some network and FUSE mounts have none, it
-    says so once and goes on.
+    Some network and FUSE mounts have no locks. There a line says so once, and the
+    folder is used without one.
 
     Raises:
-      TPPError: another process is in it, or the folder cannot be written to.
+      TPPError: Another process has the lock, or the folder cannot be written to.
     """
     try:
         import fcntl
@@ -101,7 +102,7 @@ _said: set[int] = set()
 
 
 def _say_unlocked(workdir: pathlib.Path, error: OSError) -> None:
-    """Says that a file system has no locks, once for each: a sweep has many runs."""
+    """Says once for each file system that it has no locks: a sweep has many runs."""
     device = workdir.stat().st_dev
     if device in _said:
         return

@@ -1,54 +1,56 @@
-"""What came out of a run, as one JSON-ready dict, and what is left in its folder."""
+"""The results of a run: the summary as a JSON-ready dict, the network, the report."""
 
 import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import measures
-from tpp_jax.experiment.measures import trainability_accuracy
+from tpp_jax.experiment.measures import trainability_score
+from tpp_jax.experiment.position import Position, Result
 from tpp_jax.experiment.records.folders import write
 from tpp_jax.experiment.records.history import read_history
 from tpp_jax.experiment.setup import Setup
+from tpp_jax.experiment.tools import Run, Tools
 from tpp_jax.pruning.flops import Count, count
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.reports import page, plots, tables
+from tpp_jax.reports.headline import Headline, headline_of
 from tpp_jax.saving import save_model
 from tpp_jax.storage import processes
 
-# What a summary holds.
-_WRITTEN = {"method", "phases", "dense", "pruned", "one_shot", "best_accuracy"}
-_WRITTEN |= {"last_accuracy", "trainability_accuracy", "speedup", "sparsity"}
+# Keys of every summary. Those of scores have the name of the task's headline in them.
+_WRITTEN = {"method", "phases", "dense", "pruned", "one_shot", "speedup", "sparsity"}
 _WRITTEN |= {"layers", "config"}
-
-if TYPE_CHECKING:
-    from tpp_jax.experiment.run import Run
+_SCORES = "best_{}", "last_{}", "trainability_{}"
 
 
-def finish(run: "Run") -> dict[str, Any]:
+def finish(run: Run, tools: Tools) -> dict[str, Any]:
     """Saves the pruned network, writes summary and plots, prints the tables."""
-    example = run.setup.groups.inputs
-    dense, small = count(run.setup.model, *example), count(run.model, *example)
-    rows = run.history.read()
-    summary = summarize_run(run.setup, run.meta, rows, dense, small)
+    setup, workdir, say = tools.setup, tools.workdir, tools.progress.say
+    example = setup.groups.inputs
+    dense, small = count(setup.model, *example), count(run.model, *example)
+    rows, headline = tools.history.read(), tools.task.headline
+    summary = summarize_run(setup, run.position, headline, rows, dense, small)
+    network = ""
     if run.plans:
+        network = f"The pruned network is in {workdir / 'model'}; "
         save_model(
-            run.workdir / "model",
+            workdir / "model",
             run.model,
             functools.reduce(Plan.then, run.plans),
-            config=run.meta["config"],
+            config=run.position.config,
             metrics={key: summary[key] for key in ("pruned", "speedup", "sparsity")},
         )
-        run.progress.say(tables.layer_table(dense, small))
+        say(tables.layer_table(dense, small))
     if processes.is_first():
-        write(run.workdir / "summary.json", json.dumps(summary, indent=2))
-        draw(run.workdir)
+        write(workdir / "summary.json", json.dumps(summary, indent=2))
+        draw(workdir)
     processes.wait_for_all("summary")
-    run.progress.say(tables.result_table(summary))
-    network = f"The pruned network is in {run.workdir / 'model'}; " if run.plans else ""
-    run.progress.say(f"{network}{run.workdir / 'report.html'} shows the run.")
+    say(tables.result_table(summary))
+    say(f"{network}{workdir / 'report.html'} shows the run.")
     return summary
 
 
@@ -56,13 +58,14 @@ def read_summary(file: pathlib.Path) -> dict[str, Any]:
     """Reads the summary of a finished run.
 
     Raises:
-      TPPError: it is damaged.
+      TPPError: The file is damaged.
     """
     try:
         summary = json.loads(file.read_bytes())
-        missing = sorted(_WRITTEN - summary.keys())
+        name = headline_of(summary).name
+        missing = {*_WRITTEN, *(key.format(name) for key in _SCORES)} - summary.keys()
         if missing:
-            raise KeyError(f"it has no {missing[0]!r}")
+            raise KeyError(f"it has no {min(missing)!r}")
         summary["config"].keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error.args[0] if isinstance(error, KeyError) else error
@@ -77,7 +80,7 @@ def draw(workdir: pathlib.Path) -> pathlib.Path:
     """Draws the pictures and the page of a finished run; returns the page's path.
 
     Raises:
-      TPPError: the summary or the metrics cannot be read.
+      TPPError: The summary or the metrics cannot be read.
     """
     summary = read_summary(workdir / "summary.json")
     rows = read_history(workdir / "metrics.jsonl")
@@ -89,7 +92,8 @@ def draw(workdir: pathlib.Path) -> pathlib.Path:
 
 def summarize_run(
     setup: Setup,
-    meta: Mapping[str, Any],
+    position: Position,
+    headline: Headline,
     history: Sequence[Mapping[str, Any]],
     dense: Count,
     small: Count,
@@ -97,65 +101,73 @@ def summarize_run(
     """Returns the summary of a run that is done.
 
     Args:
-      setup: of the run.
-      meta: of its last checkpoint, see :class:`tpp_jax.experiment.run.Run`.
-      history: rows of metrics.
-      dense: parameters and FLOPs before.
-      small: parameters and FLOPs after.
+      setup: Setup of the run.
+      position: Position at its end.
+      headline: Metric that the scores are of.
+      history: Rows of metrics.
+      dense: Parameters and FLOPs before.
+      small: Parameters and FLOPs after.
 
     Returns:
       ``phases`` are the stages in which something was trained or cut. ``pruned`` is
       None if nothing was; ``dense.accuracy`` and ``one_shot.accuracy_after`` are if
       there was no trained network to prune. ``best_accuracy`` and ``last_accuracy`` are
       those of the last fine-tuning, ``trainability_accuracy`` its mean at the first
-      learning rate. All accuracies are percent.
+      learning rate. Accuracies are percent; they are called after the headline.
     """
-    results = meta["results"]
+    results, name = position.results, headline.name
     return {
         "status": "done",
         "method": setup.config.prune.method,
-        "phases": results,
+        "headline": headline.to_dict(),
+        "phases": [_phase(result, name) for result in results],
         "dense": {
             "params": dense.params,
             "flops": dense.flops,
-            "accuracy": meta["dense_accuracy"],
+            name: position.dense,
         },
         "pruned": None
-        if not meta["plans"]
+        if not position.plans
         else {
             "params": small.params,
             "flops": small.flops,
-            "accuracy": results[-1]["accuracy"],
+            name: results[-1].score,
         },
-        "one_shot": {"accuracy_after": meta["one_shot"]},
-        **_of_fine_tuning(setup, results, history),
+        "one_shot": {f"{name}_after": position.one_shot},
+        **_of_fine_tuning(setup, results, history, name),
         "speedup": dense.flops / small.flops,
         "sparsity": 1 - small.params / dense.params,
         "layers": {
             name: {"kept": small.layers[name].channels, "total": layer.channels}
             for name, layer in dense.layers.items()
         },
-        "config": meta["config"],
+        "config": position.config,
     }
+
+
+def _phase(result: Result, name: str) -> dict[str, Any]:
+    """Returns what a summary says of a stage."""
+    called = {"score": name, "best": f"best_{name}"}
+    called |= {"before": f"{name}_before", "after": f"{name}_after"}
+    return {called.get(key, key): x for key, x in result.to_json().items()}
 
 
 def _of_fine_tuning(
     setup: Setup,
-    results: Sequence[Mapping[str, Any]],
+    results: Sequence[Result],
     history: Sequence[Mapping[str, Any]],
+    name: str,
 ) -> dict[str, float | None]:
-    last = setup.stages[-1]
+    last, keys = setup.stages[-1], [key.format(name) for key in _SCORES]
     if last.kind != "finetune":
-        names = "best_accuracy", "last_accuracy", "trainability_accuracy"
-        return dict.fromkeys(names)
-    return {
-        "best_accuracy": results[-1]["best_accuracy"],
-        "last_accuracy": results[-1]["accuracy"],
-        "trainability_accuracy": trainability_accuracy(
-            history,
-            name=last.name,
-            start=sum(result["steps"] for result in results[:-1]),
-            phase=setup.phases(setup.plan)["finetune"],
-            kind=setup.config.finetune.schedule,
-        ),
-    }
+        return dict.fromkeys(keys)
+    trainability = trainability_score(
+        history,
+        name=last.name,
+        metric=f"test_{name}",
+        start=sum(result.steps for result in results[:-1]),
+        phase=setup.phases(setup.plan)["finetune"],
+        schedule=setup.config.finetune.schedule,
+    )
+    scores = results[-1].best, results[-1].score, trainability
+    return dict(zip(keys, scores, strict=True))

@@ -1,7 +1,7 @@
-"""Text on a terminal or in a pipe, shown as it is.
+"""Text on a terminal or in a pipe, printed as it is.
 
-Rich reads ``[old]`` in a text as a style, and a stream of ASCII refuses ``×``. The
-names of folders, layers and runs are the user's, so neither may decide what is seen.
+Rich reads ``[old]`` in a text as a style, and a stream of ASCII refuses ``×``. Names of
+folders, layers and runs are the user's, so both have to be printed.
 """
 
 import os
@@ -10,17 +10,19 @@ from typing import IO, Any
 
 import rich.console
 
-# What the messages and tables of this package use, as a keyboard has it; one character
-# for another, so that columns stay in line.
+# Characters of the messages and tables of this package in ASCII; one for one, so that
+# columns are still aligned.
 _PLAIN = dict(zip("×→…–±·∞Σλᵀ", "x>~-~*8SLT", strict=True))
 
 
 class Terminal(rich.console.Console):
-    """A rich console that takes no text for markup and that every stream can show."""
+    """A rich console that reads no markup and writes what its stream can encode."""
 
     def __init__(self, **options: Any) -> None:
-        """Args:
-        **options: of ``rich.console.Console``.
+        """Makes a console.
+
+        Args:
+          **options: Options of ``rich.console.Console``.
         """
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
@@ -30,11 +32,11 @@ class Terminal(rich.console.Console):
         return _Printable(super().file)  # type: ignore[return-value]
 
     @file.setter
-    def file(self, stream: IO[str]) -> None:
-        self._file = stream
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
 
     def on_broken_pipe(self) -> None:
-        """Goes on unseen where the reader of a pipe has left, as ``head`` does."""
+        """Prints no more if the reader of a pipe has closed it, as ``head`` does."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -45,11 +47,11 @@ def say(text: str) -> None:
 
 
 def printable(text: str, encoding: str | None) -> str:
-    """Returns a text in characters that an encoding has.
+    r"""Returns a text in characters that an encoding has.
 
     Example:
       >>> printable("3×3, 16 → 8, 語", "ascii")
-      '3x3, 16 > 8, \\\\u8a9e'
+      '3x3, 16 > 8, \\u8a9e'
     """
     encoding = encoding or "utf-8"
     try:

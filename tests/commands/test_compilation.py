@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
 import collections, json
 import jax, jax.numpy as jnp
-from tpp_jax.xla.compilation import keep_compiled_programs
+from tpp_jax.commands.compilation import keep_compiled_programs
 
 keep_compiled_programs()
 counts = collections.Counter()

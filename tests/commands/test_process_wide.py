@@ -1,0 +1,41 @@
+"""What changes the process as a whole is done by commands alone."""
+
+import ast
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parents[2] / "tpp_jax"
+CALLS = {
+    *("faulthandler.enable", "faulthandler.disable", "jax.config.update"),
+    *("warnings.filterwarnings", "warnings.simplefilter", "warnings.resetwarnings"),
+    *("os._exit", "os.execv", "os.dup2", "os.environ.setdefault", "os.environ.update"),
+    *("signal.signal", "sys.exit", "logging.basicConfig", "logging.set_verbosity"),
+}
+ELSEWHERE = {
+    # In the processes that decode images, which are its own.
+    "data/streams.py": {"os._exit", "signal.signal"},
+    # A command of its own.
+    "data/prepare.py": {"os.environ.setdefault", "sys.exit"},
+    # While a run lasts; what was before is put back.
+    "experiment/records/stopping.py": {"signal.signal"},
+    # Once the reader of a pipe has left.
+    "experiment/records/terminal.py": {"os.dup2"},
+}
+
+
+def calls(tree: ast.AST) -> set[str]:
+    """Returns the calls in a file that change the process."""
+    found = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    return found & CALLS
+
+
+def test_only_commands_change_the_process():
+    found = {
+        file.relative_to(PACKAGE).as_posix(): calls(ast.parse(file.read_text("utf-8")))
+        for file in PACKAGE.rglob("*.py")
+    }
+    commands = {name for name in found if name.startswith(("commands/", "configs/"))}
+    assert set().union(*(found[name] for name in commands)) >= {
+        *("faulthandler.disable", "jax.config.update", "warnings.filterwarnings"),
+        *("os._exit", "os.execv", "sys.exit"),
+    }
+    assert {n: x for n, x in found.items() if x and n not in commands} == ELSEWHERE

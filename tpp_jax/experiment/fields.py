@@ -1,0 +1,238 @@
+"""Fields of a config: what each may hold, checked and described from one declaration.
+
+A config is a frozen dataclass whose fields are made by :func:`field`: a default, a line
+of documentation, and bounds. Its sections are dataclasses too.
+"""
+
+import dataclasses
+import math
+import pathlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, cast
+
+import ml_collections
+
+from tpp_jax.errors import TPPError
+from tpp_jax.training.optimizers import MOST_STEPS
+
+T = TypeVar("T")
+Value = bool | int | float | str
+Tree = Mapping[str, Any] | ml_collections.ConfigDict
+"""A config as nested dicts."""
+
+# What 32 bits hold, in which steps are counted and parameters computed.
+_MOST_INT, _MOST_FLOAT = MOST_STEPS, 3e38
+
+_NOUNS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Field:
+    """A field of a config, by its full name.
+
+    Bounds are those of a number; none may be infinite or NaN.
+
+    Attributes:
+      name: Full name, with dots between the sections.
+      default: Value unless a config sets another.
+      types: Types that a value may have; a float may be an int.
+      doc: Meaning and unit, in one line.
+      least: Smallest value.
+      above: Largest value that is too small, in place of ``least``.
+      below: Smallest value that is too large.
+      most: Largest value; None for what 32 bits hold.
+      least_above_zero: Smallest value other than 0.
+      choices: Values of a text; empty for any.
+      is_path: Whether a text is the path of a file or folder, or empty.
+    """
+
+    name: str
+    default: Value
+    types: tuple[type, ...]
+    doc: str
+    least: float = 0
+    above: float | None = None
+    below: float | None = None
+    most: float | None = None
+    least_above_zero: float | None = None
+    choices: tuple[str, ...] = ()
+    is_path: bool = False
+
+    def check(self, value: Any) -> None:
+        """Checks a value of the field.
+
+        Args:
+          value: Value of any type.
+
+        Raises:
+          TPPError: The value has the wrong type, is out of bounds or is none of the
+            choices.
+        """
+        wanted = (*self.types, int) if float in self.types else self.types
+        # True is an int to Python.
+        odd = isinstance(value, bool) and bool not in self.types
+        if odd or not isinstance(value, wanted):
+            nouns = " or ".join(_NOUNS[one] for one in self.types)
+            raise TPPError(f"config.{self.name} is {_short(value)}, must be {nouns}")
+        if self.choices and value not in self.choices:
+            raise TPPError(
+                f"unknown config.{self.name} {value!r}: choose "
+                f"{' or '.join(map(repr, self.choices))}"
+            )
+        bad = ""
+        if self.is_path and (problem := _path_problem(str(value))):
+            bad = f"which is no path: {problem}"
+        elif not isinstance(value, str | bool) and (limit := self._missed(value)):
+            bad = f"must be {limit}"
+        if bad:
+            raise TPPError(f"config.{self.name} is {_short(value)}, {bad}")
+
+    def _missed(self, value: float) -> str:
+        """Returns the limit that a number does not keep to, or an empty text."""
+        low, fits = f"at least {self.least}", self.least <= value
+        if self.above is not None:
+            low, fits = f"above {self.above}", self.above < value
+        if not abs(value) < math.inf:  # NaN is not
+            return f"finite and {low}"
+        if not fits:
+            return low
+        if self.below is not None and not value < self.below:
+            return f"below {self.below}"
+        if 0 < value < (self.least_above_zero or 0):
+            return f"0 or at least {self.least_above_zero}"
+        most = self.most
+        if most is None:
+            most = _MOST_FLOAT if isinstance(value, float) else _MOST_INT
+        return "" if value <= most else f"at most {most}"
+
+    @property
+    def values(self) -> str:
+        """Description of what the field may hold, in Markdown."""
+        if self.choices:
+            return ", ".join(f"`{choice or repr('')}`" for choice in self.choices)
+        if self.is_path:
+            return "path"
+        nouns = " or ".join(_NOUNS[one].removeprefix("a ") for one in self.types)
+        return nouns if self.types[0] in (bool, str) else f"{nouns}, {self._bounds}"
+
+    @property
+    def _bounds(self) -> str:
+        if self.above is not None:
+            return f"above {self.above}"
+        if self.least_above_zero is not None:
+            return f"0, or {self.least_above_zero} or more"
+        if self.below is not None:
+            return f"from {self.least} to below {self.below}"
+        if self.most is not None:
+            return f"{self.least} to {self.most}"
+        return f"{self.least} or more"
+
+
+def field(default: T, doc: str, **rules: Any) -> T:
+    """Declares a field, or a section, of a config.
+
+    Args:
+      default: Default value; of a section, an instance of its dataclass.
+      doc: Meaning and unit, in one line.
+      **rules: Bounds and choices, as attributes of :class:`Field`. A field that is
+        annotated as a ``Literal`` has its choices from there.
+
+    Returns:
+      A dataclass field, typed as its default so that type checkers see the value.
+    """
+    made: Any = dataclasses.field(default=default, metadata={"doc": doc, **rules})
+    return made
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section of a config.
+
+    Attributes:
+      name: Full name; empty for the config itself.
+      doc: What the section is about, in one line.
+      defaults: Section with all defaults.
+      fields: Fields of the section, without those of sections inside it.
+    """
+
+    name: str
+    doc: str
+    defaults: Any
+    fields: tuple[Field, ...]
+
+
+def sections_of(config: Any, name: str = "", doc: str = "") -> list[Section]:
+    """Lists the sections of a config, each followed by the sections inside it.
+
+    Args:
+      config: Instance of a config's dataclass, with all defaults.
+      name: Full name of this section.
+      doc: What this section is about.
+    """
+    hints = typing.get_type_hints(type(config))
+    fields, inner = [], []
+    for one in dataclasses.fields(config):
+        full = f"{name}.{one.name}" if name else one.name
+        default = getattr(config, one.name)
+        if dataclasses.is_dataclass(default):
+            inner += sections_of(default, full, **one.metadata)
+            continue
+        rules, hint = dict(one.metadata), hints[one.name]
+        if typing.get_origin(hint) is Literal:
+            rules["choices"], hint = typing.get_args(hint), str
+        is_union = isinstance(hint, types.UnionType)
+        wanted = typing.get_args(hint) if is_union else (hint,)
+        fields.append(Field(name=full, default=default, types=wanted, **rules))
+    own = Section(name=name, doc=doc, defaults=config, fields=tuple(fields))
+    return [own, *inner]
+
+
+def flat(config: Tree, prefix: str = "") -> dict[str, Any]:
+    """Returns the value of each field of a config, by the field's full name."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def build(kind: type[T], config: Tree) -> T:
+    """Makes a config of nested dicts an instance of its dataclass, unchecked.
+
+    Args:
+      kind: Dataclass of the config.
+      config: Values of all its fields.
+    """
+    values: dict[str, Any] = {}
+    declared: Any = dataclasses.fields(cast(Any, kind))
+    for one in declared:
+        value: Any = config[one.name]
+        is_section = dataclasses.is_dataclass(one.default)
+        values[one.name] = build(type(one.default), value) if is_section else value
+    return kind(**values)
+
+
+def _path_problem(path: str) -> str:
+    """Returns why a text cannot be a path, or an empty text."""
+    try:
+        pathlib.Path(path).exists()
+        return "it holds a zero byte" if "\0" in path else ""
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
