@@ -100,19 +100,8 @@ def _measure(
 
 # Primitives that move or mix the axes of an operand even if its shape is the same.
 _MIXED = frozenset(
-    {
-        "reshape",
-        "rev",
-        "conv_general_dilated",
-        "scan",
-        "while",
-        "cond",
-        "fft",
-        "cholesky",
-        "lu",
-        "qr",
-        "triangular_solve",
-    }
+    "reshape rev conv_general_dilated scan while cond fft cholesky lu qr "
+    "triangular_solve".split()
 )
 
 # For each axis of an array, the axis of a leaf that it is; None if it is of no leaf.

@@ -60,7 +60,9 @@ class Checks(NamedTuple):
     Example:
       >>> import jax.numpy as jnp
       >>> params = {"w": jnp.ones((3, 5))}
-      >>> checks = check_groups(lambda p, x: x @ p["w"], jnp.ones((1, 3)), params=params)
+      >>> def fn(p, x):
+      ...     return x @ p["w"]
+      >>> checks = check_groups(fn, jnp.ones((1, 3)), params=params)
       >>> checks.groups, checks.unprunable
       ((), {'w': 'an output of the model'})
     """

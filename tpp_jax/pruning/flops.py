@@ -16,16 +16,7 @@ from tpp_jax.graph.tracing import Trace, layer_names, layers, source_line, trace
 
 # Operations with rules whose work may be large and is not counted.
 _HEAVY = frozenset(
-    {
-        "fft",
-        "cholesky",
-        "triangular_solve",
-        "tridiagonal_solve",
-        "lu",
-        "qr",
-        "svd",
-        "eigh",
-    }
+    "fft cholesky triangular_solve tridiagonal_solve lu qr svd eigh".split()
 )
 
 
