@@ -175,7 +175,7 @@ def _fields() -> Cases:
         "more rounds than there are steps of fine-tuning",
         lambda f: _train(f, **{"prune.method": "iterative", "prune.rounds": 500}),
     )
-    yield ("a field that nothing reads", _odd_field)
+    yield ("an unknown field", _odd_field)
     yield ("a field is missing", _missing_field)
 
 

@@ -150,7 +150,7 @@ def test_a_field_that_makes_no_sense_is_told_before_training(field, value, messa
         ("accumulate", 0, "config.accumulate is 0, must be at least 1"),
         ("data.workers", -1, "config.data.workers is -1"),
         ("data.image_size", 0, "config.data.image_size is 0"),
-        ("data.resize", 200, "config.data.resize is 200, too small to cut images of"),
+        ("data.resize", 200, "config.data.resize is 200, too small for crops of"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused_by_name(field, value, message):

@@ -84,7 +84,7 @@ def test_a_field_that_nothing_reads_and_one_that_is_missing_are_named(tmp_path):
     config = small_config()
     with config.unlocked():
         config.prune.ratoi = "x"
-    with pytest.raises(TPPError, match="prune.ratoi that nothing reads.*prune.ratio"):
+    with pytest.raises(TPPError, match="unknown field prune.ratoi.*prune.ratio"):
         make_setup(config)
     config = small_config()
     with config.unlocked():

@@ -21,14 +21,14 @@ def test_rates_change_at_the_given_epochs():
 
 
 def test_a_cosine_falls_from_its_rate_to_zero_at_the_end_of_the_phase():
-    rate = learning_rate("0.2", steps_per_epoch=10, kind="cosine", epochs=4)
+    rate = learning_rate("0.2", steps_per_epoch=10, schedule="cosine", epochs=4)
     expected = [0.1 * (1 + np.cos(np.pi * t / 40)) for t in range(41)]
     np.testing.assert_allclose([rate(t) for t in range(41)], expected, atol=1e-7)
 
 
 def test_a_warm_up_rises_to_the_cosine_that_then_takes_the_rest_of_the_phase():
     rate = learning_rate(
-        "0.2", steps_per_epoch=10, kind="cosine", epochs=10, warmup_epochs=1.5
+        "0.2", steps_per_epoch=10, schedule="cosine", epochs=10, warmup_epochs=1.5
     )
     rise = [0.2 * t / 15 for t in range(15)]
     fall = [0.1 * (1 + np.cos(np.pi * t / 85)) for t in range(86)]
@@ -47,23 +47,28 @@ def test_a_warm_up_leaves_the_later_epochs_of_a_step_schedule_in_place():
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "epochs", "warmup_epochs"),
+    ("text", "schedule", "epochs", "warmup_epochs"),
     [("0.1", "cosine", 3, 3), ("0.1", "step", 3, 4), ("0:0.1,2:0.01", "step", 9, 2)],
 )
 def test_a_warm_up_that_does_not_end_in_time_is_refused(
-    text, kind, epochs, warmup_epochs
+    text, schedule, epochs, warmup_epochs
 ):
     with pytest.raises(ValueError, match=f"warmup_epochs is {warmup_epochs}"):
-        learning_rate(text, 10, kind=kind, epochs=epochs, warmup_epochs=warmup_epochs)
+        learning_rate(
+            text, 10, schedule=schedule, epochs=epochs, warmup_epochs=warmup_epochs
+        )
 
 
 def test_a_phase_of_no_epochs_may_have_any_warm_up():
-    for kind in ("step", "cosine"):
-        assert learning_rate("0.1", 10, kind=kind, epochs=0, warmup_epochs=2)(0) == 0
+    for schedule in ("step", "cosine"):
+        assert (
+            learning_rate("0.1", 10, schedule=schedule, epochs=0, warmup_epochs=2)(0)
+            == 0
+        )
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "message"),
+    ("text", "schedule", "message"),
     [
         ("fast", "step", "cannot read the learning rate 'fast'"),
         ("0:0.1,x", "step", "cannot read"),
@@ -74,9 +79,9 @@ def test_a_phase_of_no_epochs_may_have_any_warm_up():
         ("0.1", "sine", "unknown learning-rate schedule"),
     ],
 )
-def test_a_rate_that_cannot_be_is_refused(text, kind, message):
+def test_a_rate_that_cannot_be_is_refused(text, schedule, message):
     with pytest.raises(ValueError, match=message):
-        learning_rate(text, 10, kind=kind, epochs=3)
+        learning_rate(text, 10, schedule=schedule, epochs=3)
 
 
 def test_sgd_decays_then_gathers_momentum_then_scales():

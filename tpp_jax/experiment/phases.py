@@ -75,7 +75,7 @@ def training_phase(
     rate = learning_rate(
         recipe.learning_rate,
         steps_per_epoch,
-        kind=recipe.schedule,
+        schedule=recipe.schedule,
         epochs=recipe.epochs,
         warmup_epochs=recipe.warmup_epochs,
     )

@@ -99,7 +99,7 @@ def make_program(
         parallel.on_devices,
         devices=devices,
         accumulate=config.accumulate,
-        kind=config.parallel,
+        api=config.parallel,
     )
     return Program(
         tx=phase.tx,

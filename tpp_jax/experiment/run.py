@@ -33,7 +33,7 @@ from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import with_arrays
 from tpp_jax.storage import processes
 from tpp_jax.training.evaluation import Evaluator
-from tpp_jax.training.state import part
+from tpp_jax.training.state import unprefixed
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
@@ -240,7 +240,7 @@ def _resumed(
     )
     return Run(
         dataclasses.replace(position, config=config),
-        with_arrays(model, part(arrays, "model.")),
+        with_arrays(model, unprefixed(arrays, "model.")),
         tuple(plans),
         setup.phases(plans[-1]) if plans else run.phases,
         arrays,
