@@ -31,7 +31,7 @@ from tests.end_to_end.runs import ROOT, launch
 from tests.experiment.records.test_checkpoints import cut_short
 from tests.experiment.test_errors import small_config
 from tests.interop.tensors import FILES
-from tpp_jax.commands import inspect, sweep
+from tpp_jax.commands import inspect, report, sweep
 from tpp_jax.commands.evaluate import evaluate
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import run
@@ -451,7 +451,7 @@ def _folders() -> Cases:
 
     def no_table(folder: pathlib.Path) -> Any:
         (folder / "table.json").write_text("{")
-        return sweep.write_report(folder)
+        return report.write_report(folder)
 
     def all_damaged(folder: pathlib.Path) -> Any:
         for step in (_unfinished(folder) / "checkpoints").iterdir():

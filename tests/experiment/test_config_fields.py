@@ -163,7 +163,7 @@ def test_the_help_lists_every_field_with_its_default():
     own = {f"finetune.{name}" for name in ("epochs", "learning_rate")}
     for name in FIELDS.keys() - repeated | own:
         assert f"--config.{name}={FIELDS[name].default!r}:" in shown.stdout
-    assert "Of finetune: the same fields as of pretrain" in shown.stdout
+    assert "Of finetune: the same fields as pretrain" in shown.stdout
     assert "](" not in config_docs.flag_help()
 
 

@@ -97,7 +97,7 @@ def test_a_dense_network_of_another_architecture_is_refused(tmp_path):
     model = tpp.models.create("mlp7_relu", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
     tpp.save_model(tmp_path / "dense", model)
     config = small_config(**{"init.model": str(tmp_path / "dense")})
-    with pytest.raises(TPPError, match="is a mlp7_relu .* the config wants"):
+    with pytest.raises(TPPError, match="is a mlp7_relu .* the config needs"):
         make_setup(config)
 
 

@@ -40,7 +40,7 @@ def keep_dense(run: Run, stage: Stage, tools: Tools) -> Run:
 
 
 def choose(run: Run, stage: Stage, tools: Tools) -> Run:
-    """Makes the plan from the trained weights, and shows the loss of an immediate cut."""
+    """Makes the plan from the trained weights and scores an immediate cut."""
     if len(run.plans) >= stage.round:
         return run
     setup, headline = tools.setup, tools.task.headline

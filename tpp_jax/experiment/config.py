@@ -92,7 +92,7 @@ class RunConfig:
     )
     init: InitConfig = field(
         InitConfig(),
-        "Trained weights to start from, instead of the phase `pretrain`. At most one of "
+        "Trained weights to start from, instead of the phase `pretrain`. At most one "
         "the two may be set.",
     )
     pretrain: TrainingConfig = field(

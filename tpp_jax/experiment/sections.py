@@ -28,7 +28,7 @@ class ModelConfig:
     )
     remat: bool = field(
         False,
-        "Whether the backward pass recomputes everything except convolutions and matrix "
+        "Whether the backward pass recomputes everything except convolutions and "
         "products, to save memory.",
     )
 
@@ -46,7 +46,7 @@ class DataConfig:
     )
     pad_to: int = field(
         0,
-        "Height and width in pixels to which images in memory are zero-padded; 0 for no "
+        "Height and width in pixels to which images in memory are zero-padded; 0 for "
         "padding.",
         most=_LARGEST_IMAGE,
     )
@@ -57,7 +57,7 @@ class DataConfig:
     )
     crop_padding: int = field(
         4,
-        "Number of pixels of zero padding on each side of an image in memory before its "
+        "Number of pixels of zero padding on each side of an image in memory before "
         "random crop; 0 for no crop.",
         most=_LARGEST_IMAGE,
     )
@@ -77,7 +77,7 @@ class DataConfig:
     )
     workers: int = field(
         0,
-        "Number of processes that decode streamed images; 0 to decode in threads of the "
+        "Number of processes that decode streamed images; 0 to decode in threads of "
         "main process.",
         most=1000,
     )
@@ -140,7 +140,7 @@ class TrainingConfig:
     )
     ema: float = field(
         0.0,
-        "Decay per step of an exponential moving average of the weights, which replaces "
+        "Decay per step of an exponential moving average of the weights, which "
         "them in evaluations and after the phase; 0 for none.",
         below=1,  # an average with a decay of 1 never changes
     )
@@ -203,7 +203,7 @@ class PruneConfig:
 
     method: str = field(
         "tpp",
-        "Method: TPP, one of its rivals, or `none` to train only the dense network; see "
+        "Method: TPP, one of its rivals, or `none` to train only the dense network; "
         "[tables.md](tables.md).",
         choices=tuple(METHODS),
     )
@@ -246,7 +246,7 @@ class PruneConfig:
     )
     round_to: int = field(
         1,
-        "Factor of which the number of kept channels is a multiple; it is rounded up.",
+        "Multiple to which the number of kept channels of a group is rounded up.",
         least=1,
     )
     min_channels: int = field(
@@ -267,7 +267,7 @@ class PruneConfig:
     l2: bool = field(True, "Whether pruned filters and their biases are shrunk.")
     target: Target = field(
         "decorrelate",
-        "Goal of the Gram penalty: pruned filters decorrelated from all others, or also "
+        "Goal of the Gram penalty: pruned filters decorrelated from all others, or "
         "kept filters orthonormal (an ablation).",
     )
     kept_weight: float = field(
