@@ -148,8 +148,9 @@ VALUES = st.one_of(
 @given(name=st.sampled_from(sorted(FIELDS)), value=VALUES)
 def test_any_value_in_any_field_makes_a_run_or_is_refused_clearly(name, value):
     config = with_field(name, value)
+    said = None
     try:
         make_setup(config)
     except TPPError as error:
-        assert 10 < len(str(error)) < 1000
-        assert "\n" not in str(error)
+        said = str(error)
+    assert said is None or (10 < len(said) < 1000 and "\n" not in said)

@@ -4,13 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
-from tpp_jax.experiment.config import default_config
 from tpp_jax.training.optimizers import OPTIMIZERS, learning_rate, optimizer, sgd
 
 
@@ -103,12 +101,6 @@ PARAMS = {
 }
 
 
-def fields(**changes):
-    part = default_config().pretrain
-    part.update(changes)
-    return part
-
-
 def after_three_steps(tx, params=PARAMS):
     """The parameters, moved by gradients that depend on nothing but the step."""
     state = tx.init(params)
@@ -141,10 +133,8 @@ def test_an_optimizer_is_the_chain_of_optax_that_its_fields_describe(name, decay
             optax.scale(-0.01),
         ],
     }
-    part = fields(
-        optimizer=name, momentum=0.8, weight_decay=0.1, decay_norms=decay_norms
-    )
-    found = after_three_steps(optimizer(part, 0.01))
+    tx = optimizer(name, 0.01, momentum=0.8, weight_decay=0.1, decay_norms=decay_norms)
+    found = after_three_steps(tx)
     expected = after_three_steps(optax.chain(*chains[name]))
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected
@@ -153,7 +143,7 @@ def test_an_optimizer_is_the_chain_of_optax_that_its_fields_describe(name, decay
 
 def test_nesterov_looks_ahead_along_the_velocity():
     w, v = np.asarray(PARAMS["kernel"], np.float64), 0.0
-    tx = optimizer(fields(nesterov=True, momentum=0.9, weight_decay=0.01), 0.1)
+    tx = optimizer("sgd", 0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
     params = {"w": PARAMS["kernel"]}
     state = tx.init(params)
     for g in (0.5, -0.3):
@@ -170,7 +160,7 @@ def test_nesterov_looks_ahead_along_the_velocity():
 def test_without_decay_of_norms_only_arrays_of_several_axes_shrink(name):
     model = nnx.Linear(2, 3, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
     params = nnx.state(model, nnx.Param)
-    tx = optimizer(fields(optimizer=name, decay_norms=False, weight_decay=0.1), 0.1)
+    tx = optimizer(name, 0.1, momentum=0.9, weight_decay=0.1, decay_norms=False)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
     assert not np.any(updates["bias"][...])
@@ -180,6 +170,5 @@ def test_without_decay_of_norms_only_arrays_of_several_axes_shrink(name):
 
 
 def test_an_unknown_optimizer_is_refused():
-    odd = ml_collections.ConfigDict({**fields().to_dict(), "optimizer": "adam"})
     with pytest.raises(ValueError, match=r"'adam'.*'sgd' or 'adamw' or 'lamb'"):
-        optimizer(odd, 0.1)
+        optimizer("adam", 0.1, momentum=0.9, weight_decay=0.0)

@@ -80,7 +80,14 @@ def training_phase(
         )
     if rounds > 1:
         rate = _faster(rate, rounds)
-    tx = optimizer(recipe, rate)
+    tx = optimizer(
+        recipe.optimizer,
+        rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        decay_norms=recipe.decay_norms,
+    )
     if recipe.orthogonality:
         weight = recipe.orthogonality_weight
         tx = optax.chain(*_orthogonal(recipe.orthogonality, weight, model), tx)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimizers of optax, made from config fields."""
+"""Learning-rate schedules and optimizers."""
 
 import math
 from typing import Any
@@ -112,40 +112,41 @@ def _stages(text: str) -> dict[float, float]:
 
 
 def optimizer(
-    fields: Any, rate: optax.Schedule | float
+    name: str,
+    rate: optax.Schedule | float,
+    *,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool = False,
+    decay_norms: bool = True,
 ) -> optax.GradientTransformation:
-    """Returns the optimizer that a phase's fields describe.
+    """Returns an optimizer by name.
 
     Args:
-      fields: Config of the phase. Its fields ``optimizer`` (``"sgd"``, ``"adamw"`` or
-        ``"lamb"``), ``momentum`` (β₁ of the latter two; their β₂ is 0.999),
-        ``nesterov`` (only of SGD), ``weight_decay`` and ``decay_norms`` are used. The
-        last specifies whether parameters with one axis (biases and the scales of norms)
-        decay too.
+      name: ``"sgd"``, ``"adamw"`` or ``"lamb"``.
       rate: Rate as a function of the step, or one rate.
+      momentum: Momentum of SGD; β₁ of the others, whose β₂ is 0.999.
+      weight_decay: Weight decay.
+      nesterov: Whether the momentum of SGD is Nesterov's.
+      decay_norms: Whether parameters with one axis, which are biases and the scales of
+        norms, decay too.
 
     Raises:
       TPPError: The optimizer is unknown.
 
     Example:
-      >>> from tpp_jax.experiment.config import default_config
-      >>> fields = default_config().pretrain
-      >>> fields.optimizer, fields.decay_norms = "lamb", False
-      >>> tx = optimizer(fields, rate=0.001)
+      >>> tx = optimizer("lamb", 1e-3, momentum=0.9, weight_decay=0.02)
     """
-    decay = fields.weight_decay
-    mask = None if fields.decay_norms else _has_several_axes
-    match fields.optimizer:
+    mask = None if decay_norms else _has_several_axes
+    match name:
         case "sgd":
-            nesterov = fields.nesterov
-            return sgd(rate, fields.momentum, decay, nesterov=nesterov, mask=mask)
+            return sgd(rate, momentum, weight_decay, nesterov=nesterov, mask=mask)
         case "adamw":
-            return optax.adamw(rate, b1=fields.momentum, weight_decay=decay, mask=mask)
+            return optax.adamw(rate, b1=momentum, weight_decay=weight_decay, mask=mask)
         case "lamb":
-            return optax.lamb(rate, b1=fields.momentum, weight_decay=decay, mask=mask)
+            return optax.lamb(rate, b1=momentum, weight_decay=weight_decay, mask=mask)
     raise TPPError(
-        f"unknown optimizer {fields.optimizer!r}: choose "
-        f"{' or '.join(map(repr, OPTIMIZERS))}"
+        f"unknown optimizer {name!r}: choose {' or '.join(map(repr, OPTIMIZERS))}"
     )
 
 
