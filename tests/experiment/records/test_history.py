@@ -1,4 +1,4 @@
-"""The file of metrics, whatever has become of its lines."""
+"""The file of metrics is read even if some lines are damaged."""
 
 import json
 import math
