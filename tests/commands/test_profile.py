@@ -75,7 +75,7 @@ def test_of_a_finished_run_its_own_networks_are_timed(tmp_path):
     assert_ratios_follow(found["networks"] | found["layers"])
     shares = [pair["flops_speedup"] for pair in found["layers"].values()]
     assert shares == [2, 4, 4, 4, 4, 4, 2]
-    assert "net.2 and 4 alike" in done.stdout
+    assert "net.2 and 4 equal" in done.stdout
 
 
 def test_a_network_that_was_never_trained_dense_is_timed_beside_its_whole(tmp_path):

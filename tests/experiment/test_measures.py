@@ -102,7 +102,7 @@ def test_trainability_is_the_mean_accuracy_at_the_first_learning_rate(
 
 def test_a_rate_that_falls_steadily_has_no_first_stage():
     rate = optax.cosine_decay_schedule(0.1, 40)
-    phase = Phase("finetune", 40, optax.sgd(rate), rate, part="finetune")
+    phase = Phase("finetune", 40, optax.sgd(rate), rate, section="finetune")
     args = ROWS, "finetune", 100, phase, "cosine"
     assert measures.trainability_score(*args) is None
 

@@ -100,7 +100,7 @@ def test_a_run_is_inspected_by_its_own_config(finished, capsys, given):
 def test_its_own_config_is_not_announced_where_it_is_the_one_given(finished, capsys):
     fields = {"pretrain.epochs": 1, "prune.ratios": "net.2:0.25", "prune.skip": ""}
     inspect.inspect(small_config(**fields), finished)
-    assert "by its own config" not in capsys.readouterr().out
+    assert "is used and not the given one" not in capsys.readouterr().out
 
 
 def test_a_run_that_has_no_file_of_its_config_has_it_in_its_network(
@@ -125,7 +125,10 @@ def test_a_run_that_is_not_finished_is_timed_by_its_own_config(
     monkeypatch.setattr(profile, "BATCH_SIZES", (1,))
     profile.profile(small_config(**{"model.name": "mlp7_relu"}), tmp_path)
     shown = capsys.readouterr().out
-    assert "mlp7_linear, images 8×8×1" in shown and "by its own config" in shown
+    assert (
+        "mlp7_linear, images 8×8×1" in shown
+        and "is used and not the given one" in shown
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"model_type": "bert"}', "\x00"])
