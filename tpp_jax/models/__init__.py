@@ -180,6 +180,9 @@ def spec_of(model: nnx.Module) -> ModelSpec:
     Args:
       model: Network that `create` made or that was loaded from a file.
 
+    Returns:
+      The arguments of `create` that build the same architecture.
+
     Raises:
       TPPError: If the network has no spec, since it is not one of this package.
 

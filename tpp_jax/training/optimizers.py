@@ -1,6 +1,7 @@
 """Learning-rate schedules and optimizers."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,10 +54,8 @@ def learning_rate(
       [0.0, 0.05, 0.1, 0.1, 0.01]
     """
     if schedule not in SCHEDULES:
-        raise TPPError(
-            f"unknown learning-rate schedule {schedule!r}: choose "
-            f"{' or '.join(map(repr, SCHEDULES))}"
-        )
+        choices = " or ".join(map(repr, SCHEDULES))
+        raise TPPError(f"unknown learning-rate schedule {schedule!r}: choose {choices}")
     stages = _stages(str(text))
     peak, *later = stages.values()
     boundaries = [round(epoch * steps_per_epoch) for epoch in list(stages)[1:]]
@@ -70,8 +69,7 @@ def learning_rate(
         )
     if schedule == "cosine" and later:
         raise TPPError(f"a cosine schedule has one peak learning rate, not {text!r}")
-    # A phase of no epochs is never run, so its warm-up does not matter.
-    end = boundaries[0] if boundaries else total or math.inf
+    end = boundaries[0] if boundaries else total or math.inf  # no epochs: never run
     if warmup >= end:
         raise TPPError(
             f"warmup_epochs is {warmup_epochs}, but the learning rate {text!r} of a "
@@ -80,10 +78,17 @@ def learning_rate(
     if schedule == "cosine":
         steps = max(total, warmup + 1)
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
-    schedules = [optax.constant_schedule(rate) for rate in (peak, *later)]
+    return _stepwise([peak, *later], boundaries, warmup)
+
+
+def _stepwise(
+    rates: Sequence[float], boundaries: Sequence[int], warmup: int
+) -> optax.Schedule:
+    """Returns a schedule of constant rates between boundaries, after a warm-up."""
+    schedules = [optax.constant_schedule(rate) for rate in rates]
     if warmup:
-        schedules.insert(0, optax.linear_schedule(0.0, peak, warmup))
-        boundaries.insert(0, warmup)
+        schedules = [optax.linear_schedule(0.0, rates[0], warmup), *schedules]
+        boundaries = [warmup, *boundaries]
     return optax.join_schedules(schedules, boundaries)
 
 
