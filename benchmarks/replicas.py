@@ -68,7 +68,7 @@ def main() -> None:
 def _programs(
     name: str, ratios: str, skip: str
 ) -> tuple[dict[tuple[str, int], Callable[[], Any]], int]:
-    """Returns a dispatch and its number of steps, by kind and number of replicas."""
+    """Returns dispatches by kind and number of replicas, and the steps in each."""
     dataset = tpp.data.load("digits")
     shape = dataset.image_shape
     models = [
