@@ -102,10 +102,10 @@ class Labels:
         """Ties two axes position by position; returns the joint labels."""
         if a is b:
             return a
-        blocks = self._block.get(id(a)), self._block.get(id(b))
-        if None not in blocks:
-            one, other = sorted(map(self._root_of, blocks))
-            self.root[other] = one
+        block, other = self._block.get(id(a)), self._block.get(id(b))
+        if block is not None and other is not None:
+            block, other = self._root_of(block), self._root_of(other)
+            self.root[max(block, other)] = min(block, other)
             return a
         signs = self._sign(a), self._sign(b)
         if signs == (1, 1):

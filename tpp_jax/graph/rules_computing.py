@@ -8,20 +8,15 @@ from tpp_jax.graph.labels import Axes, NotUnderstood
 
 def elementwise(ctx: Context) -> list[Axes]:
     """Entry by entry: the axes of arrays of one rank are tied, but for broadcasts."""
-    [shape, *_] = ctx.shapes
+    shape = ctx.shapes[0]
     arrays = [axes for axes in ctx.operands if len(axes) == len(shape)]
-    out = []
-    for i, n in enumerate(shape):
-        # An axis of size one is broadcast: it does not couple with what it meets.
-        joint = None
-        for axes in arrays:
-            axis = axes[i]
-            if joint is None or axis is joint:
-                joint = axis if len(axis) == n else joint
-            elif len(axis) == n:
-                joint = ctx.tie(joint, axis)
-        assert joint is not None
-        out.append(joint)
+    out = list(arrays[0])
+    for axes in arrays[1:]:
+        for i, axis in enumerate(axes):
+            # An axis of size one is broadcast: it does not couple with what it meets.
+            if axis is not out[i] and len(axis) == shape[i]:
+                alone = len(out[i]) != shape[i]
+                out[i] = axis if alone else ctx.tie(out[i], axis)
     return [out for _ in ctx.shapes]
 
 
