@@ -32,11 +32,11 @@ from tests.experiment.records.test_checkpoints import cut_short
 from tests.experiment.test_errors import small_config
 from tests.interop.tensors import FILES
 from tpp_jax.commands import inspect, sweep
+from tpp_jax.commands.evaluate import evaluate
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import run
 from tpp_jax.experiment.records.stopping import locked
 from tpp_jax.method.gram import gram_penalty
-from tpp_jax.training import evaluation
 
 PAGE = ROOT / "docs" / "errors.md"
 
@@ -466,12 +466,12 @@ def _folders() -> Cases:
     def unfinished(folder: pathlib.Path) -> Any:
         workdir = _unfinished(folder)
         shutil.rmtree(workdir / "model")
-        return evaluation.evaluate(workdir)
+        return evaluate(workdir)
 
     def damaged_model(folder: pathlib.Path) -> Any:
         workdir = _trained(folder)
         cut_short(workdir / "model")
-        return evaluation.evaluate(workdir)
+        return evaluate(workdir)
 
     def not_a_model(folder: pathlib.Path) -> Any:
         return tpp.load_model(folder)

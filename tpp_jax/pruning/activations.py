@@ -100,19 +100,8 @@ def _measure(
 
 # Primitives that move or mix the axes of an operand even if its shape is the same.
 _MIXED = frozenset(
-    {
-        "reshape",
-        "rev",
-        "conv_general_dilated",
-        "scan",
-        "while",
-        "cond",
-        "fft",
-        "cholesky",
-        "lu",
-        "qr",
-        "triangular_solve",
-    }
+    "reshape rev conv_general_dilated scan while cond fft cholesky lu qr "
+    "triangular_solve".split()
 )
 
 # For each axis of an array, the axis of a leaf that it is; None if it is of no leaf.
@@ -176,24 +165,24 @@ class _Meter:
             results = [results]
         match eqn.primitive.name:
             case "conv_general_dilated":
-                self._convolution(eqn.params, values, results[0])
+                self._convolution(eqn, values, results[0])
             case "dot_general":
-                self._product(eqn.params, values, results[0])
+                self._product(eqn, values, results[0])
             case "gather" if values[1].leaves is None:
-                self._lookup(eqn.params, values[0], results[0])
+                self._lookup(eqn, values[0], results[0])
         return [
             _Value(result, _leaves(eqn, values, jnp.shape(result)))
             for result in results
         ]
 
-    def _convolution(self, params: Any, values: list[_Value], output: Array) -> None:
-        dims = params["dimension_numbers"]
+    def _convolution(self, eqn: Any, values: list[_Value], output: Array) -> None:
+        dims = eqn.params["dimension_numbers"]
         became = {dims.rhs_spec[0]: dims.out_spec[1]}
         if _is_kernel(values[1], became, (dims.rhs_spec[1],)):
             self._record(values[1], output, became, bool(values[0].leaves))
 
-    def _product(self, params: Any, values: list[_Value], output: Array) -> None:
-        contracted, batch = params["dimension_numbers"]
+    def _product(self, eqn: Any, values: list[_Value], output: Array) -> None:
+        contracted, batch = eqn.params["dimension_numbers"]
         free = [
             [i for i in range(jnp.ndim(value.array)) if i not in (*summed, *shared)]
             for value, summed, shared in zip(values, contracted, batch, strict=True)
@@ -213,8 +202,8 @@ class _Meter:
                 self._record(kernel, output, became, inner)
                 break
 
-    def _lookup(self, params: Any, table: _Value, output: Array) -> None:
-        dims, sizes = params["dimension_numbers"], params["slice_sizes"]
+    def _lookup(self, eqn: Any, table: _Value, output: Array) -> None:
+        dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         indexed = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
         kept = [axis for axis in range(len(sizes)) if axis not in indexed]
         if all(sizes[axis] == table.array.shape[axis] for axis in kept):

@@ -32,6 +32,11 @@ class GroupCheck(NamedTuple):
       influence: Largest change when the channels are permuted only in the layer that
         produces them first, as if the group were wrong. If it is not larger than
         ``permuted``, nothing is proved.
+
+    Example:
+      >>> one = GroupCheck("layer1.0.conv1", permuted=2e-6, influence=0.7)
+      >>> one.permuted < 1e-3 < one.influence  # the group is right
+      True
     """
 
     name: str
@@ -51,6 +56,15 @@ class Checks(NamedTuple):
       unproved: Names of the groups that are only partly proved: they do not influence
         the outputs (a dead unit, a bias before a softmax), or a reduction other than a
         mean runs over them, so that no weights make masking and removing the same.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.ones((3, 5))}
+      >>> def fn(p, x):
+      ...     return x @ p["w"]
+      >>> checks = check_groups(fn, jnp.ones((1, 3)), params=params)
+      >>> checks.groups, checks.unprunable
+      ((), {'w': 'an output of the model'})
     """
 
     groups: tuple[GroupCheck, ...]

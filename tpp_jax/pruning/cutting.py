@@ -302,6 +302,7 @@ def linen_apply(module: linen.Module, plan: Plan | None = None) -> Callable[...,
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> from flax import linen
       >>> module = linen.Sequential([linen.Dense(8), linen.relu, linen.Dense(2)])
       >>> variables = module.init(jax.random.key(0), jnp.ones((1, 4)))
       >>> small = jax.tree.map(lambda x: x, variables)

@@ -105,7 +105,7 @@ def make_plan(
         that cannot be pruned; a target is out of reach; a criterion, scope or reduction
         is unknown; statistics are missing; counts are combined with an argument that
         they replace; scores have the wrong shape or are for an unknown group; or the
-        model does not run with the plan.
+        model does not work with the plan.
       TPPTypeError: ``groups`` is not the result of :func:`tpp_jax.channel_groups`.
 
     Example:

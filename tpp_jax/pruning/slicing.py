@@ -50,7 +50,7 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
         optimizer cannot be cut, or no array of the tree has the name of a parameter.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> import tpp_jax as tpp
       >>> def mlp(p, x):
       ...     return x @ p["w1"] @ p["w2"]
