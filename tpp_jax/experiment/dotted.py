@@ -46,11 +46,11 @@ def load_object(path: str, what: str) -> Any:
     try:
         found = importlib.import_module(module)
     except Exception as error:  # whatever a user's module does
-        own = isinstance(error, ModuleNotFoundError) and error.name is not None
-        if own and f"{module}.".startswith(f"{error.name}."):
-            reason = "start in the folder that contains it, or install its package"
+        missing = getattr(error, "name", None) or ""
+        if isinstance(error, ModuleNotFoundError) and _contains(missing, module):
             raise TPPError(
-                f"{what} is {path!r}, but there is no module {error.name}: {reason}"
+                f"{what} is {path!r}, but there is no module {missing}: start in the "
+                "folder that contains it, or install its package"
             ) from None
         raise TPPError(
             f"{what} is {path!r}, but importing {module} failed with "
@@ -59,3 +59,8 @@ def load_object(path: str, what: str) -> Any:
     if not hasattr(found, name):
         raise TPPError(f"{what} is {path!r}, but {module} defines no {name}")
     return getattr(found, name)
+
+
+def _contains(package: str, module: str) -> bool:
+    """Reports whether a module is a package's or is the package itself."""
+    return f"{module}.".startswith(f"{package}.")

@@ -84,7 +84,7 @@ class Field:
         if odd or not isinstance(value, wanted):
             nouns = " or ".join(_NOUNS[one] for one in self.types)
             raise TPPError(f"config.{self.name} is {_short(value)}, must be {nouns}")
-        own = self.dotted and is_dotted(value)
+        own = self.dotted and isinstance(value, str) and is_dotted(value)
         if self.choices and value not in self.choices and not own:
             choices = [*map(repr, self.choices), *(["a dotted path"] * self.dotted)]
             raise TPPError(

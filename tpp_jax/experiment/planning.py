@@ -75,18 +75,21 @@ def _criterion(name: str) -> Criterion | str:
     if not is_dotted(name):
         return CRITERIA.get(name, name)
     found = load_object(name, "config.prune.criterion")
-    if not callable(found) and not isinstance(found, Criterion):
-        raise TPPError(
-            f"config.prune.criterion is {name!r}, of type {type(found).__name__}; it "
-            "must be a function from filters [n, d] to scores [n], or a Criterion"
-        )
-    criterion = found if isinstance(found, Criterion) else Criterion(found)
-    if criterion.statistics not in (None, *_MEASURED):
+    if not isinstance(found, Criterion):
+        if not callable(found):
+            raise TPPError(
+                f"config.prune.criterion is {name!r}, of type {type(found).__name__}; "
+                "it must be a function from filters [n, d] to scores [n], or a "
+                "Criterion"
+            )
+        score: Any = found
+        return Criterion(score)
+    if found.statistics not in (None, *_MEASURED):
         raise TPPError(
             f"config.prune.criterion is {name!r}, whose statistics are "
-            f"{criterion.statistics!r}: a run measures only {', '.join(_MEASURED)}"
+            f"{found.statistics!r}: a run measures only {', '.join(_MEASURED)}"
         )
-    return criterion
+    return found
 
 
 _MEASURED = ("loss_gradient", "hessian_diagonal", "activation_means")

@@ -285,7 +285,9 @@ def solve(labels: Labels) -> Channels:
         if reduced[more].all():
             break
         reduced[more] = True
-    return Channels(component, stuck, reduced, parts, (parts >= 0).any(axis=1))
+    return Channels(
+        component, stuck, reduced, parts, np.asarray((parts >= 0).any(axis=1))
+    )
 
 
 def _fix_circles(
