@@ -255,7 +255,9 @@ def _core_seconds() -> float:
 def _kibibytes(process: int) -> float:
     """Returns a process's memory; pages that several share count in shares."""
     with contextlib.suppress(OSError):
-        for line in pathlib.Path(f"/proc/{process}/smaps_rollup").open():
+        for line in (
+            pathlib.Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        ):
             if line.startswith("Pss:"):
                 return float(line.split()[1])
     return 0.0

@@ -6,8 +6,11 @@ import pathlib
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "tpp_jax"
 # Each may import those before it; docs/architecture.md says what they are for.
-ORDER = """errors xla graph pruning models data method interop analysis storage saving
-reports training experiment commands __main__""".split()
+ORDER = [
+    *("errors", "xla", "graph", "pruning", "models", "data", "method", "interop"),
+    *("analysis", "storage", "saving", "reports", "training", "experiment"),
+    *("commands", "__main__"),
+]
 
 
 def imports() -> dict[str, set[str]]:

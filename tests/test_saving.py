@@ -201,7 +201,7 @@ def test_numbers_as_keys_of_the_config_do_not_damage_a_model(tmp_path):
     config = {9: "a", 10: "b"}
     tpp.save_model(tmp_path / "m", Net(), config=config, metrics={"n": float("nan")})
     assert tpp.load_model_info(tmp_path / "m")["config"] == {"9": "a", "10": "b"}
-    with pytest.raises(TPPError, match="kept as JSON, which cannot hold this"):
+    with pytest.raises(TPPError, match="kept as JSON, which cannot represent"):
         tpp.save_model(tmp_path / "m", Net(), config={"fn": jnp.sin})
 
 

@@ -5,6 +5,7 @@ Written as their users write them, a few channels wide; see ``transformers.py``.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -278,7 +279,7 @@ def autoencoder(model, batch):
 
 def autoencoder_parameters(widths=(10, 12, 6)):
     """Returns an :class:`Autoencoder` of shapes."""
-    there = list(zip(widths, widths[1:], strict=False))
+    there = list(itertools.pairwise(widths))
     back = [(outputs, inputs) for inputs, outputs in reversed(there)]
     encoder, decoder = (
         [Dense(shape(outputs, inputs), shape(outputs)) for inputs, outputs in pairs]

@@ -32,7 +32,7 @@ class Given:
     def __init__(self, params):
         self.params = params
 
-    def array(self, name, *shape):
+    def array(self, name, *_):
         return self.params[name]
 
 
@@ -114,7 +114,7 @@ def attention(p, name, x, width):
     return x + out.reshape(x.shape)
 
 
-def looped(p, name, x, width):
+def looped(p, name, x, _):
     kernel = p.array(f"{name}.kernel", x.shape[-1], x.shape[-1])
     step = lambda carry, _: (carry + jnp.tanh(carry @ kernel), None)  # noqa: E731
     return jax.lax.scan(step, x, length=2)[0]

@@ -92,7 +92,7 @@ def test_an_object_is_a_record_of_its_state(kind, protocol):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_call_is_a_record_of_what_would_be_called(protocol):
     record = read(pickle.dumps(fractions.Fraction(1, 2), protocol))
-    assert record.what == Global("fractions.Fraction")
+    assert record.callee == Global("fractions.Fraction")
     assert read(pickle.dumps(os.path.join, protocol)).name.endswith("path.join")
 
 

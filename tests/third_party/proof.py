@@ -197,7 +197,7 @@ def _call(network: Network) -> tuple[Any, Any]:
     return call, jax.tree.unflatten(structure, masked)
 
 
-def _trained(path: Any, variable: Any) -> bool:
+def _trained(_: Any, variable: Any) -> bool:
     """Whether it is a parameter, of Flax's or of its package's own kind."""
     return type(variable).__name__.endswith("Param")
 

@@ -119,8 +119,8 @@ def _carry_out(
     ):
         if first:
             folders.write_config(workdir, config.to_dict())
-        processes.check_alike(workdir, config.to_json())
-        with processes.losses_told():
+        processes.check_shared(workdir, config.to_json())
+        with processes.explained_losses():
             for stage in setup.stages:
                 run = _perform(run, stage, tools)
             return finish(run, tools)

@@ -29,12 +29,12 @@ class Record:
     """An object that the pickle would have created by a call.
 
     Attributes:
-      what: Callable of the call, a :class:`Global` in all valid files.
+      callee: Callable of the call, a :class:`Global` in all valid files.
       args: Positional arguments of the call; keyword arguments are dropped.
       state: State that the object would have been given afterwards.
     """
 
-    what: Any
+    callee: Any
     args: Any
     state: Any = None
 
@@ -84,8 +84,9 @@ def read_pickle(
 
     Example:
       >>> import fractions, io, pickle
-      >>> read_pickle(io.BytesIO(pickle.dumps({"half": fractions.Fraction(1, 2)})))
-      {'half': Record(what=Global(name='fractions.Fraction'), args=(1, 2), state=None)}
+      >>> record = read_pickle(io.BytesIO(pickle.dumps(fractions.Fraction(1, 2))))
+      >>> record.callee, record.args
+      (Global(name='fractions.Fraction'), (1, 2))
     """
     machine = _Machine([], {}, persistent)
     for opcode, arg, _ in pickletools.genops(stream):
@@ -132,17 +133,17 @@ class _Machine:
         del self.stack[start:]
         return found
 
-    def call(self, what: Any, args: Any) -> None:
+    def call(self, callee: Any, args: Any) -> None:
         """Pushes the container or the record that stands for a call."""
-        if what == _ORDERED and isinstance(args, tuple):
+        if callee == _ORDERED and isinstance(args, tuple):
             self.copied += len(args[0]) if args else 0
             if self.copied > _COPIES * self.read:
                 raise ValueError("the pickle fills dicts with one list repeatedly")
             self.stack.append(_ordered(args))
-        elif what in _SETS and isinstance(args, tuple):
+        elif callee in _SETS and isinstance(args, tuple):
             self.stack.append(_set(args))
         else:
-            self.stack.append(Record(what, args))
+            self.stack.append(Record(callee, args))
 
     def refer(self, identity: Any) -> None:
         """Pushes the object that a persistent id refers to."""
@@ -229,14 +230,14 @@ def _on_object(machine: _Machine, name: str, arg: Any) -> None:
         case "REDUCE" | "NEWOBJ":
             machine.call(*_last(stack, 2))
         case "NEWOBJ_EX":
-            what, args, _ = _last(stack, 3)
-            machine.call(what, args)
+            callee, args, _ = _last(stack, 3)
+            machine.call(callee, args)
         case "OBJ":
-            what, *args = machine.since_mark()
-            machine.call(what, tuple(args))
+            callee, *args = machine.since_mark()
+            machine.call(callee, tuple(args))
         case "INST":
-            what = _global(*arg.split(" ", 1))
-            machine.call(what, tuple(machine.since_mark()))
+            callee = _global(*arg.split(" ", 1))
+            machine.call(callee, tuple(machine.since_mark()))
         case "BUILD":
             state = stack.pop()
             if isinstance(stack[-1], Record):  # attributes of a dict are dropped

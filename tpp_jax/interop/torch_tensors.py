@@ -117,7 +117,7 @@ def tensors_of_module(root: Record) -> Tensors:
 def is_tensor(value: Any) -> bool:
     """Returns whether a value is a tensor of PyTorch, an array or a tensor's record."""
     if isinstance(value, Record):
-        return isinstance(value.what, Global) and value.what.name in _REBUILDS
+        return isinstance(value.callee, Global) and value.callee.name in _REBUILDS
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
@@ -181,17 +181,17 @@ def why_unreadable(value: Any) -> str | None:
     Args:
       value: Record of a tensor, or any other value.
     """
-    if isinstance(value, Record) and isinstance(value.what, Global):
-        return _NOT_READ.get(value.what.name)
+    if isinstance(value, Record) and isinstance(value.callee, Global):
+        return _NOT_READ.get(value.callee.name)
     return None
 
 
 def _rebuild(tensor: Record) -> np.ndarray:
     """Rebuilds a tensor as the functions of PyTorch that the pickle names would."""
-    what, args = tensor.what, tensor.args
+    callee, args = tensor.callee, tensor.args
     for _ in range(_DEEPEST):  # parameters around tensors, and subclasses around both
         # None of the functions has more arguments than this.
-        match getattr(what, "name", None), args[:8]:
+        match getattr(callee, "name", None), args[:8]:
             case name, (Storage() as storage, offset, size, stride, *_) if (
                 name in _OF_A_STORAGE
             ):
@@ -208,12 +208,12 @@ def _rebuild(tensor: Record) -> np.ndarray:
             ) if name == _OF_A_NEWER_TYPE:
                 return _strided(storage, _newer_dtype(dtype), offset, size, stride)
             case name, (Record() as inner, *_) if name in _OF_A_TENSOR:
-                what, args = inner.what, inner.args
+                callee, args = inner.callee, inner.args
             case name, (function, _, inner, *_) if name == _OF_A_SUBCLASS:
-                what, args = function, inner
+                callee, args = function, inner
             case _:
                 break
-    record = Record(what, args)
+    record = Record(callee, args)
     if reason := why_unreadable(record):
         raise TPPError(f"a tensor is {reason}")
     raise ValueError(f"it has {described(record)} where a tensor should be")
@@ -254,6 +254,6 @@ def described(value: Any) -> str:
       value: Any value.
     """
     if isinstance(value, Record):
-        name = getattr(value.what, "name", "unknown type")
+        name = getattr(value.callee, "name", "unknown type")
         return f"an object of {shown(name)}"
     return f"of type {type(value).__name__}"

@@ -80,7 +80,7 @@ def gram_penalty_grad(
       An array of the kernel's shape and type.
 
     Raises:
-      TPPError: As :func:`gram_penalty`.
+      TPPError: If the target is unknown, or the mask does not fit the kernel.
 
     Example:
       >>> gram_penalty_grad(jnp.eye(2), jnp.array([True, False]))

@@ -1,9 +1,9 @@
-"""Several processes, on one host or many, that train as one.
+"""Several processes, on one host or many, that train one network.
 
-Every process runs the same program on the devices of all of them, and computes the same
-plan, the same numbers, the same end. Only the first one writes: metrics, pictures, the
-summary. Checkpoints are written by all together, as Orbax does, so the folder of the
-run must be one that all hosts share.
+Every process runs the same program on the devices of all processes, and computes the
+same plan and the same numbers. Only the first process writes metrics, pictures and the
+summary. Orbax writes checkpoints from all processes, so the hosts must share the folder
+of the run.
 """
 
 import contextlib
@@ -19,58 +19,66 @@ from tpp_jax.errors import TPPError
 
 
 class LostProcess(TPPError):
-    """Another process of the run is gone, and nothing can be done together any more."""
+    """Another process of the run has ended, so that the run cannot continue."""
 
 
 def is_first() -> bool:
-    """Tells whether this process is the one that writes."""
+    """Returns whether this process is the one that writes."""
     return jax.process_index() == 0
 
 
 def largest(number: int) -> int:
-    """Returns the largest of the numbers that the processes have; all must ask."""
+    """Returns the largest number of all processes; every process must call this.
+
+    Args:
+      number: Number of this process.
+    """
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def check_alike(workdir: pathlib.Path, config: str) -> None:
-    """Sees to it that all processes have one config, and one folder.
+def check_shared(workdir: pathlib.Path, config: str) -> None:
+    """Checks that all processes have the same config and the same folder.
 
     Args:
-      workdir: in which the first one has made its lock.
-      config: as text.
+      workdir: Folder of the run, in which the first process has created its lock.
+      config: Config as text.
 
     Raises:
-      TPPError: they do not.
+      TPPError: If the configs or the folders differ.
     """
     if jax.process_count() == 1:
         return
     number = zlib.crc32(config.encode()) >> 1  # an int32
     if largest(number) != -largest(-number):
         raise TPPError(
-            "the processes of the run were started with different configs: give all of "
-            "them the same flags, but for --process_id"
+            "the processes of the run were started with different configs: start all "
+            "of them with the same flags, except --process_id"
         )
     if largest(not (workdir / "lock").exists()):
         raise TPPError(
-            f"{workdir} is not one folder that all processes of the run see: put it on "
+            f"{workdir} is not the same folder for all processes of the run: put it on "
             "a disk that their hosts share"
         )
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when all processes have come here."""
+    """Waits until all processes have called this function.
+
+    Args:
+      name: Name of the place, the same for all processes.
+    """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
-def losses_told() -> Iterator[None]:
-    """Tells of a process that died what the computation says of a broken connection.
+def explained_losses() -> Iterator[None]:
+    """Reports a broken connection during a computation as the loss of a process.
 
     Raises:
-      LostProcess: another process is lost.
+      LostProcess: If another process has ended.
     """
     try:
         yield
@@ -79,6 +87,6 @@ def losses_told() -> Iterator[None]:
             raise
         raise LostProcess(
             "another process of the run is lost "
-            f"({' '.join(str(error).split())[:200]}). Start all of them again: they go "
-            "on from the last checkpoint"
+            f"({' '.join(str(error).split())[:200]}). Start all of them again: they "
+            "continue from the last checkpoint"
         ) from error
