@@ -1,4 +1,4 @@
-"""check_groups proves what holds, and finds what does not."""
+"""check_groups accepts the groups of a model, and finds wrong ones."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ INPUTS = jax.ShapeDtypeStruct((4, 3), jnp.float32)
 
 
 def changed(groups, name, change):
-    """Returns groups of which one has been tampered with."""
+    """Returns groups with one changed."""
     return groups.replace(all=tuple(change(g) if g.name == name else g for g in groups))
 
 
@@ -37,7 +37,7 @@ def test_a_network_is_proved_from_shapes_alone():
 
 
 @pytest.mark.parametrize("leaf", ["bias", "b"])
-def test_a_member_that_is_missing_or_turned_around_is_found(leaf):
+def test_a_missing_or_shifted_member_is_found(leaf):
     groups = tpp.channel_groups(mlp, INPUTS, params=PARAMS)
 
     def without(group):
@@ -88,7 +88,7 @@ def test_outputs_that_are_not_finite_prove_nothing():
         tpp.check_groups(lambda p, x: mlp(p, x) / 0.0, INPUTS, params=PARAMS)
 
 
-def test_a_module_is_left_untouched_and_may_be_abstract():
+def test_a_module_is_not_modified_and_may_be_abstract():
     def create():
         return tpp.models.create("cifar_resnet8", num_classes=4, rngs=nnx.Rngs(0))
 

@@ -1,4 +1,4 @@
-"""Optimizer states are cut with the parameters, whatever shape they keep of them."""
+"""Optimizer states are cut with the parameters, whatever their shapes."""
 
 import inspect
 
@@ -46,7 +46,7 @@ def loss(params, obj_fn=None):
 
 
 def step(tx, params, state, grads):
-    """One update, with what some transforms want besides gradients."""
+    """Returns one update, with the extra arguments that some transforms need."""
     tx = optax.with_extra_args_support(tx)
 
     @jax.jit
@@ -58,7 +58,7 @@ def step(tx, params, state, grads):
 
 
 def trained(tx):
-    """A state with moments that some steps may have made; nothing is compiled."""
+    """Returns a state with random moments, without compiling a step."""
     rng = np.random.default_rng(1)
 
     def moment(leaf):
@@ -75,7 +75,7 @@ MAKE = {
 }
 
 
-# Made otherwise, or deprecated.
+# Not made from a learning rate alone, or deprecated.
 OTHERS = ("dpsgd", "schedule_free", "optimistic_adam")
 
 
@@ -127,7 +127,7 @@ def test_the_state_of_every_optimizer_is_cut_or_refused(name):
 
 
 def kept(parameter, array, axes):
-    """An array cut along the given axes as the parameter's are, in NumPy."""
+    """Returns an array cut in NumPy along the given axes like the parameter's."""
     named = {"w1": (None, "w1"), "w2": ("w1", "w2"), "w3": ("w2", None), "b1": ("w1",)}
     for i, axis in enumerate(axes):
         group = None if axis is None else named[parameter][axis]
@@ -170,7 +170,7 @@ def with_moments(tx, params):
     return state
 
 
-def test_adafactor_s_rows_and_columns_change_places_with_the_larger_axis():
+def test_adafactor_s_rows_and_columns_are_swapped_with_the_larger_axis():
     params, groups = one_layer(256, 192)
     plan = tpp.make_plan(groups, params, counts={"a": 128})
     tx = optax.adafactor(1e-3)
@@ -196,7 +196,7 @@ def test_adafactor_s_rows_and_columns_change_places_with_the_larger_axis():
 
 
 @pytest.mark.parametrize("limit", [128, 64, 200])
-def test_adafactor_is_refused_where_it_may_not_be_factored_any_more(limit):
+def test_adafactor_is_refused_if_it_may_no_longer_be_factored(limit):
     params, groups = one_layer(256, 256)
     tx = optax.adafactor(1e-3, min_dim_size_to_factor=limit)
     state = tx.init(params)
@@ -206,9 +206,9 @@ def test_adafactor_is_refused_where_it_may_not_be_factored_any_more(limit):
     assert tpp.slice_tree(plan, {"w": params})["w"]["b"].shape == (100, 256)
 
 
-def test_a_limit_that_the_state_contradicts_is_not_supposed():
-    # a is [64, 256], factored from 32 on: 128 is not the limit, and what is between 32
-    # and 64 nobody knows.
+def test_a_threshold_that_the_state_contradicts_is_not_assumed():
+    # a is [64, 256] and factored from 32 on: the threshold is not 128, but an unknown
+    # number between 32 and 64.
     shapes = {"a": (64, 256), "b": (256, 2)}
     params = drawn(4, shapes)
 
@@ -238,7 +238,7 @@ def test_sm3_s_vectors_are_cut_each_along_its_axis():
     assert cut.nu["w2"].shape == (128, 140)
 
 
-def test_novograd_s_numbers_stay():
+def test_novograd_s_numbers_are_kept():
     [state, *_] = trained(optax.novograd(0.1))
     [cut, *_] = tpp.slice_tree(PLAN, trained(optax.novograd(0.1)))
     assert cut.nu == state.nu
@@ -249,7 +249,7 @@ def test_lbfgs_remembers_the_kept_channels_and_forgets_the_old_loss():
     state = optax.lbfgs().init(PARAMS)
     rng = np.random.default_rng(5)
     steps = {n: rng.normal(size=(10, *s)) for n, s in SHAPES.items()}
-    # The first pair curves upwards on all channels and downwards on the kept ones.
+    # The first pair has positive curvature on all channels, negative on the kept ones.
     slopes = {name: 2 * array for name, array in steps.items()}
     slopes["w1"][0] = -100 * steps["w1"][0]
     slopes["w1"][0][:, PLAN.pruned("w1")] *= -100
@@ -328,7 +328,7 @@ def test_wrapped_optimizers_are_cut_too(wrapper, name):
     assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, fresh)
 
 
-def test_states_without_arrays_like_parameters_pass():
+def test_states_without_arrays_of_parameters_are_accepted():
     for state in (
         (),
         optax.EmptyState(),
@@ -353,7 +353,7 @@ def test_states_without_arrays_like_parameters_pass():
     ],
     ids=["flatten", "other names", "list", "bare array", "integers"],
 )
-def test_a_tree_of_which_nothing_matches_is_refused(tree):
+def test_a_tree_without_matching_names_is_refused(tree):
     for apply in (tpp.slice_tree, tpp.mask_tree):
         with pytest.raises(
             TPPError, match=r"no leaf of the tree has the name .* w1, b1"
@@ -371,7 +371,7 @@ def test_statistics_of_an_unknown_shape_are_refused_by_name():
             tpp.slice_tree(PLAN, {"0": {"mu": {"w1": jnp.ones(shape)}}})
 
 
-def test_trees_are_matched_by_the_path_in_a_key_too():
+def test_keys_that_contain_a_path_are_matched():
     tree = {"params": {"block": PARAMS}}
     expected = tpp.slice_tree(PLAN, PARAMS)
     by_text = tpp.slice_tree(PLAN, flatten_dict(tree, sep="/"))
@@ -382,7 +382,7 @@ def test_trees_are_matched_by_the_path_in_a_key_too():
 
 
 def test_keys_with_a_path_match_a_parameter_whose_name_has_one():
-    """Haiku names its modules so."""
+    """Haiku's module names contain paths."""
     up, down = "mlp/~/linear_0", "mlp/~/linear_1"
     params = {up: {"w": jnp.ones((4, 8))}, down: {"w": jnp.ones((8, 2))}}
 

@@ -48,7 +48,7 @@ def test_fpgm_is_the_distance_to_the_other_filters():
     np.testing.assert_allclose(
         criteria.fpgm(FILTERS), apart.sum(1) / (3 * np.sqrt(2)), rtol=1e-12
     )
-    many = np.random.default_rng(0).normal(size=(1500, 3))  # more than one part
+    many = np.random.default_rng(0).normal(size=(1500, 3))  # more than one block
     apart = np.linalg.norm(many[:, None] - many, axis=-1)
     np.testing.assert_allclose(
         criteria.fpgm(many), apart.sum(1) / (1499 * np.sqrt(3)), rtol=1e-6
@@ -72,7 +72,7 @@ def test_lamp_ranks_as_l2_does_and_gives_every_layer_the_same_largest_score():
 
 
 def chain(**layers):
-    """(parameters, groups) of dense layers one after the other, wide as the kernels."""
+    """Returns (parameters, groups) of consecutive dense layers with these kernels."""
     params = {name: {"kernel": np.asarray(k)} for name, k in layers.items()}
 
     def fn(p, x):
@@ -85,7 +85,7 @@ def chain(**layers):
 
 
 def two_producers():
-    """A sum of the layers a and b, 4 channels wide, whose scores are known."""
+    """Returns a sum of the layers a and b, 4 channels wide, with known scores."""
     params = {
         "a": {"kernel": np.float32([[1, 2, 3, 4]])},
         "b": {"kernel": np.float32([[9, 1, 5, 1]])},
@@ -210,7 +210,7 @@ def test_statistics_may_have_one_value_for_each_channel():
         ("lamb", None, "unknown criterion 'lamb': choose one of l1.*random"),
     ],
 )
-def test_what_is_missing_or_does_not_fit_is_told(criterion, statistics, message):
+def test_missing_or_unfitting_statistics_are_refused(criterion, statistics, message):
     params, groups = chain(a=FILTERS.T, b=np.ones((4, 2)))
     with pytest.raises(ValueError, match=message):
         tpp.make_plan(
@@ -224,7 +224,7 @@ def test_an_unknown_reduction_is_refused():
         tpp.make_plan(groups, params, {"a": 0.5}, reduce="median")
 
 
-# What the original chose, for the layers of a CIFAR ResNet as if each stood alone.
+# What the original chose for the layers of a CIFAR ResNet, each on its own.
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def section(recorded, prefix):
 
 
 def side_by_side(kernels):
-    """(parameters, groups) of layers that have nothing to do with each other."""
+    """Returns (parameters, groups) of independent layers."""
     params = {
         "layer": {name: {"kernel": kernel} for name, kernel in kernels.items()},
         "out": {name: np.ones((k.shape[-1], 1)) for name, k in kernels.items()},
@@ -297,8 +297,8 @@ def test_taylor_fo_is_the_recorded_score(recorded):
 @pytest.mark.parametrize(
     ("run", "total", "ratios"),
     [
-        # As many as the original pruned in all, otherwise spread: it counts a layer's
-        # last filter, which stays, as one of those that were asked for.
+        # The same total as in the original, distributed differently: it counts the last
+        # filter of a layer, which it keeps, as a pruned one.
         (
             "global_0.4",
             127,
@@ -354,7 +354,7 @@ def test_aligned_layers_lose_what_the_first_of_them_would(recorded, pick):
 def test_counts_follow_the_recorded_table(recorded):
     sizes, ratios = recorded["counts_sizes"], recorded["counts_ratios"]
     rows = dict(zip(sizes.tolist(), recorded["counts"], strict=True))
-    assert not rows.pop(1).any()  # an axis of one channel couples with nothing
+    assert not rows.pop(1).any()  # an axis of one channel is not coupled
     for n, row in rows.items():
         params, groups = chain(a=np.ones((1, n)), b=np.ones((n, 1)))
         for ratio, count in zip(ratios.tolist(), row, strict=True):
@@ -362,7 +362,7 @@ def test_counts_follow_the_recorded_table(recorded):
             assert len(plan.pruned("a")) == count, (n, ratio)
 
 
-def test_a_criterion_of_one_s_own_says_what_it_needs():
+def test_a_custom_criterion_names_the_statistics_that_it_needs():
     params, groups = chain(a=FILTERS.T, b=np.ones((4, 2)))
     own = Criterion(criteria.taylor, statistics="loss_gradient")
     with pytest.raises(TPPError, match="'taylor' needs more than weights"):
@@ -375,7 +375,7 @@ def test_a_criterion_of_one_s_own_says_what_it_needs():
     assert plan == named
 
 
-def test_a_criterion_of_one_s_own_may_score_norms():
+def test_a_custom_criterion_may_score_norms():
     model, groups = normed()
     own = Criterion(lambda scales: -np.abs(scales[:, 0]), of="norms")
     plan = tpp.make_plan(groups, model, "conv:0.5", criterion=own)

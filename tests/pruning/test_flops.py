@@ -24,7 +24,7 @@ def shape(*dims):
 
 @functools.cache
 def dense(name):
-    """(abstract model, its groups, weights that cost nothing to make, its count)."""
+    """Returns (abstract model, its groups, cheap weights, its count)."""
     model = nnx.eval_shape(
         lambda: tpp.models.create(
             name, num_classes=RECORDED[name]["num_classes"], rngs=nnx.Rngs(0)
@@ -40,7 +40,7 @@ def dense(name):
 
 @functools.cache
 def pruned(name, ratios, skip=()):
-    """The count of the network sliced by shapes alone; which channels go is nothing."""
+    """Returns the count of the sliced network; the choice of channels is irrelevant."""
     model, groups, weights, _ = dense(name)
     plan = tpp.make_plan(groups, weights, ratios, skip=skip)
     graphdef, state = nnx.split(model)
@@ -54,7 +54,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_parameters_and_flops_of_whole_networks_are_the_recorded_ones(name):
+def test_parameters_and_flops_of_unpruned_networks_are_the_recorded_ones(name):
     *_, count = dense(name)
     assert (count.params, count.flops) == (
         RECORDED[name]["params"],
@@ -135,7 +135,7 @@ def test_a_real_pruned_network_counts_as_its_shapes_do():
     assert f"{1 - after.params / before.params:.5f}" == "0.90445"
 
 
-def test_every_layer_s_share_is_told_in_order_of_execution():
+def test_layers_are_listed_in_order_of_execution():
     *_, count = dense("cifar_resnet20")
     assert list(count.layers)[:3] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
     # 16 filters of 3 · 3 · 3 weights at 32 · 32 places; no bias.
@@ -147,7 +147,7 @@ def test_every_layer_s_share_is_told_in_order_of_execution():
     assert norms == 2 * (16 + 3 * 2 * (16 + 32 + 64))
 
 
-def test_statistics_are_no_parameters_but_every_leaf_of_a_plain_tree_is():
+def test_statistics_are_not_parameters_but_every_leaf_of_a_plain_tree_is():
     *_, count = dense("cifar_resnet20")
     assert count.params == 269_722
 
@@ -188,7 +188,7 @@ def test_a_layer_that_runs_three_times_has_its_parameters_once():
 
 
 def assert_costs_of_pruned_forms(fn, params, *inputs, shares=(0.3, 0.6, 0.9)):
-    """Compares counts told from the whole with counts of what was really sliced."""
+    """Compares counts computed from the unpruned model with those of the sliced one."""
     groups = tpp.channel_groups(fn, *inputs, params=params)
     costs = Costs(groups)
     for share in shares:
@@ -304,7 +304,7 @@ class Attention(nnx.Module):
         return self.head(self.attention(self.embed(x)))
 
 
-def test_costs_follow_channels_that_only_go_together():
+def test_costs_follow_channels_that_are_pruned_together():
     model, x = filled(lambda: Attention(nnx.Rngs(0))), shape(2, 5, 3)
     groups = tpp.channel_groups(model, x)
     inner = groups["attention.query#2"]
@@ -317,7 +317,7 @@ def test_costs_follow_channels_that_only_go_together():
     assert Costs(groups)(kept) == (small.params, small.flops)
 
 
-def test_costs_leave_statistics_out():
+def test_costs_do_not_include_statistics():
     model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     groups = tpp.channel_groups(model, shape(1, 3))
     assert Costs(groups)({}) == (6, 0)

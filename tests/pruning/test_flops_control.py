@@ -21,7 +21,7 @@ def ones(**shapes):
 
 
 def assert_costs_agree(fn, params, *inputs):
-    """Costs told from the whole model, and counts of the sliced one, are the same."""
+    """Checks that costs of the unpruned model equal counts of the sliced one."""
     groups = tpp.channel_groups(fn, *inputs, params=params)
     costs = Costs(groups)
     assert costs({})[1] == tpp.count(fn, *inputs, params=params).flops
@@ -55,7 +55,7 @@ def test_each_row_of_a_ragged_product_meets_one_expert():
     assert_costs_agree(experts, params, *inputs)
 
 
-def test_ragged_experts_that_are_cut_are_what_they_were_masked():
+def test_cut_ragged_experts_equal_masked_ones():
     rng = np.random.default_rng(0)
     params = {k: rng.normal(size=v).astype(np.float32) for k, v in EXPERTS.items()}
     x, sizes = jnp.asarray(rng.normal(size=(8, 6))), jnp.array([2, 0, 5, 1])
@@ -133,7 +133,7 @@ def test_a_loop_of_unknown_length_counts_one_step_and_is_named():
     assert name.startswith("dot_general in a while loop (test_flops_control.py:")
 
 
-def test_a_loop_without_layers_is_nothing_that_is_not_counted():
+def test_a_loop_without_layers_is_not_listed_as_uncounted():
     def fn(p, x):
         h = lax.while_loop(lambda h: h.sum() < 9, lambda h: 2 * h, x @ p["w"])
         return h @ p["v"]
@@ -172,7 +172,7 @@ OPAQUE = {
 
 
 @pytest.mark.parametrize("name", OPAQUE)
-def test_work_that_is_not_counted_is_named_and_keeps_from_a_target(name):
+def test_uncounted_work_is_listed_and_prevents_a_flops_target(name):
     def fn(p, x):
         h = jax.nn.relu(OPAQUE[name](x) @ p["w"])
         return h @ p["v"]
@@ -187,7 +187,7 @@ def test_work_that_is_not_counted_is_named_and_keeps_from_a_target(name):
         tpp.make_plan(groups, params, flops=0.5)
     plan = tpp.make_plan(groups, params, flops=0.5, allow_uncounted=True)
     assert len(plan.kept["w"]) == 4
-    tpp.make_plan(groups, params, params=0.5)  # of parameters nothing is left out
+    tpp.make_plan(groups, params, params=0.5)  # all parameters are counted
     tpp.make_plan(groups, params, 0.5)
 
 
@@ -227,7 +227,7 @@ def sharded(p, x):
 SHARDED = dict(up=(6, 16), down=(16, 10), head=(10, 3))
 
 
-def test_what_all_devices_do_together_counts_once():
+def test_the_work_of_all_devices_is_counted_once():
     params = ones(**SHARDED)
     count = tpp.count(sharded, shape(4, 6), params=params)
     assert count.flops == 2 * 4 * (6 * 16 + 16 * 10 + 10 * 3)
@@ -239,7 +239,7 @@ def test_what_all_devices_do_together_counts_once():
     assert_costs_agree(sharded, params, shape(4, 6))
 
 
-def test_devices_lose_the_same_channels_of_their_parts():
+def test_all_devices_lose_the_same_channels_of_their_shards():
     rng = np.random.default_rng(0)
     params = {k: rng.normal(size=v).astype(np.float32) for k, v in SHARDED.items()}
     groups = tpp.channel_groups(sharded, shape(4, 6), params=params)
@@ -252,7 +252,7 @@ def test_devices_lose_the_same_channels_of_their_parts():
     tpp.check_groups(sharded, shape(4, 6), params=params, groups=groups)
 
 
-def test_what_devices_gather_and_scatter_is_followed():
+def test_channels_are_followed_through_gather_and_scatter_of_devices():
     P = PartitionSpec
 
     def fn(p, x):

@@ -1,4 +1,4 @@
-"""FLOPs compared with what XLA's own cost analysis says, network by network."""
+"""FLOPs compared with XLA's own cost analysis, network by network."""
 
 import functools
 
@@ -42,15 +42,15 @@ def xla_flops(call, *arguments):
 
 @functools.cache
 def product_flops(primitive, operands, params):
-    """What XLA says of one product, with its borders computed as we count them."""
+    """Returns XLA's FLOPs of one product, with borders computed as they are counted."""
     params = {name: value for name, value in params}
     shapes = [list(sizes) for sizes in operands]
     if primitive == "dot_general":
         call = functools.partial(lax.dot_general, **params)
     else:
         dims = params["dimension_numbers"]
-        # XLA leaves out what padding meets; padded beforehand, it counts. (Those of
-        # transposed convolutions here meet padding only.)
+        # XLA does not count products with padding, unless the input is padded first.
+        # (Those of transposed convolutions here meet padding only.)
         if set(params["lhs_dilation"]) == {1}:
             for axis, pads in zip(dims.lhs_spec[2:], params["padding"], strict=True):
                 shapes[0][axis] += sum(pads)
@@ -64,7 +64,7 @@ _KEPT += ("rhs_dilation", "feature_group_count")
 
 
 @pytest.mark.parametrize("name", [*ATTENTION, *test_convnets.NETWORKS, *MODELS])
-def test_layers_cost_what_xla_says_of_each(name):
+def test_layers_cost_what_xla_counts(name):
     model, params, inputs = network(name)
     traced = trace(model, *inputs, params=params)
     total = 0
@@ -79,8 +79,8 @@ def test_layers_cost_what_xla_says_of_each(name):
 @pytest.mark.parametrize(
     "name", sorted({*ATTENTION, *test_convnets.NETWORKS} - LOOPS) + MODELS
 )
-def test_what_else_a_network_does_is_a_fraction(name):
-    # Less by what the borders meet (much of VGG's last maps of 2 by 2 pixels), more by
+def test_the_uncounted_work_of_a_network_is_a_fraction(name):
+    # Less by products with borders (much of VGG's last maps of 2 by 2 pixels), more by
     # norms, activations and attention.
     model, params, inputs = network(name)
     function = as_function(model, params)
@@ -126,6 +126,6 @@ def test_a_transposed_convolution_counts_each_input_once_for_each_weight():
     assert tpp.count(net, jnp.ones((1, 5, 5, 8))).flops == 2 * 25 * 16 * 8 * 12
 
 
-def test_a_dilated_convolution_counts_its_weights_and_not_its_reach():
+def test_a_dilated_convolution_counts_its_weights_and_not_its_extent():
     net = nnx.Conv(3, 5, (3, 3), kernel_dilation=4, rngs=nnx.Rngs(0))
     assert tpp.count(net, jnp.ones((1, 16, 16, 3))).flops == 2 * 256 * 9 * 3 * 5

@@ -106,7 +106,7 @@ TOKENS, SEQUENCE = (2, 5), (2, 5, 16)
 def test_heads_and_the_dimensions_of_a_head_are_separate_groups():
     groups = tpp.channel_groups(attention(nnx.Rngs(0)), jnp.ones(SEQUENCE))
     found = [(g.name, g.size, g.inner) for g in groups if g.reason is None]
-    # The attention function wants as many dimensions of values as of queries.
+    # The attention function needs equal dimensions of values and queries.
     assert found == [("query", 4, False), ("query#2", 8, True)]
     assert groups["query#2"].producers == ("query", "key", "value")
     slots = {(m.leaf, m.axis) for m in groups["query"].members}
@@ -154,7 +154,7 @@ def test_a_cifar_mobilenet_loses_half_of_every_group():
     assert 0.25 < after.flops / before.flops < 0.3
 
 
-def test_both_heads_and_dimensions_can_go_at_once():
+def test_heads_and_dimensions_can_be_pruned_at_once():
     model, x = Llama(nnx.Rngs(0)), jnp.ones(SEQUENCE)
     groups = tpp.channel_groups(model, x)
     small = tpp.prune(model, tpp.make_plan(groups, model, {"k": 0.5, "v#2": 0.25}))
@@ -170,7 +170,7 @@ def test_rotary_pairs_stay_together():
         assert np.sort(member.positions, axis=1).tolist() == [[0, 2], [1, 3]]
 
 
-def test_a_number_of_heads_written_into_a_model_is_found_out():
+def test_a_hard_coded_number_of_heads_is_detected():
     tokens = jnp.ones(TOKENS, jnp.int32)
     groups = tpp.channel_groups(TextModel(nnx.Rngs(0), by_size=False), tokens)
     for block in ("blocks.0", "blocks.1"):

@@ -1,4 +1,4 @@
-"""Cutting channels out is exact: the sliced network is the masked one, only smaller."""
+"""Slicing is exact: the sliced network computes the same as the masked one."""
 
 import functools
 
@@ -82,7 +82,7 @@ FAMILIES = {
 
 @functools.cache
 def network(family):
-    """(model with random weights and statistics, its groups, inputs, masked run)."""
+    """Returns (model with random weights, its groups, inputs, masked run)."""
     create, shape = FAMILIES[family]
     model = filled(create)
     model.eval()
@@ -102,7 +102,7 @@ def keeping(n):
 
 
 def plans(groups):
-    """Any plan: for each prunable group, some channels stay."""
+    """Draws a plan that keeps some channels of each prunable group."""
     kept = {g.name: keeping(g.size) for g in groups if g.reason is None}
     return st.fixed_dictionaries(kept).map(
         lambda data: tpp.Plan.from_dict(data, groups)
@@ -110,7 +110,7 @@ def plans(groups):
 
 
 def every_second(groups, start=0):
-    """One plan, chosen without looking at weights."""
+    """Returns a plan that does not depend on the weights."""
     kept = {
         g.name: np.arange(g.size, dtype=np.int32)[start::2]
         for g in groups
@@ -150,10 +150,10 @@ def test_slicing_keeps_exactly_the_entries_that_the_mask_marks(data):
     model, groups, _, _ = network("concatenating")
     plan = data.draw(plans(groups))
     state = nnx.state(model)
-    whole, mask = named_leaves(state), named_leaves(tpp.mask_tree(plan, state))
+    state_leaves, mask = named_leaves(state), named_leaves(tpp.mask_tree(plan, state))
     sliced = jax.jit(functools.partial(tpp.slice_tree, plan))(state)
     for name, leaf in named_leaves(sliced).items():
-        kept = np.asarray(whole[name])[np.asarray(mask[name]) == 1]
+        kept = np.asarray(state_leaves[name])[np.asarray(mask[name]) == 1]
         np.testing.assert_array_equal(np.asarray(leaf).reshape(-1), kept)
         assert set(np.unique(mask[name])) <= {0, 1}
         for axis, (keep, count) in keep_masks(plan, name).items():
@@ -198,7 +198,7 @@ def test_abstract_leaves_are_sliced_to_abstract_leaves():
     assert sliced["first.kernel"].shape == (2 * 2 * (2 + 2), 3)
 
 
-def test_leaves_that_are_no_copy_of_a_parameter_stay_as_they_are():
+def test_leaves_that_are_not_copies_of_a_parameter_are_unchanged():
     model, groups, _, _ = network("vgg")
     others = {"count": jnp.int32(3), "key": jax.random.key(0), "kernel": jnp.ones(9)}
     tree = {"params": nnx.state(model), "others": others}
@@ -237,7 +237,7 @@ def test_a_leaf_is_not_confused_with_one_whose_name_it_ends_in():
     assert sliced["ema.layer3.0.conv1.kernel"].shape == (3, 3, 8, 16)
 
 
-def test_nor_is_a_leaf_that_cannot_be_pruned_at_all():
+def test_a_leaf_is_not_confused_with_one_that_cannot_be_pruned():
     def fn(p, x):
         return jax.nn.relu(jnp.sort(x @ p["deep"]["w"], axis=1) @ p["w"]) @ p["z"]
 
@@ -250,7 +250,7 @@ def test_nor_is_a_leaf_that_cannot_be_pruned_at_all():
     }
 
 
-def test_pruning_leaves_the_given_model_untouched():
+def test_pruning_does_not_modify_the_given_model():
     model, groups, x, _ = network("vgg")
     model = nnx.clone(model)
     model.train()
@@ -259,7 +259,7 @@ def test_pruning_leaves_the_given_model_untouched():
     small = tpp.prune(model, every_second(groups))
     assert type(small) is type(model)
     small.features[1].mean[...] = jnp.zeros(2)
-    # Uncut arrays are not shared in a way that lets one model change the other.
+    # Unpruned arrays are not shared: changing one model does not change the other.
     small.classifier.bias[...] = jnp.zeros(5)
     small(x)
     assert nnx.graphdef(model) == graphdef
@@ -297,7 +297,7 @@ def _all(groups):
 
 
 class Stubborn(nnx.Module):
-    """A network that flattens to a size written into it."""
+    """A network that flattens to a hard-coded size."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.conv = conv(3, 4, 1, rngs=rngs)
@@ -307,7 +307,7 @@ class Stubborn(nnx.Module):
         return self.dense(self.conv(x).reshape(-1, 16))
 
 
-def test_a_size_written_into_a_layer_is_reported():
+def test_a_hard_coded_size_of_a_layer_is_reported():
     model = filled(lambda: Stubborn(nnx.Rngs(0)))
     groups = tpp.channel_groups(model, jnp.ones((3, 2, 2, 3)))
     reason = groups["conv"].reason
@@ -355,7 +355,7 @@ OPTIMIZERS = (
 
 
 def stepper(model, x):
-    """A training step of every optimizer at once, on one gradient."""
+    """Returns the result of one step of every optimizer on one gradient."""
     graphdef, _, rest = nnx.split(model, nnx.Param, ...)
     labels = np.arange(len(x)) % 3
 
@@ -385,7 +385,7 @@ def test_slicing_then_stepping_is_stepping_the_masked_network_then_slicing(famil
     model.train()
     plan = every_second(groups, start=1)
     params = nnx.state(model, nnx.Param)
-    # Moments that a few steps would have made.
+    # Random moments, as after a few steps.
     rng = np.random.default_rng(2)
     states = tuple(
         jax.tree.map(

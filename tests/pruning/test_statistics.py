@@ -1,4 +1,4 @@
-"""Gradients, curvature and activations, against what JAX and NumPy say of them."""
+"""Gradients, curvature and activations, compared with JAX and NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,9 @@ def test_the_gradient_of_a_module_is_that_of_its_evaluation_mode():
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         np.testing.assert_allclose(got[name], gradient, rtol=1e-5, atol=1e-7)
-    assert not model.norm.use_running_average  # the module itself is left training
+    assert (
+        not model.norm.use_running_average
+    )  # the module itself is still in training mode
 
 
 def test_statistics_are_means_over_batches():
@@ -144,7 +146,7 @@ def test_a_transposed_kernel_s_means_lie_along_its_own_axes():
     assert got["w"].shape == (5, 1)
 
 
-def test_heads_and_their_dimensions_have_means_of_their_own():
+def test_heads_and_their_dimensions_have_separate_means():
     w, x = draw(6, 2, 3), draw(4, 5, 6, seed=1)
 
     def fn(p, x):
@@ -156,7 +158,7 @@ def test_heads_and_their_dimensions_have_means_of_their_own():
     np.testing.assert_allclose(got[0], expected, rtol=1e-5)
 
 
-def test_experts_in_a_batch_axis_have_means_of_their_own():
+def test_experts_in_a_batch_axis_have_separate_means():
     w, x = draw(2, 3, 4), draw(5, 2, 3, seed=1)
     got = means_of(lambda p, x: jnp.einsum("nei,eio->eno", x, p["w"]), {"w": w}, x)
     expected = jnp.abs(jnp.einsum("nei,eio->eno", x, w)).mean(1)
@@ -170,7 +172,7 @@ def test_a_layer_that_runs_twice_is_averaged_over_both_runs():
     np.testing.assert_allclose(got[0], expected, rtol=1e-5)
 
 
-def test_an_embedding_puts_out_what_is_looked_up_tied_or_not():
+def test_the_outputs_of_an_embedding_are_its_rows_tied_or_not():
     table, tokens = draw(7, 3), jnp.array([[1, 1, 4]])
     got = means_of(
         lambda p, t: jnp.take(p["table"], t, axis=0) @ p["table"].T,

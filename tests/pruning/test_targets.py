@@ -38,7 +38,7 @@ class Mobile(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Two blocks with attention; heads and their dimensions are groups of their own."""
+    """Two blocks with attention; heads and their dimensions are separate groups."""
 
     def __init__(self, rngs):
         linear = nnx.LinearGeneral
@@ -102,18 +102,18 @@ TARGETS = [
 @pytest.mark.parametrize("scope", ["local", "global", "isomorphic"])
 @pytest.mark.parametrize("options", TARGETS, ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_target_is_met_and_one_step_less_would_miss_it(name, options, scope):
+def test_a_target_is_met_and_one_step_fewer_would_miss_it(name, options, scope):
     model, _, groups, dense, _ = network(name)
     plan = tpp.make_plan(groups, model, criterion="lamp", scope=scope, **options)
     counts = kept_counts(plan)
-    [kind] = options.keys() & {"flops", "params"}
-    allowed = options[kind] * getattr(dense, kind)
+    [target] = options.keys() & {"flops", "params"}
+    allowed = options[target] * getattr(dense, target)
     step = options.get("round_to", 1)
     more = [
-        by_costs(name, counts | {g.name: min(counts[g.name] + step, g.size)})[kind]
+        by_costs(name, counts | {g.name: min(counts[g.name] + step, g.size)})[target]
         for g in plan.pruned_groups
     ]
-    assert by_costs(name, counts)[kind] <= allowed < max(more)
+    assert by_costs(name, counts)[target] <= allowed < max(more)
     for group in groups:
         if group.reason is None:
             n = counts[group.name]
@@ -152,7 +152,7 @@ def test_a_target_alone_prunes_all_groups_but_inner_ones_by_equal_shares():
             assert plan.kept_count(group) == group.size
         else:
             shares.append((group.size, group.size - plan.kept_count(group)))
-    # Each is the whole number nearest to one share, but for the last channel to go.
+    # Each is the integer nearest to one share, except for the last pruned channel.
     low = max((removed - 0.5) / n for n, removed in shares)
     high = min((removed + 0.5) / n for n, removed in shares)
     assert low <= high
@@ -176,7 +176,7 @@ def test_ratios_are_relative_under_a_target():
             assert lost[group.name] == pytest.approx(2 * lost[first.name], abs=1 / 8)
 
 
-def test_groups_that_no_ratio_matches_or_that_are_skipped_stay_whole():
+def test_unmatched_and_skipped_groups_are_not_pruned():
     model, _, groups, _, _ = network("resnet")
     plan = tpp.make_plan(groups, model, "layer*.conv1:0.5", flops=0.8)
     assert {g.name for g in plan.pruned_groups} == {
@@ -187,7 +187,7 @@ def test_groups_that_no_ratio_matches_or_that_are_skipped_stay_whole():
     assert plan.pruned_groups
 
 
-def test_all_of_the_model_may_remain():
+def test_a_target_of_1_prunes_nothing():
     model, _, groups, _, _ = network("mobile")
     for target in ({"flops": 1}, {"params": 1.0}):
         assert not tpp.make_plan(groups, model, **target).pruned_groups
@@ -257,8 +257,8 @@ def test_one_ratio_prunes_every_group_but_inner_ones():
     model, _, groups, _, _ = network("transformer")
     plan = tpp.make_plan(groups, model, 0.5)
     for group in groups:
-        whole = group.reason is not None or group.inner
-        expected = group.size if whole else group.size - math.ceil(group.size / 2)
+        unpruned = group.reason is not None or group.inner
+        expected = group.size if unpruned else group.size - math.ceil(group.size / 2)
         assert plan.kept_count(group) == expected
     assert not tpp.make_plan(groups, model, 0).pruned_groups
 
@@ -284,7 +284,7 @@ def blocks(widths, seed=0):
     return params, tpp.channel_groups(fn, np.ones((1, 2)), params=params)
 
 
-def test_in_isomorphic_scope_groups_of_like_shape_share_their_total():
+def test_in_isomorphic_scope_groups_of_equal_shape_share_their_total():
     params, groups = blocks((8, 8, 12, 12))
     plan = tpp.make_plan(groups, params, 0.5, scope="isomorphic")
     counts = [plan.kept_count(groups[f"block{i}.up"]) for i in range(4)]
@@ -296,7 +296,7 @@ def test_in_isomorphic_scope_groups_of_like_shape_share_their_total():
     assert sum(kept_counts(everywhere).values()) == sum(counts)
 
 
-def test_the_lowest_scores_among_like_groups_go():
+def test_the_lowest_scores_among_groups_of_equal_shape_are_pruned():
     params, groups = blocks((8, 8))
     plan = tpp.make_plan(groups, params, {"*": 0.25}, scope="isomorphic")
     scores = [np.abs(params[f"block{i}"]["up"]["kernel"]).mean(0) for i in range(2)]
@@ -306,7 +306,7 @@ def test_the_lowest_scores_among_like_groups_go():
     np.testing.assert_array_equal(np.sort(gone), lowest)
 
 
-def test_the_first_block_of_a_stage_is_like_the_others():
+def test_the_first_block_of_a_stage_has_the_shape_of_the_others():
     model = filled(
         lambda: CifarResNet((2, 2, 2), width=0.5, option="B", rngs=nnx.Rngs(0))
     )
@@ -327,7 +327,7 @@ def test_the_first_block_of_a_stage_is_like_the_others():
 
 
 @pytest.mark.parametrize("scope", ["local", "global", "isomorphic"])
-def test_no_group_is_left_with_fewer_than_the_least(scope):
+def test_no_group_keeps_fewer_than_the_minimum(scope):
     params, groups = blocks((4, 8, 8, 2))
     plan = tpp.make_plan(groups, params, 0.9, scope=scope, min_channels=3)
     assert kept_counts(plan) == {
