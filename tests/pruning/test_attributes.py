@@ -11,6 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import tpp_jax as tpp
+from tests.pruning.masking import masked, masked_module
 
 RNG = np.random.default_rng(0)
 
@@ -27,19 +28,6 @@ def group_of(groups, layer, size):
         if layer in group.producers and group.size == size and group.reason is None
     ]
     return found
-
-
-def masked(call, plan, params, *inputs):
-    """Returns what the network computes with its pruned channels multiplied by zero."""
-    arrays, rest = eqx.partition(params, eqx.is_array)
-    arrays = jax.tree.map(jnp.multiply, arrays, tpp.mask_tree(plan, arrays))
-    return call(eqx.combine(arrays, rest), *inputs)
-
-
-def masked_module(net, plan, *inputs):
-    graphdef, state = nnx.split(net)
-    state = jax.tree.map(jnp.multiply, state, tpp.mask_tree(plan, state))
-    return nnx.merge(graphdef, state)(*inputs)
 
 
 def attend(q, k, v, scale):
