@@ -272,15 +272,15 @@ def extended(
 
 def _selections(found: list[FieldSize]) -> Iterator[list[FieldSize]]:
     """Yields all attributes, those of all kinds but one, and those of one kind."""
-    kinds = list(dict.fromkeys(size.field.kind for size in found))
+    kinds = list(dict.fromkeys(size.field.declaration for size in found))
     if found:
         yield found
     if len(kinds) > 2:  # one of them is equal by chance
         for kind in kinds:
-            yield [s for s in found if s.field.kind != kind]
+            yield [s for s in found if s.field.declaration != kind]
     if len(kinds) > 1:
         for kind in kinds:
-            yield [s for s in found if s.field.kind == kind]
+            yield [s for s in found if s.field.declaration == kind]
 
 
 def _counts(role: str, made: bool) -> bool:

@@ -342,7 +342,7 @@ class _Search:
         """Forgets attributes that the model holds without."""
         # Most likely it is the innermost module that computes with its own.
         sizes = sorted(self.sizes, key=lambda size: size.field.path.count("."))
-        kinds = list(dict.fromkeys(size.field.kind for size in sizes))
+        kinds = list(dict.fromkeys(size.field.declaration for size in sizes))
         self._drop_idle(kinds[:-1])
         self._drop_idle(kinds[-1:])
 
@@ -350,7 +350,7 @@ class _Search:
         """Forgets attributes of some kinds, found by halving."""
         if not kinds:
             return
-        without = tuple(s for s in self.sizes if s.field.kind not in kinds)
+        without = tuple(s for s in self.sizes if s.field.declaration not in kinds)
         if not self.attempt(self.rest, without):
             self.sizes = without
         elif len(kinds) > 1:

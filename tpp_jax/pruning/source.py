@@ -88,7 +88,6 @@ class Source:
             return trace_function(self.function, self.inputs, self.kwargs)
         made: list[Trace] = []
         found = linen_fields(
-            self.model,
             lambda: made.append(
                 trace_function(self.function, self.inputs, self.kwargs)
             ),
