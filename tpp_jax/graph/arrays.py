@@ -40,6 +40,10 @@ def fitting(sharding: Sharding, shape: tuple[int, ...]) -> Sharding | None:
         except ValueError:
             return None
         return sharding
+    return _fitting_named(sharding, shape)
+
+
+def _fitting_named(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     spec = []
     for size, entry in itertools.zip_longest(shape, sharding.spec):
         if entry is None or entry is PartitionSpec.UNCONSTRAINED:
@@ -163,7 +167,7 @@ def _taken(array: Array, kept: Mapping[int, Any]) -> Array:
         sharding = None
         if is_explicit(array):
             shape = (*array.shape[:axis], len(positions), *array.shape[axis + 1 :])
-            sharding = fitting(jax.typeof(array).sharding, shape)
+            sharding = _fitting_named(jax.typeof(array).sharding, shape)
         array = array.at[where].get(
             mode="promise_in_bounds",
             indices_are_sorted=True,
