@@ -212,8 +212,8 @@ def label_axes(
     for eqn in traced.equations:
         operands = [axes[n] for n in eqn.inputs]
         shapes = [traced.shapes[n] for n in eqn.outputs]
-        labels.kind = kind_of(eqn, traced, kinds) if kinds else None
-        results = apply_rule(labels, eqn, operands, shapes)
+        kind = kind_of(eqn, traced, kinds) if kinds else None
+        results = apply_rule(labels, eqn, operands, shapes, kind)
         if eqn.primitive in ("dot_general", "ragged_dot_general") and not (
             eqn.outputs[0] in sure
             or any(len(traced.origin.get(n, ())) == 1 for n in eqn.inputs)
@@ -229,7 +229,8 @@ def label_axes(
         labels.tie(*(axes[traced.leaves[leaf]][axis] for leaf, axis in pair))
     outputs = _named("an output of the model", traced.output_names)
     for value, reason in zip(traced.outputs, outputs, strict=True):
-        labels.fix_all([axes[value]], reason)
+        for axis in axes[value]:
+            labels.fix(axis, reason)
     return labels, axes
 
 

@@ -29,6 +29,9 @@ CALLS = {
     "composite": "jaxpr",
 }
 
+ENTERED = frozenset({*CALLS, "scan", "while", "cond", "shard_map"})
+"""Primitives in whose place the operations inside them are listed."""
+
 # A language model of a hundred unrolled layers has some ten thousand equations.
 MOST_EQUATIONS = 2_000_000
 
