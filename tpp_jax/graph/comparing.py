@@ -16,10 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from tpp_jax.graph.fields import Parts
-from tpp_jax.graph.labels import Channels, Labels
+from tpp_jax.graph.labels import Axis, Channels, Labels
 from tpp_jax.graph.tracing import Equation, Trace, source_line, source_lines
-
-AxisLabels = Int[np.ndarray, " n"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +32,7 @@ class Reading:
     """
 
     labels: Labels
-    axes: dict[int | None, list[AxisLabels]]
+    axes: dict[int | None, list[Axis]]
     solution: Channels
     channels: tuple[Int[np.ndarray, " size"], ...]
 
@@ -56,14 +54,14 @@ class Reading:
     @functools.cached_property
     def distinct(
         self,
-    ) -> tuple[dict[int, list[int]], list[AxisLabels], Int[np.ndarray, " axes"]]:
+    ) -> tuple[dict[int, list[int]], list[Axis], Int[np.ndarray, " axes"]]:
         """The distinct label vectors of all axes.
 
         Value number → indices of the vectors of its axes; the vectors; and where each
         ends in their concatenation.
         """
         numbers: dict[int, int] = {}
-        arrays: list[AxisLabels] = []
+        arrays: list[Axis] = []
         of: dict[int, list[int]] = {}
         for value, axes in self.axes.items():
             if value is None:
@@ -79,7 +77,7 @@ class Reading:
         return of, arrays, ends
 
     @functools.cached_property
-    def _flat(self) -> AxisLabels:
+    def _flat(self) -> Axis:
         _, arrays, _ = self.distinct
         return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
 
@@ -209,7 +207,7 @@ class Kept:
         """Returns the shape that a value has after the cut."""
         return tuple([self.counts[i] for i in self.indices[value]])
 
-    def widths(self, reading: Reading) -> Iterable[tuple[AxisLabels, int]]:
+    def widths(self, reading: Reading) -> Iterable[tuple[Axis, int]]:
         """Returns the labels of every distinct axis, and its size after the cut."""
         _, arrays, _ = reading.distinct
         return zip(arrays, self.counts, strict=True)
