@@ -345,7 +345,7 @@ class MyCell(nn.RNNCellBase):
         return new, new
 
     @nn.nowrap
-    def initialize_carry(self, rng, input_shape):
+    def initialize_carry(self, rng, input_shape):  # noqa: ARG002  as Flax calls it
         return jnp.zeros((*input_shape[:-1], self.features))
 
     @property

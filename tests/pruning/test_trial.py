@@ -218,7 +218,7 @@ class Scaled(nnx.Module):
 def test_an_attribute_that_enters_the_values_does_not_follow():
     net, x = Scaled(nnx.Rngs(0)), array(4, 5)
     groups = tpp.channel_groups(net, x)
-    assert "enters its values in place of" in groups["a"].reason
+    assert "appears in its computation in place of" in groups["a"].reason
     assert "test_trial.py:" in groups["a"].reason
 
 

@@ -180,7 +180,7 @@ def parts_of(
     sets, numbers = np.unique(met[:, through >= 0], axis=0, return_counts=True)
     through = through[through >= 0]
     return tuple(
-        (int(n), tuple([names[i] for i in through[own].tolist()]))
+        (int(n), tuple([names[int(i)] for i in through[own]]))
         for own, n in zip(sets, numbers, strict=True)
     )
 
@@ -269,7 +269,7 @@ def difference(
                 return _other_shape(old, before, reading, value, expected, found)
         if not _same_settings(before, after, kept, old):
             return Difference(
-                f"'{before.primitive}' has other settings{_at(after)}",
+                f"'{before.primitive}' has other parameters{_at(after)}",
                 _groups_through(before, old, reading),
                 lines=tuple(source_lines(after.source)),
             )

@@ -45,9 +45,9 @@ class OtherNumber:
     def difference(self) -> Difference:
         """Describes the number to the user."""
         if np.ndim(self.after):
-            return Difference("an array of other numbers enters its values")
+            return Difference("an array with other numbers appears in its computation")
         return Difference(
-            f"the number {_short(self.after)} enters its values in place of "
+            f"the number {_short(self.after)} appears in its computation in place of "
             f"{_short(self.before)}",
             line=source_line(self.source),
         )
