@@ -21,7 +21,7 @@ def reasons(groups):
     return {group.name: group.reason for group in groups}
 
 
-# Sizes that are written into a model.
+# Sizes that are hard-coded in a model.
 
 
 SIZES = {
@@ -79,12 +79,12 @@ def test_outputs_keep_their_shapes():
     assert not prunable(groups)
 
 
-def test_a_trial_does_not_collide_with_another_size():
+def test_a_trial_size_does_not_collide_with_another_size():
     def net(p, x):
         h = x
         for name in ("a", "b"):
             y = jax.nn.relu(h @ p[name])
-            h = y + h if y.shape == h.shape else y  # not where half of 12 is the input
+            h = y + h if y.shape == h.shape else y  # false if 6 is left of 12
         return h @ p["c"]
 
     params = {"a": array(6, 12), "b": array(12, 12), "c": array(12, 3)}
@@ -98,7 +98,7 @@ def test_a_trial_does_not_collide_with_another_size():
     )
 
 
-def test_a_model_that_wants_round_numbers_gets_one():
+def test_a_model_that_requires_round_numbers_is_tried_with_one():
     def net(p, x):
         h = x @ p["a"]
         if h.shape[-1] % 4:
@@ -116,9 +116,9 @@ def test_a_model_that_wants_round_numbers_gets_one():
 # Inner groups, and widths of one.
 
 
-def test_an_inner_group_counts_where_the_coarser_cannot_be_pruned():
+def test_an_inner_group_is_pruned_if_the_coarser_one_cannot_be():
     def net(p, x):
-        heads = (x @ p["a"]).reshape(len(x), 4, -1)  # four heads, whatever is left
+        heads = (x @ p["a"]).reshape(len(x), 4, -1)  # always four heads
         return jax.nn.relu(heads).reshape(len(x), -1) @ p["b"]
 
     params = {"a": array(5, 24), "b": array(24, 3)}
@@ -129,7 +129,7 @@ def test_an_inner_group_counts_where_the_coarser_cannot_be_pruned():
         assert tpp.make_plan(groups, params, **asked).kept["a#2"].shape == (3,)
 
 
-def test_one_head_is_no_group_that_hides_its_dimensions():
+def test_a_single_head_does_not_hide_its_dimensions():
     def net(p, x):
         heads = (x @ p["a"]).reshape(len(x), 1, -1)
         return jax.nn.relu(heads).reshape(len(x), -1) @ p["b"]
@@ -143,7 +143,7 @@ def test_one_head_is_no_group_that_hides_its_dimensions():
 # Reductions.
 
 
-def test_a_cut_that_a_norm_sees_is_warned_of():
+def test_a_cut_that_changes_a_norm_warns():
     class Net(nnx.Module):
         def __init__(self, rngs):
             self.a = nnx.Linear(5, 16, rngs=rngs)
@@ -155,14 +155,14 @@ def test_a_cut_that_a_norm_sees_is_warned_of():
 
     net, x = Net(nnx.Rngs(0)), array(4, 5)
     plan = tpp.make_plan(tpp.channel_groups(net, x), net, 0.25)
-    tpp.prune(net, plan)  # nobody expects it to be free
+    tpp.prune(net, plan)  # without a warning, since no channels were zero
     graphdef, state = nnx.split(net)
     state = jax.tree.map(jnp.multiply, state, tpp.mask_tree(plan, state))
     with pytest.warns(UserWarning, match="norm, softmax or other reduction .* of a:"):
         tpp.prune(nnx.merge(graphdef, state), plan)
 
 
-def test_reduced_groups_are_proved_where_the_reduction_is_a_mean():
+def test_reduced_groups_are_proved_if_the_reduction_is_a_mean():
     def normed(p, x):
         h = x @ p["a"]
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6)
@@ -186,7 +186,7 @@ def test_haiku_is_refused_by_name():
     assert groups["mlp/~/linear_0"].reason.startswith("Haiku, whose modules compare")
 
 
-def test_a_target_out_of_reach_names_what_it_left_out():
+def test_a_target_out_of_reach_names_the_unpruned_groups():
     def net(p, x):
         return (x @ p["a"]).reshape(-1, 16) @ p["b"] @ p["c"]
 
@@ -196,11 +196,11 @@ def test_a_target_out_of_reach_names_what_it_left_out():
         tpp.make_plan(groups, params, flops=0.3)
 
 
-# Widths that enter the values.
+# Widths as numbers in the computation.
 
 
 class Scaled(nnx.Module):
-    """Divides by a number that equals its width: an attribute, or from the array."""
+    """Divides by its width, from an attribute or from the array's shape."""
 
     def __init__(self, rngs, width=12, attribute=True):
         self.width = width
@@ -215,14 +215,14 @@ class Scaled(nnx.Module):
         return self.b(h / h.shape[-1])
 
 
-def test_an_attribute_that_enters_the_values_does_not_follow():
+def test_an_attribute_that_scales_the_values_does_not_follow():
     net, x = Scaled(nnx.Rngs(0)), array(4, 5)
     groups = tpp.channel_groups(net, x)
     assert "appears in its computation in place of" in groups["a"].reason
     assert "test_trial.py:" in groups["a"].reason
 
 
-def test_a_width_that_enters_the_values_is_like_a_mean():
+def test_a_width_that_scales_the_values_is_like_a_mean():
     net, x = Scaled(nnx.Rngs(0), attribute=False), array(4, 5)
     groups = tpp.channel_groups(net, x)
     assert groups["a"].reason is None and groups["a"].reduced
@@ -230,7 +230,7 @@ def test_a_width_that_enters_the_values_is_like_a_mean():
     assert tpp.check_groups(net, x).unproved == ("a",)
 
 
-def test_a_factor_that_depends_on_the_width_is_another_branch():
+def test_a_factor_that_depends_on_the_width_is_refused():
     def net(p, x):
         h = x @ p["a"]
         return (h * (3.0 if h.shape[-1] < 5 else 1.0)) @ p["b"]
@@ -243,7 +243,7 @@ def test_a_factor_that_depends_on_the_width_is_another_branch():
         tpp.make_plan(groups, params, 0.75)
 
 
-def test_an_array_that_depends_on_the_width_is_like_a_number():
+def test_an_array_that_depends_on_the_width_is_refused():
     few, many = array(2, 1), array(2, 1) + 1
 
     def net(p, x):
@@ -258,7 +258,7 @@ def test_an_array_that_depends_on_the_width_is_like_a_number():
         tpp.make_plan(groups, params, 0.75)
 
 
-def test_a_shape_that_an_output_has_from_a_width_is_named_with_its_line():
+def test_an_output_whose_shape_is_a_width_is_named_with_its_line():
     def net(p, x):
         h = x @ p["a"]
         return h @ p["b"], jnp.zeros(h.shape[-1])

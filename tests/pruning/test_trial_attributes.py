@@ -17,12 +17,12 @@ def array(*shape):
 
 
 class Attention(nnx.Module):
-    """Attention that keeps its numbers as attributes."""
+    """Attention with its numbers of heads as attributes."""
 
     def __init__(self, rngs, width=24, heads=6, kv_heads=3):
         size = width // heads
         self.heads, self.kv_heads, self.size = heads, kv_heads, size
-        self.layers = 3  # equal to the number of key-value heads, and nothing to it
+        self.layers = 3  # equal to the number of key-value heads by coincidence
         self.q = nnx.Linear(width, heads * size, rngs=rngs)
         self.k = nnx.Linear(width, kv_heads * size, rngs=rngs)
         self.v = nnx.Linear(width, kv_heads * size, rngs=rngs)
@@ -75,7 +75,7 @@ class Config:
 
 
 class LinenAttention(linen.Module):
-    """Attention whose number of heads is in a configuration, its size set by setup."""
+    """Attention with its number of heads in a configuration and its size from setup."""
 
     config: Config
 
@@ -174,7 +174,7 @@ def test_unequal_parts_follow_their_attributes():
     )
 
 
-def test_unequal_parts_of_written_sizes_stay():
+def test_unequal_parts_of_hard_coded_sizes_are_kept():
     def net(p, x):
         left, right = jnp.split(x @ p["both"], [12], axis=-1)
         return left @ p["one"] + right @ p["other"]

@@ -29,7 +29,7 @@ class Noisy(nnx.Module):
         return self.b(h * scale)
 
 
-def test_keyword_arguments_go_to_the_model():
+def test_keyword_arguments_are_passed_to_the_model():
     net, x, scale = Noisy(nnx.Rngs(0)), array(3, 5), jnp.ones((1, 1))
     kwargs = {"scale": scale, "train": False}
     groups = tpp.channel_groups(net, x, **kwargs)
@@ -44,7 +44,7 @@ def test_keyword_arguments_go_to_the_model():
     assert small(x, **kwargs).shape == (3, 2)
 
 
-def test_a_call_that_lacks_an_argument_is_not_blamed_on_sizes():
+def test_a_missing_argument_is_not_reported_as_a_wrong_size():
     net, x = Noisy(nnx.Rngs(0)), array(3, 5)
     graphdef, state = nnx.split(net)
 
@@ -56,7 +56,7 @@ def test_a_call_that_lacks_an_argument_is_not_blamed_on_sizes():
         tpp.prune(net, plan)
 
 
-def test_equinox_modules_are_taken_with_their_functions_and_settings():
+def test_equinox_modules_keep_their_functions_and_settings():
     key = jax.random.key(0)
     net = eqx.nn.Sequential(
         [
@@ -79,7 +79,7 @@ def test_equinox_modules_are_taken_with_their_functions_and_settings():
         call(small, x), masked(call, plan, net, x), rtol=1e-5, atol=1e-5
     )
     assert tpp.check_groups(call, x, params=net).masked < 1e-5
-    # The norm compares its input with a shape of its own, which follows.
+    # The norm compares its input with an attribute, which follows.
     plan = tpp.make_plan(groups, net, {"layers.0.layers.2": 0.5})
     small = tpp.prune(call, plan, net)
     assert small.layers[2].shape == (5,)

@@ -18,7 +18,7 @@ def array(*shape):
 
 
 class Projected(linen.Module):
-    """Adds its input where that has as many channels, after a projection elsewhere."""
+    """Adds its input, after a projection if that has another number of channels."""
 
     @linen.compact
     def __call__(self, x):
@@ -89,9 +89,9 @@ def test_a_plan_is_checked_on_the_model_that_is_pruned():
         tpp.prune(Net(nnx.Rngs(0), fixed=8), plan)
 
 
-def test_an_order_of_products_that_follows_the_sizes_is_no_other_branch():
+def test_an_order_of_products_that_depends_on_the_sizes_is_not_another_branch():
     def net(p, x):
-        # The order of a product of three depends on their sizes.
+        # The order of a product of three arrays depends on their sizes.
         return jnp.einsum("ni,ij,jk->nk", x, p["a"], p["b"])
 
     params = {"a": array(40, 64), "b": array(64, 3)}
