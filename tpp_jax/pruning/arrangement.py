@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tpp_jax.graph.records import Group, Groups
+from tpp_jax.graph.records import Group, Groups, Slot
 from tpp_jax.pruning.masks import keep_masks
 from tpp_jax.pruning.plan import Plan
 
@@ -63,3 +63,37 @@ def _layout(
             positions = positions[np.argsort(positions[:, 0])]
         layout.add((leaf, axis, positions.shape[1], positions.tobytes()))
     return frozenset(layout)
+
+
+def alike_slots(groups: Groups, i: int, j: int) -> tuple[Slot, Slot] | None:
+    """Returns an axis that each of two groups produces, with the same layout.
+
+    Args:
+      groups: All groups.
+      i: Index of one group.
+      j: Index of the other group.
+
+    Returns:
+      The axis of each group; None if no two axes have the same layout.
+    """
+    for one in groups[i].members:
+        for other in groups[j].members:
+            slots = (one.leaf, one.axis), (other.leaf, other.axis)
+            if one.role == other.role == "produced" and (
+                _slot_layout(groups, slots[0], i) == _slot_layout(groups, slots[1], j)
+            ):
+                return slots
+    return None
+
+
+def _slot_layout(
+    groups: Groups, slot: Slot, i: int
+) -> tuple[int, dict[int | None, bytes]]:
+    """Returns the size of an axis and the positions of its groups, group i unnamed."""
+    leaf, axis = slot
+    return groups.shapes[leaf][axis], {
+        None if n == i else n: member.positions.tobytes()
+        for n, group in enumerate(groups)
+        for member in group.members
+        if (member.leaf, member.axis) == slot
+    }

@@ -33,9 +33,8 @@ def channel_groups(
       params: Parameter pytree of a function, or variables of a Linen module; they may
         be abstract. Leaves that are not arrays (the functions and numbers of an Equinox
         module) are passed unchanged.
-      strict: Whether to raise where channels meet an operation without a rule or a size
-        that is written into the model, instead of reporting them as unprunable with the
-        reason.
+      strict: Whether to raise if channels meet an operation without a rule or a
+        hard-coded size, instead of reporting them as unprunable with the reason.
       **kwargs: Keyword arguments of the model, like ``inputs``.
 
     Returns:

@@ -16,6 +16,7 @@ from tpp_jax.graph.comparing import Difference
 from tpp_jax.graph.fields import FieldSize
 from tpp_jax.graph.records import Groups, Slot, Supposition
 from tpp_jax.graph.tracing import source_line
+from tpp_jax.pruning.arrangement import alike_slots
 from tpp_jax.pruning.attributes import Attributes, extended, settle
 from tpp_jax.pruning.literals import OtherNumber
 from tpp_jax.pruning.source import Source
@@ -454,33 +455,13 @@ class _Search:
         for one, other in alike[:_PAIRS]:
             if not done.isdisjoint((*one, *other)):
                 continue
-            maybe = [self._alike_slots(i, j) for i, j in zip(one, other, strict=True)]
+            members = zip(one, other, strict=True)
+            maybe = [alike_slots(self.groups, i, j) for i, j in members]
             slots = [pair for pair in maybe if pair is not None]
             if len(slots) == len(maybe) and self._hold_together(one, other):
                 found += slots
                 done.update(one, other)
         return tuple(found)
-
-    def _alike_slots(self, i: int, j: int) -> tuple[Slot, Slot] | None:
-        """Returns an axis of each of two groups with the same layout."""
-        for one in self.groups[i].members:
-            for other in self.groups[j].members:
-                slots = (one.leaf, one.axis), (other.leaf, other.axis)
-                if one.role == other.role == "produced" and self._layout(
-                    slots[0], i
-                ) == self._layout(slots[1], j):
-                    return slots
-        return None
-
-    def _layout(self, slot: Slot, i: int) -> tuple[int, dict[int | None, bytes]]:
-        """Returns the size of an axis and the positions of its groups, one unnamed."""
-        leaf, axis = slot
-        return self.groups.shapes[leaf][axis], {
-            None if n == i else n: member.positions.tobytes()
-            for n, group in enumerate(self.groups)
-            for member in group.members
-            if (member.leaf, member.axis) == slot
-        }
 
     def _hold_together(self, one: list[int], other: list[int]) -> bool:
         """Reports whether groups hold if pairs of them lose as many channels."""
