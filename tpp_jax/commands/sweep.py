@@ -21,7 +21,7 @@ import ml_collections
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import run
 from tpp_jax.experiment.config import default_config, near_fields
-from tpp_jax.experiment.methods import METHODS
+from tpp_jax.experiment.methods import find_method
 from tpp_jax.experiment.records import folders
 from tpp_jax.experiment.records.history import is_number
 from tpp_jax.experiment.records.summary import draw, read_summary
@@ -423,8 +423,10 @@ def _dense_folder(
     config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> pathlib.Path | None:
     """Returns the folder of the dense training that a cell starts from, if of any."""
-    method = METHODS.get(config.prune.method)
-    pretrained = method is not None and "pretrain" in method.stages.split()
+    try:
+        pretrained = "pretrain" in find_method(config.prune.method).stages.split()
+    except TPPError:
+        return None  # the run of the cell says what is wrong
     if not pretrained or config.init.model or config.init.torch:
         return None
     dense = _dense(config)
