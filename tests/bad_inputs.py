@@ -139,6 +139,7 @@ def _fields() -> Cases:
         ("finetune.ema", 1.0),
         ("finetune.orthogonality", "conv"),
         ("prune.method", "magic"),
+        ("prune.method", "math:pi"),
         ("prune.reinitialize", "magic"),
         ("prune.rounds", 0),
         ("prune.rounds", 10**6),
@@ -146,6 +147,9 @@ def _fields() -> Cases:
         ("prune.flops", 1.5),
         ("prune.params", -0.5),
         ("prune.criterion", "l3"),
+        ("prune.criterion", "no_such_package.scores:mine"),
+        ("prune.criterion", "math:no_such_name"),
+        ("prune.criterion", "folder/scores.py:mine"),
         ("prune.scope", "everywhere"),
         ("prune.reduce", "median"),
         ("prune.round_to", 0),
@@ -652,6 +656,10 @@ def _library() -> Cases:
         (
             "`tpp.make_plan` with a width that the model's code does not allow",
             lambda f: tpp.make_plan(picky_groups, picky_params, counts={"w1": 5}),
+        ),
+        (
+            "`tpp.register_rule` for a primitive that has a rule",
+            lambda f: tpp.register_rule("add"),
         ),
         (
             "`tpp.zero_pruned` with a stabilize phase that is too short",
