@@ -113,6 +113,10 @@ def _transforms() -> Cases:
             lambda f: tpp.make_plan(picky_groups, picky_params, counts={"w1": 5}),
         ),
         (
+            "`tpp.register_rule` for a primitive that has a rule",
+            lambda f: tpp.register_rule("add"),
+        ),
+        (
             "`tpp.zero_pruned` with a stabilize phase that is too short",
             lambda f: tpp.zero_pruned(plan, tpp.growing_schedule(stabilize=10)),
         ),

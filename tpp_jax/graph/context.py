@@ -24,7 +24,7 @@ class Context:
       shapes: Shape of each result.
       labels: Labels of the model so far; the methods here are its ways to change.
       kind: Kind of a convolution in the unpruned model, ``"plain"``, ``"grouped"`` or
-        ``"depthwise"``; None if its sizes tell.
+        ``"depthwise"``; None to derive it from its sizes.
 
     Example:
       >>> def swap(ctx: Context) -> list[Axes]:  # a transpose of a matrix

@@ -148,7 +148,7 @@ def slice_rule(ctx: Context) -> list[Axes]:
         n, part = len(axis), axis[start:limit:stride]
         size = limit - start
         if 1 < size < n and n % size == 0 and start % size == 0 and stride == 1:
-            # Half of an axis (a third…) stays half if all parts lose the same.
+            # Half of an axis (a third…) remains half if all parts lose the same.
             ctx.suppose(axis)
             ctx.tie_all(np.split(axis, n // size))
         elif stride > 1 and n % stride == 0 and start < stride and limit > n - stride:
@@ -194,7 +194,7 @@ def split(ctx: Context) -> list[Axes]:
     axis = ctx.operands[0][along]
     ctx.suppose(axis)
     if len(set(sizes)) == 1:
-        # Equal parts stay equal only if they lose the same positions.
+        # Equal parts remain equal only if they lose the same positions.
         ctx.tie_all(np.split(axis, len(sizes)))
     results = []
     for part in np.split(axis, np.cumsum(sizes)[:-1]):
