@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo    train, prune and fine-tune on handwritten digits (minutes)"
 	@echo "make test    lint, tests and the examples in docstrings"
-	@echo "make lint    ruff check and format check only"
+	@echo "make lint    ruff check, format check and type check only"
 	@echo "make format  format the code with ruff"
 	@echo "make clean   remove the virtual environment and caches (keeps runs/)"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS)"
@@ -36,6 +36,7 @@ test: lint
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

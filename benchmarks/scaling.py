@@ -188,7 +188,7 @@ class Training:
         step = steps.make_train_step(graphdef, tx, task.loss, config, select, axis)
         params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
         state = steps.TrainState(jax.numpy.int32(0), params, stats, tx.init(params))
-        self.program = parallel.on_devices(step, devices, donate=0, kind=kind)
+        self.program = parallel.on_devices(step, devices, donate=0, api=kind)
         self.state, key = parallel.replicate((state, jax.random.key(0)), devices)
         self.arguments = key, *feed.train_data(0)
 

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import io
+import itertools
 import json
 import pathlib
 import shutil
@@ -13,14 +14,8 @@ import pytest
 
 from tests.end_to_end.runs import arrays_of, summary_of
 from tests.experiment.test_errors import small_config
-from tpp_jax.commands.sweep import (
-    cells_of,
-    default_table,
-    groups_of,
-    read_grid,
-    sweep,
-    write_report,
-)
+from tpp_jax.commands.report import read_grid, write_report
+from tpp_jax.commands.sweep import bundles, cells_of, default_table, sweep
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import run
 from tpp_jax.experiment.config import check_fields, check_values
@@ -92,10 +87,10 @@ def test_cells_that_fine_tune_alike_run_together_and_seeds_stay_together():
     cells = cells_of(small_table(rows=rows, columns=half, seeds=(0, 1)))
 
     def grouped(size):
-        return [[(c.row, c.seed) for c in group] for group in groups_of(cells, size)]
+        return [[(c.row, c.seed) for c in group] for group in bundles(cells, size)]
 
     both = {row: [(row, 0), (row, 1)] for row, _ in rows}
-    assert grouped(1) == [[one] for group in grouped(100) for one in group]
+    assert grouped(1) == [[one] for one in itertools.chain.from_iterable(grouped(100))]
     assert grouped(100) == [
         both["Scratch"] + both["Other"],
         both["L1"] + both["TPP"] + both["Extra"],
@@ -199,14 +194,16 @@ def test_a_folder_of_neither_a_sweep_nor_a_run_has_no_report(tmp_path):
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"cells": [{}]}', "\x00"])
 def test_a_table_json_that_is_none_is_named(tmp_path, text):
     (tmp_path / "table.json").write_text(text)
-    with pytest.raises(TPPError, match=r"table\.json is damaged, or not that"):
+    with pytest.raises(
+        TPPError, match=r"table.json is damaged, or not that of a sweep"
+    ):
         write_report(tmp_path)
 
 
 def test_a_cell_of_a_damaged_summary_is_named(swept, tmp_path):
     workdir = shutil.copytree(swept[0], tmp_path / "copy")
     (workdir / "cells" / "l1_half_0" / "summary.json").write_text('{"phases": [')
-    with pytest.raises(TPPError, match=r"l1_half_0/summary\.json cannot be read"):
+    with pytest.raises(TPPError, match=r"l1_half_0/summary.json cannot be read"):
         write_report(workdir)
 
 
@@ -214,14 +211,14 @@ def test_a_cell_of_a_damaged_summary_is_named(swept, tmp_path):
 def test_what_is_of_the_wrong_kind_in_the_folder_of_a_sweep_is_named(tmp_path, name):
     path = tmp_path / name
     path.write_text("mine") if name == "cells" else path.mkdir()
-    with pytest.raises(TPPError, match=f"{name} is no .* move it away"):
+    with pytest.raises(TPPError, match=f"{name} is not a .* move it away"):
         sweep(small_table(), tmp_path)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_folder_of_a_sweep_may_not_be_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TPPError, match="the folder of the run cannot be made"):
+    with pytest.raises(TPPError, match="the folder of the run cannot be created"):
         sweep(small_table(), tmp_path / "file")
 
 

@@ -70,7 +70,7 @@ def test_a_config_is_not_asked_for_where_a_run_has_one(tmp_path):
     assert done.stdout.startswith("lenet5_linear, images 32×32×1, 10 classes\n")
     other = launch("--mode=inspect", f"--workdir={tmp_path}", given)
     said, _, rest = other.stdout.partition("\n")
-    assert "is shown by its own config, not by the one given" in said
+    assert "is used and not the given one" in said
     assert rest == done.stdout
 
 

@@ -85,8 +85,8 @@ def test_a_whole_number_that_cannot_be_counted_is_refused_by_name(name, value):
         # No number can be drawn from Beta(1e-38, 1e-38).
         ("finetune.mixup", 1e-38, "must be 0 or at least 1e-06"),
         ("pretrain.cutmix", 1e-320, "must be 0 or at least 1e-06"),
-        ("init.model", "a\0b", "which is no path"),
-        ("init.torch", "a" * 1000, "which is no path: File name too long"),
+        ("init.model", "a\0b", "which is not a path"),
+        ("init.torch", "a" * 1000, "which is not a path: File name too long"),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_by_name(field, value, message):

@@ -66,13 +66,15 @@ def test_any_ratios_and_skips_make_a_plan_or_are_refused(model, groups, ratios, 
 @settings(max_examples=300)
 @given(
     text=TEXTS,
-    kind=st.sampled_from(["step", "cosine"]),
+    schedule=st.sampled_from(["step", "cosine"]),
     epochs=st.integers(0, 10),
     warmup=st.floats(0, 10),
 )
-def test_learning_rates_are_read_or_refused(text, kind, epochs, warmup):
+def test_learning_rates_are_read_or_refused(text, schedule, epochs, warmup):
     try:
-        rate = learning_rate(text, 7, kind=kind, epochs=epochs, warmup_epochs=warmup)
+        rate = learning_rate(
+            text, 7, schedule=schedule, epochs=epochs, warmup_epochs=warmup
+        )
     except TPPError as error:
         refused_clearly(error)
     else:

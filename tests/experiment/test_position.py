@@ -82,14 +82,14 @@ def test_a_later_format_is_refused_in_one_sentence():
 def test_a_missing_field_is_named(name):
     content = POSITION.to_json()
     del content[name]
-    with pytest.raises(TPPError, match=f"not of a format .*KeyError: '{name}'"):
+    with pytest.raises(TPPError, match=f"have a format .*KeyError: '{name}'"):
         Position.from_json(content)
 
 
 @pytest.mark.parametrize("odd", [3, None, [3], [[3]]])
 @pytest.mark.parametrize("name", ["results", "recent"])
 def test_a_misshapen_field_is_refused(name, odd):
-    with pytest.raises(TPPError, match="not of a format"):
+    with pytest.raises(TPPError, match="have a format"):
         Position.from_json(POSITION.to_json() | {name: odd})
 
 

@@ -128,7 +128,7 @@ def test_a_lock_that_is_held_is_not_taken_for_none(tmp_path, monkeypatch, number
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", held)
-    with pytest.raises(TPPError, match="another run is at work"), locked(tmp_path):
+    with pytest.raises(TPPError, match="another run is using"), locked(tmp_path):
         pass
 
 
@@ -195,6 +195,6 @@ except run.TPPError as error:
         [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True
     )
     assert done.returncode == 1
-    assert "error: " in done.stderr and "make room on the disk" in done.stderr
+    assert "error: " in done.stderr and "free disk space" in done.stderr
     summary = run.train(small_config(checkpoint_every=5), tmp_path)
     assert summary["status"] == "done"

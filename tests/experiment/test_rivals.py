@@ -239,7 +239,7 @@ def test_tpp_logs_the_norm_of_what_it_prunes_and_keeps_gram_matrices(finished):
 def test_the_layer_of_the_report_must_be_one_that_is_pruned(dense):
     config = config_of("tpp", dense, report_layer="net.2")
     with pytest.raises(
-        TPPError, match=r"'net.2', but filters are pruned of net.0, net.6"
+        TPPError, match=r"'net.2', but the layers with pruned filters are net.0, net.6"
     ):
         make_setup(config)
 

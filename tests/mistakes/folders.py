@@ -13,7 +13,7 @@ import tpp_jax as tpp
 from tests.experiment.records.test_checkpoints import cut_short
 from tests.experiment.test_errors import small_config
 from tests.mistakes.runs import Cases, train
-from tpp_jax.commands import sweep
+from tpp_jax.commands import report
 from tpp_jax.commands.evaluate import evaluate
 from tpp_jax.experiment import run
 from tpp_jax.experiment.records.stopping import locked
@@ -80,7 +80,7 @@ def _other_config_file(folder: pathlib.Path) -> Any:
 
 def _no_table(folder: pathlib.Path) -> Any:
     (folder / "table.json").write_text("{")
-    return sweep.write_report(folder)
+    return report.write_report(folder)
 
 
 def _all_damaged(folder: pathlib.Path) -> Any:

@@ -77,20 +77,20 @@ def initial_state(model, tx, average=False):
     return jax.tree.map(jnp.copy, state)
 
 
-def trained(model, tx, devices, steps, config=CONFIG, kind="pmap", **recipe):
+def trained(model, tx, devices, steps, config=CONFIG, api="pmap", **recipe):
     """Trains some steps; returns the loss of each and the last state."""
-    losses, states = followed(model, tx, devices, steps, config, kind, **recipe)
+    losses, states = followed(model, tx, devices, steps, config, api, **recipe)
     return losses, states[-1]
 
 
-def followed(model, tx, devices, steps, config=CONFIG, kind="pmap", **recipe):
+def followed(model, tx, devices, steps, config=CONFIG, api="pmap", **recipe):
     """Trains some steps; returns the loss and the state after each."""
     task = digits_task(dtype=config.dtype, **recipe)
     feed = task.feed(devices, config.accumulate)
     axis = parallel.axis_name(devices)
     graphdef = graphdef_of(model, training=True)
     step = make_train_step(graphdef, tx, task.loss, config, feed.train_batch, axis)
-    run = parallel.on_devices(step, devices, donate=0, kind=kind)
+    run = parallel.on_devices(step, devices, donate=0, api=api)
     state = initial_state(model, tx, average=config.ema > 0)
     state = parallel.replicate(state, devices)
     key = parallel.replicate(jax.random.key(1), devices)
@@ -109,17 +109,17 @@ def assert_alike(tree, other, rtol, atol):
 
 
 @functools.cache
-def fifty_steps(n_devices, kind):
+def fifty_steps(n_devices, api):
     model = small_resnet()
     devices = jax.devices()[:n_devices]
-    return trained(model, tpp_optimizer(model, 1e-3), devices, 50, kind=kind)
+    return trained(model, tpp_optimizer(model, 1e-3), devices, 50, api=api)
 
 
-@pytest.mark.parametrize("kind", ["pmap", "shard_map"])
+@pytest.mark.parametrize("api", ["pmap", "shard_map"])
 @pytest.mark.parametrize("n_devices", [2, 4, 8])
-def test_several_devices_train_like_one(n_devices, kind):
+def test_several_devices_train_like_one(n_devices, api):
     one, state_one = fifty_steps(1, "pmap")
-    several, state = fifty_steps(n_devices, kind)
+    several, state = fifty_steps(n_devices, api)
     np.testing.assert_allclose(several, one, rtol=1e-5)
     assert_alike(state_one, state, rtol=1e-3, atol=2e-5)
 

@@ -123,7 +123,7 @@ def test_the_protocols_are_what_the_generic_code_needs():
     assert not feeds[0].split
 
 
-def trained(model, tx, steps, devices, feed, accumulate=1, kind="pmap"):
+def trained(model, tx, steps, devices, feed, accumulate=1, api="pmap"):
     """Trains some steps; returns the loss of each and the model."""
     graphdef, config = (
         graphdef_of(model, training=True),
@@ -132,7 +132,7 @@ def trained(model, tx, steps, devices, feed, accumulate=1, kind="pmap"):
     axis, select = parallel.axis_name(devices), feed.train_batch
     step = make_train_step(graphdef, tx, Regression().loss, config, select, axis)
     split = 2 if feed.split else None
-    run = parallel.on_devices(step, devices, 0, split, accumulate, kind)
+    run = parallel.on_devices(step, devices, 0, split, accumulate, api)
     state = initial_state(model, tx, average=False, step=0, arrays=None)
     key, state = parallel.replicate((jax.random.key(1), state), devices)
     feed.begin(jax.random.key(2), 0)
@@ -146,11 +146,11 @@ def trained(model, tx, steps, devices, feed, accumulate=1, kind="pmap"):
 
 
 @functools.cache
-def pruned_on(n_devices, streamed=False, kind="pmap"):
+def pruned_on(n_devices, streamed=False, api="pmap"):
     """Trains, regularizes and cuts; returns losses and what was measured on the way."""
     task, devices = Regression(streamed), jax.devices()[:n_devices]
     model, feed = task.model(nnx.Rngs(0)), task.feed(devices)
-    evaluate = Evaluator(task, feed, StepConfig(), devices, kind)
+    evaluate = Evaluator(task, feed, StepConfig(), devices, api)
     groups = tpp.channel_groups(model, *task.example_inputs())
     plan = tpp.make_plan(groups, model, 0.5)
     schedule = tpp.growing_schedule(
@@ -162,10 +162,10 @@ def pruned_on(n_devices, streamed=False, kind="pmap"):
         tpp.zero_pruned(plan, schedule),
     )
     found = {"random": measured(evaluate, model)}
-    losses, model = trained(model, optax.adam(0.02), 80, devices, feed, kind=kind)
+    losses, model = trained(model, optax.adam(0.02), 80, devices, feed, api=api)
     found["trained"] = measured(evaluate, model)
     steps = schedule.total_steps
-    _, model = trained(model, pruning, steps, devices, feed, kind=kind)
+    _, model = trained(model, pruning, steps, devices, feed, api=api)
     found["regularized"] = measured(evaluate, model)
     model = tpp.prune(model, plan)
     found["cut"] = measured(evaluate, model)
@@ -194,11 +194,11 @@ def test_another_task_is_trained_measured_and_pruned(streamed):
 
 
 @pytest.mark.parametrize(
-    ("streamed", "kind"), [(False, "pmap"), (True, "pmap"), (True, "shard_map")]
+    ("streamed", "api"), [(False, "pmap"), (True, "pmap"), (True, "shard_map")]
 )
-def test_two_devices_do_the_same_with_it(streamed, kind):
+def test_two_devices_do_the_same_with_it(streamed, api):
     one, found_by_one, _ = pruned_on(1, streamed)
-    two, found_by_two, _ = pruned_on(2, streamed, kind=kind)
+    two, found_by_two, _ = pruned_on(2, streamed, api=api)
     np.testing.assert_allclose(two[:20], one[:20], rtol=1e-4)
     for moment, metrics in found_by_two.items():
         assert metrics == pytest.approx(found_by_one[moment], rel=1e-3, abs=1e-4)

@@ -141,7 +141,7 @@ def jacobian_singular_values(
     return values if method == "exact" else values[:, jnp.array([0, -1])]
 
 
-def summarize(values: Float[Array, "b k"]) -> Summary:
+def summarize(values: Float[Array | np.ndarray, "b k"]) -> Summary:
     """Returns mean, standard deviation, extremes and condition numbers.
 
     Args:

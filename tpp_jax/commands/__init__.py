@@ -1,1 +1,1 @@
-"""The command line, one file per mode."""
+"""The command line, with one file per mode."""

@@ -1,4 +1,4 @@
-"""Prune a network by TPP; show what a cut would do; time or evaluate a run.
+"""Prune a network by TPP; preview a cut; time or evaluate a run.
 
     tpp-jax --config=configs/digits_resnet8_tpp.py --workdir=runs/digits
     tpp-jax --mode=sweep --config=configs/tables/digits.py --workdir=runs/table
@@ -7,13 +7,12 @@
     tpp-jax --mode=profile --workdir=runs/digits
     tpp-jax --mode=evaluate --workdir=runs/digits
 
-Any config field can be set: --config.prune.ratios='*layer*.conv1:0.9'. The same command
-continues an interrupted run. `python -m tpp_jax` and, in a checkout, `python launch.py`
-are the same command.
+Every config field is a flag: --config.prune.ratios='*layer*.conv1:0.9'. The same
+command continues an interrupted run. `python -m tpp_jax` and, in a checkout,
+`python launch.py` are other names of this command.
 """
 
 import contextlib
-import functools
 import json
 import os
 import sys
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 MODES = ["train", "sweep", "report", "inspect", "profile", "evaluate"]
-_OF_SECONDS = "report", "inspect"  # modes that are over before memory matters
+_SHORT = "report", "inspect"  # modes that end before memory matters
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def _define_flags() -> None:
 
     from tpp_jax.experiment.config_docs import flag_help
 
-    # Reads --config.… already here, to make its default.
+    # This already reads --config.…, to set the default.
     default = str(config_files.folder() / config_files.DEFAULT)
     config_flags.DEFINE_config_file("config", default, flag_help())
     flags.DEFINE_string("workdir", None, "Folder of the run and its results.")
@@ -61,10 +60,10 @@ def _define_flags() -> None:
         "mode",
         "train",
         MODES,
-        "Train, run the grid of a table, draw results, look ahead, time, or measure.",
+        "Train, run the grid of a table, draw results, preview a cut, time or measure.",
     )
     flags.DEFINE_string(
-        "coordinator", None, "Of several processes: host:port of the first; or 'auto'."
+        "coordinator", None, "Address host:port of the first process, or 'auto'."
     )
     flags.DEFINE_integer("num_processes", None, "Total number of processes.")
     flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
@@ -79,13 +78,13 @@ def _parse(argv: list[str]) -> list[str]:
 
     with _plain_errors():
         rest = flags.FLAGS(argv)
-        flags.FLAGS.config.items()  # a file that cannot be read raises only here
+        flags.FLAGS.config.items()  # raises if the file cannot be read
     return rest
 
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Turns what is raised while flags and a config are read into one line."""
+    """Turns exceptions while flags and a config are read into one line."""
     from absl import flags
 
     try:
@@ -107,12 +106,12 @@ def _run(argv: list[str]) -> None:
 
     values = flags.FLAGS
     if argv[1:]:
-        sys.exit(f"error: not understood: {' '.join(argv[1:])}")
+        sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
     if not values.debug:
-        logging.set_verbosity(logging.FATAL)  # what matters is raised as well
+        logging.set_verbosity(logging.FATAL)  # what matters is also raised
     if not values.workdir and values.mode not in ("inspect", "profile"):
-        sys.exit("error: --workdir is missing: give a folder for the run")
-    if values.mode not in _OF_SECONDS:
+        sys.exit("error: --workdir is missing: set a folder for the run")
+    if values.mode not in _SHORT:
         huge_pages.start_again_with()
     from tpp_jax.commands import compilation, processes
 
@@ -124,7 +123,7 @@ def _run(argv: list[str]) -> None:
             values.process_id,
             values.timeout,
         )
-        _do(values.mode, values.config, values.workdir)
+        _do(values.mode, values.config, values.workdir or "")
     except TPPError as error:
         if values.debug:
             raise
@@ -133,31 +132,34 @@ def _run(argv: list[str]) -> None:
         sys.exit("interrupted: the same command continues from the last checkpoint")
 
 
-def _do(mode: str, config: "ConfigDict", workdir: str | None) -> None:
-    """Does what a mode stands for.
+def _do(mode: str, config: "ConfigDict", workdir: str) -> None:
+    """Runs a mode.
 
     Args:
       mode: One of ``MODES``.
-      config: The run, or for a sweep the table.
-      workdir: Folder of the run; some modes do without.
+      config: Config of the run, or of the table for a sweep.
+      workdir: Folder of the run; "" for none, where the mode needs none.
 
     Raises:
-      TPPError: a mistake of the user's.
+      TPPError: The user made a mistake.
     """
-    from tpp_jax.commands import evaluate, inspect, profile, sweep
+    from tpp_jax.commands import evaluate, inspect, profile, report, sweep
     from tpp_jax.experiment import run
+    from tpp_jax.experiment.fields import flat
     from tpp_jax.experiment.records import terminal
 
-    if mode == "evaluate":  # data.dir, if given: where it has moved to
-        print(json.dumps(evaluate.evaluate(workdir, config.data.dir)))
-    elif mode == "report":
-        terminal.say(f"{sweep.write_report(workdir)} shows it.")
-    else:
-        given = any(word.lstrip("-").startswith("config") for word in sys.argv)
-        jobs = {
-            "train": run.train,
-            "sweep": sweep.sweep,
-            "inspect": functools.partial(inspect.inspect, given=given),
-            "profile": functools.partial(profile.profile, given=given),
-        }
-        jobs[mode](config, workdir)
+    given = any(word.lstrip("-").startswith("config") for word in sys.argv)
+    match mode:
+        case "train":
+            run.train(config, workdir)
+        case "sweep":
+            sweep.sweep(config, workdir)
+        case "report":
+            terminal.say(f"The report is {report.write_report(workdir)}.")
+        case "inspect":
+            inspect.inspect(config, workdir or None, given=given)
+        case "profile":
+            profile.profile(config, workdir or None, given=given)
+        case "evaluate":  # the data may have moved to data.dir
+            moved = flat(config).get("data.dir", "")
+            print(json.dumps(evaluate.evaluate(workdir, moved)))

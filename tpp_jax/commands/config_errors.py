@@ -1,4 +1,4 @@
-"""What goes wrong while a config is read, in one line for the person who wrote it."""
+"""Errors while a config is read, as one line for the author of the config."""
 
 import os
 import pathlib
@@ -13,16 +13,16 @@ _PACKAGE = f"{pathlib.Path(__file__).parents[1]}{os.sep}"
 
 
 def explain(error: Exception) -> str | None:
-    """Returns what an error of reading a config and its flags says to a person.
+    """Returns a message for a user from an error of reading a config and its flags.
 
     Args:
-      error: raised by the config's own code, by ml_collections or by absl.
+      error: Error from the code of the config, from ml_collections or from absl.
 
     Returns:
-      One line; None if this package raised it and did not mean it for a person.
+      One line; None for an error of this package that is not meant for users.
     """
     text = " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
-    trace = str(error)  # ml_collections hands some errors on as the text of a trace
+    trace = str(error)  # ml_collections passes on some errors as tracebacks
     if "Traceback (most recent call last)" not in trace:
         trace = "".join(traceback.format_exception(error))
     what, calls = _parts(trace)
@@ -57,7 +57,7 @@ def _is_users(file: str) -> bool:
 
 
 def _parts(trace: str) -> tuple[str, list[tuple[str, str]]]:
-    """Takes a trace apart: what was raised, and file and line of each call to it."""
+    """Parses a traceback: what was raised, and the file and line of each call."""
     calls = re.findall('File "(.+)", line ([0-9]+)', trace)
     lines = trace.strip().splitlines()
     last = max((i for i, line in enumerate(lines) if line.startswith("  ")), default=-1)

@@ -1,4 +1,4 @@
-"""The config files that come with the package, by name from any folder."""
+"""The config files of the package, found by name from any folder."""
 
 import importlib
 import importlib.util
@@ -11,9 +11,9 @@ DEFAULT = "digits_resnet8_tpp.py"
 
 
 def folder() -> pathlib.Path:
-    """Returns the folder of the configs that come with the package.
+    """Returns the folder of the package's configs.
 
-    An installed package holds them; a checkout has them next to the package.
+    An installed package contains them; a checkout has them next to the package.
     """
     package = pathlib.Path(__file__).parents[1]
     installed = package / "configs"
@@ -24,12 +24,12 @@ def find(name: str) -> str:
     """Returns the path of a config file.
 
     Args:
-      name: Path of a file; or the name of one that comes with the package, such as
+      name: Path of a file, or the name of a config of the package, such as
         ``"configs/tables/digits.py"``, ``"tables/digits.py"`` or ``"tables/digits"``.
-        A colon and an argument of the config may follow.
+        A colon and an argument for the config may follow.
 
     Returns:
-      The path, with the argument; the name itself where there is no such file.
+      The path with the argument; the given name if there is no such file.
     """
     path, colon, argument = name.partition(":")
     if pathlib.Path(path).is_file():
@@ -42,10 +42,10 @@ def find(name: str) -> str:
 
 
 def found(arguments: Sequence[str]) -> list[str]:
-    """Returns the words of a command with the path of the config after ``--config``.
+    """Replaces the value of ``--config`` in a command by the path of the config.
 
     Args:
-      arguments: The words after the program's name.
+      arguments: Words after the program's name.
     """
     words, previous = [], ""
     for word in arguments:
@@ -60,9 +60,9 @@ def found(arguments: Sequence[str]) -> list[str]:
 
 
 def make_importable() -> None:
-    """Lets a table import the configs that it starts from, as ``configs.….``.
+    """Makes the configs importable as ``configs.…``, which tables do.
 
-    A package ``configs`` of the user is extended, and its files are preferred.
+    A package ``configs`` of the user is extended, and its files take precedence.
     """
     if importlib.util.find_spec("configs") is None:
         package = types.ModuleType("configs")

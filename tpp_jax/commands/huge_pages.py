@@ -1,4 +1,4 @@
-"""A command's memory in huge pages."""
+"""Memory of a command in huge pages."""
 
 import os
 import pathlib
@@ -9,15 +9,16 @@ _MODES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def start_again_with() -> None:
-    """Replaces this process by one whose memory lies in huge pages, where that helps.
+    """Replaces this process by one that uses huge pages, where that is faster.
 
-    XLA allocates the memory of a step again in every step. In pages of 4 KiB the system
-    spends up to a fifth of a step on a CPU on making them; in huge pages, next to
-    nothing. glibc reads the setting when a process starts, so that the command is
-    started again; a ``GLIBC_TUNABLES`` that the user has set is respected.
+    XLA allocates the memory of each step again. With pages of 4 KiB, the system spends
+    up to a fifth of a step on a CPU on creating them; with huge pages, almost nothing.
+    glibc reads the setting when a process starts, so the command is started again. A
+    ``GLIBC_TUNABLES`` that the user has set is respected.
 
-    Returns where nothing is to be gained: the system is not Linux, gives out huge pages
-    to all or to none, or this process runs more than the command, as a notebook does.
+    The function returns if there is nothing to gain: the system is not Linux, gives
+    huge pages to all processes or to none, or this process does more than run the
+    command, such as a notebook.
     """
     if sys.platform != "linux" or _TUNABLES in os.environ or not _on_request():
         return

@@ -1,6 +1,5 @@
-"""What a config would prune, shown without training: --mode=inspect."""
+"""Preview of the pruning of a config, without training: --mode=inspect."""
 
-import dataclasses
 import os
 import pathlib
 import sys
@@ -12,7 +11,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from tpp_jax import data
+from tpp_jax import data, models
 from tpp_jax.analysis.groups_svg import draw_groups
 from tpp_jax.analysis.groups_text import describe_groups, group_report
 from tpp_jax.data import sources
@@ -30,7 +29,7 @@ from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.flops import count
 from tpp_jax.saving import load_model
 
-_WIDTHS = 80, 120  # of the table on a terminal: the least and the most
+_WIDTHS = 80, 120  # smallest and largest width of the table on a terminal
 
 
 def inspect(
@@ -39,43 +38,45 @@ def inspect(
     *,
     given: bool = True,
 ) -> None:
-    """Prints the groups of a config's model and what its ratios would leave.
+    """Prints the groups of a config's model and the effect of its ratios.
 
     Nothing is trained, and the data set need not be prepared.
 
     Args:
-      config: as for training.
-      workdir: folder that ``groups.svg`` is drawn into, made if missing. If it is that
-        of a run, the run's own config is used.
-      given: whether somebody asked for ``config``: then it is said if another is used.
+      config: Config of a run.
+      workdir: Folder for ``groups.svg``, which is created if it is missing. If it is
+        the folder of a run, the run's own config is used.
+      given: Whether the user asked for ``config``, so that a message appears if
+        another is used.
 
     Raises:
-      TPPError: whatever is wrong with the config.
+      TPPError: The config is unusable, or the picture cannot be written.
     """
     try:
         _inspect(RunConfig.from_dict(config_of(workdir, config, given)), workdir)
         sys.stdout.flush()
-    except BrokenPipeError:  # piped into a reader that has seen enough, as head
+    except BrokenPipeError:  # the reader of the pipe has ended, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _inspect(config: RunConfig, workdir: str | pathlib.Path | None) -> None:
     model = abstract_model(config)
-    example = jax.ShapeDtypeStruct((1, *model.spec.image_shape), jnp.float32)
+    spec = models.spec_of(model)
+    example = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
     groups = channel_groups(model, example)
     weights = _weights(config, model, groups)
     plan = plan_for(config.prune, groups, weights, config.seed)
     before, after = count(model, example), count(prune(model, plan), example)
-    if workdir is not None:
-        picture = pathlib.Path(workdir) / "groups.svg"
+    picture = None if workdir is None else pathlib.Path(workdir) / "groups.svg"
+    if picture is not None:
         try:
             picture.parent.mkdir(parents=True, exist_ok=True)
             draw_groups(groups, picture, plan)
         except OSError as error:
             raise TPPError(f"the picture cannot be written: {error}") from error
 
-    name, classes = model.spec.name, model.spec.num_classes
-    say(f"{name}, images {'×'.join(map(str, example.shape[1:]))}, {classes} classes")
+    shape = "×".join(map(str, spec.image_shape))
+    say(f"{spec.name}, images {shape}, {spec.num_classes} classes")
     console = Terminal()
     if console.is_terminal:
         console.width = min(max(console.width, _WIDTHS[0]), _WIDTHS[1])
@@ -92,14 +93,14 @@ def _inspect(config: RunConfig, workdir: str | pathlib.Path | None) -> None:
         f"({before.flops / after.flops:.2f}× fewer)"
     )
     if config.prune.scope != "local" and not (config.init.model or config.init.torch):
-        say("(ranked by untrained weights: trained ones share the cuts otherwise)")
-    if workdir is not None:
+        say("(ranked by untrained weights; trained ones change the shares of groups)")
+    if picture is not None:
         say(f"drawn in {picture}")
 
 
 def abstract_model(config: RunConfig) -> nnx.Module:
-    """Returns the model of a config; without arrays if its weights decide nothing."""
-    if config.init.model:  # as it is, whatever the rest of the config says
+    """Returns the model of a config, without arrays if the plan needs no weights."""
+    if config.init.model:  # whatever the rest of the config is
         return load_model(config.init.model)
     arguments = config.model.name, config.seed, *_shapes(config.data)
     if config.init.torch and config.prune.scope != "local":
@@ -108,26 +109,26 @@ def abstract_model(config: RunConfig) -> nnx.Module:
 
 
 def _weights(config: RunConfig, model: nnx.Module, groups: Groups) -> Any:
-    """Weights to plan with: how many channels of a group go is all that is shown."""
-    if config.prune.scope == "local":  # then the shares tell; drawing weights is slow
+    """Returns weights for the plan, of which only the numbers of channels are shown."""
+    if config.prune.scope == "local":  # any weights give the same numbers
         return {leaf: np.ones(shape) for leaf, shape in groups.shapes.items()}
     if config.init.model or config.init.torch:
         return model
-    spec = model.spec
+    spec = models.spec_of(model)
     return random_model(
         config.model.name, config.seed, spec.num_classes, spec.image_shape
     )
 
 
 def _shapes(settings: DataConfig) -> tuple[int, tuple[int, int, int]]:
-    """Number of classes and shape of an image, without reading the images."""
+    """Returns the number of classes and the image shape, without reading images."""
     if settings.name in data.STREAMED:
         size = settings.image_size
         if settings.name == "imagenet2012":
             return 1000, (size, size, 3)
-        return open_data(dataclasses.asdict(settings)).num_classes, (size, size, 3)
+        return open_data(settings).num_classes, (size, size, 3)
     if settings.name == "digits" or settings.name not in sources.NAMES:
-        dataset = open_data(dataclasses.asdict(settings))  # or the error
+        dataset = open_data(settings)  # raises for an unknown name
         return dataset.num_classes, dataset.image_shape
     features = sources.open_builder(settings.name, settings.dir or None).info.features
     height, width, channels = features["image"].shape

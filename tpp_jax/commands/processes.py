@@ -1,4 +1,4 @@
-"""The process of a command among those that run it together."""
+"""The processes of a command that runs on several hosts."""
 
 import faulthandler
 import os
@@ -18,22 +18,22 @@ def connect(
     process_id: int | None = None,
     timeout: int = 100,
 ) -> None:
-    """Joins this process with the others, before anything uses a device.
+    """Connects this process to the others; call it before anything uses a device.
 
     The processes communicate through Gloo on CPUs, NCCL on GPUs and the interconnect on
     TPUs.
 
     Args:
-      coordinator: Address ``host:port`` of the first process, the same for all; or
-        ``"auto"``, where JAX finds the others itself (Slurm, Open MPI, Cloud TPU,
-        Kubernetes); or None, for a single process.
+      coordinator: Address ``host:port`` of the first process, the same for all;
+        ``"auto"`` where JAX finds the others itself (Slurm, Open MPI, Cloud TPU,
+        Kubernetes); None for a single process.
       num_processes: Total number of processes; not needed for ``"auto"``.
       process_id: Index of this process, from 0; not needed for ``"auto"``.
-      timeout: Seconds to wait for the others to start, and until a process that no
-        longer answers counts as lost.
+      timeout: Seconds to wait for the others to start, and seconds without an answer
+        after which a process counts as lost.
 
     Raises:
-      TPPError: the arguments do not go together, or the others cannot be reached.
+      TPPError: The arguments are incomplete, or the others cannot be reached.
     """
     if coordinator is None:
         if num_processes is not None or process_id is not None:
@@ -43,11 +43,11 @@ def connect(
     if not automatic and (num_processes is None or process_id is None):
         raise TPPError(
             f"--coordinator={coordinator} needs --num_processes and --process_id too: "
-            "how many processes there are, and which one this is, from 0"
+            "the total number of processes and the index of this one, from 0"
         )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Where the first process dies, JAX aborts the others and says why; the stacks of
-    # all their threads would bury that.
+    # If the first process dies, JAX aborts the others with a message, which the stacks
+    # of all their threads would hide.
     faulthandler.disable()
     try:
         jax.distributed.initialize(
@@ -59,15 +59,15 @@ def connect(
         )
     except (RuntimeError, ValueError) as error:
         raise TPPError(
-            f"the processes of the run did not find each other by {coordinator!r} "
+            f"the processes of the run did not find each other at {coordinator!r} "
             f"({' '.join(str(error).split())[:200]})"
         ) from error
 
 
 def leave(message: str) -> NoReturn:
-    """Ends this process with a message and exit code 1, whatever the others do.
+    """Ends this process immediately with a message and exit code 1.
 
-    Python's normal exit waits in JAX for the other processes, and one may be lost.
+    Python's normal exit waits in JAX for the other processes, one of which may be lost.
 
     Args:
       message: Text for standard error.

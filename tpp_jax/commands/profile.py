@@ -1,4 +1,4 @@
-"""What pruning gains on this machine: --mode=profile."""
+"""Speedup of the pruned network on this machine: --mode=profile."""
 
 import json
 import pathlib
@@ -12,6 +12,7 @@ import rich.table
 import rich.text
 from flax import nnx
 
+from tpp_jax import models
 from tpp_jax.analysis.latency import Pair, as_json, compare, compare_layers
 from tpp_jax.commands.inspect import abstract_model
 from tpp_jax.errors import TPPError
@@ -35,37 +36,33 @@ def profile(
     """Times the dense and the pruned network, and each of their layers.
 
     Args:
-      config: as for training, if there is no finished run: the network and the cut that
-        it asks for. Weights are random then, which changes no time.
-      workdir: of a finished run, whose networks are taken, or of one that is not, whose
-        config is; otherwise a folder for ``profile.json``, made if missing.
-      given: whether somebody asked for ``config``: then it is said if another is used.
+      config: Config of the network and the cut, for use without a finished run. Its
+        weights are random, which does not change the times.
+      workdir: Folder of a run, whose networks are timed if it is finished; otherwise
+        its config is used. In any case ``profile.json`` is written into the folder,
+        which is created if it is missing.
+      given: Whether the user asked for ``config``, so that a message appears if
+        another is used.
 
     Returns:
-      What ``profile.json`` holds: ``networks``, by batch size, and ``layers`` at the
-      largest, as :class:`Pair`, and the ``device``.
+      The content of ``profile.json``: ``networks`` by batch size and ``layers`` at the
+      largest batch size, as :class:`Pair`, and the ``device``.
 
     Raises:
-      TPPError: whatever is wrong with the config, or the run's networks.
+      TPPError: The config or the networks of the run are unusable.
     """
     folder = None if workdir is None else pathlib.Path(workdir)
     if folder is not None and (folder / "model").is_dir():
-        pruned, info = load_model(folder / "model"), load_model_info(folder / "model")
-        if (folder / "dense").is_dir():
-            dense = load_model(folder / "dense")
-        else:  # a network pruned before it was trained never had one
-            dense = _with_weights(create_abstract(**info["model"]))
-        dtype = info["config"]["model"]["dtype"]
+        dense, pruned, dtype = _of_run(folder)
     else:
         typed = RunConfig.from_dict(config_of(folder, config, given))
         dense, pruned = _untrained(typed)
         dtype = typed.model.dtype
-    shape = tuple(dense.spec.image_shape)
+    spec = models.spec_of(dense)
+    name, shape = spec.name, tuple(spec.image_shape)
     console = Terminal()
     device = jax.devices()[0].device_kind
-    console.print(
-        f"{dense.spec.name}, images {'×'.join(map(str, shape))}, {dtype}, on {device}"
-    )
+    console.print(f"{name}, images {'×'.join(map(str, shape))}, {dtype}, on {device}")
     networks = {
         f"batch {n}": compare(dense, pruned, shape, n, dtype) for n in BATCH_SIZES
     }
@@ -74,7 +71,7 @@ def profile(
     by_layer = compare_layers(dense, pruned, shape, largest, dtype)
     console.print(table(by_layer, f"layer alone, batch {largest}"))
     result = {
-        "model": dense.spec.name,
+        "model": name,
         "dtype": dtype,
         "device": device,
         "networks": as_json(networks),
@@ -90,9 +87,21 @@ def profile(
     return result
 
 
+def _of_run(folder: pathlib.Path) -> tuple[nnx.Module, nnx.Module, str]:
+    """Returns the dense and the pruned network of a finished run, and their dtype."""
+    pruned, info = load_model(folder / "model"), load_model_info(folder / "model")
+    if (folder / "dense").is_dir():
+        dense = load_model(folder / "dense")
+    else:  # the method pruned before training
+        dense = _with_weights(create_abstract(**info["model"]))
+    return dense, pruned, info["config"]["model"]["dtype"]
+
+
 def _untrained(config: RunConfig) -> tuple[nnx.Module, nnx.Module]:
+    """Returns the dense and the pruned network of a config, with random weights."""
     dense = _with_weights(abstract_model(config), config.seed)
-    example = jax.ShapeDtypeStruct((1, *dense.spec.image_shape), jnp.float32)
+    shape = models.spec_of(dense).image_shape
+    example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     groups = channel_groups(dense, example)
     return dense, prune(dense, plan_for(config.prune, groups, dense, config.seed))
 
@@ -107,18 +116,18 @@ def _with_weights(model: nnx.Module, seed: int = 0) -> nnx.Module:
 
 
 def table(pairs: dict[str, Pair], title: str) -> rich.table.Table:
-    """Returns a table of times and speedups; pairs that are equal share a row."""
+    """Returns a table of times and speedups in which equal pairs share a row."""
     shown = rich.table.Table()
     shown.add_column(title, overflow="fold")
     for column in ("dense, ms", "pruned, ms", "faster", "fewer FLOPs", "realised"):
         shown.add_column(column, justify="right")
-    alike: dict[Pair, list[str]] = {}
+    names: dict[Pair, list[str]] = {}
     for name, pair in pairs.items():
-        alike.setdefault(pair, []).append(name)
-    for pair, (name, *others) in alike.items():
-        label = f"{name} and {len(others)} alike" if others else name
+        names.setdefault(pair, []).append(name)
+    for pair, (name, *others) in names.items():
+        label = f"{name} and {len(others)} equal" if others else name
         shown.add_row(
-            rich.text.Text(label),  # a plain string would be read as markup
+            rich.text.Text(label),  # rich parses markup in a plain string
             f"{1e3 * pair.dense_seconds:.2f}",
             f"{1e3 * pair.pruned_seconds:.2f}",
             f"{pair.speedup:.2f}×",

@@ -1,6 +1,6 @@
-"""The stages that do not train: keeping the dense network, choosing channels, cutting.
+"""The stages without training: saving the dense network, choosing channels, cutting.
 
-Each takes the run as it is and returns it as it is afterwards.
+Each takes a run and returns the run after the stage.
 """
 
 import math
@@ -29,7 +29,7 @@ from tpp_jax.storage import processes
 
 
 def keep_dense(run: Run, stage: Stage, tools: Tools) -> Run:
-    """Saves and measures the network before anything is done to prune it."""
+    """Saves and measures the dense network, before pruning."""
     del stage
     if run.position.dense is not None:
         return run
@@ -40,7 +40,7 @@ def keep_dense(run: Run, stage: Stage, tools: Tools) -> Run:
 
 
 def choose(run: Run, stage: Stage, tools: Tools) -> Run:
-    """Makes the plan from the trained weights, and shows what one-shot costs."""
+    """Makes the plan from the trained weights and scores an immediate cut."""
     if len(run.plans) >= stage.round:
         return run
     setup, headline = tools.setup, tools.task.headline
@@ -51,7 +51,7 @@ def choose(run: Run, stage: Stage, tools: Tools) -> Run:
         if (dense := run.position.dense) is not None:
             one_shot = tools.score(prune(run.model, plan))
             tools.progress.say(
-                "Chose the channels to prune. Cutting all of them out at once takes "
+                "Chose the channels to prune. Cutting all of them out at once changes "
                 f"the {headline.name} from {headline.text(dense)} to "
                 f"{headline.text(one_shot)}."
             )
@@ -62,8 +62,7 @@ def choose(run: Run, stage: Stage, tools: Tools) -> Run:
         if not plan.pruned_groups:
             tools.progress.say(
                 f"Round {stage.round} of {setup.rounds} removes nothing, since its "
-                "share is less than half a channel of every group; its fine-tuning "
-                "goes on."
+                "share is less than half a channel of every group; it only fine-tunes."
             )
     run = run.at(plans=(*run.position.plans, plan.to_dict()))
     run = run.but(plans=(*run.plans, plan), phases=setup.phases(plan))
@@ -79,17 +78,17 @@ def _planned(
 
 
 def _counts(run: Run, stage: Stage, groups: Groups, setup: Setup) -> dict[str, int]:
-    """Returns how many channels of each group a round leaves."""
+    """Returns the number of channels of each group that a round keeps."""
     sizes = {group.name: group.size for group in setup.groups}
     goal = run.position.goal or {}
     counts = counts_of_round(sizes, goal, stage.round / setup.rounds)
-    # A group that is down to one channel may no longer be seen as one.
+    # A group of one channel may no longer be found.
     there = [group.name for group in groups if group.name in counts]
     return {name: counts[name] for name in there}
 
 
 def cut(run: Run, stage: Stage, tools: Tools) -> Run:
-    """Cuts the pruned channels out and compares the scores before and after."""
+    """Cuts the pruned channels out and reports the score before and after."""
     if run.position.finished(stage.name):
         return run
     start, setup, plan = time.monotonic(), tools.setup, run.plans[-1]
@@ -109,7 +108,7 @@ def cut(run: Run, stage: Stage, tools: Tools) -> Run:
             f"{headline.text(after)} after the cut."
         )
     if recipe := setup.config.prune.reinitialize:
-        # The gain is that of ReLU, or 1 for the networks that are called linear.
+        # The gain is that of ReLU, or 1 for networks whose name ends in _linear.
         linear = setup.config.model.name.endswith("_linear")
         activation = "linear" if linear else "relu"
         model = reinitialize(model, recipe, activation=activation, key=key)
@@ -127,15 +126,15 @@ def cut(run: Run, stage: Stage, tools: Tools) -> Run:
 def counts_of_round(
     sizes: Mapping[str, int], goal: Mapping[str, int], progress: float
 ) -> dict[str, int]:
-    """Returns how many channels of each group are left after some rounds.
+    """Returns the number of channels of each group that are kept after some rounds.
 
-    Every round takes the same share of what is left: of n channels of which k are left
-    in the end, round r of R leaves n · (k/n)^(r/R), rounded.
+    Every round removes the same share of the remaining channels: from n channels to k
+    at the end, round r of R keeps n · (k/n)^(r/R), rounded.
 
     Args:
-      sizes: Number n of channels of each group at first.
-      goal: Number k of channels of each group in the end.
-      progress: Quotient r/R; at 1 the goal is reached exactly.
+      sizes: Initial number n of channels of each group.
+      goal: Final number k of channels of each group.
+      progress: Quotient r/R; 1 gives the goal exactly.
 
     Example:
       >>> [counts_of_round({"a": 16}, {"a": 2}, r / 3)["a"] for r in (1, 2, 3)]
@@ -149,14 +148,19 @@ def counts_of_round(
 
 
 def with_random_weights(model: nnx.Module, key: PRNGKeyArray) -> nnx.Module:
-    """Returns a model whose convolutions and dense layers are drawn at their widths.
+    """Returns a model with new random convolutions and dense layers.
 
-    The fewer channels a layer sees, the larger its weights are drawn. Layers that do
-    not say how they were drawn (norms, tokens, a classifier of fixed variance) are left
-    as they are, which is right for a network of random weights that was cut.
+    Their distribution follows the current widths: the fewer input channels a layer has,
+    the larger its weights. Layers without ``kernel_start`` (norms, tokens, a classifier
+    of fixed variance) keep their weights, which are already random in a network that
+    was cut before training.
+
+    Args:
+      model: Network that was cut out of one with random weights.
+      key: Key of the random weights.
     """
     model = nnx.clone(model)
-    layer: Any  # whatever has a kernel
+    layer: Any  # has a kernel if it has kernel_start
     for path, layer in modules(model):
         if (start := getattr(layer, "kernel_start", None)) is None:
             continue

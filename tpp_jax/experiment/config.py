@@ -1,8 +1,8 @@
-"""The config of a run: its fields, and what is wrong with one.
+"""The config of a run: its fields and their checks.
 
 The files in configs/ start from :func:`default_config` and set some of the fields.
-docs/config.md and the command line's help are made from the declarations here and in
-:mod:`tpp_jax.experiment.sections`.
+docs/config.md and the help of the command line are generated from the declarations here
+and in :mod:`tpp_jax.experiment.sections`.
 """
 
 import dataclasses
@@ -20,63 +20,69 @@ from tpp_jax.experiment.sections import (
     PruneConfig,
     TrainingConfig,
 )
-from tpp_jax.training.parallel import Kind as ParallelKind
+from tpp_jax.training.parallel import Api
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All fields of a run, typed. :meth:`from_dict` makes one that is checked."""
+    """Typed config of a run. :meth:`from_dict` checks one."""
 
     seed: int = field(
         0,
         "Seed of all random numbers: initial weights, order of the data, augmentation.",
-        most=2**32 - 1,  # JAX takes the lower 32 bits
+        most=2**32 - 1,  # JAX uses the lower 32 bits
     )
     num_devices: int = field(0, "Number of devices to train on; 0 for all.")
     accumulate: int = field(
         1,
-        "Parts that each device computes its share of a batch in, one after the other, "
-        "to save memory (gradient accumulation).",
+        "Number of parts in which each device computes its share of a batch, one after "
+        "the other, to save memory (gradient accumulation).",
         least=1,
     )
-    parallel: ParallelKind = field("pmap", "How several devices are programmed.")
+    parallel: Api = field("pmap", "JAX API that programs several devices.")
     skip_nonfinite: bool = field(
         False,
-        "Whether a step whose loss or gradient is not finite is left out; otherwise it "
+        "Whether a step whose loss or gradient is not finite is skipped; otherwise it "
         "stops the run.",
     )
     sync_bn: bool = field(
         True,
-        "Whether batch norm takes its statistics over all devices; otherwise each "
-        "device takes its own.",
+        "Whether batch norm uses the statistics of all devices together; otherwise "
+        "each device uses its own.",
     )
     steps_per_dispatch: int = field(
         0,
-        "Steps in one dispatch to a device, at most 100, or 1 if the data is streamed; "
-        "0 for 1 on the CPU and that maximum on accelerators.",
+        "Number of steps in one dispatch to a device, at most 100, or 1 if the data is "
+        "streamed; 0 for 1 on the CPU and that maximum on accelerators.",
     )
-    log_every: int = field(50, "Steps between lines of metrics.", least=1)
+    log_every: int = field(50, "Number of steps between records of metrics.", least=1)
     eval_every: int = field(
         1000,
-        "Steps between evaluations on the test set; each phase ends with one.",
+        "Number of steps between evaluations on the test set; each phase ends with "
+        "one.",
         least=1,
     )
     checkpoint_every: int = field(
-        1000, "Steps between checkpoints; each phase ends with one.", least=1
+        1000,
+        "Number of steps between checkpoints; each phase ends with one.",
+        least=1,
     )
     keep_checkpoints: int = field(
-        2, "Number of checkpoints kept; the best network is kept in `best/`.", least=1
+        2,
+        "Number of checkpoints to keep; the best network is kept in `best/`.",
+        least=1,
     )
     jacobian_every: int = field(
         0,
-        "Steps between measurements of the Jacobian's singular values; 0 for none.",
+        "Number of steps between measurements of the Jacobian's singular values; 0 for "
+        "none.",
     )
     jacobian_images: int = field(
         16, "Number of test images that the Jacobian is measured on.", least=1
     )
     report_layer: str = field(
         "",
-        "Layer whose Gram matrix the report shows; empty for the first pruned one.",
+        "Layer whose Gram matrix the report shows; empty for the first pruned layer.",
     )
     model: ModelConfig = field(ModelConfig(), "The network and its arithmetic.")
     data: DataConfig = field(
@@ -86,8 +92,8 @@ class RunConfig:
     )
     init: InitConfig = field(
         InitConfig(),
-        "Trained weights to start from, in place of the phase `pretrain`. At most one "
-        "of the two may be set.",
+        "Trained weights to start from, instead of the phase `pretrain`. At most one "
+        "the two may be set.",
     )
     pretrain: TrainingConfig = field(
         TrainingConfig(epochs=200, learning_rate="0:0.1,100:0.01,150:0.001"),
@@ -95,8 +101,8 @@ class RunConfig:
     )
     prune: PruneConfig = field(
         PruneConfig(),
-        "What is pruned, how much and by which method. The defaults are the paper's "
-        "for CIFAR.",
+        "Method of pruning, and what and how much it prunes. The defaults are the "
+        "paper's for CIFAR.",
     )
     finetune: TrainingConfig = field(
         TrainingConfig(epochs=120, learning_rate="0:0.01,60:0.001,90:0.0001"),
@@ -105,13 +111,13 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, config: Tree) -> "RunConfig":
-        """Checks the values of a config and returns them typed.
+        """Returns the typed form of a config after checking its values.
 
         Args:
           config: Values of all fields, as a ConfigDict or nested dicts.
 
         Raises:
-          TPPError: A field is missing or unknown, or holds what no run can use.
+          TPPError: A field is missing or unknown, or its value is unusable.
 
         Example:
           >>> RunConfig.from_dict(default_config()) == RunConfig()
@@ -123,16 +129,16 @@ class RunConfig:
 
 
 SECTIONS = sections_of(RunConfig(), doc="Seed, devices, logs and checkpoints.")
-"""The sections of a run's config, as they are documented."""
+"""Sections of a run's config, in the order of the documentation."""
 
 FIELDS = {one.name: one for section in SECTIONS for one in section.fields}
-"""All fields of a run's config, by full name (``prune.schedule.every``)."""
+"""Fields of a run's config by full name (``prune.schedule.every``)."""
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Returns the config of a run with all defaults, to be changed.
+    """Returns a config of a run with all defaults, which the caller may change.
 
-    Types are fixed. A field that is not there is an error when the run starts.
+    A field keeps its type. An unknown field is an error when the run starts.
 
     Example:
       >>> config = default_config()
@@ -142,14 +148,16 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def check_fields(config: Tree) -> None:
-    """Raises a TPPError unless a config has exactly the fields of the default one."""
+    """Checks that a config has exactly the fields of the default config.
+
+    Raises:
+      TPPError: It is the config of a table, or a field is missing or unknown.
+    """
     if "rows" in config and "columns" in config:
         raise TPPError("the config is that of a table: run it with --mode=sweep")
     names = flat(config).keys()
     if odd := sorted(names - FIELDS.keys()):
-        raise TPPError(
-            f"the config has a field {odd[0]} that nothing reads{near_fields(odd[0])}"
-        )
+        raise TPPError(f"the config has an unknown field {odd[0]}{near_fields(odd[0])}")
     if missing := sorted(FIELDS.keys() - names):
         raise TPPError(
             f"the config has no field {missing[0]}: start it from "
@@ -158,7 +166,7 @@ def check_fields(config: Tree) -> None:
 
 
 def near_fields(name: str) -> str:
-    """Returns ``"; did you mean …?"`` for a field's name or the last part of one."""
+    """Returns ``"; did you mean …?"`` for a misspelt name, or an empty text."""
     full = {field.rpartition(".")[2]: field for field in sorted(FIELDS)}
     near = difflib.get_close_matches(name, [*FIELDS, *full], n=2)
     if not near:
@@ -168,28 +176,31 @@ def near_fields(name: str) -> str:
 
 
 def check_values(config: Tree) -> None:
-    """Raises a TPPError if a field holds what no run can use, whatever its data.
+    """Checks the values of a config, as far as they do not depend on the data.
 
     Args:
-      config: Config whose fields are those of the default one.
+      config: Config with the fields of the default config.
+
+    Raises:
+      TPPError: The value of a field is unusable.
     """
     values = flat(config)
     for name, one in FIELDS.items():
         one.check(values[name])
     if values["data.resize"] < values["data.image_size"]:
         raise TPPError(
-            f"config.data.resize is {values['data.resize']}, too small to cut images "
-            f"of config.data.image_size={values['data.image_size']} from"
+            f"config.data.resize is {values['data.resize']}, too small for crops of "
+            f"config.data.image_size={values['data.image_size']}"
         )
     if values["init.model"] and values["init.torch"]:
         raise TPPError(
-            "config.init.model and config.init.torch are both set: a run starts from "
-            "one network, so leave one of them empty"
+            "config.init.model and config.init.torch are both set, but a run starts "
+            "from one network: leave one of them empty"
         )
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Lists the fields in which two configs (nested dicts) differ, as text."""
+    """Returns a line of text for each field in which two nested dicts differ."""
     found = []
     for name in sorted(old.keys() | new.keys()):
         a, b = old.get(name), new.get(name)

@@ -1,7 +1,7 @@
-"""Fields of a config: what each may hold, checked and described from one declaration.
+"""Fields of a config: one declaration for the default, the checks and the docs.
 
-A config is a frozen dataclass whose fields are made by :func:`field`: a default, a line
-of documentation, and bounds. Its sections are dataclasses too.
+A config is a frozen dataclass whose fields are made by :func:`field` from a default, a
+line of documentation and bounds. Its sections are dataclasses too.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ Value = bool | int | float | str
 Tree = Mapping[str, Any] | ml_collections.ConfigDict
 """A config as nested dicts."""
 
-# What 32 bits hold, in which steps are counted and parameters computed.
+# Steps are counted and parameters are computed in 32 bits.
 _MOST_INT, _MOST_FLOAT = MOST_STEPS, 3e38
 
 _NOUNS = {
@@ -36,23 +36,23 @@ _NOUNS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Field:
-    """A field of a config, by its full name.
+    """A field of a config.
 
-    Bounds are those of a number; none may be infinite or NaN.
+    Bounds apply to numbers, which may not be infinite or NaN.
 
     Attributes:
       name: Full name, with dots between the sections.
       default: Value unless a config sets another.
-      types: Types that a value may have; a float may be an int.
+      types: Possible types of a value; an int is a valid float.
       doc: Meaning and unit, in one line.
       least: Smallest value.
-      above: Largest value that is too small, in place of ``least``.
+      above: Largest value that is too small, instead of ``least``.
       below: Smallest value that is too large.
-      most: Largest value; None for what 32 bits hold.
+      most: Largest value; None for the limit of 32 bits.
       least_above_zero: Smallest value other than 0.
-      choices: Values of a text; empty for any.
-      is_path: Whether a text is the path of a file or folder, or empty.
-      dotted: Whether a text may also be the dotted path of an object of the user's.
+      choices: Possible values of a text; empty for any.
+      is_path: Whether a text is empty or the path of a file or folder.
+      dotted: Whether a text may also be the dotted path of a user's own object.
     """
 
     name: str
@@ -75,11 +75,11 @@ class Field:
           value: Value of any type.
 
         Raises:
-          TPPError: The value has the wrong type, is out of bounds or is none of the
+          TPPError: The value has the wrong type, is out of bounds or is not among the
             choices.
         """
         wanted = (*self.types, int) if float in self.types else self.types
-        # True is an int to Python.
+        # In Python, True is an int.
         odd = isinstance(value, bool) and bool not in self.types
         if odd or not isinstance(value, wanted):
             nouns = " or ".join(_NOUNS[one] for one in self.types)
@@ -92,14 +92,14 @@ class Field:
             )
         bad = ""
         if self.is_path and (problem := _path_problem(str(value))):
-            bad = f"which is no path: {problem}"
+            bad = f"which is not a path: {problem}"
         elif not isinstance(value, str | bool) and (limit := self._missed(value)):
             bad = f"must be {limit}"
         if bad:
             raise TPPError(f"config.{self.name} is {_short(value)}, {bad}")
 
     def _missed(self, value: float) -> str:
-        """Returns the limit that a number does not keep to, or an empty text."""
+        """Returns the limit that a number violates, or an empty text."""
         low, fits = f"at least {self.least}", self.least <= value
         if self.above is not None:
             low, fits = f"above {self.above}", self.above < value
@@ -118,7 +118,7 @@ class Field:
 
     @property
     def values(self) -> str:
-        """Description of what the field may hold, in Markdown."""
+        """Description of the possible values, in Markdown."""
         if self.choices:
             choices = [f"`{choice or repr('')}`" for choice in self.choices]
             return ", ".join([*choices, *(["dotted path"] * self.dotted)])
@@ -146,11 +146,11 @@ def field(default: T, doc: str, **rules: Any) -> T:
     Args:
       default: Default value; of a section, an instance of its dataclass.
       doc: Meaning and unit, in one line.
-      **rules: Bounds and choices, as attributes of :class:`Field`. A field that is
-        annotated as a ``Literal`` has its choices from there.
+      **rules: Bounds and choices, named like the attributes of :class:`Field`. The
+        choices of a field with a ``Literal`` annotation are taken from it.
 
     Returns:
-      A dataclass field, typed as its default so that type checkers see the value.
+      A dataclass field, with the type of its default for type checkers.
     """
     made: Any = dataclasses.field(default=default, metadata={"doc": doc, **rules})
     return made
@@ -162,7 +162,7 @@ class Section:
 
     Attributes:
       name: Full name; empty for the config itself.
-      doc: What the section is about, in one line.
+      doc: Description in one line.
       defaults: Section with all defaults.
       fields: Fields of the section, without those of sections inside it.
     """
@@ -174,12 +174,12 @@ class Section:
 
 
 def sections_of(config: Any, name: str = "", doc: str = "") -> list[Section]:
-    """Lists the sections of a config, each followed by the sections inside it.
+    """Returns the sections of a config, each followed by its own sections.
 
     Args:
-      config: Instance of a config's dataclass, with all defaults.
+      config: Instance of a config's dataclass with all defaults.
       name: Full name of this section.
-      doc: What this section is about.
+      doc: Description of this section.
     """
     hints = typing.get_type_hints(type(config))
     fields, inner = [], []
@@ -210,27 +210,27 @@ def flat(config: Tree, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def build(kind: type[T], config: Tree) -> T:
-    """Makes a config of nested dicts an instance of its dataclass, unchecked.
+def build(section: type[T], config: Tree) -> T:
+    """Converts nested dicts to an instance of a config's dataclass, without checks.
 
     Args:
-      kind: Dataclass of the config.
+      section: Dataclass of the config or of a section.
       config: Values of all its fields.
     """
     values: dict[str, Any] = {}
-    declared: Any = dataclasses.fields(cast(Any, kind))
+    declared: Any = dataclasses.fields(cast(Any, section))
     for one in declared:
         value: Any = config[one.name]
-        is_section = dataclasses.is_dataclass(one.default)
-        values[one.name] = build(type(one.default), value) if is_section else value
-    return kind(**values)
+        nested = dataclasses.is_dataclass(one.default)
+        values[one.name] = build(type(one.default), value) if nested else value
+    return section(**values)
 
 
 def _path_problem(path: str) -> str:
     """Returns why a text cannot be a path, or an empty text."""
     try:
         pathlib.Path(path).exists()
-        return "it holds a zero byte" if "\0" in path else ""
+        return "it contains a zero byte" if "\0" in path else ""
     except (OSError, ValueError) as error:
         return getattr(error, "strerror", None) or str(error)
 
@@ -238,6 +238,6 @@ def _path_problem(path: str) -> str:
 def _short(value: object) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
+    except ValueError:  # Python refuses to print more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."

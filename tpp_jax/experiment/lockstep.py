@@ -1,10 +1,10 @@
-"""Runs that advance together: equal steps of several become one program.
+"""Runs in lockstep: equal steps of several runs become one program.
 
-A run takes its steps by a function that it is given. Here each run is a thread, and the
-function waits until all runs want steps; equal ones are then taken by one program. What
-is not a step (the plan, the cut, checkpoints, evaluations) each run does by itself.
-Only one thread works at any time, in an order that depends on the runs alone, so that
-several processes do the same.
+A run calls a function to run its steps. Here each run is a thread, and the function
+waits until all runs have called it; one program then runs equal steps. Each run does
+everything else (the plan, the cut, checkpoints, evaluations) on its own. Only one
+thread works at any time, in an order that depends only on the runs, so that several
+processes do the same.
 """
 
 import queue
@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpp_jax.experiment.program import Kept, Program, Result, Take, alone
+from tpp_jax.experiment.program import Kept, Outcome, Program, Take, alone
 from tpp_jax.training.step import TrainState
 
 
 class Ask(NamedTuple):
-    """What a run waits for: some steps from here on.
+    """A request of a run for some steps.
 
     Attributes:
-      program: The run's own program.
+      program: Program of the run.
       arguments: Arguments of the steps, ``(state, key, n, *data)``.
-      left: Number of steps of the run that are still to be done.
+      left: Number of steps that remain in the run.
     """
 
     program: Program
@@ -35,24 +35,24 @@ class Ask(NamedTuple):
 
 
 class _End(NamedTuple):
-    """What a run returned, or the exception that ended it."""
+    """Result of a run, or the exception that ended it."""
 
     value: Any
     failed: bool = False
 
 
 def drive(runs: Sequence[Callable[[Take], Any]]) -> list[Any]:
-    """Carries runs to their ends.
+    """Completes several runs.
 
-    Those with the most steps left go first, so that runs that were resumed at different
-    steps meet, and those of different methods in the phases that they end with.
+    The run with the most remaining steps goes first. So runs that were resumed at
+    different steps come together, and runs of different methods do in their last
+    phases.
 
-    Several runs do not see the context managers that JAX keeps by thread
-    (``jax.default_device(...)`` and the like) around this call; ``jax.config.update``
-    reaches them.
+    Several runs do not see thread-local context managers of JAX around this call, such
+    as ``jax.default_device(...)``. ``jax.config.update`` has an effect on all.
 
     Args:
-      runs: Functions that carry out a run, given how to take its steps.
+      runs: Functions that complete a run, given the function that runs its steps.
 
     Returns:
       The result of each run, or the exception that ended it.
@@ -66,7 +66,7 @@ def drive(runs: Sequence[Callable[[Take], Any]]) -> list[Any]:
     asked: dict[int, Ask] = {}
     ends: dict[int, Any] = {}
 
-    def go_on(i: int, reply: Result | BaseException | None) -> None:
+    def resume(i: int, reply: Outcome | BaseException | None) -> None:
         asked.pop(i, None)
         post = workers[i].resume(reply)
         if isinstance(post, Ask):
@@ -74,21 +74,21 @@ def drive(runs: Sequence[Callable[[Take], Any]]) -> list[Any]:
         elif post.failed and not isinstance(post.value, Exception | SystemExit):
             raise post.value
         else:
-            ends[i] = post.value  # whatever it is, the others may still go on
+            ends[i] = post.value  # a failed run does not stop the others
 
     programs = _Programs()
     try:
         for i in range(len(workers)):
-            go_on(i, None)
+            resume(i, None)
         while asked:
             first = max(asked.values(), key=lambda ask: ask.left)
-            group = [i for i, ask in asked.items() if _go_together(ask, first)]
+            group = [i for i, ask in asked.items() if _can_join(ask, first)]
             try:
                 results = programs([asked[i] for i in group], asked.values())
-            except Exception as error:  # each run knows what to make of it
+            except Exception as error:  # raised in each run
                 results = [error] * len(group)
             for i, result in zip(group, results, strict=True):
-                go_on(i, result)
+                resume(i, result)
     finally:
         for worker in workers:
             worker.close()
@@ -96,11 +96,11 @@ def drive(runs: Sequence[Callable[[Take], Any]]) -> list[Any]:
 
 
 class _Closed(BaseException):
-    """Ends a run that nobody waits for any more."""
+    """Raised in a run to end its thread."""
 
 
 class _Worker:
-    """A run in a thread, which works only while :meth:`resume` waits for it."""
+    """A run in a thread that works only while :meth:`resume` waits for it."""
 
     def __init__(self, run: Callable[[Take], Any]) -> None:
         self._replies: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -108,8 +108,8 @@ class _Worker:
         self._thread = threading.Thread(target=self._work, args=(run,))
         self._thread.start()
 
-    def resume(self, reply: Result | BaseException | None) -> Ask | _End:
-        """Hands over what the run waits for; returns what it wants next, or its end."""
+    def resume(self, reply: Outcome | BaseException | None) -> Ask | _End:
+        """Replies to the run's request; returns its next request or its end."""
         self._replies.put(reply)
         return self._posts.get()
 
@@ -126,7 +126,7 @@ class _Worker:
             end = _End(error, failed=True)
         self._posts.put(end)
 
-    def _take(self, program: Program, arguments: tuple[Any, ...], left: int) -> Result:
+    def _take(self, program: Program, arguments: tuple[Any, ...], left: int) -> Outcome:
         self._posts.put(Ask(program, arguments, left))
         return self._next_reply()
 
@@ -137,7 +137,7 @@ class _Worker:
         return reply
 
 
-def _go_together(ask: Ask, other: Ask) -> bool:
+def _can_join(ask: Ask, other: Ask) -> bool:
     if ask is other:
         return True
     likeness = ask.program.likeness
@@ -152,12 +152,12 @@ def _shapes(ask: Ask) -> Any:
 
 
 class _Programs:
-    """Programs of groups of runs, each kept while the group may ask for it again."""
+    """Programs of groups of runs, each kept while the group may need it again."""
 
     def __init__(self) -> None:
         self._programs: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, asks: Sequence[Ask], of_all: Iterable[Ask]) -> list[Result]:
+    def __call__(self, asks: Sequence[Ask], of_all: Iterable[Ask]) -> list[Outcome]:
         if len(asks) == 1:
             return [alone(*asks[0])]
         current = {ask.program.steps for ask in of_all}
@@ -169,28 +169,28 @@ class _Programs:
             self._programs[key] = own.compile(
                 together(own.steps_of, own.unroll), donate=1
             )
-        states, keys, counts, orders, images = zip(
+        states, keys, counts, orders, examples = zip(
             *(ask.arguments for ask in asks), strict=True
         )
         kept = tuple(ask.program.kept for ask in asks)
-        # They count alike, and their images are the same.
+        # All have the same number of steps and the same examples.
         program = self._programs[key]
-        return list(program(kept, states, keys, counts[0], orders, images[0]))
+        return list(program(kept, states, keys, counts[0], orders, examples[0]))
 
 
 def together(
-    steps_of: Callable[[Kept], Callable[..., Result]], unroll: bool
-) -> Callable[..., tuple[Result, ...]]:
-    """Makes the steps of several replicas one function for a device.
+    steps_of: Callable[[Kept], Callable[..., Outcome]], unroll: bool
+) -> Callable[..., tuple[Outcome, ...]]:
+    """Joins the steps of several runs into one function for a device.
 
     Args:
       steps_of: Function from kept indices to steps.
-      unroll: Whether the replicas follow each other; otherwise all operations run along
-        a new leading axis.
+      unroll: Whether the runs' steps follow each other; otherwise all operations are
+        batched over the runs.
 
     Returns:
-      ``fn(kept, states, keys, n, orders, images) -> results``, each a tuple with an
-      entry for a replica; ``n`` and ``images`` are common to all.
+      ``fn(kept, states, keys, n, orders, examples) -> outcomes``. ``n`` and
+      ``examples`` are common to all runs; the others are tuples with an entry per run.
     """
 
     def fn(
@@ -199,10 +199,10 @@ def together(
         keys: tuple[Any, ...],
         n: Any,
         orders: tuple[Any, ...],
-        images: Any,
-    ) -> tuple[Result, ...]:
-        def one(kept: Kept, state: TrainState, key: Any, order: Any) -> Result:
-            return steps_of(kept)(state, key, n, order, images)
+        examples: Any,
+    ) -> tuple[Outcome, ...]:
+        def one(kept: Kept, state: TrainState, key: Any, order: Any) -> Outcome:
+            return steps_of(kept)(state, key, n, order, examples)
 
         if unroll:
             parts = zip(kept, states, keys, orders, strict=True)

@@ -1,4 +1,4 @@
-"""The training loop: the stage that takes a run through one phase of training."""
+"""The training loop: the stage that trains a run for one phase."""
 
 import functools
 import math
@@ -27,15 +27,15 @@ from tpp_jax.training.state import arrays_of, initial_state, with_state
 from tpp_jax.training.step import TrainState
 
 Recent = Sequence[tuple[int, Mapping[str, Any]]]
-"""Numbers of steps and mean metrics of dispatches that are not logged yet."""
+"""Number of steps and mean metrics of each dispatch that is not logged yet."""
 
 
 def train(run: Run, stage: Stage, tools: Tools) -> Run:
-    """Trains for one phase, from the step at which the checkpoint left it.
+    """Trains for one phase, from the step of the run's position on.
 
     Raises:
       TPPError: The loss is not finite, or a checkpoint cannot be written.
-      Stopped: A signal asked to stop; everything is saved.
+      Stopped: A signal arrived; everything is saved.
     """
     if run.position.finished(stage.name):
         return run
@@ -54,7 +54,7 @@ def train(run: Run, stage: Stage, tools: Tools) -> Run:
         arguments = state, key_on_devices, np.int32(stop - done), *data
         state, metrics = tools.take(program, arguments, _steps_left(run, tools))
         recent.append((stop - done, metrics))
-        jax.block_until_ready(recent[-2:-1])  # or streamed batches would pile up
+        jax.block_until_ready(recent[-2:-1])  # limits the streamed batches in memory
         run = run.at(step=stop, seconds=time.monotonic() - started)
         if stop % config.log_every == 0 or stop == phase.steps:
             _log(run, phase, state, recent, tools)
@@ -74,14 +74,14 @@ def _program(run: Run, phase: Phase, tools: Tools) -> Program:
 def _state(run: Run, phase: Phase, tools: Tools) -> TrainState:
     """Returns the state of a phase at the run's position, on the devices."""
     begun = run.position.step > 0 or not phase.fresh
-    average = tools.setup.step_config(phase.part).ema > 0
+    average = tools.setup.step_config(phase.section).ema > 0
     arrays = run.arrays if begun else None
     state = initial_state(run.model, phase.tx, average, run.position.step, arrays)
     return parallel.replicate(state, tools.setup.devices)
 
 
 def _next_stop(done: int, phase: Phase, program: Program, tools: Tools) -> int:
-    """Returns the step that the next dispatch runs to."""
+    """Returns the step at which the next dispatch ends."""
     config = tools.setup.config
     every = config.log_every, config.eval_every, config.checkpoint_every
     every += (config.jacobian_every,) if config.jacobian_every else ()
@@ -96,13 +96,13 @@ def _steps_left(run: Run, tools: Tools) -> int:
 
 
 def _between(run: Run, state: TrainState, recent: Recent, tools: Tools) -> Run:
-    """Does what is due between two dispatches: evaluates, saves, stops."""
+    """Evaluates, measures, saves and stops between two dispatches, if due."""
     config, done = tools.setup.config, run.position.step
     if done % config.eval_every == 0:
         run, _ = _evaluate(run, state, tools)
     if tools.jacobian is not None and done % config.jacobian_every == 0:
         _measure_jacobian(run, state, tools.jacobian, tools)
-    # Processes agree on a signal now and then only: it takes a collective.
+    # Processes seldom agree on a signal, since that needs a collective.
     agreeing = jax.process_count() == 1 or done % config.log_every == 0
     asked = processes.largest(tools.signals.asked) if agreeing else 0
     if done % config.checkpoint_every == 0 or asked:
@@ -133,7 +133,7 @@ def _finish(
     params, stats = state.network
     state = state._replace(params=params, stats=stats, average=None)
     run = run.at(results=(*run.position.results, result), recent=())
-    if phase.steps:  # otherwise the checkpoint of the phase before is as good
+    if phase.steps:  # otherwise the last checkpoint has the same arrays
         _save(run, state, tools)
     run = run.but(arrays=arrays_of(state), model=with_state(run.model, state))
     if phase.steps and (asked := processes.largest(tools.signals.asked)):
@@ -173,7 +173,7 @@ def _check_finite(run: Run, recent: Recent, tools: Tools) -> None:
 
 
 def _evaluate(run: Run, state: TrainState, tools: Tools) -> tuple[Run, float]:
-    """Returns the run with its best score so far, and the score now."""
+    """Returns the run with its best score so far, and the current score."""
     result, headline = tools.evaluate(run.model, *state.network), tools.task.headline
     score = result[headline.name]
     _check_finite(run, [(1, {"loss": result.get("loss", score)})], tools)
@@ -190,7 +190,7 @@ def _evaluate(run: Run, state: TrainState, tools: Tools) -> tuple[Run, float]:
 def _keep_best(run: Run, state: TrainState, tools: Tools) -> None:
     """Saves the network of the last phase's best score as ``best/``.
 
-    A run that is killed here continues at an earlier checkpoint, and comes here again.
+    A run that is killed here resumes from an earlier checkpoint and repeats this.
     """
     name = tools.task.headline.name
     save_model(
@@ -221,5 +221,5 @@ def _save(run: Run, state: TrainState, tools: Tools) -> None:
 
 
 def _stop(signum: int, tools: Tools) -> None:
-    tools.progress.say("Stopped and saved: the same command continues here.")
+    tools.progress.say("Stopped and saved: the same command continues from here.")
     raise Stopped(signum)

@@ -1,7 +1,7 @@
-"""Measurements of a network during a run, in addition to loss and accuracy.
+"""Measurements of a network during a run, in addition to the task's metrics.
 
-Jacobian singular values, the Gram matrix of a layer, the norm of the filters to be
-pruned, and how well the pruned network trains at first.
+They are the Jacobian's singular values, the Gram matrix of a layer, the norm of the
+filters to prune, and the early progress of fine-tuning.
 """
 
 import math
@@ -30,7 +30,7 @@ _BINS = 50
 
 
 class JacobianMeter:
-    """Jacobian singular values at the same inputs in every measurement."""
+    """Function that measures Jacobian singular values, always at the same inputs."""
 
     def __init__(self, inputs: Float[Array, "n ..."]) -> None:
         """Keeps the inputs.
@@ -45,10 +45,11 @@ class JacobianMeter:
 
         Returns:
           ``mean``, ``std``, ``min`` and ``max`` of the singular values; ``condition``,
-          the mean over images of the largest by the smallest, None if it is infinite;
+          the mean over images of the largest divided by the smallest, None if it is
+          infinite;
           ``edges`` and ``counts`` of a histogram of 50 bins.
         """
-        # On the host: weights on several devices do not combine with images on one.
+        # On the host: weights on several devices cannot be combined with images on one.
         graphdef, state = nnx.split(model)
         model = nnx.merge(graphdef, jax.device_get(state))
         values = np.asarray(jacobian_singular_values(model, self._inputs), np.float64)
@@ -67,7 +68,7 @@ class JacobianMeter:
 
 
 def jacobian_scalars(jacobian: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the finite numbers of a measurement, to be logged as ``jsv_mean`` etc."""
+    """Returns the finite numbers of a measurement by their names in the log."""
     names = "mean", "std", "min", "max", "condition"
     return {f"jsv_{n}": jacobian[n] for n in names if jacobian[n] is not None}
 
@@ -89,8 +90,8 @@ def report_layer(name: str, plan: Plan) -> Member:
     """Returns the filters of the layer whose Gram matrix is kept.
 
     Args:
-      name: Name of the layer; "" for the first one that filters are pruned of.
-      plan: The plan.
+      name: Name of the layer; "" for the first layer with pruned filters.
+      plan: Plan of the pruning.
 
     Raises:
       TPPError: No filter of that layer is pruned.
@@ -99,13 +100,13 @@ def report_layer(name: str, plan: Plan) -> Member:
         return member
     names = dict.fromkeys(layer_name(member.leaf) for member in _pruned_filters(plan))
     raise TPPError(
-        f"config.report_layer is {name!r}, but filters are pruned of "
+        f"config.report_layer is {name!r}, but the layers with pruned filters are "
         f"{', '.join(names)}: choose one of those"
     )
 
 
 def find_report_layer(name: str, plan: Plan) -> Member | None:
-    """Returns what :func:`report_layer` does; None if the plan prunes none of it."""
+    """Returns the result of :func:`report_layer`; None if no filter is pruned."""
     for member in _pruned_filters(plan):
         if name in ("", layer_name(member.leaf)):
             return member
@@ -122,17 +123,17 @@ def save_gram(
 ) -> None:
     """Adds a layer's Gram matrix W Wᵀ to an ``.npz`` file.
 
-    All matrices of a file are divided by the mean diagonal of the first one, whose
-    filters have length 1 on average then.
+    All matrices in a file are divided by the mean diagonal of the first one, so that
+    the mean squared norm of its filters is 1.
 
     Args:
-      file: The file; made if missing. It holds a float32 [n, n] array for each matrix,
-        ``layer``, ``pruned`` (bool [n], of the unpruned layer) and ``scale``, the
-        divisor.
-      moment: Name of the matrix; one of that name is replaced.
-      model: Network with its weights, pruned or not.
+      file: Path of the file, which is created if it is missing. It contains a float32
+        [n, n] array for each matrix, ``layer``, ``pruned`` (bool [n], of the unpruned
+        layer) and the divisor ``scale``.
+      moment: Name of the matrix, which replaces an earlier one of that name.
+      model: Network with its weights, before or after the cut.
       member: Filters of the layer.
-      plan: Plan that prunes some of them.
+      plan: Plan that prunes some of these filters.
     """
     content = read_grams(file)
     kernel = np.asarray(named_leaves(nnx.state(model))[member.leaf], np.float64)
@@ -152,7 +153,7 @@ def save_gram(
 
 
 def read_grams(file: pathlib.Path) -> dict[str, Any]:
-    """Reads what :func:`save_gram` wrote; empty if the file is missing or damaged."""
+    """Returns the content of a file of :func:`save_gram`; empty if it is unreadable."""
     try:
         with np.load(file) as saved:
             return dict(saved)
@@ -168,18 +169,18 @@ def trainability_score(
     schedule: str,
     metric: str = "test_accuracy",
 ) -> float | None:
-    """Returns the mean of a test metric while fine-tuning at its first learning rate.
+    """Returns the mean of a test metric at the first learning rate of fine-tuning.
 
     Args:
       history: Rows with ``phase``, ``step`` and the metric.
-      name: Name of the phase in them.
+      name: Name of the phase in these rows.
       start: Step of the run at which the phase starts.
       phase: Phase of fine-tuning.
-      schedule: Schedule of its learning rate; a rate that falls steadily has no stages.
+      schedule: Name of its learning-rate schedule; only ``"step"`` has a first rate.
       metric: Name of the metric.
 
     Returns:
-      The mean, or None if nothing was measured in that stage.
+      The mean; None if nothing was measured at that rate.
 
     References:
       Wang et al., Dynamical Isometry: The Missing Ingredient for Neural Network

@@ -1,9 +1,9 @@
-"""The methods: TPP and its rivals, each a row that says all there is to it.
+"""The methods: TPP and its rivals, each defined by a row.
 
-A row names the stages of a run in order, the functions that make the phases of its own
-and what these log. A new rival is a row here, its optax transform in
-:mod:`tpp_jax.method` and the function that chains it into a phase. A row of a user's
-own is named by a dotted path.
+A row lists the stages of a run in order, the functions that make its phases and the
+numbers that these log. A new rival needs a row here, an optax transform in
+:mod:`tpp_jax.method` and a function that chains it into a phase. A user's own row is
+named by a dotted path.
 """
 
 import dataclasses
@@ -30,27 +30,27 @@ from tpp_jax.method.transforms import TPPState
 from tpp_jax.pruning.plan import Plan
 
 MakePhases = Callable[[Any, Plan, GrowingSchedule], tuple[Phase, ...]]
-"""Makes phases of the config's ``prune`` part, a plan and the schedule of λ."""
+"""Makes phases from the config's section ``prune``, a plan and the schedule of λ."""
 
 Scalars = Mapping[type, Mapping[str, str]]
-"""Class of an optimizer's state → name in the log → field of the state."""
+"""Class of an optimizer's state → name in the log → field of that state."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A row: what a run does by a method.
+    """A row: the stages of a method and how they differ from others.
 
     Attributes:
       stages: Kinds of the stages in order, separated by spaces. ``dense`` saves the
-        network before pruning, ``choose`` makes the plan, ``slice`` cuts; the others
+        network before pruning, ``choose`` makes the plan, ``slice`` cuts; all others
         train.
-      phases: Functions that make the phases of its own. ``pretrain`` and ``finetune``
-        are made from the config's parts of these names.
-      scalars: Numbers that its optax transforms keep to be logged.
-      repeated: Kinds of the stages that each further round goes through.
-      penalizes_first: Whether a phase before the choice penalizes every group that the
+      phases: Functions that make the method's phases, except ``pretrain`` and
+        ``finetune``, which are made from the config's sections of these names.
+      scalars: Numbers in the states of its optax transforms to log.
+      repeated: Kinds of the stages of each further round.
+      penalizes_first: Whether a phase before the choice penalizes all groups that the
         choice may prune.
-      random_weights: Whether the cut network starts from random weights of its widths.
+      random_weights: Whether the cut network starts from random weights.
     """
 
     stages: str
@@ -69,13 +69,13 @@ METHODS = {
         (tpp_phases,),
         _TPP,
     ),
-    # The channels are cut out at once.
+    # The channels are cut out immediately.
     "oneshot": Method("pretrain dense choose slice finetune"),
-    # The same, trained on for as long as TPP regularizes: its rival of equal epochs.
+    # The same, then trained for as many steps as TPP regularizes and stabilizes.
     "extra": Method("pretrain dense choose slice extra finetune", (extra_phase,)),
-    # The small network from random weights.
+    # The small network, trained from random weights.
     "scratch": Method("choose slice finetune", random_weights=True),
-    # All filters are shrunk first, then channels are chosen by what is left of them.
+    # All filters are shrunk before channels are chosen by their remaining norms.
     "greg2": Method(
         "pretrain dense grow choose regularize stabilize slice finetune",
         (tpp_phases, growing_l2_phase),
@@ -88,13 +88,13 @@ METHODS = {
         {GroupLassoState: {"group_lasso": "penalty"}},
         penalizes_first=True,
     ),
-    # The last three over and over, a part of the channels each time.
+    # The last three stages are repeated; each round cuts some of the channels.
     "iterative": Method(
         "pretrain dense choose slice finetune", repeated="choose slice finetune"
     ),
     "none": Method("pretrain dense"),
 }
-"""Method → its row."""
+"""Row of each method, by name."""
 
 
 def find_method(name: str) -> Method:
@@ -126,12 +126,12 @@ def find_method(name: str) -> Method:
 UNTRAINED = ("dense", "choose", "slice")
 """Kinds of the stages that do not train."""
 
-# Any method may be asked for a penalty of orthogonality in its plain phases.
+# The plain phases of any method may have a penalty of orthogonality.
 _ALWAYS: Scalars = {OrthogonalityState: {"orthogonality": "penalty"}}
 
-# Numbers that some kinds of stages draw by, so that recorded runs can be repeated. All
-# other kinds draw by a checksum of their name.
-_DRAWN_BY = {
+# Seeds of some kinds of stages, fixed so that recorded runs can be repeated. The seed
+# of all other kinds is a checksum of the name.
+_SEEDS = {
     "pretrain": 0,
     "regularize": 1,
     "stabilize": 2,
@@ -148,7 +148,7 @@ class Stage:
 
     Attributes:
       kind: Word of :attr:`Method.stages`.
-      round: Number of the round, from 1; above it only in iterative pruning.
+      round: Number of the round, from 1; above 1 only in iterative pruning.
     """
 
     kind: str
@@ -156,12 +156,12 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """Name that no other stage of the run has, ``slice_2`` for example."""
+        """Unique name within a run, such as ``slice_2``."""
         return self.kind if self.round == 1 else f"{self.kind}_{self.round}"
 
     def key(self, seed: int) -> PRNGKeyArray:
-        """Returns the key that the stage draws its random numbers from."""
-        number = _DRAWN_BY.get(self.kind, zlib.crc32(self.kind.encode()))
+        """Returns the key of the stage's random numbers."""
+        number = _SEEDS.get(self.kind, zlib.crc32(self.kind.encode()))
         key = jax.random.fold_in(jax.random.key(seed), number)
         return key if self.round == 1 else jax.random.fold_in(key, self.round)
 
@@ -174,7 +174,7 @@ def stages_of(
     Args:
       method: Name of the method; see :func:`find_method`.
       rounds: Number of rounds of a method that repeats stages.
-      given: Whether the run starts from a network that has been trained already.
+      given: Whether the run starts from a trained network.
 
     Example:
       >>> [stage.name for stage in stages_of("iterative", 2, given=True)]
@@ -191,8 +191,8 @@ def logged_scalars(method: str, opt_state: Any) -> dict[str, float]:
 
     Args:
       method: Name of the method; see :func:`find_method`.
-      opt_state: State of the optimizer. Numbers of one name are added up: there is a
-        penalty of orthogonality for each stride of convolutions.
+      opt_state: State of the optimizer. Numbers with the same name are added, since
+        there is a penalty of orthogonality for each stride of convolutions.
     """
     scalars = {**_ALWAYS, **find_method(method).scalars}
     found: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The phases of a run: each a name, a number of steps and an optax chain."""
+"""The phases of a run: a kind, a number of steps and an optax chain each."""
 
 import dataclasses
 from typing import Any
@@ -14,37 +14,31 @@ from tpp_jax.method.rivals import add_group_lasso, add_growing_l2
 from tpp_jax.method.schedule import GrowingSchedule, growing_schedule
 from tpp_jax.method.transforms import add_tpp_penalties, zero_pruned
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.training.optimizers import (
-    MOST_STEPS,
-    learning_rate,
-    optimizer,
-    sgd,
-)
+from tpp_jax.training.optimizers import MOST_STEPS, learning_rate, optimizer, sgd
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of training.
+    """Some training steps with one optimizer.
 
     Attributes:
-      kind: Kind of the stage that goes through it.
+      kind: Kind of the stage that trains it.
       steps: Number of steps.
       tx: The optimizer.
-      learning_rate: Function step → rate of ``tx``, to be logged.
-      part: Name of the part of the config that the phase reads.
-      fresh: Whether the optimizer starts at its initial state, and not where the phase
-        before left it.
-      shrinks: Whether the pruned filters are driven to zero, so that their norm is
-        logged.
-      gram: Name by which the Gram matrix at the end is kept for the report; "" if it is
-        not.
+      learning_rate: Function from the step to the rate of ``tx``, for the log.
+      section: Name of the config's section that the phase reads.
+      fresh: Whether the optimizer starts from its initial state and not from the state
+        at the end of the previous phase.
+      shrinks: Whether the pruned filters shrink to zero, so that their norm is logged.
+      gram: Name of the Gram matrix at the end that is kept for the report; "" for
+        none.
     """
 
     kind: str
     steps: int
     tx: optax.GradientTransformation
     learning_rate: optax.Schedule
-    part: str
+    section: str
     fresh: bool = True
     shrinks: bool = False
     gram: str = ""
@@ -60,38 +54,44 @@ def training_phase(
     """Returns a plain phase, ``pretrain`` or ``finetune``.
 
     Args:
-      kind: Kind of the phase, and the name of its part of the config.
-      recipe: That part of the config.
+      kind: Kind of the phase and name of its section of the config.
+      recipe: That section of the config.
       steps_per_epoch: Number of steps in an epoch of the data.
-      model: Network, for the strides of its layers, which a penalty on convolutions
-        asks for.
-      rounds: Number of rounds that the steps are divided among; each goes through the
-        whole schedule of the learning rate, that much faster.
+      model: Network whose layers have the strides that a penalty on convolutions needs.
+      rounds: Number of rounds that share the steps equally. Each runs through the
+        complete schedule of the learning rate, faster by this factor.
 
     Raises:
-      TPPError: A learning rate that cannot be read, a warm-up longer than the phase, or
-        an unknown optimizer.
+      TPPError: The learning rate cannot be read, the warm-up is longer than the phase,
+        the optimizer is unknown, or there are fewer steps than rounds.
     """
     rate = learning_rate(
         recipe.learning_rate,
         steps_per_epoch,
-        kind=recipe.schedule,
+        schedule=recipe.schedule,
         epochs=recipe.epochs,
         warmup_epochs=recipe.warmup_epochs,
     )
     steps = recipe.epochs * steps_per_epoch
     if 0 < steps < rounds:
         raise TPPError(
-            f"config.prune.rounds is {rounds}, but {kind} has only {steps} steps to "
-            "divide among them: take fewer rounds, or more epochs"
+            f"config.prune.rounds is {rounds}, but {kind} has only {steps} steps for "
+            "all rounds together: set fewer rounds or more epochs"
         )
     if rounds > 1:
         rate = _faster(rate, rounds)
-    tx = optimizer(recipe, rate)
+    tx = optimizer(
+        recipe.optimizer,
+        rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        decay_norms=recipe.decay_norms,
+    )
     if recipe.orthogonality:
         weight = recipe.orthogonality_weight
         tx = optax.chain(*_orthogonal(recipe.orthogonality, weight, model), tx)
-    return Phase(kind, steps // rounds, tx, rate, part=kind)
+    return Phase(kind, steps // rounds, tx, rate, section=kind)
 
 
 def _faster(rate: optax.Schedule, times: int) -> optax.Schedule:
@@ -103,8 +103,8 @@ def _orthogonal(
 ) -> list[optax.GradientTransformation]:
     """Returns KernOrth, or OrthConv with the stride of each layer.
 
-    Grouped convolutions have no matrix of filters that all see the same channels, and
-    are left out. OrthConv leaves out the first convolution too, as in the original.
+    Grouped convolutions are left out, since their filters have different input
+    channels. OrthConv also leaves out the first convolution, as in the original.
     """
     if model is None:
         raise ValueError("a penalty of orthogonality needs the model")
@@ -134,7 +134,7 @@ def strength_schedule(fields: Any) -> GrowingSchedule:
     """Returns the schedule of the penalties' strength.
 
     Args:
-      fields: The config's ``prune.schedule`` part.
+      fields: Section ``prune.schedule`` of the config.
     """
     schedule = growing_schedule(
         fields.kind,
@@ -152,21 +152,21 @@ def _countable(schedule: GrowingSchedule, fields: str) -> GrowingSchedule:
     if schedule.total_steps > MOST_STEPS:
         raise TPPError(
             f"{fields} has {schedule.total_steps} steps, more than the {MOST_STEPS:,} "
-            "that are counted: make it shorter"
+            "that can be counted: make it shorter"
         )
     return schedule
 
 
 def tpp_phases(prune: Any, plan: Plan, schedule: GrowingSchedule) -> tuple[Phase, ...]:
-    """Returns ``regularize`` and ``stabilize``: one optimizer, so one compiled step.
+    """Returns ``regularize`` and ``stabilize``, which share an optimizer and a program.
 
     Args:
-      prune: The config's ``prune`` part.
-      plan: Plan whose filters are driven to zero.
+      prune: Section ``prune`` of the config.
+      plan: Plan whose pruned filters shrink to zero.
       schedule: Schedule of the strength.
 
     Raises:
-      TPPError: Stabilizing ends before the last layer's zero-out.
+      TPPError: Stabilization ends before the zero-out of the last layer.
     """
     tx = optax.chain(
         add_tpp_penalties(
@@ -183,7 +183,7 @@ def tpp_phases(prune: Any, plan: Plan, schedule: GrowingSchedule) -> tuple[Phase
     )
     rate = optax.constant_schedule(prune.learning_rate)
     regularize = Phase(
-        "regularize", schedule.regularize_steps, tx, rate, part="prune", shrinks=True
+        "regularize", schedule.regularize_steps, tx, rate, section="prune", shrinks=True
     )
     stabilize = dataclasses.replace(
         regularize,
@@ -196,12 +196,12 @@ def tpp_phases(prune: Any, plan: Plan, schedule: GrowingSchedule) -> tuple[Phase
 
 
 def extra_phase(prune: Any, plan: Plan, schedule: GrowingSchedule) -> tuple[Phase, ...]:
-    """Returns ``extra``: as many plain steps as TPP regularizes and stabilizes for.
+    """Returns ``extra``: as many plain steps as TPP regularizes and stabilizes.
 
     Args:
-      prune: The config's ``prune`` part, whose learning rate, momentum and weight decay
-        are those of TPP's steps.
-      plan: The plan, which nothing is penalized by here.
+      prune: Section ``prune`` of the config, with the learning rate, momentum and
+        weight decay of TPP's steps.
+      plan: Plan, which is not used.
       schedule: Schedule of TPP's strength.
     """
     del plan
@@ -214,12 +214,12 @@ def growing_l2_phase(
     """Returns ``grow`` of GReg-2: L2 of growing strength on all filters.
 
     Args:
-      prune: The config's ``prune`` part.
-      plan: Plan whose pruned groups are penalized, all filters of them.
-      schedule: Schedule of TPP's strength, which GReg-2 has its own of.
+      prune: Section ``prune`` of the config.
+      plan: Plan whose pruned groups are penalized, including their kept filters.
+      schedule: Schedule of TPP's strength, which is not used.
 
     Raises:
-      TPPError: A number of the growth is out of range.
+      TPPError: A value of ``prune.grow`` is out of range.
     """
     del schedule
     fields = prune.grow
@@ -237,10 +237,10 @@ def group_lasso_phase(
     """Returns ``grow`` of the group lasso: a constant pull on the norms of all filters.
 
     Args:
-      prune: The config's ``prune`` part.
-      plan: Plan whose pruned groups are penalized, all filters of them.
-      schedule: Schedule of TPP's strength, which is as long unless the config says how
-        many steps there are.
+      prune: Section ``prune`` of the config.
+      plan: Plan whose pruned groups are penalized, including their kept filters.
+      schedule: Schedule of TPP's strength; its length is that of the phase unless the
+        config sets one.
     """
     steps = prune.grow.steps or schedule.total_steps
     penalty = add_group_lasso(plan, prune.grow.weight)
@@ -250,8 +250,8 @@ def group_lasso_phase(
 def _with_sgd(
     kind: str, steps: int, prune: Any, *penalties: optax.GradientTransformation
 ) -> Phase:
-    """Returns a phase of SGD with TPP's constants, behind some penalties."""
+    """Returns a phase of SGD with TPP's constants and some penalties."""
     descent = sgd(prune.learning_rate, prune.momentum, prune.weight_decay)
     tx = optax.chain(*penalties, descent) if penalties else descent
     rate = optax.constant_schedule(prune.learning_rate)
-    return Phase(kind, steps, tx, rate, part="prune")
+    return Phase(kind, steps, tx, rate, section="prune")

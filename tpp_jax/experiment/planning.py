@@ -1,4 +1,4 @@
-"""The plan that a config asks for, from a network's weights and some training data."""
+"""The plan of a config, made from a network's weights and some training data."""
 
 import itertools
 from collections.abc import Mapping
@@ -29,17 +29,18 @@ def plan_for(
     scope: str = "",
     counts: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Makes the plan that a config asks for, from a model's weights.
+    """Makes the plan of a config from a model's weights.
 
     Args:
-      prune: The config's ``prune`` part.
+      prune: Section ``prune`` of the config.
       groups: Groups of the model.
-      model: Network with its weights, or these by name.
-      seed: Seed of the run, for the criteria that draw random numbers.
-      task: Task for the criteria that measure something on its data. Without one
-        ``l1`` stands in for these criteria, to try the rest.
-      scope: Scope in place of the config's.
-      counts: Numbers of channels of each group to keep, in place of ratios and targets.
+      model: Network with its weights, or the weights by name.
+      seed: Seed of the criteria that draw random numbers.
+      task: Task whose data some criteria measure on. If it is None, ``l1`` replaces
+        these criteria, so that the rest of the plan can be tried.
+      scope: Scope that replaces the config's; "" for the config's.
+      counts: Number of channels of each group to keep, which replaces ratios and
+        targets.
     """
     target = prune.flops or prune.params
     statistics, criterion = None, _criterion(prune.criterion)
@@ -102,10 +103,10 @@ def _statistics(
     """Measures what a criterion needs on the first training batches.
 
     Args:
-      needed: Name of what is measured.
+      needed: Name of the statistics.
       model: Network with its weights.
       task: Task whose data and loss are used.
-      number: Number of batches; fewer if an epoch has not as many.
+      number: Number of batches, or all of an epoch if it has fewer.
       seed: Seed of the order of the data and of random vectors.
     """
     batches = itertools.islice(task.samples(seed), number)

@@ -7,9 +7,9 @@ from typing import Any, Self
 from tpp_jax.errors import TPPError
 
 FORMAT = 2
-"""Version of the JSON that is written. Version 1 had no number, and other names."""
+"""Version of the JSON format. Version 1 had no number and other names."""
 
-# Names of version 1, which knew of one metric to judge a network by.
+# Names in version 1, where accuracy was the only score.
 _RENAMED = {
     "accuracy": "score",
     "best_accuracy": "best",
@@ -23,15 +23,14 @@ _RENAMED = {
 class Result:
     """Outcome of a finished stage that trained or cut.
 
-    A score is the headline of the run's task on the test set, an accuracy in percent
-    for example.
+    A score is the task's headline metric on the test set, such as accuracy in percent.
 
     Attributes:
       name: Name of the stage.
-      steps: Number of its training steps.
-      seconds: Time it took.
-      score: Score at its end.
-      best: Best score in it.
+      steps: Number of training steps.
+      seconds: Duration.
+      score: Score at the end.
+      best: Best score during the stage.
       more: Further entries: the scores ``before`` and ``after`` a cut, ``jacobian``.
     """
 
@@ -49,7 +48,7 @@ class Result:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Reads what :meth:`to_json` returned."""
+        """Reads the result of :meth:`to_json`."""
         more = {name: x for name, x in content.items() if name not in _NAMES}
         return cls(**{name: content[name] for name in _NAMES}, more=more)
 
@@ -59,21 +58,21 @@ _NAMES = [x.name for x in dataclasses.fields(Result) if x.name != "more"]
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a run is and what it has found so far. Stages return new ones.
+    """Progress and results of a run so far. Stages return new positions.
 
     Attributes:
       config: The run's config, a nested dict.
-      phase: Name of the stage that was last trained or cut in; None before any.
+      phase: Name of the last stage that trained or cut; None before any.
       step: Number of steps done in that phase.
-      seconds: Time spent in that phase.
+      seconds: Duration of that phase so far.
       best: Best score in that phase; None before the first evaluation.
       results: Outcomes of the finished stages, in order.
       plans: Plans of the rounds so far, as :meth:`Plan.to_dict` returns them.
-      goal: Number of channels of each group that are left after the last round; None
-        before the channels are chosen.
-      dense: Score of the dense network; None if there was no trained one.
-      one_shot: Score after cutting all channels of the first plan at once.
-      recent: Numbers of steps and mean metrics of dispatches that are not logged yet.
+      goal: Number of channels of each group after the last round; None before the
+        channels are chosen.
+      dense: Score of the trained dense network; None if there is none.
+      one_shot: Score after an immediate cut of all channels of the first plan.
+      recent: Number of steps and mean metrics of each dispatch that is not logged yet.
     """
 
     config: Mapping[str, Any]
@@ -89,7 +88,7 @@ class Position:
     recent: tuple[tuple[int, Mapping[str, float]], ...] = ()
 
     def finished(self, name: str | None) -> bool:
-        """Returns whether the stage of a name is done."""
+        """Returns whether a stage is finished, given its name."""
         return any(result.name == name for result in self.results)
 
     @property
@@ -103,7 +102,7 @@ class Position:
         return self.steps_before + (0 if self.finished(self.phase) else self.step)
 
     def within(self, phase: str) -> Self:
-        """Returns the position in a phase: the same, or the start of that phase."""
+        """Returns this position if it is in a phase, else the start of the phase."""
         if self.phase == phase:
             return self
         return dataclasses.replace(
@@ -119,17 +118,17 @@ class Position:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Reads what :meth:`to_json` returned, in this or an earlier version.
+        """Reads the result of :meth:`to_json` of this or an earlier version.
 
         Raises:
-          TPPError: A later version wrote it, or a field is missing or misshapen.
+          TPPError: A later version wrote it, or a field is missing or malformed.
         """
         version = content.get("version", 1)
         if version not in range(1, FORMAT + 1):
             raise TPPError(
                 f"the checkpoints of the run have format {version!r}, but this version "
                 f"of tpp_jax reads formats up to {FORMAT}: continue the run with the "
-                "version that began it, or use another --workdir"
+                "version that started it, or use another --workdir"
             )
         try:
             results = content["results"]
@@ -141,8 +140,8 @@ class Position:
             fields["recent"] = tuple((n, dict(x)) for n, x in fields["recent"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TPPError(
-                "the checkpoints of the run are not of a format that this version of "
-                f"tpp_jax knows ({type(error).__name__}: {error}): use another "
+                "the checkpoints of the run have a format that this version of tpp_jax "
+                f"cannot read ({type(error).__name__}: {error}): use another "
                 "--workdir"
             ) from error
         return cls(**fields)

@@ -1,8 +1,8 @@
-"""The training steps of a phase, compiled, and how a run takes them."""
+"""The compiled training steps of a phase, and the functions that run them."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,47 +21,50 @@ from tpp_jax.training.step import (
 )
 from tpp_jax.training.task import Feed
 
-Kept = dict[str, Any]
-Result = tuple[TrainState, dict[str, Any]]
+Kept = Mapping[str, Any]
+"""Indices that a plan keeps, by group."""
+
+Outcome = tuple[TrainState, dict[str, Any]]
+"""State after some steps, and their mean metrics."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Steps of a phase, and what it takes to join them with those of other runs.
+    """Steps of a phase, which can be joined with the steps of other runs.
 
     Attributes:
       tx: Optimizer that the steps use.
       steps: Compiled function ``(state, key, n, *data) -> (state, metrics)``, see
         :func:`tpp_jax.training.step.make_train_steps`.
       at_once: Largest number of steps in one dispatch.
-      likeness: Value that is equal for runs whose steps differ in arguments and plan
-        only; None for steps that cannot be joined.
-      steps_of: Function from kept indices to steps for one device, to be traced with
-        any of their counts.
+      likeness: Value that is equal for runs whose steps differ only in arguments and
+        plan; None for steps that cannot be joined.
+      steps_of: Function from kept indices, of any number, to uncompiled steps for one
+        device.
       compile: Function that compiles a function for one device, given the index of the
         argument to donate.
-      unroll: Whether joined steps follow each other, and are not one step of batched
-        operations, which are slow on the CPU.
-      kept: Indices that the plan keeps, by group.
+      unroll: Whether joined steps run in sequence and not as one step of batched
+        operations, which is slow on the CPU.
+      kept: Indices that the phase's plan keeps, by group.
     """
 
     tx: optax.GradientTransformation
-    steps: Callable[..., Result]
+    steps: Callable[..., Outcome]
     at_once: int
     likeness: Any
-    steps_of: Callable[[Kept], Callable[..., Result]]
+    steps_of: Callable[[Kept], Callable[..., Outcome]]
     compile: Callable[..., Callable[..., Any]]
     unroll: bool
     kept: Kept
 
 
-Take = Callable[[Program, tuple[Any, ...], int], Result]
-"""Takes steps: ``take(program, arguments, left) -> (state, metrics)``. ``left`` is the
-number of steps of the run that are still to be done."""
+Take = Callable[[Program, tuple[Any, ...], int], Outcome]
+"""Runs steps: ``take(program, arguments, left) -> (state, metrics)``. ``left`` is the
+number of steps that remain in the run."""
 
 
-def alone(program: Program, arguments: tuple[Any, ...], left: int) -> Result:
-    """Takes the steps of a run by themselves."""
+def alone(program: Program, arguments: tuple[Any, ...], left: int) -> Outcome:
+    """Runs the steps of a single run."""
     del left
     return program.steps(*arguments)
 
@@ -76,8 +79,8 @@ def make_program(
     """Returns the program of a phase.
 
     Args:
-      phase: The phase.
-      model: The network; its structure counts.
+      phase: Phase to train.
+      model: Network, of which only the structure is used.
       plan: Plan of the phase's optimizer.
       setup: Setup of the run.
       feed: Source of the batches.
@@ -87,7 +90,7 @@ def make_program(
     at_once = config.steps_per_dispatch or (1 if on_cpu else feed.at_once)
     at_once = min(at_once, feed.at_once)
     graphdef = graphdef_of(model, training=True)
-    step_config, loss = setup.step_config(phase.part), setup.task(phase.part).loss
+    step_config, loss = setup.step_config(phase.section), setup.task(phase.section).loss
 
     def steps_of(tx: optax.GradientTransformation) -> Callable[..., Any]:
         axis = parallel.axis_name(devices)
@@ -99,7 +102,7 @@ def make_program(
         parallel.on_devices,
         devices=devices,
         accumulate=config.accumulate,
-        kind=config.parallel,
+        api=config.parallel,
     )
     return Program(
         tx=phase.tx,

@@ -1,7 +1,7 @@
-"""A whole run, from one config: dense training, pruning by some method, fine-tuning.
+"""A run from one config: dense training, pruning, fine-tuning.
 
-The checkpoint is the run: it holds the position (phase, step, plans, config, results)
-and all arrays, so that the same command continues a run that was killed.
+A checkpoint contains the position of a run (phase, step, plans, config, results) and
+all arrays, so that the same command continues a run that was killed.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_collections
 
+from tpp_jax import data
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import choosing, lockstep, loop, measures
 from tpp_jax.experiment.config import differences
@@ -27,65 +28,69 @@ from tpp_jax.experiment.records.stopping import Signals, Stopped, locked
 from tpp_jax.experiment.records.summary import draw, finish, read_summary
 from tpp_jax.experiment.records.terminal import say
 from tpp_jax.experiment.setup import Setup, make_setup
+from tpp_jax.experiment.tasks import Load
 from tpp_jax.experiment.tools import Run, Tools
 from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import with_arrays
 from tpp_jax.storage import processes
 from tpp_jax.training.evaluation import Evaluator
-from tpp_jax.training.state import part
+from tpp_jax.training.state import unprefixed
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
-    """Runs all phases, or what is left of them, and returns the summary.
+    """Runs all remaining stages of a run and returns its summary.
 
     Args:
-      config: Config from a file in configs/; tpp_jax/experiment/config.py lists all
-        fields.
-      workdir: Folder of the run; made if missing, continued if not empty.
+      config: Config from a file in configs/; docs/config.md lists all fields.
+      workdir: Folder of the run, which is created if it is missing. A run in it is
+        continued.
 
     Returns:
       The content of ``workdir/summary.json``.
 
     Raises:
-      TPPError: A config, data set or checkpoint is wrong; one clear message, before any
-        training. A loss that is not finite stops the run.
-      Stopped: SIGTERM or SIGINT (Ctrl-C) came; everything is saved.
+      TPPError: The config, the data or a checkpoint is unusable, which is found before
+        any training, or the loss is no longer finite.
+      Stopped: SIGTERM or SIGINT (Ctrl-C) arrived; everything is saved.
     """
     with Signals() as signals:
-        return _carry_out(alone, config, pathlib.Path(workdir), signals)
+        return _complete(alone, config, pathlib.Path(workdir), signals)
 
 
 def train_together(
     configs: Iterable[ml_collections.ConfigDict],
     workdirs: Iterable[str | pathlib.Path],
+    load: Load = data.load,
 ) -> list[dict | BaseException]:
-    """Carries several runs to their ends, equal steps of them as one program.
+    """Completes several runs, with equal steps of them in one program.
 
     Runs share the steps of a phase if these differ only in seeds and in plans of equal
-    counts, whatever else the runs do. The result of each is what it is alone, up to
-    rounding. Runs that are resumed at different steps are joined too.
+    counts, whatever else the runs do. The result of each equals that of a single run up
+    to rounding. Runs that are resumed at different steps are joined too. Only the
+    progress of the first run is shown.
 
     Args:
       configs: Configs of the runs.
-      workdirs: Their folders.
+      workdirs: Folders of the runs.
+      load: Function that loads data into memory, which may cache them for all runs.
 
     Returns:
-      The summary of each run, or the exception that ended it, see :func:`train`. The
-      progress of the first one is shown.
+      The summary of each run, or the exception that ended it, see :func:`train`.
 
     Raises:
-      Stopped: SIGTERM or SIGINT (Ctrl-C) came; all runs are saved.
+      Stopped: SIGTERM or SIGINT (Ctrl-C) arrived; all runs are saved.
     """
     pairs = zip(configs, workdirs, strict=True)
     with Signals() as signals:
         ends = lockstep.drive(
             [
                 functools.partial(
-                    _carry_out,
+                    _complete,
                     config=config,
                     workdir=pathlib.Path(workdir),
                     signals=signals,
+                    load=load,
                     hidden=i > 0,
                 )
                 for i, (config, workdir) in enumerate(pairs)
@@ -97,18 +102,19 @@ def train_together(
     return ends
 
 
-def _carry_out(
+def _complete(
     take: Take,
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
     signals: Signals,
+    load: Load = data.load,
     hidden: bool = False,
 ) -> dict[str, Any]:
-    """Carries a run to its end; ``take`` takes its training steps."""
-    folders.check_kinds(workdir)
+    """Completes a run whose training steps are run by ``take``."""
+    folders.check_layout(workdir)
     if (workdir / "summary.json").exists():
         return _finished(config, workdir, hidden)
-    setup = make_setup(config)
+    setup = make_setup(config, load)
     folders.make(workdir)
     first = processes.is_first()
     with (
@@ -127,7 +133,7 @@ def _carry_out(
 
 
 def _perform(run: Run, stage: Stage, tools: Tools) -> Run:
-    """Performs a stage, or what is left of it."""
+    """Performs the rest of a stage."""
     match stage.kind:
         case "dense":
             return choosing.keep_dense(run, stage, tools)
@@ -142,7 +148,7 @@ def _perform(run: Run, stage: Stage, tools: Tools) -> Run:
 def _finished(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, hidden: bool
 ) -> dict:
-    """Returns the summary of a finished run; draws its report if it is missing."""
+    """Returns the summary of a finished run, whose report is drawn if missing."""
     file = workdir / "summary.json"
     summary = read_summary(file)
     _same_config(summary["config"], config.to_dict(), workdir)
@@ -152,7 +158,7 @@ def _finished(
         with folders.errors_explained(workdir):
             page = draw(workdir)
         if not hidden:
-            say(f"Its report was missing, and is drawn: {page}")
+            say(f"Its report was missing and is drawn again: {page}")
     return summary
 
 
@@ -164,10 +170,10 @@ def _opened(
     signals: Signals,
     take: Take,
 ) -> Iterator[tuple[Run, Tools]]:
-    """Opens the tools of a run and yields it where its last checkpoint left it.
+    """Yields a run at the position of its last checkpoint, and its tools.
 
-    At the end the last checkpoint is written, unless another process is lost: then it
-    cannot be finished, and is left as it is.
+    At the end the last checkpoint is completed, unless another process is lost, without
+    which that is impossible.
     """
     config, devices = setup.config, setup.devices
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
@@ -205,14 +211,14 @@ def _opened(
 
 
 def _history(file: pathlib.Path, position: Position, progress: Progress) -> History:
-    """Opens the metrics of a run and says which lines of the file are none."""
+    """Opens the metrics of a run and reports invalid lines in the file."""
     quiet = not processes.is_first()
     history = History(file, position.steps_done, quiet=quiet)
     if odd := history.odd:
         progress.say(
-            f"{file} has lines that are no rows of metrics "
+            f"{file} has lines that are not rows of metrics "
             f"({', '.join(map(str, odd[:5]))}{'…' if odd[5:] else ''}); they are "
-            "left where they are, and left out."
+            "kept in the file and ignored."
         )
     return history
 
@@ -220,7 +226,7 @@ def _history(file: pathlib.Path, position: Position, progress: Progress) -> Hist
 def _resumed(
     setup: Setup, workdir: pathlib.Path, checkpoints: Checkpoints, progress: Progress
 ) -> Run:
-    """Returns the run where its last checkpoint left it, or at its start."""
+    """Returns the run at the position of its last checkpoint, or at its start."""
     config = dataclasses.asdict(setup.config)
     run = Run(Position(config), setup.model, (), setup.phases(setup.plan), {})
     if (found := checkpoints.restore()) is None:
@@ -240,7 +246,7 @@ def _resumed(
     )
     return Run(
         dataclasses.replace(position, config=config),
-        with_arrays(model, part(arrays, "model.")),
+        with_arrays(model, unprefixed(arrays, "model.")),
         tuple(plans),
         setup.phases(plans[-1]) if plans else run.phases,
         arrays,
@@ -248,7 +254,7 @@ def _resumed(
 
 
 _MAY_CHANGE = ("num_devices", "parallel", "keep_checkpoints", "data.dir")
-"""Fields of the config that may change when a run is continued."""
+"""Fields of the config that may change when a run is resumed."""
 
 
 def _same_config(

@@ -1,4 +1,4 @@
-"""The sections of a run's config: each field with its default, bounds and meaning."""
+"""The sections of a run's config: the default, bounds and meaning of each field."""
 
 import dataclasses
 from typing import Literal
@@ -23,13 +23,13 @@ class ModelConfig:
     )
     dtype: Literal["float32", "bfloat16"] = field(
         "float32",
-        "Type that the network computes in; parameters, batch statistics and the loss "
-        "are float32 in any case.",
+        "Type in which the network computes; parameters, batch statistics and the loss "
+        "are always float32.",
     )
     remat: bool = field(
         False,
-        "Whether the backward pass recomputes everything but convolutions and matrix "
-        "products, which saves memory.",
+        "Whether the backward pass recomputes everything except convolutions and "
+        "products, to save memory.",
     )
 
 
@@ -46,23 +46,25 @@ class DataConfig:
     )
     pad_to: int = field(
         0,
-        "Height and width in pixels that images in memory are zero-padded to; "
-        "0 for no padding.",
+        "Height and width in pixels to which images in memory are zero-padded; 0 for "
+        "padding.",
         most=_LARGEST_IMAGE,
     )
     batch_size: int = field(
-        128, "Images in a training batch, over all devices together.", least=1
+        128,
+        "Number of images in a training batch of all devices together.",
+        least=1,
     )
     crop_padding: int = field(
         4,
-        "Pixels of zeros on each side of an image in memory before its random crop; "
-        "0 for no crop.",
+        "Number of pixels of zero padding on each side of an image in memory before "
+        "random crop; 0 for no crop.",
         most=_LARGEST_IMAGE,
     )
     flip: bool = field(True, "Whether training images are mirrored at random.")
     image_size: int = field(
         224,
-        "Height and width in pixels of streamed images after the crop.",
+        "Height and width in pixels of streamed images after their crop.",
         least=1,
         most=_LARGEST_IMAGE,
     )
@@ -75,8 +77,8 @@ class DataConfig:
     )
     workers: int = field(
         0,
-        "Number of processes that decode streamed images; 0 for threads of the main "
-        "process.",
+        "Number of processes that decode streamed images; 0 to decode in threads of "
+        "main process.",
         most=1000,
     )
 
@@ -105,8 +107,8 @@ class TrainingConfig:
     epochs: int = field(0, "Length of the phase in epochs; 0 skips it.")
     learning_rate: str | float = field(
         "0.1",
-        "Learning rate: one number, or the rate from each epoch on, as in "
-        "`0:0.1,100:0.01`.",
+        "Learning rate: one number, or pairs of an epoch and the rate from that epoch "
+        "on, as in `0:0.1,100:0.01`.",
     )
     schedule: str = field(
         "step",
@@ -115,36 +117,36 @@ class TrainingConfig:
         choices=SCHEDULES,
     )
     warmup_epochs: float = field(
-        0.0, "Length in epochs of the rate's linear rise from 0; 0 for none."
+        0.0, "Length in epochs of a linear rise of the rate from 0; 0 for none."
     )
     optimizer: str = field("sgd", "Name of the optimizer.", choices=OPTIMIZERS)
     momentum: float = field(0.9, "Momentum of SGD; β₁ of AdamW and LAMB.", below=1)
     nesterov: bool = field(False, "Whether SGD uses Nesterov momentum.")
     weight_decay: float = field(5e-4, "Weight decay.")
     decay_norms: bool = field(
-        True, "Whether biases and the scales of norms decay as well."
+        True, "Whether weight decay applies to biases and the scales of norms too."
     )
     label_smoothing: float = field(
         0.0, "Share of each label that is spread evenly over all classes.", below=1
     )
     mixup: float = field(
         0.0,
-        "α of mixup's Beta(α, α); 0 for no mixup. If `cutmix` is set too, each batch "
-        "gets one of the two at random.",
-        least_above_zero=1e-6,  # no number can be drawn from Beta(1e-38, 1e-38)
+        "α of mixup's Beta(α, α); 0 for no mixup. If `cutmix` is set too, one of the "
+        "two is chosen at random for each batch.",
+        least_above_zero=1e-6,  # Beta(1e-38, 1e-38) cannot be sampled
     )
     cutmix: float = field(
         0.0, "α of cutmix's Beta(α, α); 0 for no cutmix.", least_above_zero=1e-6
     )
     ema: float = field(
         0.0,
-        "Decay per step of an exponential moving average of the weights, which is "
-        "evaluated and kept in place of them; 0 for none.",
+        "Decay per step of an exponential moving average of the weights, which "
+        "them in evaluations and after the phase; 0 for none.",
         below=1,  # an average with a decay of 1 never changes
     )
     orthogonality: str = field(
         "",
-        "Penalty that keeps filters orthogonal: KernOrth (`kernel`), OrthConv "
+        "Penalty on filters that are not orthogonal: KernOrth (`kernel`), OrthConv "
         "(`convolution`), or none.",
         choices=ORTHOGONALITY,
     )
@@ -158,13 +160,13 @@ class GrowConfig:
     granularity: float = field(
         1e-5, "Increment of the L2 strength in each interval (`greg2`).", above=0
     )
-    every: int = field(10, "Steps in an interval (`greg2`).", least=1)
+    every: int = field(10, "Number of steps in an interval (`greg2`).", least=1)
     ceiling: float = field(1e-2, "Strength at which the phase ends (`greg2`).", above=0)
     weight: float = field(1e-3, "Weight of the group lasso (`group_lasso`).")
     steps: int = field(
         0,
-        "Length in steps (`group_lasso`); 0 for as many as TPP regularizes and "
-        "stabilizes.",
+        "Length in steps (`group_lasso`); 0 for the length of TPP's regularization and "
+        "stabilization.",
     )
 
 
@@ -179,13 +181,13 @@ class ScheduleConfig:
     granularity: float = field(
         1e-4, "Increment of λ in each interval (`linear` only).", above=0
     )
-    every: int = field(10, "Steps in an interval.", least=1)
+    every: int = field(10, "Number of steps in an interval.", least=1)
     ceiling: float = field(1.0, "λ at the end of the growth.", above=0)
-    stabilize: int = field(10_000, "Steps at full strength after the growth.")
+    stabilize: int = field(10_000, "Number of steps at full strength after the growth.")
     zero_out_every: int = field(
         100,
-        "Steps at full strength between setting the pruned filters of one layer to "
-        "zero and those of the next.",
+        "Number of steps at full strength between setting the pruned filters of one "
+        "layer to zero and those of the next layer.",
         least=1,
     )
     regularize_steps: int = field(
@@ -197,25 +199,26 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """What is pruned, by which method. The defaults are the paper's for CIFAR."""
+    """Method and amount of pruning. The defaults are the paper's for CIFAR."""
 
     method: str = field(
         "tpp",
-        "Method: TPP, one of its rivals ([tables.md](tables.md)), `none` to train the "
-        "dense network only, or the dotted path of your own ([extend.md](extend.md)).",
+        "Method: TPP, one of its rivals ([tables.md](tables.md)), `none` to train only "
+        "the dense network, or the dotted path of your own ([extend.md](extend.md)).",
         choices=tuple(METHODS),
         dotted=True,
     )
     ratios: str = field(
         "*layer*.conv1:0.5",
         "Share of the channels to remove, as pattern:share pairs separated by commas; "
-        "empty with a target to prune all groups alike. See [plans.md](plans.md).",
+        "empty, with a target, for the same share in all groups. See "
+        "[plans.md](plans.md).",
     )
     flops: float = field(
-        0.0, "Target: share of the FLOPs that remains; 0 for no target.", most=1
+        0.0, "Target share of the FLOPs that remains; 0 for no target.", most=1
     )
     params: float = field(
-        0.0, "Target: share of the parameters that remains; 0 for no target.", most=1
+        0.0, "Target share of the parameters that remains; 0 for no target.", most=1
     )
     skip: str = field(
         "", "Patterns of layers that are not pruned, separated by commas."
@@ -228,8 +231,8 @@ class PruneConfig:
     )
     batches: int = field(
         4,
-        "Training batches that `taylor`, `taylor_fo`, `hessian` and `activation` "
-        "measure.",
+        "Number of training batches on which `taylor`, `taylor_fo`, `hessian` and "
+        "`activation` measure.",
         least=1,
     )
     scope: str = field(
@@ -240,20 +243,20 @@ class PruneConfig:
     )
     reduce: str = field(
         "mean",
-        "How the scores of a channel in the layers of its group become one.",
+        "How the scores of a channel in the layers of its group are combined.",
         choices=tuple(REDUCTIONS),
     )
     round_to: int = field(
         1,
-        "Kept channels of a group are rounded up to a multiple of this number.",
+        "Multiple to which the number of kept channels of a group is rounded up.",
         least=1,
     )
     min_channels: int = field(
-        1, "Smallest number of channels kept in a group.", least=1
+        1, "Smallest number of channels to keep in a group.", least=1
     )
     learning_rate: float = field(
         1e-3,
-        "Learning rate of SGD, constant, in all phases but `pretrain` and `finetune`.",
+        "Constant learning rate of SGD in all phases except `pretrain` and `finetune`.",
     )
     momentum: float = field(0.9, "Momentum in the same phases.", below=1)
     weight_decay: float = field(5e-4, "Weight decay in the same phases.")
@@ -261,22 +264,22 @@ class PruneConfig:
         1000.0, "Weight of the Gram penalty; 0 for no decorrelation."
     )
     bn: bool = field(
-        True, "Whether the scales and biases of norms are shrunk for pruned channels."
+        True, "Whether the scales and biases of norms in pruned channels are shrunk."
     )
     l2: bool = field(True, "Whether pruned filters and their biases are shrunk.")
     target: Target = field(
         "decorrelate",
-        "What the Gram penalty asks for: pruned filters decorrelated from all others, "
-        "or also kept filters orthonormal (an ablation).",
+        "Goal of the Gram penalty: pruned filters decorrelated from all others, or "
+        "kept filters orthonormal (an ablation).",
     )
     kept_weight: float = field(
         0.0,
-        "Weight of a penalty that makes kept filters orthonormal (an ablation, there "
-        "0.1); 0 for none.",
+        "Weight of a penalty that makes kept filters orthonormal (an ablation, which "
+        "uses 0.1); 0 for none.",
     )
     reinitialize: str = field(
         "",
-        "Recipe by which kernels are initialized again after the cut, see "
+        "Recipe for reinitializing kernels after the cut, see "
         "[trainability.md](trainability.md); empty for none.",
         choices=("", *RECIPES),
     )
@@ -286,9 +289,9 @@ class PruneConfig:
     grow: GrowConfig = field(
         GrowConfig(),
         "The phase before channels are chosen: growing L2 (`greg2`) or the group lasso "
-        "(`group_lasso`) on all filters. Other methods do not read it.",
+        "(`group_lasso`) on all filters. Other methods ignore it.",
     )
     schedule: ScheduleConfig = field(
         ScheduleConfig(),
-        "How the strength λ of TPP's penalties grows, and how long it is then held.",
+        "How the strength λ of TPP's penalties grows and how long it then remains.",
     )

@@ -1,4 +1,4 @@
-"""What a config asks for, checked and loaded: mistakes are found before training."""
+"""Setup of a run: its config checked, and its data, model, groups and plan made."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from tpp_jax.experiment.methods import (
 )
 from tpp_jax.experiment.phases import Phase, strength_schedule, training_phase
 from tpp_jax.experiment.planning import plan_for
-from tpp_jax.experiment.sections import InitConfig, TrainingConfig
-from tpp_jax.experiment.tasks import make_tasks, open_data
+from tpp_jax.experiment.sections import DataConfig, InitConfig, TrainingConfig
+from tpp_jax.experiment.tasks import Load, make_task, make_tasks, open_data
 from tpp_jax.graph.groups import Groups
 from tpp_jax.interop.torch_weights import load_torch
 from tpp_jax.method.schedule import GrowingSchedule
@@ -36,23 +36,22 @@ from tpp_jax.training.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """All that a run starts from; the same at every resumption.
+    """Everything that a run starts from, which is the same at every resumption.
 
     Attributes:
-      config: The run's config, checked.
-      tasks: Task of each part of the config that changes its loss; of ``criteria``, in
-        float32; and of ``""`` for everything else.
-      devices: Devices that it trains on.
-      model: The network at the start.
+      config: Checked config of the run.
+      tasks: Variants of the task from :func:`tpp_jax.experiment.tasks.make_tasks`.
+      devices: Devices to train on.
+      model: Initial network.
       groups: Groups of that network.
-      plan: Plan of the weights at the start: it prunes the groups that will be pruned.
+      plan: Plan for the initial weights. It prunes the groups that the run will prune.
       schedule: Schedule of TPP's strength.
       stages: Stages of the run, in order.
     """
 
     config: RunConfig
     tasks: Mapping[str, Task]
-    devices: list[jax.Device]
+    devices: list[parallel.Device]
     model: nnx.Module
     groups: Groups
     plan: Plan
@@ -61,21 +60,20 @@ class Setup:
 
     @property
     def method(self) -> Method:
-        """The row of the run's method."""
+        """Row of the run's method."""
         return find_method(self.config.prune.method)
 
     @property
     def rounds(self) -> int:
-        """Number of times that channels are chosen and cut, and the rest fine-tuned."""
+        """Number of rounds of choosing, cutting and fine-tuning."""
         return max(stage.round for stage in self.stages)
 
-    def recipe(self, part: str) -> TrainingConfig | None:
-        """Returns a part of the config if it is that of a phase of plain training."""
-        config = self.config
-        return {"pretrain": config.pretrain, "finetune": config.finetune}.get(part)
+    def recipe(self, section: str) -> TrainingConfig | None:
+        """Returns a section of the config; None if it is not of plain training."""
+        return _recipes(self.config).get(section)
 
     def phases(self, plan: Plan) -> dict[str, Phase]:
-        """Returns the phases of training, by kind, that prune by a plan.
+        """Returns the phases of training for a plan, by kind.
 
         Raises:
           TPPError: A field of the config is wrong.
@@ -90,27 +88,28 @@ class Setup:
         return {phase.kind: phase for phase in found}
 
     def groups_of(self, model: nnx.Module, plans: Sequence[Plan]) -> Groups:
-        """Returns the groups of a network, which was cut by some plans."""
+        """Returns the groups of a network that was cut by some plans."""
         return channel_groups(model, *self.groups.inputs) if plans else self.groups
 
     def likeness(self, phase: Phase) -> Any:
-        """Returns what is equal for runs that may take a phase's steps in one program.
+        """Returns a value that is equal for runs whose steps of a phase may be joined.
 
-        Their states must have equal shapes too. A phase reads its own part of the
-        config, and those of the rest that no other phase has for itself.
+        Their states must have equal shapes too. A phase depends on its own section of
+        the config and on the fields outside the sections of other phases.
         """
-        left_out = {"pretrain", "finetune", "prune"} - {phase.part} | {"seed", "init"}
+        others = {"pretrain", "finetune", "prune"} - {phase.section}
+        left_out = others | {"seed", "init"}
         fields = dataclasses.asdict(self.config)
         read = {name: x for name, x in fields.items() if name not in left_out}
         return phase.kind, self.rounds, read
 
-    def task(self, part: str = "") -> Task:
-        """Returns the task as phases of a part of the config train it."""
-        return self.tasks.get(part, self.tasks[""])
+    def task(self, section: str = "") -> Task:
+        """Returns the task in phases of a section of the config; "" for elsewhere."""
+        return self.tasks.get(section, self.tasks[""])
 
-    def step_config(self, part: str = "") -> StepConfig:
-        """Returns how to compute: in phases of a part of the config, or elsewhere."""
-        config, recipe = self.config, self.recipe(part)
+    def step_config(self, section: str = "") -> StepConfig:
+        """Returns the arithmetic in phases of a section of the config, or elsewhere."""
+        config, recipe = self.config, self.recipe(section)
         return StepConfig(
             config.model.dtype,
             config.model.remat,
@@ -121,20 +120,33 @@ class Setup:
         )
 
 
-def make_setup(tree: Tree) -> Setup:
+def _recipes(config: RunConfig) -> dict[str, TrainingConfig]:
+    """Returns the sections of the phases of plain training."""
+    return {"pretrain": config.pretrain, "finetune": config.finetune}
+
+
+def make_setup(tree: Tree, load: Load = data.load) -> Setup:
     """Loads the data, builds the model and tries the plan, to find errors early.
 
     Args:
       tree: Config of a run, see :func:`tpp_jax.experiment.config.default_config`.
+      load: Function that loads data into memory.
 
     Raises:
-      TPPError: Something is wrong with the config.
+      TPPError: The config or the data are unusable.
     """
     config = RunConfig.from_dict(tree)
     prune, method = config.prune, find_method(config.prune.method)
     devices = _devices(config.num_devices)
-    dataset = _dataset(config, devices)
-    tasks = make_tasks(dataclasses.asdict(config), dataset)
+    recipes = _recipes(config)
+    parallel.check_batch_size(
+        config.data.batch_size,
+        devices,
+        config.accumulate,
+        pairs=any(recipe.mixup or recipe.cutmix for recipe in recipes.values()),
+    )
+    dataset = _dataset(config.data, load)
+    tasks = make_tasks(make_task(config.model, config.data, dataset), recipes)
     model = initial_model(
         config.model.name,
         config.seed,
@@ -151,7 +163,7 @@ def make_setup(tree: Tree) -> Setup:
             "ratio, or lower config.prune.min_channels, round_to, flops or params"
         )
     if prune.scope != "local" and method.penalizes_first:
-        # Any of the groups may lose channels once there are weights to compare.
+        # With trained weights, any of the groups may lose channels.
         plan = plan_for(prune, groups, model, config.seed, scope="local")
     given = bool(config.init.model or config.init.torch)
     setup = Setup(
@@ -181,8 +193,8 @@ def _check_stages(
             )
 
 
-def _devices(number: int) -> list[jax.Device]:
-    """Returns the devices to train on: all for 0, or the first ones."""
+def _devices(number: int) -> list[parallel.Device]:
+    """Returns the first devices of some number; 0 for all devices."""
     devices = jax.devices()
     if number > len(devices):
         raise TPPError(
@@ -197,21 +209,12 @@ def _devices(number: int) -> list[jax.Device]:
     return devices[: number or None]
 
 
-def _dataset(
-    config: RunConfig, devices: Sequence[jax.Device]
-) -> data.Dataset | data.Stream:
-    """Opens the data, whose batches must split over the devices."""
-    size, recipes = config.data.batch_size, (config.pretrain, config.finetune)
-    parallel.check_batch_size(
-        size,
-        devices,
-        config.accumulate,
-        pairs=any(recipe.mixup or recipe.cutmix for recipe in recipes),
-    )
-    dataset = open_data(dataclasses.asdict(config.data))
-    if not 1 <= size <= dataset.num_train:
+def _dataset(settings: DataConfig, load: Load) -> data.Dataset | data.Stream:
+    """Opens the data, which must fill a batch."""
+    dataset = open_data(settings, load)
+    if not 1 <= settings.batch_size <= dataset.num_train:
         raise TPPError(
-            f"config.data.batch_size is {size}, but {config.data.name} has "
+            f"config.data.batch_size is {settings.batch_size}, but {settings.name} has "
             f"{dataset.num_train} training images"
         )
     return dataset
@@ -224,17 +227,17 @@ def initial_model(
     image_shape: tuple[int, int, int],
     init: InitConfig,
 ) -> nnx.Module:
-    """Returns the network that a run starts from: saved, PyTorch's, or random.
+    """Returns the initial network of a run: saved, from PyTorch, or random.
 
     Args:
       name: Name of the architecture.
       seed: Seed of random weights.
       num_classes: Number of classes of the data.
-      image_shape: Height, width and channels of its images.
-      init: The config's ``init`` part.
+      image_shape: Height, width and channels of the images.
+      init: Section ``init`` of the config.
 
     Raises:
-      TPPError: A saved network is not of that architecture and data.
+      TPPError: A saved network has another architecture, or is for other data.
     """
     if init.torch:
         model = nnx.eval_shape(
@@ -244,13 +247,13 @@ def initial_model(
     if not init.model:
         return random_model(name, seed, num_classes, image_shape)
     model = load_model(init.model)
-    spec = model.spec
+    spec = models.spec_of(model)
     found = spec.name, spec.num_classes, tuple(spec.image_shape)
     if found != (name, num_classes, tuple(image_shape)):
         raise TPPError(
             f"config.init.model is a {spec.name} for {spec.num_classes} classes of "
-            f"images {spec.image_shape}, the config wants {name} for {num_classes} "
-            f"classes of {image_shape}"
+            f"images {spec.image_shape}, but the config needs {name} for {num_classes} "
+            f"classes of images {image_shape}"
         )
     return model
 

@@ -1,73 +1,92 @@
-"""The task that a config asks for."""
+"""The task that a config asks for, and its data."""
 
 import dataclasses
-import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 
 from tpp_jax import data
+from tpp_jax.experiment.sections import DataConfig, ModelConfig, TrainingConfig
+from tpp_jax.reports.headline import ACCURACY
 from tpp_jax.training.classification import ImageClassification
 from tpp_jax.training.task import Task
 
-Fields = Mapping[str, Any]
+HEADLINE = ACCURACY
+"""Headline of every task that a config can ask for."""
+
+Load = Callable[[str, str | None, int], data.Dataset]
+"""Function of a data set's name, its folder and ``pad_to`` that loads it into memory;
+:func:`tpp_jax.data.load`, or the same with a cache."""
 
 
-def open_data(settings: Fields) -> data.Dataset | data.Stream:
-    """Opens the data set that a config's ``data`` part asks for, in memory or streamed.
+def open_data(
+    settings: DataConfig, load: Load = data.load
+) -> data.Dataset | data.Stream:
+    """Opens a data set, in memory or streamed.
+
+    Args:
+      settings: Section ``data`` of the config.
+      load: Function that loads data into memory.
 
     Raises:
       TPPError: The data cannot be read.
     """
-    name, folder = settings["name"], settings["dir"] or None
-    if name not in data.STREAMED:
-        return _load(name, folder, settings["pad_to"])
-    fields = {key: settings[key] for key in ("image_size", "resize", "flip", "workers")}
-    shard = jax.process_index(), jax.process_count()
-    return data.open_stream(name, folder, **fields, shard=shard)
-
-
-# The runs of a sweep have one data set, which takes a while to decode.
-_load = functools.lru_cache(maxsize=1)(data.load)
+    folder = settings.dir or None
+    if settings.name not in data.STREAMED:
+        return load(settings.name, folder, settings.pad_to)
+    return data.open_stream(
+        settings.name,
+        folder,
+        image_size=settings.image_size,
+        resize=settings.resize,
+        flip=settings.flip,
+        workers=settings.workers,
+        shard=(jax.process_index(), jax.process_count()),
+    )
 
 
 def make_task(
-    config: Fields, dataset: data.Dataset | data.Stream
+    network: ModelConfig, settings: DataConfig, dataset: data.Dataset | data.Stream
 ) -> ImageClassification:
     """Returns the task of a config, as it is evaluated.
 
     Args:
-      config: Config of the run; its parts ``model`` and ``data`` are read.
+      network: Section ``model`` of the config.
+      settings: Section ``data`` of the config.
       dataset: Data set from :func:`open_data`.
     """
     return ImageClassification(
         dataset,
-        config["model"]["name"],
-        config["data"]["batch_size"],
-        config["data"]["crop_padding"],
-        config["data"]["flip"],
-        config["model"]["dtype"],
+        network.name,
+        settings.batch_size,
+        settings.crop_padding,
+        settings.flip,
+        network.dtype,
     )
 
 
-def make_tasks(config: Fields, dataset: data.Dataset | data.Stream) -> dict[str, Task]:
-    """Returns the task of a config in its variants.
+def make_tasks(
+    task: ImageClassification, recipes: Mapping[str, TrainingConfig]
+) -> dict[str, Task]:
+    """Returns a task in all its variants.
 
     Args:
-      config: Config of the run.
-      dataset: Data set from :func:`open_data`.
+      task: Task from :func:`make_task`.
+      recipes: Sections of the config that change its loss, by name.
 
     Returns:
-      The task as phases of ``pretrain`` and ``finetune`` train it, whose loss has label
-      smoothing, mixup and cutmix; in float32, by which ``criteria`` measure; and ``""``
-      for everything else.
+      The task of each recipe, whose loss has label smoothing, mixup and cutmix; the
+      task in float32 for ``"criteria"``; and the task itself for ``""``, everything
+      else.
     """
-    task = make_task(config, dataset)
-    names = "label_smoothing", "mixup", "cutmix"
-    recipes = {
-        part: dataclasses.replace(task, **{name: config[part][name] for name in names})
-        for part in ("pretrain", "finetune")
+    trained = {
+        section: dataclasses.replace(
+            task,
+            label_smoothing=recipe.label_smoothing,
+            mixup=recipe.mixup,
+            cutmix=recipe.cutmix,
+        )
+        for section, recipe in recipes.items()
     }
     exact = dataclasses.replace(task, dtype="float32")
-    return {"": task, "criteria": exact, **recipes}
+    return {"": task, "criteria": exact, **trained}

@@ -1,4 +1,4 @@
-"""The two arguments of a stage: the run as it is, and the tools of all stages."""
+"""The arguments of a stage: the run and the tools of all stages."""
 
 import dataclasses
 import pathlib
@@ -24,17 +24,17 @@ from tpp_jax.training.task import Feed, Task
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run at some moment. A stage takes one and returns the next.
+    """State of a run. A stage takes one and returns the next.
 
     Attributes:
-      position: Where the run is, as data.
-      model: The network.
-      plans: Plan of each round so far; later ones are plans of the network that the
-        earlier ones left.
-      phases: Phases of training by kind, which prune by the last plan.
-      arrays: Arrays of the last checkpoint by name: the optimizer's state is in them.
-      program: Program of the phase that was last trained; phases of one optimizer share
-        it.
+      position: Progress and results of the run, as data.
+      model: Current network.
+      plans: Plan of each round so far; later plans prune the network that the earlier
+        ones left.
+      phases: Phases of training by kind; they use the last plan.
+      arrays: Arrays of the last checkpoint by name, including the optimizer's state.
+      program: Program of the last trained phase, which phases with the same optimizer
+        share.
     """
 
     position: Position
@@ -45,31 +45,31 @@ class Run:
     program: Program | None = None
 
     def but(self, **changes: Any) -> Self:
-        """Returns the run with other attributes."""
+        """Returns the run with some attributes replaced."""
         return dataclasses.replace(self, **changes)
 
     def at(self, **changes: Any) -> Self:
-        """Returns the run at a position with other fields."""
+        """Returns the run with some fields of its position replaced."""
         return self.but(position=dataclasses.replace(self.position, **changes))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """What the stages of a run use; none of it is part of the run's position.
+    """Objects that the stages of a run use and that are not part of its state.
 
     Attributes:
       setup: Setup of the run.
-      task: Task by which networks are measured.
+      task: Task whose metrics are measured.
       workdir: Folder of the run.
-      progress: Display of its progress.
-      history: File of its metrics.
-      checkpoints: Its checkpoints.
-      feed: Source of its batches.
+      progress: Display of the progress.
+      history: File of the metrics.
+      checkpoints: Checkpoints of the run.
+      feed: Source of the batches.
       evaluate: Function that measures a network on the test set.
-      jacobian: Function that measures Jacobian singular values; None if the config does
-        not ask for them.
-      signals: Signals that ask the run to stop.
-      take: Function that takes training steps.
+      jacobian: Function that measures Jacobian singular values; None if they are not
+        measured.
+      signals: Signals that stop the run.
+      take: Function that runs training steps.
     """
 
     setup: Setup
@@ -85,7 +85,7 @@ class Tools:
     take: Take
 
     def score(self, model: nnx.Module) -> float:
-        """Returns the task's headline of a network on the test set."""
+        """Returns a network's score: the task's headline metric on the test set."""
         params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
         return self.evaluate(model, params, stats)[self.task.headline.name]
 
@@ -96,12 +96,12 @@ class Tools:
         self.history.append({"step": step, "phase": position.phase, **metrics})
 
     def keep_gram(self, run: Run, name: str, model: nnx.Module) -> None:
-        """Keeps a Gram matrix for the report, in a first round that prunes the layer.
+        """Saves a Gram matrix for the report, if the first round prunes the layer.
 
         Args:
-          run: The run.
+          run: Run in any round; nothing is saved after the first.
           name: Name of the matrix.
-          model: The network that has it.
+          model: Network with the layer.
         """
         if len(run.plans) == 1 and processes.is_first():
             [plan] = run.plans

@@ -54,6 +54,7 @@ __all__ = [
     "VisionTransformer",
     "create",
     "names",
+    "spec_of",
 ]
 
 
@@ -171,6 +172,25 @@ def create(
     # NNX modules take attributes that their class does not declare.
     model.spec = spec  # pyright: ignore[reportAttributeAccessIssue]
     return model
+
+
+def spec_of(model: nnx.Module) -> ModelSpec:
+    """Returns the spec of a network from `create`.
+
+    Args:
+      model: Network that `create` made or that was loaded from a file.
+
+    Raises:
+      TPPError: If the network has no spec, since it is not one of this package.
+
+    Example:
+      >>> spec_of(create("lenet5", rngs=nnx.Rngs(0))).num_classes
+      10
+    """
+    spec = getattr(model, "spec", None)
+    if not isinstance(spec, ModelSpec):
+        raise TPPError(f"{type(model).__name__} is not a network of tpp_jax.models")
+    return spec
 
 
 def _find(name: str) -> partial[nnx.Module]:

@@ -30,10 +30,6 @@ def metrics_about(headline: Headline) -> dict[str, str]:
     }
 
 
-METRICS = metrics_about(ACCURACY)
-"""Metrics of runs that classify images, and their descriptions."""
-
-
 class Grid(NamedTuple):
     """The results of a sweep.
 

@@ -1,4 +1,4 @@
-"""The classification of images, as a task."""
+"""Image classification as a task."""
 
 import contextlib
 import dataclasses
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from tpp_jax import data, models
 from tpp_jax.reports.headline import ACCURACY, Headline
+from tpp_jax.training import parallel
 from tpp_jax.training.feeds import EVAL_BATCH, Resident, Streamed
 from tpp_jax.training.task import Feed, Metrics
 
@@ -34,20 +35,20 @@ class Images(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageClassification:
-    """Classes of images: cross-entropy as loss, accuracy as headline.
+    """Image classification: cross-entropy is the loss, accuracy the headline.
 
     Attributes:
       dataset: Images and labels, in memory or streamed.
       network: Name of the network, one of ``tpp_jax.models.names()``.
       batch_size: Number of images in a training batch of all devices together.
       crop_padding: Width of the black border around training images before their
-        random crop, in pixels. It applies to data in memory, as ``flip`` does; a
+        random crop, in pixels. Like ``flip``, it applies only to data in memory; a
         stream crops and mirrors images itself.
       flip: Whether training images are mirrored at random.
       dtype: Type of the network's inputs in training and evaluation.
-      label_smoothing: Share of the target that is spread over all classes evenly.
-      mixup: α of mixup, see :func:`tpp_jax.data.mix`; 0 for none.
-      cutmix: α of cutmix; 0 for none.
+      label_smoothing: Share of the target that is spread evenly over all classes.
+      mixup: α of mixup, see :func:`tpp_jax.data.mix`; 0 for no mixup.
+      cutmix: α of cutmix; 0 for no cutmix.
     """
 
     dataset: data.Dataset | data.Stream
@@ -67,16 +68,16 @@ class ImageClassification:
 
     @property
     def examples(self) -> str:
-        """What the examples are."""
+        """Plural noun for the examples."""
         return "images"
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of batches that go through the training images once."""
+        """Number of batches in one pass over the training images."""
         return self.dataset.num_train // self.batch_size
 
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Returns the network for the data's classes and shape of images."""
+        """Returns the network for the classes and the image shape of the data."""
         return models.create(
             self.network,
             num_classes=self.dataset.num_classes,
@@ -85,11 +86,11 @@ class ImageClassification:
         )
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Returns shape and type of one normalised image, as a batch."""
+        """Returns the shape and type of a batch of one normalised image."""
         return (jax.ShapeDtypeStruct((1, *self.dataset.image_shape), jnp.float32),)
 
-    def feed(self, devices: Sequence[jax.Device], accumulate: int = 1) -> Feed:
-        """Returns a feed of images, from the devices or from a stream."""
+    def feed(self, devices: Sequence[parallel.Device], accumulate: int = 1) -> Feed:
+        """Returns a feed of images that are in memory or streamed."""
         dataset = self.dataset
         if isinstance(dataset, data.Stream):
             return Streamed(
@@ -110,9 +111,10 @@ class ImageClassification:
     def loss(
         self, model: nnx.Module, batch: Images, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Returns the mean cross-entropy, and the accuracy as a share.
+        """Returns the mean cross-entropy, and the accuracy as a fraction.
 
-        With mixup or cutmix the accuracy counts guesses of an image's own label.
+        With mixup or cutmix, a prediction counts as correct if it is the image's own
+        label.
         """
         [x] = self.inputs(batch, self.dtype)
         labels = jnp.asarray(batch.labels)
@@ -128,14 +130,14 @@ class ImageClassification:
     def metrics(
         self, model: nnx.Module, batch: Images
     ) -> dict[str, Shaped[Array, " n"]]:
-        """Returns cross-entropy and whether the guess is right, for each image."""
+        """Returns the cross-entropy and the correctness of each image's prediction."""
         [x] = self.inputs(batch, self.dtype)
         logits = model(x).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         return {"loss": losses, "accuracy": jnp.argmax(logits, -1) == batch.labels}
 
     def report(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Returns the metrics with the accuracy in percent."""
+        """Returns the metrics, the accuracy in percent."""
         percent = {"accuracy": 100 * means["accuracy"]} if "accuracy" in means else {}
         return {**means, **percent}
 
@@ -158,10 +160,10 @@ class ImageClassification:
     def samples(self, seed: int) -> Iterator[Images]:
         """Yields the training batches of one epoch in random order.
 
-        Images in memory are as they are; those of a stream are cropped and mirrored.
+        Images in memory are unchanged; streamed images are cropped and mirrored.
         """
         dataset = self.dataset
-        if isinstance(dataset, data.Stream):  # all of it, in every process
+        if isinstance(dataset, data.Stream):  # every process reads all images
             dataset = dataclasses.replace(dataset, shard=(0, 1))
         batches = dataset.train_batches(self.batch_size, seed)
         with contextlib.closing(batches):
@@ -177,7 +179,7 @@ class ImageClassification:
     def _targets(
         self, x: Array, labels: Int[Array, " n"], key: Key[Array, ""]
     ) -> tuple[Array, Array]:
-        """Mixes images and smooths labels; plain labels stay integers."""
+        """Mixes images and smooths labels; otherwise labels remain integers."""
         if not (self.label_smoothing or self.mixup or self.cutmix):
             return x, labels
         one_hot = jax.nn.one_hot(labels, self.dataset.num_classes)
@@ -200,7 +202,7 @@ def _training(
 def _testing(stream: data.Stream) -> Callable[[int], Iterator[Images]]:
     def batches(size: int) -> Iterator[Images]:
         for images, labels in stream.test_batches(size):
-            n = np.count_nonzero(labels >= 0)  # what fills up the last batch follows
+            n = np.count_nonzero(labels >= 0)  # padding comes last
             yield Images(images[:n], labels[:n])
 
     return batches

@@ -13,28 +13,28 @@ from tpp_jax.training.task import Feed, Task
 
 
 class Evaluator:
-    """Measures networks on all evaluation data; compiled once per structure."""
+    """Metrics of networks on all evaluation data; compiled once per structure."""
 
     def __init__(
         self,
         task: Task,
         feed: Feed,
         config: StepConfig,
-        devices: Sequence[jax.Device],
-        kind: parallel.Kind = "pmap",
+        devices: Sequence[parallel.Device],
+        api: parallel.Api = "pmap",
     ) -> None:
-        """Compiles nothing yet.
+        """Keeps the arguments; compilation happens at the first measurement.
 
         Args:
           task: Task whose metrics are measured.
           feed: Feed of the task's data.
-          config: How to compute.
+          config: Arithmetic of the evaluation step.
           devices: Devices that ``feed`` was opened for.
-          kind: How several devices are programmed, see :func:`parallel.on_devices`.
+          api: JAX's API for several devices.
         """
         self._task, self._feed, self._config = task, feed, config
         self._devices = devices
-        self._kind: parallel.Kind = kind
+        self._api: parallel.Api = api
         self._steps: dict[nnx.GraphDef, Callable[..., Any]] = {}
 
     def __call__(
@@ -51,7 +51,7 @@ class Evaluator:
         params, stats = parallel.replicate((params, stats), self._devices)
         totals: Any = None
         for arguments in self._feed.eval_data():
-            # Fetched at once: a step that is waiting keeps its batch in memory.
+            # Fetched immediately: a pending step keeps its batch in memory.
             found = jax.device_get(step(params, stats, *arguments))
             totals = (
                 found if totals is None else jax.tree.map(operator.add, totals, found)
@@ -70,6 +70,6 @@ class Evaluator:
             )
             split = 2 if self._feed.split else None
             self._steps[graphdef] = parallel.on_devices(
-                step, self._devices, split=split, kind=self._kind
+                step, self._devices, split=split, api=self._api
             )
         return self._steps[graphdef]

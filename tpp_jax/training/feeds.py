@@ -1,7 +1,7 @@
 """Feeds of batches: from arrays on the devices, or streamed from the host.
 
-Both take any pytree of arrays as a batch; :class:`tpp_jax.training.task.Feed` says what
-their methods are for.
+A batch may be any pytree of arrays. :class:`tpp_jax.training.task.Feed` documents the
+methods.
 """
 
 import math
@@ -17,14 +17,14 @@ from tpp_jax.training import parallel
 from tpp_jax.training.task import Batch
 
 EVAL_BATCH = 512
-"""Number of examples in one step of an evaluation, at most; it is rounded up to fill
-the devices evenly."""
+"""Largest number of examples in one evaluation step, before it is rounded up to split
+evenly over the devices."""
 
 
 class Resident:
-    """Data that live on every device; batches are chosen and augmented there.
+    """Data that reside on every device; batches are selected and augmented there.
 
-    The order of an epoch is one permutation, made on the device.
+    The order of an epoch is a permutation computed on the device.
 
     Attributes:
       split: Whether the data are split over the devices.
@@ -39,7 +39,7 @@ class Resident:
         train: Batch,
         evaluation: Batch,
         batch_size: int,
-        devices: Sequence[jax.Device],
+        devices: Sequence[parallel.Device],
         accumulate: int = 1,
         augment: Callable[[Key[Array, " n"], Batch], Batch] | None = None,
     ) -> None:
@@ -52,9 +52,9 @@ class Resident:
           devices: Devices that a step runs on.
           accumulate: Number of parts in which each device computes its share of a
             training batch.
-          augment: Random change of a batch, given one key for each example. What is
-            done to an example may depend on its own key only, so that a batch that is
-            split over devices is the batch of a single one.
+          augment: Function that randomly changes a batch, given one key for each
+            example. The change of an example may depend only on its own key, so that a
+            batch split over devices equals the batch of a single device.
         """
         self._batch_size, self._accumulate = batch_size, accumulate
         self._augment = augment
@@ -68,20 +68,20 @@ class Resident:
         self._key, self._epoch = None, -1
 
     def begin(self, key: Key[Array, ""], step: int) -> None:
-        """Starts a phase; its position is the step that ``train_data`` is given."""
+        """Starts a phase; ``train_data`` is given the step."""
         del step
         self._key, self._epoch = key, -1
 
     def steps_left(self, step: int) -> int:
         """Returns the number of steps to the end of the epoch.
 
-        The order of the epoch is one of the arguments.
+        An epoch's order is an argument of its steps.
         """
         per_epoch = self._n // self._batch_size
         return per_epoch - step % per_epoch
 
     def train_data(self, step: int) -> tuple[Any, ...]:
-        """Returns the order of the step's epoch, and the data."""
+        """Returns the order of the step's epoch and the data."""
         epoch = step // (self._n // self._batch_size)
         if epoch != self._epoch:
             order = _order(self._key, epoch, self._n)
@@ -111,7 +111,7 @@ class Resident:
         return examples if self._augment is None else self._augment(keys, examples)
 
     def eval_data(self) -> Iterator[tuple[Any, ...]]:
-        """Yields the data and the place of a step's first example."""
+        """Yields the data and the index of a step's first example."""
         for start in range(0, self._n_eval, self._eval_size):
             yield self._eval, np.int32(start)
 
@@ -129,11 +129,11 @@ class Resident:
         return batch, start + jnp.arange(size) < self._n_eval
 
     def close(self) -> None:
-        """Does nothing: nothing runs in the background."""
+        """Does nothing, since there is no background work."""
 
 
 class Streamed:
-    """Data that the host makes batch by batch.
+    """Data that the host produces batch by batch.
 
     Attributes:
       split: Whether the data are split over the devices.
@@ -148,20 +148,20 @@ class Streamed:
         train_batches: Callable[[Key[Array, ""], int], Generator[Batch, None, None]],
         eval_batches: Callable[[int], Iterable[Batch]],
         eval_size: int,
-        devices: Sequence[jax.Device],
+        devices: Sequence[parallel.Device],
     ) -> None:
-        """Reads nothing yet.
+        """Keeps the arguments; reading starts with :meth:`begin`.
 
         Args:
-          train_batches: Function of the key of a phase and a step that yields the
-            training batches from that step on, without end; in each, this process's
-            share of every accumulated part. Closing the generator ends what it does in
-            the background.
-          eval_batches: Function of a number of examples that yields all evaluation
-            data in batches of so many examples, of which each process gets its share.
-            A process's last batch may be smaller. All processes get equally many.
+          train_batches: Function of a phase's key and a step that yields training
+            batches from that step on, without end. Each batch holds this process's
+            share of every accumulated part. Closing the generator ends its background
+            work.
+          eval_batches: Function of a batch size that yields this process's share of
+            all evaluation batches of that size. The last share may be smaller. All
+            processes get the same number of batches.
           eval_size: Number of examples in an evaluation batch of all processes
-            together; it is rounded up to fill the devices evenly.
+            together, before it is rounded up to split evenly over the devices.
           devices: Devices that a step runs on.
         """
         self._train_batches, self._eval_batches = train_batches, eval_batches
@@ -169,17 +169,17 @@ class Streamed:
         self._batches: Generator[Batch, None, None] | None = None
 
     def begin(self, key: Key[Array, ""], step: int) -> None:
-        """Starts to read the batches of a phase from a step on."""
+        """Starts reading the batches of a phase from a step on."""
         self.close()
         self._batches = self._train_batches(key, step)
 
     def steps_left(self, step: int) -> int:
-        """Returns 1, since each step has a batch of its own as its argument."""
+        """Returns 1, since each step takes its own batch as an argument."""
         del step
         return 1
 
     def train_data(self, step: int) -> tuple[Any, ...]:
-        """Returns the next batch; the steps that are asked for must be consecutive."""
+        """Returns the next batch; successive calls must ask for consecutive steps."""
         del step
         assert self._batches is not None, "begin() comes first"
         return (next(self._batches),)
@@ -192,7 +192,7 @@ class Streamed:
         return batch
 
     def eval_data(self) -> Iterator[tuple[Any, ...]]:
-        """Yields each batch, padded, with the examples in it that count."""
+        """Yields each batch, padded, with a mask of its examples."""
         size = self._eval_size // jax.process_count()
         for batch in self._eval_batches(self._eval_size):
             yield ((_padded(batch, size), np.arange(size) < _length(batch)),)
@@ -200,11 +200,11 @@ class Streamed:
     def eval_batch(
         self, batch: tuple[Batch, Bool[Array, " n"]]
     ) -> tuple[Batch, Bool[Array, " n"]]:
-        """Returns the batch and the examples in it that count."""
+        """Returns the batch and the mask of its examples."""
         return batch
 
     def close(self) -> None:
-        """Stops what is made in the background."""
+        """Stops reading in the background."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -222,8 +222,8 @@ def _length(batch: Batch) -> int:
     return len(jax.tree.leaves(batch)[0])
 
 
-def _filling(size: int, devices: Sequence[jax.Device]) -> int:
-    """Returns a size of evaluation batches, rounded up to split over the devices."""
+def _filling(size: int, devices: Sequence[parallel.Device]) -> int:
+    """Returns an evaluation batch size rounded up to split over the devices."""
     return math.ceil(size / len(devices)) * len(devices)
 
 

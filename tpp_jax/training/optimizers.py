@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimizers, from config fields to optax."""
+"""Learning-rate schedules and optimizers."""
 
 import math
 from typing import Any
@@ -16,7 +16,6 @@ ORTHOGONALITY = ("", "kernel", "convolution")
 MOST_STEPS = 2**31 - 1
 """Largest number of steps: optax counts them in 32 bits."""
 
-
 _LARGEST = float(np.finfo(np.float32).max)  # rates are computed in float32
 
 
@@ -24,7 +23,7 @@ def learning_rate(
     text: str,
     steps_per_epoch: int,
     *,
-    kind: str = "step",
+    schedule: str = "step",
     epochs: int = 0,
     warmup_epochs: float = 0.0,
 ) -> optax.Schedule:
@@ -34,50 +33,52 @@ def learning_rate(
       text: Pairs of epoch and rate as in the original, ``"0:0.1,100:0.01"``; or one
         number.
       steps_per_epoch: Number of steps in an epoch.
-      kind: ``"step"``, constant between the given epochs; or ``"cosine"``, from the one
-        given rate down along a cosine to zero at the end of the phase.
-      epochs: Length of the phase, for the cosine.
-      warmup_epochs: Length of a linear rise from zero to the first rate, which replaces
-        the beginning of the schedule; later epochs are not moved.
+      schedule: Name of the schedule: ``"step"`` is constant between the given epochs;
+        ``"cosine"`` falls from the one given rate along a cosine to zero at the end of
+        the phase.
+      epochs: Length of the phase in epochs, for the cosine.
+      warmup_epochs: Length in epochs of a linear rise from zero to the first rate,
+        which replaces the beginning of the schedule; later epochs do not move.
 
     Returns:
       The rate as a function of the step.
 
     Raises:
-      TPPError: Text cannot be read, epochs do not start at 0 and ascend, a cosine has
-        more than one rate, or a warm-up does not end in time.
+      TPPError: The text cannot be read, the epochs do not ascend from 0, a cosine has
+        more than one rate, or the warm-up is too long.
 
     Example:
       >>> rate = learning_rate("0:0.1,2:0.01", steps_per_epoch=10, warmup_epochs=1)
       >>> [round(float(rate(t)), 3) for t in (0, 5, 10, 19, 20)]
       [0.0, 0.05, 0.1, 0.1, 0.01]
     """
-    if kind not in SCHEDULES:
+    if schedule not in SCHEDULES:
         raise TPPError(
-            f"unknown learning-rate schedule {kind!r}: choose "
+            f"unknown learning-rate schedule {schedule!r}: choose "
             f"{' or '.join(map(repr, SCHEDULES))}"
         )
     stages = _stages(str(text))
     peak, *later = stages.values()
     boundaries = [round(epoch * steps_per_epoch) for epoch in list(stages)[1:]]
     warmup = round(warmup_epochs * steps_per_epoch)
-    if max([epochs * steps_per_epoch, warmup, *boundaries]) > MOST_STEPS:
+    total = epochs * steps_per_epoch
+    if max([total, warmup, *boundaries]) > MOST_STEPS:
         raise TPPError(
             f"a phase of {epochs} epochs with the learning rate {text!r} and "
             f"warmup_epochs={warmup_epochs} has more than the {MOST_STEPS:,} steps "
-            "that are counted: make it shorter"
+            "that can be counted: make it shorter"
         )
-    if kind == "cosine" and later:
-        raise TPPError(f"a cosine schedule takes one peak learning rate, not {text!r}")
-    # A phase of no epochs is never run, so that its warm-up does not matter.
-    end = boundaries[0] if boundaries else epochs * steps_per_epoch or math.inf
+    if schedule == "cosine" and later:
+        raise TPPError(f"a cosine schedule has one peak learning rate, not {text!r}")
+    # A phase of no epochs is never run, so its warm-up does not matter.
+    end = boundaries[0] if boundaries else total or math.inf
     if warmup >= end:
         raise TPPError(
             f"warmup_epochs is {warmup_epochs}, but the learning rate {text!r} of a "
-            f"phase of {epochs} epochs is to fall before that; warm up for less"
+            f"phase of {epochs} epochs falls before the warm-up ends: make it shorter"
         )
-    if kind == "cosine":
-        steps = max(epochs * steps_per_epoch, warmup + 1)
+    if schedule == "cosine":
+        steps = max(total, warmup + 1)
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
     schedules = [optax.constant_schedule(rate) for rate in (peak, *later)]
     if warmup:
@@ -87,7 +88,7 @@ def learning_rate(
 
 
 def _stages(text: str) -> dict[float, float]:
-    """Reads ``"0:0.1,100:0.01"``, or ``"0.1"``: the rate from each epoch on."""
+    """Reads ``"0:0.1,100:0.01"`` or ``"0.1"`` as the rate from each epoch on."""
     try:
         pairs = [
             part.split(":")
@@ -111,40 +112,41 @@ def _stages(text: str) -> dict[float, float]:
 
 
 def optimizer(
-    fields: Any, rate: optax.Schedule | float
+    name: str,
+    rate: optax.Schedule | float,
+    *,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool = False,
+    decay_norms: bool = True,
 ) -> optax.GradientTransformation:
-    """Returns the optimizer that a phase's fields describe.
+    """Returns an optimizer by name.
 
     Args:
-      fields: Config of the phase, of which are read ``optimizer`` (``"sgd"``,
-        ``"adamw"`` or ``"lamb"``), ``momentum`` (β₁ of the latter two; their β₂ is
-        0.999), ``nesterov`` (of SGD only), ``weight_decay``, and ``decay_norms``:
-        whether parameters of one axis, which are biases and the scales of norms, decay
-        too.
+      name: ``"sgd"``, ``"adamw"`` or ``"lamb"``.
       rate: Rate as a function of the step, or one rate.
+      momentum: Momentum of SGD; β₁ of the others, whose β₂ is 0.999.
+      weight_decay: Weight decay.
+      nesterov: Whether the momentum of SGD is Nesterov's.
+      decay_norms: Whether parameters with one axis, which are biases and the scales of
+        norms, decay too.
 
     Raises:
       TPPError: The optimizer is unknown.
 
     Example:
-      >>> from tpp_jax.experiment.config import default_config
-      >>> fields = default_config().pretrain
-      >>> fields.optimizer, fields.decay_norms = "lamb", False
-      >>> tx = optimizer(fields, rate=0.001)
+      >>> tx = optimizer("lamb", 1e-3, momentum=0.9, weight_decay=0.02)
     """
-    decay = fields.weight_decay
-    mask = None if fields.decay_norms else _has_several_axes
-    match fields.optimizer:
+    mask = None if decay_norms else _has_several_axes
+    match name:
         case "sgd":
-            nesterov = fields.nesterov
-            return sgd(rate, fields.momentum, decay, nesterov=nesterov, mask=mask)
+            return sgd(rate, momentum, weight_decay, nesterov=nesterov, mask=mask)
         case "adamw":
-            return optax.adamw(rate, b1=fields.momentum, weight_decay=decay, mask=mask)
+            return optax.adamw(rate, b1=momentum, weight_decay=weight_decay, mask=mask)
         case "lamb":
-            return optax.lamb(rate, b1=fields.momentum, weight_decay=decay, mask=mask)
+            return optax.lamb(rate, b1=momentum, weight_decay=weight_decay, mask=mask)
     raise TPPError(
-        f"unknown optimizer {fields.optimizer!r}: choose "
-        f"{' or '.join(map(repr, OPTIMIZERS))}"
+        f"unknown optimizer {name!r}: choose {' or '.join(map(repr, OPTIMIZERS))}"
     )
 
 
@@ -156,14 +158,15 @@ def sgd(
     nesterov: bool = False,
     mask: Any = None,
 ) -> optax.GradientTransformation:
-    """SGD in PyTorch's order: decay joins the gradient, then momentum, then rate.
+    """Returns SGD in PyTorch's order: weight decay, then momentum, then the rate.
 
     Args:
       rate: Rate as a function of the step, or one rate.
       momentum: Share of the last step's velocity that is kept.
       weight_decay: Factor by which each parameter is added to its gradient.
-      nesterov: Whether the step looks ahead along the velocity.
-      mask: Function of the parameters that returns which of them decay; None for all.
+      nesterov: Whether momentum is Nesterov's.
+      mask: Function from the parameters to a tree of booleans, True for those that
+        decay; None for all.
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask),

@@ -1,9 +1,9 @@
-"""Programs for several devices: the only place that knows of pmap and shard_map.
+"""Programs for several devices: the only file that uses pmap and shard_map.
 
 A step is written once, as a function of ``(state, ...)`` for one device, with
 collectives over the axis named :data:`AXIS`. State and data are replicated; each device
-works on its own share of the batch, which it picks by its index on the axis. The axis
-runs over the devices of all processes; a process passes and receives its own copies.
+processes its own share of the batch, chosen by its index on the axis. The axis runs
+over the devices of all processes; a process passes and receives its own copies.
 """
 
 import functools
@@ -20,29 +20,34 @@ from tpp_jax.xla.convolution import compiler_options
 
 AXIS = "batch"
 
-Kind = Literal["pmap", "shard_map"]
+Api = Literal["pmap", "shard_map"]
+"""JAX's APIs for several devices; their results are the same."""
+
+Device = Any
+"""A ``jax.Device``. jaxlib has no stub of that class, so type checkers refuse its name
+in annotations."""
 
 
 def on_devices(
     fn: Callable[..., Any],
-    devices: Sequence[jax.Device],
+    devices: Sequence[Device],
     donate: int | None = None,
     split: int | None = None,
     accumulate: int = 1,
-    kind: Kind = "pmap",
+    api: Api = "pmap",
 ) -> Callable[..., Any]:
     """Compiles a per-device function for some devices.
 
     Args:
       fn: Function of pytrees that returns a replicated pytree. With several devices it
         runs under an axis named ``AXIS``; with one it is jitted without the axis.
-      devices: Devices to run on; with several processes, those of all of them.
+      devices: Devices to run on, those of all processes.
       donate: Index of the argument whose buffers may be reused.
-      split: Index of the argument that is split over the devices, by the first axis of
-        its arrays, of which a process holds its own part; all others are replicated.
-      accumulate: Number of parts of the first axis, each of which is split over the
-        devices.
-      kind: JAX's way to program several devices; the numbers are the same.
+      split: Index of the argument whose arrays are split over the devices along their
+        first axis; a process holds its own part. All other arguments are replicated.
+      accumulate: Number of accumulated parts along that axis; each part is split over
+        the devices.
+      api: JAX's API for several devices.
 
     Returns:
       A function of the same arguments and results. Arguments should be placed by
@@ -53,7 +58,7 @@ def on_devices(
         return _jitted(fn, donated)
 
     n = len(_own(devices))
-    compile_for = _pmapped if kind == "pmap" else _shard_mapped
+    compile_for = _pmapped if api == "pmap" else _shard_mapped
     compiled = functools.cache(
         lambda arity: compile_for(fn, devices, donated, split, arity)
     )
@@ -76,13 +81,13 @@ def _length(tree: Any) -> int:
 
 def _pmapped(
     fn: Callable[..., Any],
-    devices: Sequence[jax.Device],
+    devices: Sequence[Device],
     donated: tuple[int, ...],
     split: int | None,
     arity: int,
 ) -> Callable[..., Any]:
     def per_device(place: Any, *args: Any) -> Any:
-        del place  # pmap wants one mapped argument; fn asks axis_index instead
+        del place  # pmap needs a mapped argument; fn calls axis_index instead
         return fn(*args)
 
     n = len(_own(devices))
@@ -108,7 +113,7 @@ def _pmapped(
 
 def _shard_mapped(
     fn: Callable[..., Any],
-    devices: Sequence[jax.Device],
+    devices: Sequence[Device],
     donated: tuple[int, ...],
     split: int | None,
     arity: int,
@@ -119,7 +124,7 @@ def _shard_mapped(
         mesh=mesh,
         in_specs=tuple(PartitionSpec(*[AXIS] * (i == split)) for i in range(arity)),
         out_specs=PartitionSpec(),
-        check_vma=False,  # that results are equal everywhere is fn's promise
+        check_vma=False,  # fn returns equal results on all devices
     )
     compiled = _jitted(mapped, donated)
     if jax.process_count() == 1:
@@ -139,13 +144,13 @@ def _jitted(fn: Callable[..., Any], donated: tuple[int, ...]) -> Callable[..., A
     return jax.jit(fn, donate_argnums=donated, compiler_options=compiler_options())
 
 
-def _own(devices: Sequence[jax.Device]) -> list[jax.Device]:
+def _own(devices: Sequence[Device]) -> list[Device]:
     """Returns the devices of this process."""
     return [d for d in devices if d.process_index == jax.process_index()]
 
 
 def _global(x: Any, mesh: Mesh, split: bool) -> Any:
-    """Makes one array of what each process has: its part, or a copy of everything."""
+    """Makes a global array from each process's part or full copy."""
     if split:
         sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         return jax.make_array_from_process_local_data(sharding, x)
@@ -160,10 +165,16 @@ def _global(x: Any, mesh: Mesh, split: bool) -> Any:
 
 
 def places_of(device: Any, n_devices: int, batch_size: int, accumulate: int) -> Any:
-    """Returns the positions in the batch that one device works on, in order.
+    """Returns the positions in the batch that one device processes, in order.
 
-    It has an equal share of each accumulated part, so that the parts of all devices
-    together are those of a single one.
+    A device gets an equal share of each accumulated part, so that the parts of all
+    devices together are the parts of a single device.
+
+    Args:
+      device: Index of the device on the axis.
+      n_devices: Number of devices on the axis.
+      batch_size: Number of examples in the batch of these devices together.
+      accumulate: Number of accumulated parts.
 
     Example:
       >>> places_of(device=1, n_devices=2, batch_size=8, accumulate=2).tolist()
@@ -174,7 +185,7 @@ def places_of(device: Any, n_devices: int, batch_size: int, accumulate: int) -> 
     return (starts + np.arange(share)).reshape(-1) + device * share
 
 
-def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+def replicate(tree: Any, devices: Sequence[Device]) -> Any:
     """Puts a copy of every array on every device of this process."""
     tree, own = local(tree), _own(devices)
     if len(devices) == 1:
@@ -184,7 +195,7 @@ def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
 
 def local(tree: Any) -> Any:
-    """Returns this process's copies of arrays that are replicated over all of them."""
+    """Returns this process's copies of arrays that are replicated over processes."""
     return jax.tree.map(
         lambda x: (
             x.addressable_data(0)
@@ -195,24 +206,27 @@ def local(tree: Any) -> Any:
     )
 
 
-def axis_name(devices: Sequence[jax.Device]) -> str | None:
-    """Returns the axis that a step's collectives run over, None for a single device."""
+def axis_name(devices: Sequence[Device]) -> str | None:
+    """Returns the axis of a step's collectives; None for a single device."""
     return AXIS if len(devices) > 1 else None
 
 
 def check_batch_size(
     batch_size: int,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Device],
     accumulate: int = 1,
     pairs: bool = False,
 ) -> None:
-    """Raises a TPPError unless the global batch splits evenly.
+    """Checks that the global batch splits evenly.
 
     Args:
       batch_size: Number of examples in the batch of all devices together.
-      devices: Devices that it is split over.
+      devices: Devices that the batch is split over.
       accumulate: Number of parts in which each device computes its share.
-      pairs: Whether a part must hold an even number of images, to be mixed.
+      pairs: Whether a part must hold an even number of images, as mixing needs.
+
+    Raises:
+      TPPError: It does not.
     """
     n = len(devices) * accumulate * (2 if pairs else 1)
     if batch_size % n:
@@ -220,7 +234,7 @@ def check_batch_size(
         over = f"{len(devices)} devices"
         if accumulate > 1:
             over += f" in {accumulate} parts each (config.accumulate)"
-        over += " by pairs of images, which mixup and cutmix need" if pairs else ""
+        over += " in pairs of images, which mixup and cutmix need" if pairs else ""
         raise TPPError(
             f"the batch of {batch_size} does not split over {over}: set "
             f"--config.data.batch_size to {near[0]} or {near[1]}"

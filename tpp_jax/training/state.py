@@ -1,4 +1,4 @@
-"""Training states: made from a model, as named arrays, put back into a model."""
+"""Training states: made from a model, saved as named arrays, put into a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,8 +27,8 @@ def initial_state(
       tx: Optimizer.
       average: Whether moving averages are kept.
       step: Number of steps done in the phase.
-      arrays: Arrays from :func:`arrays_of`, for the optimizer's state and the averages;
-        None to initialise these.
+      arrays: Arrays from :func:`arrays_of` to restore the optimizer's state and the
+        averages from; None to initialise both.
     """
     params = nnx.state(model, nnx.Param)
     stats = nnx.state(model, nnx.BatchStat)
@@ -37,10 +37,10 @@ def initial_state(
         opt_state = tx.init(params)
     else:
         opt_state = jax.eval_shape(tx.init, params)
-        opt_state = _filled(opt_state, part(arrays, "opt."))
-        averages = _filled(averages, part(arrays, "average."))
+        opt_state = _filled(opt_state, unprefixed(arrays, "opt."))
+        averages = _filled(averages, unprefixed(arrays, "average."))
     state = TrainState(jnp.int32(step), params, stats, opt_state, averages)
-    # Own buffers: the step donates them, and the model's are still needed.
+    # Copied, since the step donates its buffers and the model's are still needed.
     return jax.tree.map(jnp.copy, state)
 
 
@@ -57,8 +57,8 @@ def arrays_of(state: TrainState) -> dict[str, Any]:
     return {f"{p}.{name}": x for p, named in trees.items() for name, x in named.items()}
 
 
-def part(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Returns the arrays of a checkpoint whose names have a prefix, without it."""
+def unprefixed(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns the arrays whose names start with a prefix, by the rest of the name."""
     return {
         name.removeprefix(prefix): array
         for name, array in arrays.items()
@@ -68,7 +68,7 @@ def part(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def with_state(model: nnx.Module, state: TrainState) -> nnx.Module:
     """Returns a model of the same structure with a state's parameters."""
-    return with_arrays(model, part(arrays_of(state), "model."))
+    return with_arrays(model, unprefixed(arrays_of(state), "model."))
 
 
 def _filled(tree: Any, arrays: Mapping[str, Any]) -> Any:

@@ -17,14 +17,14 @@ from tpp_jax.xla.convolution import use_fast_convolutions
 
 
 class TrainState(NamedTuple):
-    """What a training step reads and writes.
+    """State that a training step reads and returns.
 
     Attributes:
       step: Number of steps done in this phase, int32.
       params: Trainable parameters.
       stats: Batch statistics.
       opt_state: State of the optimizer.
-      average: Moving averages of ``(params, stats)``; None without.
+      average: Moving averages of ``(params, stats)``; None if none are kept.
     """
 
     step: Int[Array, ""]
@@ -35,12 +35,12 @@ class TrainState(NamedTuple):
 
     @property
     def network(self) -> tuple[nnx.State, nnx.State]:
-        """Parameters and statistics to use: the averages, where they are kept."""
+        """Parameters and statistics to use: the averages if they are kept."""
         return self.average or (self.params, self.stats)
 
 
 class StepConfig(NamedTuple):
-    """How a step computes, whatever the task.
+    """Arithmetic of a step, which does not depend on the task.
 
     Attributes:
       dtype: Type that parameters are cast to, except those of layers that keep batch
@@ -49,13 +49,14 @@ class StepConfig(NamedTuple):
       remat: Whether the backward pass recomputes all but convolutions and matrix
         products, to save memory.
       accumulate: Number of parts in which a device computes its share of a batch, to
-        save memory. Each has its own batch statistics, as a smaller batch would.
+        save memory. Each part has its own batch statistics, like a smaller batch.
       skip_nonfinite: Whether a step whose loss or gradient is not finite changes
-        nothing, and counts as ``skipped`` in the metrics.
-      sync_bn: Whether batch norm normalises by the batch of all devices, or each by its
-        own share; what is kept for evaluation is the mean over devices either way.
+        nothing and counts as ``skipped`` in the metrics.
+      sync_bn: Whether batch norm normalises by the batch of all devices; otherwise each
+        device normalises by its own share. The statistics kept for evaluation are the
+        mean over devices in both cases.
       ema: Decay d of the averages; at step t it is min(d, (1 + t)/(10 + t)), so that
-        the start is forgotten. 0 for no averages.
+        the initial values lose their weight. 0 for no averages.
     """
 
     dtype: str = "float32"
@@ -69,6 +70,9 @@ class StepConfig(NamedTuple):
 Loss = Callable[[nnx.Module, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
 """See :meth:`tpp_jax.training.task.Task.loss`."""
 
+Gradients = Callable[..., tuple[nnx.State, tuple[nnx.State, Metrics]]]
+"""``gradients(params, stats, batch, key) -> (grads, (stats, metrics))``."""
+
 # Number in the key of a step from which the key of its loss is made; examples draw from
 # the numbers 0, 1, 2…
 _OF_THE_LOSS = 2**30
@@ -77,7 +81,7 @@ _OF_THE_LOSS = 2**30
 def graphdef_of(model: nnx.Module, *, training: bool) -> nnx.GraphDef:
     """Returns the structure of a model in training or evaluation mode.
 
-    It holds no array and no shape of one: it serves the dense and the sliced network.
+    It contains no arrays or shapes, so the dense and the sliced network share it.
     """
     copy = nnx.merge(*nnx.split(model))
     copy.train() if training else copy.eval()
@@ -97,60 +101,26 @@ def make_train_step(
     Args:
       graphdef: Structure of the model, in training mode.
       tx: Optimizer.
-      loss: ``loss(model, batch, key) -> (loss, metrics)``, of a task.
-      config: How to compute.
-      select: ``select(step, key, *data) -> batch``, this device's share of a step's
-        batch.
+      loss: ``loss(model, batch, key) -> (loss, metrics)`` of a task.
+      config: Arithmetic of the step.
+      select: ``select(step, key, *data) -> batch``, which returns this device's share
+        of a step's batch.
       axis: Name of the device axis that gradients, batch statistics and metrics are
         averaged over; None for a single device.
 
     Returns:
-      ``step(state, key, *data) -> (state, metrics)``; metrics are those of the loss,
-      and the ``loss`` itself, of the batch of all devices. What is random draws from
-      ``key``, the step and the position in the batch, so that a batch split over
-      devices is the batch of a single one.
+      ``step(state, key, *data) -> (state, metrics)``. The metrics are those that
+      ``loss`` returns and the ``loss`` itself, over the batch of all devices. Random
+      numbers depend on ``key``, the step and the position in the batch, so that a batch
+      split over devices equals the batch of a single device.
     """
-
-    def forward(
-        params: nnx.State, stats: nnx.State, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float[Array, ""], tuple[nnx.State, Metrics]]:
-        model = _merged(graphdef, params, stats, config.dtype)
-        if axis is not None and config.sync_bn:
-            _synchronise(model, axis)
-        value, metrics = loss(model, batch, key)
-        return value, (nnx.state(model, nnx.BatchStat), {**metrics, "loss": value})
-
-    if config.remat:
-        forward = jax.checkpoint(forward, policy=is_expensive)
-    differentiate = jax.grad(forward, has_aux=True)
-
-    def accumulated(
-        params: nnx.State, stats: nnx.State, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[nnx.State, tuple[nnx.State, Metrics]]:
-        n = config.accumulate
-
-        def body(carry: Any, part: Any) -> Any:
-            sums, stats = carry
-            grads, (stats, metrics) = differentiate(params, stats, *part)
-            return (jax.tree.map(jnp.add, sums, (grads, metrics)), stats), None
-
-        batches = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
-        parts = batches, jax.random.split(key, n)
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes, (_, metrics) = jax.eval_shape(differentiate, params, stats, *first)
-        zeros = jax.tree.map(jnp.zeros_like, (shapes, metrics))
-        # XLA's CPU backend runs a convolution inside a loop some 80 times slower.
-        unroll = jax.default_backend() == "cpu"
-        (sums, stats), _ = jax.lax.scan(body, (zeros, stats), parts, unroll=unroll)
-        grads, metrics = jax.tree.map(lambda total: total / n, sums)
-        return grads, (stats, metrics)
+    gradients = _gradients(graphdef, loss, config, axis)
 
     def step(
         state: TrainState, key: Key[Array, ""], *data: Any
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         batch = select(state.step, key, *data)
-        gradients = differentiate if config.accumulate == 1 else accumulated
         grads, (stats, metrics) = gradients(
             state.params, state.stats, batch, jax.random.fold_in(key, _OF_THE_LOSS)
         )
@@ -173,10 +143,57 @@ def make_train_step(
     return step
 
 
+def _gradients(
+    graphdef: nnx.GraphDef, loss: Loss, config: StepConfig, axis: str | None
+) -> Gradients:
+    """Makes the function that differentiates a device's share of the loss."""
+
+    def forward(
+        params: nnx.State, stats: nnx.State, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], tuple[nnx.State, Metrics]]:
+        model = _merged(graphdef, params, stats, config.dtype)
+        if axis is not None and config.sync_bn:
+            _synchronise(model, axis)
+        value, metrics = loss(model, batch, key)
+        return value, (nnx.state(model, nnx.BatchStat), {**metrics, "loss": value})
+
+    if config.remat:
+        forward = jax.checkpoint(forward, policy=is_expensive)
+    differentiate = jax.grad(forward, has_aux=True)
+    if config.accumulate == 1:
+        return differentiate
+    return _accumulated(differentiate, config.accumulate)
+
+
+def _accumulated(differentiate: Gradients, n: int) -> Gradients:
+    """Makes the gradients of a batch the means over n parts, computed in sequence."""
+
+    def accumulated(
+        params: nnx.State, stats: nnx.State, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[nnx.State, tuple[nnx.State, Metrics]]:
+        def body(carry: Any, part: Any) -> Any:
+            sums, stats = carry
+            grads, (stats, metrics) = differentiate(params, stats, *part)
+            return (jax.tree.map(jnp.add, sums, (grads, metrics)), stats), None
+
+        batches = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
+        parts = batches, jax.random.split(key, n)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes, (_, metrics) = jax.eval_shape(differentiate, params, stats, *first)
+        zeros = jax.tree.map(jnp.zeros_like, (shapes, metrics))
+        # XLA's CPU backend runs a convolution inside a loop some 80 times slower.
+        unroll = jax.default_backend() == "cpu"
+        (sums, stats), _ = jax.lax.scan(body, (zeros, stats), parts, unroll=unroll)
+        grads, metrics = jax.tree.map(lambda total: total / n, sums)
+        return grads, (stats, metrics)
+
+    return accumulated
+
+
 def _if_finite(
     grads: nnx.State, metrics: Metrics, before: TrainState, after: TrainState
 ) -> tuple[TrainState, Metrics]:
-    """Returns the state and metrics of a step that counts only if it is finite."""
+    """Returns a step's state and metrics, or those of a skipped step."""
     ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
     before = before._replace(step=after.step)
     state, metrics = jax.tree.map(
@@ -190,7 +207,7 @@ def _if_finite(
 def _merged(
     graphdef: nnx.GraphDef, params: nnx.State, stats: nnx.State, dtype: str
 ) -> nnx.Module:
-    """Returns the model to compute with."""
+    """Returns the model with its arrays, prepared for XLA."""
     model = nnx.merge(graphdef, _in(dtype, params, stats), stats, copy=True)
     use_fast_convolutions(model)
     roll_blocks(model)
@@ -198,7 +215,7 @@ def _merged(
 
 
 def _synchronise(model: nnx.Module, axis: str) -> None:
-    """Makes batch norms normalise by the batch of all devices of an axis."""
+    """Makes batch norms normalise by the batch of all devices on an axis."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, BatchNorm):
             module.axis_name = axis
@@ -218,7 +235,7 @@ def _in(dtype: str, params: nnx.State, stats: nnx.State) -> nnx.State:
 def is_expensive(primitive: Any, *_: Any, **__: Any) -> bool:
     """Returns whether a primitive is a convolution or a matrix product.
 
-    A policy of ``jax.checkpoint``.
+    Such results are kept for the backward pass: a policy of ``jax.checkpoint``.
     """
     return primitive.name in ("conv_general_dilated", "dot_general")
 
@@ -228,8 +245,8 @@ def make_train_steps(step: Callable[..., Any], *, loop: bool) -> Callable[..., A
 
     Args:
       step: Step from :func:`make_train_step`.
-      loop: Whether the program loops. False makes it one step, whatever ``n`` is, for
-        the CPU, where XLA runs a convolution inside a loop some 80 times slower.
+      loop: Whether the program loops. Otherwise it takes one step, whatever ``n`` is;
+        on the CPU, XLA runs a convolution inside a loop some 80 times slower.
 
     Returns:
       ``steps(state, key, n, *data) -> (state, metrics)`` with the metrics averaged over
@@ -269,10 +286,10 @@ def make_eval_step(
 
     Args:
       graphdef: Structure of the model, in evaluation mode.
-      metrics: ``metrics(model, batch)``, values for each example, of a task.
-      config: How to compute.
-      select: ``select(*data) -> (batch, counts)``, this device's share of a batch and
-        which of its examples count.
+      metrics: ``metrics(model, batch)`` of a task, which returns values per example.
+      config: Arithmetic of the step.
+      select: ``select(*data) -> (batch, counts)``, which returns this device's share of
+        a batch and a mask of the examples that count.
       axis: Name of the device axis; None for a single device.
 
     Returns:

@@ -1,7 +1,7 @@
-"""What a network is trained for: its data, its loss and the metrics it is judged by.
+"""Tasks: the data, the loss and the metrics that a network is trained for.
 
-The training and the evaluation step, the feeds and the runs know a task by this
-protocol alone. :mod:`tpp_jax.training.classification` is the first implementation.
+The training step, the evaluation step, the feeds and the runs use a task through this
+protocol only. :mod:`tpp_jax.training.classification` is the first implementation.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from tpp_jax.reports.headline import Headline
+from tpp_jax.training import parallel
 
 Batch = Any
 """A pytree of arrays whose first axis runs over the examples."""
@@ -20,19 +21,19 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 class Feed(Protocol):
-    """How batches reach a step.
+    """Source of the batches of a step.
 
-    ``train_data`` and ``eval_data`` give, on the host, the arguments of a step;
+    ``train_data`` and ``eval_data`` return, on the host, the arguments of a step;
     ``train_batch`` and ``eval_batch`` are pure functions that make a device's share of
     the batch from these arguments, inside the compiled program. A training batch
-    depends on the seed, the phase and the step alone, so that the position in the data
-    is the number of the step. Two are ready: :class:`tpp_jax.training.feeds.Resident`
-    and :class:`tpp_jax.training.feeds.Streamed`.
+    depends only on the seed, the phase and the step, so that the step number is the
+    position in the data. :class:`tpp_jax.training.feeds.Resident` and
+    :class:`tpp_jax.training.feeds.Streamed` are two implementations.
     """
 
     @property
     def split(self) -> bool:
-        """Whether the data are split over the devices, or each device has all."""
+        """Whether the data are split over the devices and not replicated."""
         ...
 
     @property
@@ -49,13 +50,13 @@ class Feed(Protocol):
         """
 
     def steps_left(self, step: int) -> int:
-        """Returns how many steps from a step on may share one dispatch."""
+        """Returns the number of steps from ``step`` on that may share one dispatch."""
         ...
 
     def train_data(self, step: int) -> tuple[Any, ...]:
         """Returns the arguments of the steps from ``step`` on.
 
-        A feed that is not split gives two: one that depends on the key of the phase,
+        A feed that is not split returns two: one that depends on the key of the phase,
         and the data, which runs of other seeds share.
         """
         ...
@@ -79,29 +80,28 @@ class Feed(Protocol):
         """Function that makes this device's share of an evaluation batch.
 
         It is called as ``eval_batch(*data)`` with the arguments from ``eval_data`` and
-        returns a batch of constant size, and which of its examples count: the others
-        are padding.
+        returns a batch of constant size and a mask that is False for padding.
         """
         ...
 
     def close(self) -> None:
-        """Stops what runs in the background."""
+        """Stops background work."""
 
 
 class Task(Protocol):
-    """Data, loss and metrics of what a network is trained for.
+    """Data, loss and metrics of a training problem.
 
     ``loss``, ``metrics`` and ``inputs`` are pure and traced into compiled programs.
     """
 
     @property
     def headline(self) -> Headline:
-        """The reported metric that a run is judged by."""
+        """Reported metric by which a run is judged."""
         ...
 
     @property
     def examples(self) -> str:
-        """What the examples are, in the plural: ``"images"``."""
+        """Plural noun for the examples, such as ``"images"``."""
         ...
 
     @property
@@ -111,7 +111,7 @@ class Task(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of batches that go through the training data once."""
+        """Number of batches in one pass over the training data."""
         ...
 
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -122,7 +122,7 @@ class Task(Protocol):
         """Returns shapes and types of the network's inputs for one example."""
         ...
 
-    def feed(self, devices: Sequence[jax.Device], accumulate: int = 1) -> Feed:
+    def feed(self, devices: Sequence[parallel.Device], accumulate: int = 1) -> Feed:
         """Returns the batches of training and evaluation.
 
         Args:
@@ -140,11 +140,11 @@ class Task(Protocol):
         Args:
           model: Network in training mode.
           batch: One device's share of a batch, or an accumulated part of it.
-          key: Key for whatever is random; the same on all devices.
+          key: Key of all random numbers; the same on all devices.
 
         Returns:
-          The mean of the loss over the batch, and means of other metrics; all are
-          averaged over parts, devices and steps.
+          The mean loss over the batch and means of other metrics. The caller averages
+          them over parts, devices and steps.
         """
         ...
 
@@ -153,8 +153,8 @@ class Task(Protocol):
     ) -> dict[str, Shaped[Array, " n"]]:
         """Returns the metrics of an evaluation, one value per example.
 
-        Values of examples that are padding are ignored; the others are summed over
-        batches and devices and divided by their number.
+        Values of padding are ignored; the others are averaged over batches and
+        devices.
 
         Args:
           model: Network in evaluation mode.
@@ -163,19 +163,19 @@ class Task(Protocol):
         ...
 
     def report(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Returns the metrics as they are shown and recorded, from their means.
+        """Returns the metrics to show and record, computed from means.
 
-        Here a share becomes a percentage, a mean of negative log-likelihoods a
-        perplexity, and two means a ratio.
+        Here a fraction becomes a percentage, a mean negative log-likelihood becomes a
+        perplexity, and two means become a ratio.
 
         Args:
-          means: Means of the metrics of training, ``loss`` among them, or of an
-            evaluation.
+          means: Means of the training metrics, which include ``loss``, or of the
+            evaluation metrics.
         """
         ...
 
     def inputs(self, batch: Batch) -> tuple[Array, ...]:
-        """Returns the network's inputs for a batch, as evaluation computes them."""
+        """Returns the network's inputs for a batch, as in evaluation."""
         ...
 
     def probes(self, number: int) -> Batch:
@@ -185,6 +185,6 @@ class Task(Protocol):
     def samples(self, seed: int) -> Iterator[Batch]:
         """Yields the training batches of one epoch in random order, not augmented.
 
-        Every process gets the same batches of full size.
+        Every process gets the same batches, of full size.
         """
         ...

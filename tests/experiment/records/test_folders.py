@@ -25,7 +25,7 @@ def test_what_is_of_the_wrong_kind_is_named_before_any_training(tmp_path, name):
     path = tmp_path / name
     path.write_text("mine") if name in FOLDERS else path.mkdir()
     with pytest.raises(
-        TPPError, match=f"{name} is no .*, but a run has one there: move"
+        TPPError, match=f"{name} is not a .*, but a run has one there: move"
     ):
         run.train(small_config(), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [name]
@@ -34,7 +34,7 @@ def test_what_is_of_the_wrong_kind_is_named_before_any_training(tmp_path, name):
 @pytest.mark.parametrize("name", ["tb", "tb/below"])
 def test_a_file_in_the_way_of_tensorboard_is_named(tmp_path, name):
     (tmp_path / "tb").write_text("mine")
-    with pytest.raises(TPPError, match=r"tb.* a file is in its way"):
+    with pytest.raises(TPPError, match=r"tb.* a file is in the way"):
         Progress(tmp_path / name)
 
 
@@ -50,7 +50,7 @@ def test_a_folder_that_there_cannot_be_is_refused(tmp_path):
     [
         (errno.EACCES, "the folder .* cannot be used: .*Permission denied"),
         (errno.EISDIR, "the folder .* cannot be used"),
-        (errno.ENOSPC, "make room on the disk"),
+        (errno.ENOSPC, "free disk space"),
     ],
 )
 def test_errors_of_the_system_about_the_folder_are_explained(tmp_path, number, message):
@@ -91,7 +91,7 @@ def test_a_run_is_inspected_by_its_own_config(finished, capsys, given):
     inspect.inspect(small_config(), finished, given=given)
     shown = capsys.readouterr().out
     assert "with config.prune.ratios='net.2:0.25'" in shown
-    told = f"The run in {finished} is shown by its own config, not by the one given"
+    told = f"The config of the run in {finished} is used and not the given one"
     assert (told in shown) == given
     assert ("prune.ratios was 'net.2:0.25', is '*net*:0.5'" in shown) == given
     (finished / "groups.svg").unlink()
@@ -132,9 +132,9 @@ def test_a_run_that_is_not_finished_is_timed_by_its_own_config(
 def test_a_config_json_of_something_else_is_refused_and_left_alone(tmp_path, text):
     file = tmp_path / "config.json"
     file.write_text(text)
-    with pytest.raises(TPPError, match=r"config\.json is not the config of a run"):
+    with pytest.raises(TPPError, match=r"config.json is not the config of a run"):
         inspect.inspect(small_config(), tmp_path)
-    with pytest.raises(TPPError, match=r"config\.json is not the config of a run"):
+    with pytest.raises(TPPError, match=r"config.json is not the config of a run"):
         run.train(small_config(), tmp_path)
     assert file.read_text() == text
 
@@ -154,7 +154,9 @@ def test_a_report_that_a_kill_kept_from_being_drawn_is_drawn(finished, capsys):
     summary = run.train(small_config(**fields), finished)
     assert summary["status"] == "done"
     assert page.read_text() == before and (finished / "curves.svg").exists()
-    assert f"Its report was missing, and is drawn: {page}" in capsys.readouterr().out
+    assert (
+        f"Its report was missing and is drawn again: {page}" in capsys.readouterr().out
+    )
     run.train(small_config(**fields), finished)
     assert "was missing" not in capsys.readouterr().out
 
@@ -162,5 +164,5 @@ def test_a_report_that_a_kill_kept_from_being_drawn_is_drawn(finished, capsys):
 @pytest.mark.parametrize("text", ["{}", "[]", '{"config": {}}', "{", "\xff"])
 def test_a_summary_that_is_none_is_named(tmp_path, text):
     (tmp_path / "summary.json").write_text(text)
-    with pytest.raises(TPPError, match=r"summary\.json cannot be read .* Remove it"):
+    with pytest.raises(TPPError, match=r"summary.json cannot be read .* Remove it"):
         run.train(small_config(), tmp_path)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: a flat dict of named arrays, plus JSON, by Orbax."""
+"""The checkpoints of a run: named arrays and JSON, written by Orbax."""
 
 import contextlib
 import pathlib
@@ -15,14 +15,14 @@ from tpp_jax.storage.paths import plain
 
 
 class Checkpoints:
-    """The checkpoints of a run, one for each saved step, in one folder."""
+    """The checkpoints of a run in one folder, one per saved step."""
 
     def __init__(self, folder: str | pathlib.Path, keep: int = 2) -> None:
         """Opens the checkpoints in a folder.
 
         Args:
-          folder: Folder of the checkpoints; made if missing.
-          keep: Number of checkpoints to keep, the last ones.
+          folder: Folder of the checkpoints, which is created if it is missing.
+          keep: Number of latest checkpoints to keep.
         """
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True
@@ -37,53 +37,53 @@ class Checkpoints:
         )
 
     def save(self, step: int, arrays: Arrays, meta: Mapping[str, Any]) -> None:
-        """Saves arrays and JSON-ready content under a step, in the background.
+        """Saves arrays and JSON-ready content for a step, in the background.
 
-        The arrays are copied off the device before this returns.
+        The arrays are copied from the device before this returns.
 
         Raises:
-          TPPError: This or the last checkpoint could not be written.
+          TPPError: This or the previous checkpoint could not be written.
         """
         with self._explained():
             self._manager.save(step, args=items.to_save(arrays, meta), force=True)
 
     def latest(self) -> int | None:
-        """Returns the last saved step; None if there is none."""
+        """Returns the last saved step; None if there is no checkpoint."""
         return self._manager.latest_step()
 
     def restore(self) -> tuple[Arrays, dict[str, Any], list[str]] | None:
         """Reads the last checkpoint that is not damaged.
 
-        Damaged ones are renamed to ``damaged-<step>``.
+        Damaged checkpoints are renamed to ``damaged-<step>``.
 
         Returns:
-          Arrays, JSON content, and a line about each damaged checkpoint; None if there
-          is no checkpoint at all.
+          Arrays, JSON content and a message for each damaged checkpoint; None if there
+          are no checkpoints.
 
         Raises:
-          TPPError: All of them are damaged.
+          TPPError: All checkpoints are damaged.
         """
         damaged: list[tuple[int, Exception]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found = self._manager.restore(step, args=items.to_restore())
                 arrays, meta = items.checked(found)
-            except Exception as error:  # orbax and tensorstore raise all kinds here
+            except Exception as error:  # Orbax and TensorStore raise many types
                 damaged.append((step, error))
                 continue
             return arrays, meta, [self._put_aside(*one) for one in damaged]
         if damaged:
             raise TPPError(
                 f"none of the checkpoints in {self._folder} can be read "
-                f"({items.reason(damaged[0][1])}). Remove that folder to begin anew"
+                f"({items.reason(damaged[0][1])}). Remove that folder to start again"
             ) from damaged[0][1]
         return None
 
     def _put_aside(self, step: int, error: Exception) -> str:
         aside = self._folder / f"damaged-{step}"
-        processes.wait_for_all(f"damaged {step}")  # all have read it
+        processes.wait_for_all(f"damaged {step}")  # until all have read it
         if processes.is_first():
-            shutil.rmtree(aside, ignore_errors=True)  # from an earlier start
+            shutil.rmtree(aside, ignore_errors=True)  # from an earlier command
             (self._folder / str(step)).rename(aside)
         processes.wait_for_all(f"aside {step}")
         self._manager.reload()
@@ -105,11 +105,13 @@ class Checkpoints:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # orbax and tensorstore raise all kinds here
+        except Exception as error:  # Orbax and TensorStore raise many types
             latest = self.latest()
-            kept = "none was written before" if latest is None else f"{latest} is whole"
+            kept = "There is no earlier one"
+            if latest is not None:
+                kept = f"That of step {latest} is intact"
             raise TPPError(
                 f"a checkpoint could not be written to {self._folder} "
-                f"({' '.join(str(error).split())[:200]}). Of those there {kept}: make "
-                "room on the disk, and the same command goes on from it"
+                f"({' '.join(str(error).split())[:200]}). {kept}: free disk space, and "
+                "the same command continues from the last checkpoint"
             ) from error

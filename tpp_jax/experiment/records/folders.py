@@ -1,4 +1,4 @@
-"""The folder of a run or a sweep: the kinds of its files, and the config in it."""
+"""The folder of a run or a sweep: its layout and the config in it."""
 
 import contextlib
 import errno
@@ -22,26 +22,27 @@ _FOLDERS = ("checkpoints", "tensorboard", "dense", "model", "best", "cells")
 _PICTURES = ("curves", "channels", "jacobian", "gram")
 _FILES = (CONFIG, "lock", "metrics.jsonl", "summary.json", "gram.npz", "report.html")
 _FILES += ("table.json", "table.md", "table.csv", "profile.json", "groups.svg")
-_FILES += tuple(f"{name}.{kind}" for name in _PICTURES for kind in ("png", "svg"))
+_FILES += tuple(f"{name}.{end}" for name in _PICTURES for end in ("png", "svg"))
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def make(workdir: pathlib.Path) -> None:
-    """Makes the folder of a run, and checks that the run can use what is there.
+    """Creates the folder of a run if it is missing, and checks its layout.
 
     Raises:
-      TPPError: It cannot be made, or a file is in the place of a folder or the reverse.
+      TPPError: It cannot be created, or a file is in the place of a folder or the
+        reverse.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TPPError(f"the folder of the run cannot be made: {error}") from error
-    check_kinds(workdir)
+        raise TPPError(f"the folder of the run cannot be created: {error}") from error
+    check_layout(workdir)
 
 
-def check_kinds(workdir: pathlib.Path) -> None:
-    """Checks that files and folders in a run's folder are of the kind that it writes.
+def check_layout(workdir: pathlib.Path) -> None:
+    """Checks that names in a run's folder are files and folders as the run has them.
 
     Raises:
       TPPError: A file is in the place of a folder, or the reverse.
@@ -54,18 +55,17 @@ def check_kinds(workdir: pathlib.Path) -> None:
             raise TPPError(f"the folder of the run cannot be read: {error}") from error
         if wrong:
             raise TPPError(
-                f"{path} is no {'folder' if folder else 'file'}, but a run has one "
+                f"{path} is not a {'folder' if folder else 'file'}, but a run has one "
                 "there: move it away, or use another --workdir"
             )
 
 
 @contextlib.contextmanager
 def errors_explained(workdir: pathlib.Path) -> Iterator[None]:
-    """Turns errors of the system about the files in a folder into a TPPError.
+    """Turns operating-system errors about a folder into a TPPError.
 
     Raises:
-      TPPError: An OSError was raised about the folder or something in it, or about a
-        full disk.
+      TPPError: An OSError concerned the folder, something in it or a full disk.
     """
     try:
         yield
@@ -73,14 +73,14 @@ def errors_explained(workdir: pathlib.Path) -> Iterator[None]:
         if error.errno in _DISK:
             raise TPPError(
                 f"{workdir} can no longer be written to ({error}). The checkpoints in "
-                "it are whole: make room on the disk, and the same command goes on"
+                "it are intact: free disk space, and the same command continues"
             ) from error
         paths = [os.fsdecode(x) for x in (error.filename, error.filename2) if x]
         if not any(_within(path, workdir) for path in paths):
             raise
         raise TPPError(
-            f"the folder {workdir} cannot be used: {error}. Set that right, or use "
-            "another --workdir"
+            f"the folder {workdir} cannot be used: {error}. Fix this, or use another "
+            "--workdir"
         ) from error
 
 
@@ -89,9 +89,9 @@ def _within(path: str, folder: pathlib.Path) -> bool:
 
 
 def write(file: pathlib.Path, text: str) -> None:
-    """Writes a text in UTF-8; a run killed meanwhile leaves the old file or the new."""
+    """Writes a text in UTF-8; a killed run leaves the old or the new file."""
     partial = file.with_name(file.name + ".partial")
-    # Lone surrogates, which stand for bytes that are no UTF-8, are written as \\udc….
+    # Lone surrogates, which stand for bytes that are not UTF-8, become \\udc….
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, file)
 
@@ -100,7 +100,7 @@ def write_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Writes the config of a run, for people and :func:`own_config`.
 
     Raises:
-      TPPError: There is a file of that name that holds no config.
+      TPPError: A file of that name is not a config.
     """
     own_config(workdir)
     write(workdir / CONFIG, json.dumps(config, indent=2))
@@ -109,13 +109,14 @@ def write_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
 def config_of(
     workdir: str | pathlib.Path | None, config: ml_collections.ConfigDict, given: bool
 ) -> ml_collections.ConfigDict:
-    """Returns the config of the run in a folder, or a given one if there is no run.
+    """Returns the config of the run in a folder, or another one without a run.
 
     Args:
-      workdir: Folder, if any.
-      config: Config to use without a run. Its ``data.dir``, if set, is used in any
-        case: the data may have moved.
-      given: Whether the user asked for ``config``: if it is not used, a line says so.
+      workdir: Folder of a run; None for no folder.
+      config: Config to use without a run. Its ``data.dir``, if set, is always used,
+        since the data may have moved.
+      given: Whether the user asked for ``config``, so that a message appears if it is
+        not used.
 
     Raises:
       TPPError: The run's config cannot be read.
@@ -126,8 +127,8 @@ def config_of(
     if given and (found := differences(own, config.to_dict())):
         more = f" and {len(found) - 3} more fields" if found[3:] else ""
         say(
-            f"The run in {workdir} is shown by its own config, not by the one given "
-            f"({'; '.join(found[:3])}{more}). Leave --workdir out to see that one."
+            f"The config of the run in {workdir} is used and not the given one "
+            f"({'; '.join(found[:3])}{more}). Omit --workdir to use the given config."
         )
     used = ml_collections.ConfigDict(own)
     if moved := flat(config).get("data.dir"):
@@ -139,7 +140,7 @@ def own_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     """Returns the config of the run in a folder, a nested dict; None without a run.
 
     Raises:
-      TPPError: The file that should hold it cannot be read.
+      TPPError: The file of the config cannot be read.
     """
     for name in (CONFIG, "summary.json"):
         file = workdir / name
@@ -148,8 +149,8 @@ def own_config(workdir: pathlib.Path) -> dict[str, Any] | None:
         try:
             content = json.loads(file.read_bytes())
             found = content if name == CONFIG else content["config"]
-            for part in ("model", "data", "prune"):
-                found[part].keys()
+            for section in ("model", "data", "prune"):
+                found[section].keys()
         except (
             OSError,
             ValueError,
@@ -160,10 +161,10 @@ def own_config(workdir: pathlib.Path) -> dict[str, Any] | None:
         ) as error:
             raise TPPError(
                 f"{file} is not the config of a run ({type(error).__name__}), but a "
-                "run has its own there: move it away, or use another --workdir"
+                "run has its config there: move it away, or use another --workdir"
             ) from error
         return found
-    for name in ("model", "dense"):  # an earlier version wrote no file of its own
+    for name in ("model", "dense"):  # earlier versions wrote no config file
         if (workdir / name).is_dir():
             return load_model_info(workdir / name)["config"]
     return None

@@ -1,4 +1,4 @@
-"""The metrics of a run, one line of JSON per row; the plots are drawn from them."""
+"""The metrics of a run, one row of JSON per line, from which plots are drawn."""
 
 import json
 import os
@@ -13,20 +13,20 @@ Row = dict[str, Any]
 
 
 class History:
-    """A growing file of metrics, from which a resumed run drops what it will repeat.
+    """A growing file of metrics, from which a resumed run drops the rows to repeat.
 
     Attributes:
-      odd: Numbers of the lines that are no rows of metrics, from 1. They are kept in
-        the file, and left out when it is read.
+      odd: Numbers, from 1, of the lines that are not rows of metrics. They are kept in
+        the file and ignored when it is read.
     """
 
     def __init__(self, file: pathlib.Path, step: int, *, quiet: bool = False) -> None:
         """Opens a file of metrics.
 
         Args:
-          file: The file; made if missing.
+          file: Path of the file, which is created if it is missing.
           step: Step of the run; rows of later steps are dropped.
-          quiet: Whether nothing is ever written.
+          quiet: Whether to write nothing.
 
         Raises:
           TPPError: Something other than a file is in its place.
@@ -36,8 +36,8 @@ class History:
         if quiet:
             return
         kept = []
-        for number, (line, row, whole) in enumerate(_lines(file), start=1):
-            if row is None and (not whole or not line.strip()):
+        for number, (line, row, complete) in enumerate(_lines(file), start=1):
+            if row is None and (not complete or not line.strip()):
                 continue  # cut short by a kill, or empty
             if row is None:
                 self.odd.append(number)
@@ -48,7 +48,7 @@ class History:
         os.replace(partial, file)
 
     def append(self, row: Row) -> None:
-        """Adds a row; ``step`` counts over the whole run."""
+        """Adds a row, whose ``step`` counts from the start of the run."""
         if self._quiet:
             return
         with self._file.open("a", encoding="utf-8") as lines:
@@ -60,10 +60,10 @@ class History:
 
 
 def read_history(file: pathlib.Path) -> list[Row]:
-    """Returns the rows of a run's metrics, without the lines that are none.
+    """Returns the rows of a run's metrics, without invalid lines.
 
-    A row is a JSON object with a number as ``step``. A kill can cut the last line
-    short, and others can have been edited.
+    A row is a JSON object whose ``step`` is a number. A kill can truncate the last
+    line, and a person can edit others.
 
     Raises:
       TPPError: Something other than a file is in its place.
@@ -72,13 +72,13 @@ def read_history(file: pathlib.Path) -> list[Row]:
 
 
 def _lines(file: pathlib.Path) -> list[tuple[bytes, Row | None, bool]]:
-    """Returns each line, its row if it is one, and whether it ends with a newline."""
+    """Returns each line, its row if it is valid, and whether a newline ends it."""
     if not file.exists():
         return []
     if not file.is_file():
         raise TPPError(
-            f"{file} is no file, but a run has its metrics there: move it away, or use "
-            "another --workdir"
+            f"{file} is not a file, but a run has its metrics there: move it away, or "
+            "use another --workdir"
         )
     *lines, last = file.read_bytes().split(b"\n")
     return [(x, _row(x), True) for x in lines] + [(last, _row(last), False)]
@@ -87,7 +87,10 @@ def _lines(file: pathlib.Path) -> list[tuple[bytes, Row | None, bool]]:
 def _row(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, a number without end
+    except (
+        ValueError,
+        RecursionError,
+    ):  # not JSON, not UTF-8, or a number that is too long
         return None
     return row if isinstance(row, dict) and is_number(row.get("step")) else None
 
@@ -103,12 +106,12 @@ def means(recent: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:
     """Returns the means of metrics over several dispatches.
 
     Args:
-      recent: Number of steps of each dispatch and the mean metrics over these.
-        ``skipped`` is the share of steps whose other metrics count as zero.
+      recent: Number of steps and mean metrics of each dispatch. ``skipped`` is the
+        share of steps whose other metrics are zero.
 
     Returns:
-      The share of steps that were skipped, if it is counted, and the means of the other
-      metrics over the steps that were not.
+      The share of skipped steps, if there is one, and the means of the other metrics
+      over the steps that were not skipped.
 
     Example:
       >>> step = {"loss": 2.0, "accuracy": 0.5}

@@ -1,4 +1,4 @@
-"""What is shown while a run is at work: a live line, log lines, TensorBoard."""
+"""The display of a run: a live line, log lines and TensorBoard."""
 
 import contextlib
 import pathlib
@@ -13,10 +13,10 @@ from tpp_jax.experiment.records.terminal import Terminal
 
 
 class Progress:
-    """Reports the steps of one phase after the other; a context manager.
+    """Display of the steps of one phase after another; a context manager.
 
-    On a terminal there is a live line with phase, steps, steps/s, time left and the
-    last metrics. :meth:`line` and :meth:`say` print lines that remain. TensorBoard's
+    On a terminal, a live line shows the phase, steps, steps/s, the remaining time and
+    the last metrics. :meth:`line` and :meth:`say` print permanent lines. TensorBoard's
     files count the steps of the run.
     """
 
@@ -31,7 +31,7 @@ class Progress:
           hidden: Whether to print nothing.
 
         Raises:
-          TPPError: TensorBoard's folder cannot be made.
+          TPPError: TensorBoard's folder cannot be created.
         """
         hidden |= quiet
         self._console = Terminal(soft_wrap=True, quiet=hidden)
@@ -39,8 +39,8 @@ class Progress:
             self._writer = SummaryWriter(str(folder), write_to_disk=not quiet)
         except (FileExistsError, NotADirectoryError) as error:
             raise TPPError(
-                f"{folder} cannot be the folder of TensorBoard's files, for a file is "
-                f"in its way ({error.strerror}): move it away"
+                f"{folder} cannot be the folder of TensorBoard's files, since a file "
+                f"is in the way ({error.strerror}): move it away"
             ) from error
         self._live = rich.progress.Progress(
             rich.progress.TextColumn(
@@ -62,17 +62,17 @@ class Progress:
 
     def __exit__(self, *exc: object) -> None:
         self._live.stop()
-        # The checkpoint or file that did not fit reports a full disk.
+        # A full disk is reported by the checkpoint or file that does not fit.
         with contextlib.suppress(OSError):
             self._writer.close()
 
     def phase(self, name: str, steps: int, done: int) -> None:
-        """Begins a phase.
+        """Starts the display of a phase.
 
         Args:
           name: Name of the phase.
-          steps: Number of its steps.
-          done: Number of steps that were done before.
+          steps: Number of steps of the phase.
+          done: Number of steps that are already done.
         """
         for task in self._live.task_ids:
             self._live.remove_task(task)
@@ -91,12 +91,12 @@ class Progress:
         )
 
     def rate(self, done: int) -> float:
-        """Returns the mean steps/s of the phase in this process, with its start-up."""
+        """Returns the mean steps/s of the phase in this process, with compilation."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         return max(done - self._done_before, 1) / elapsed
 
     def line(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Prints a line: phase, step, speed, time left, metrics."""
+        """Prints a line with phase, step, speed, remaining time and metrics."""
         rate = self.rate(done)
         left = duration((self._steps - done) / rate)
         digits = ".2f" if rate >= 0.1 else ".2g"
@@ -111,12 +111,12 @@ class Progress:
             self._writer.add_scalar(name, value, step)
 
     def say(self, text: object) -> None:
-        """Prints a line, a table… above the live line."""
+        """Prints text or a table above the live line."""
         self._console.print(text)
 
 
 def duration(seconds: float) -> str:
-    """Returns a time in hours, minutes and seconds, with its days if there are any.
+    """Returns a duration in hours, minutes and seconds, after the days if any.
 
     Example:
       >>> duration(3661), duration(86400 * 2 + 5)

@@ -1,4 +1,4 @@
-"""Ends a run early without losing anything, and locks the folder of a run."""
+"""Signals that stop a run without loss, and the lock of a run's folder."""
 
 import contextlib
 import errno
@@ -16,9 +16,10 @@ from tpp_jax.experiment.records.terminal import say
 
 
 class Stopped(SystemExit):
-    """A signal asked the run to end, and everything it did is saved.
+    """Raised when a signal has ended a run whose results are saved.
 
-    The exit code is that of a shell: 128 + the signal's number, 143 for SIGTERM.
+    The exit code is that of a shell: 128 + the number of the signal, so 143 for
+    SIGTERM.
     """
 
     def __init__(self, signum: int) -> None:
@@ -26,12 +27,12 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """Records SIGTERM and SIGINT, which do not end the process; a context manager.
+    """Context manager that records SIGTERM and SIGINT without ending the process.
 
-    A second one of the same kind has its usual effect at once.
+    A second signal of the same number has its usual effect immediately.
 
     Attributes:
-      asked: Number of the signal that came; 0 for none.
+      asked: Number of the signal that arrived; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -54,23 +55,23 @@ class Signals:
         signal.signal(signum, self._before[signum])
 
 
-# Reported for a lock that another process holds; all else means "no locks here".
+# Errors of a lock that another process holds; any other means that there are no locks.
 _TAKEN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Locks a run's folder against other processes; a killed one leaves no lock behind.
+    """Locks a run's folder against other processes, until this one ends or is killed.
 
-    Some network and FUSE mounts have no locks. There a line says so once, and the
-    folder is used without one.
+    Some network and FUSE mounts have no locks. A folder there is used without a lock,
+    and a message about it appears once.
 
     Raises:
-      TPPError: Another process has the lock, or the folder cannot be written to.
+      TPPError: Another process holds the lock, or the folder cannot be written to.
     """
     try:
         import fcntl
-    except ImportError:  # no such locks on Windows
+    except ImportError:  # Windows has no such locks
         yield
         return
     try:
@@ -86,9 +87,9 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             if error.errno in _TAKEN:
                 file.seek(0)
                 raise TPPError(
-                    f"another run is at work in {workdir} "
-                    f"({file.read(200).strip()}): use another --workdir, or wait for "
-                    "it to end"
+                    f"another run is using {workdir} "
+                    f"({file.read(200).strip()}): use another --workdir, or wait until "
+                    "it ends"
                 ) from error
             _say_unlocked(workdir, error)
         else:
@@ -102,12 +103,12 @@ _said: set[int] = set()
 
 
 def _say_unlocked(workdir: pathlib.Path, error: OSError) -> None:
-    """Says once for each file system that it has no locks: a sweep has many runs."""
+    """Prints a message, once per file system, that it has no locks."""
     device = workdir.stat().st_dev
     if device in _said:
         return
     _said.add(device)
     say(
         f"The file system of {workdir} has no locks ({error.strerror}), so nothing "
-        "keeps a second run out of the folder: start only one there."
+        "prevents a second run in the folder: start only one there."
     )

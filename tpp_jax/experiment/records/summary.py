@@ -1,4 +1,4 @@
-"""The results of a run: the summary as a JSON-ready dict, the network, the report."""
+"""The results of a run: the summary, the pruned network and the report."""
 
 import functools
 import json
@@ -21,14 +21,14 @@ from tpp_jax.reports.headline import Headline, headline_of
 from tpp_jax.saving import save_model
 from tpp_jax.storage import processes
 
-# Keys of every summary. Those of scores have the name of the task's headline in them.
+# Keys of every summary. The name of the task's headline is part of the scores' keys.
 _WRITTEN = {"method", "phases", "dense", "pruned", "one_shot", "speedup", "sparsity"}
 _WRITTEN |= {"layers", "config"}
 _SCORES = "best_{}", "last_{}", "trainability_{}"
 
 
 def finish(run: Run, tools: Tools) -> dict[str, Any]:
-    """Saves the pruned network, writes summary and plots, prints the tables."""
+    """Saves the pruned network, writes summary and report, prints the tables."""
     setup, workdir, say = tools.setup, tools.workdir, tools.progress.say
     example = setup.groups.inputs
     dense, small = count(setup.model, *example), count(run.model, *example)
@@ -50,7 +50,7 @@ def finish(run: Run, tools: Tools) -> dict[str, Any]:
         draw(workdir)
     processes.wait_for_all("summary")
     say(tables.result_table(summary))
-    say(f"{network}{workdir / 'report.html'} shows the run.")
+    say(f"{network}{workdir / 'report.html'} is the report of the run.")
     return summary
 
 
@@ -70,14 +70,14 @@ def read_summary(file: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error.args[0] if isinstance(error, KeyError) else error
         raise TPPError(
-            f"{file} cannot be read ({what}). Remove it, and the same command makes "
+            f"{file} cannot be read ({what}). Remove it, and the same command writes "
             "it again from the last checkpoint"
         ) from error
     return summary
 
 
 def draw(workdir: pathlib.Path) -> pathlib.Path:
-    """Draws the pictures and the page of a finished run; returns the page's path.
+    """Draws the plots and the report of a finished run and returns the report's path.
 
     Raises:
       TPPError: The summary or the metrics cannot be read.
@@ -98,22 +98,22 @@ def summarize_run(
     dense: Count,
     small: Count,
 ) -> dict[str, Any]:
-    """Returns the summary of a run that is done.
+    """Returns the summary of a finished run, a JSON-ready dict.
 
     Args:
       setup: Setup of the run.
-      position: Position at its end.
-      headline: Metric that the scores are of.
+      position: Position at the end.
+      headline: Metric of the scores.
       history: Rows of metrics.
-      dense: Parameters and FLOPs before.
-      small: Parameters and FLOPs after.
+      dense: Parameters and FLOPs before the cut.
+      small: Parameters and FLOPs after the cut.
 
     Returns:
-      ``phases`` are the stages in which something was trained or cut. ``pruned`` is
-      None if nothing was; ``dense.accuracy`` and ``one_shot.accuracy_after`` are if
-      there was no trained network to prune. ``best_accuracy`` and ``last_accuracy`` are
-      those of the last fine-tuning, ``trainability_accuracy`` its mean at the first
-      learning rate. Accuracies are percent; they are called after the headline.
+      ``phases`` are the stages that trained or cut. ``pruned`` is None if nothing was
+      cut; ``dense.accuracy`` and ``one_shot.accuracy_after`` are None if there was no
+      trained dense network. ``best_accuracy`` and ``last_accuracy`` belong to the last
+      fine-tuning; ``trainability_accuracy`` is its mean at the first learning rate. The
+      keys of scores contain the name of the headline, here ``accuracy`` in percent.
     """
     results, name = position.results, headline.name
     return {
@@ -146,10 +146,10 @@ def summarize_run(
 
 
 def _phase(result: Result, name: str) -> dict[str, Any]:
-    """Returns what a summary says of a stage."""
-    called = {"score": name, "best": f"best_{name}"}
-    called |= {"before": f"{name}_before", "after": f"{name}_after"}
-    return {called.get(key, key): x for key, x in result.to_json().items()}
+    """Returns the entry of a stage in a summary."""
+    renamed = {"score": name, "best": f"best_{name}"}
+    renamed |= {"before": f"{name}_before", "after": f"{name}_after"}
+    return {renamed.get(key, key): x for key, x in result.to_json().items()}
 
 
 def _of_fine_tuning(

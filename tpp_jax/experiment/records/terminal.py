@@ -1,7 +1,7 @@
-"""Text on a terminal or in a pipe, printed as it is.
+"""Literal text on a terminal or in a pipe.
 
-Rich reads ``[old]`` in a text as a style, and a stream of ASCII refuses ``×``. Names of
-folders, layers and runs are the user's, so both have to be printed.
+Rich treats ``[old]`` in a text as a style, and an ASCII stream cannot encode ``×``.
+Users choose the names of folders, layers and runs, so both must be printable.
 """
 
 import os
@@ -10,16 +10,16 @@ from typing import IO, Any
 
 import rich.console
 
-# Characters of the messages and tables of this package in ASCII; one for one, so that
-# columns are still aligned.
+# ASCII replacements for the characters in messages and tables of this package. Each is
+# one character, so that columns remain aligned.
 _PLAIN = dict(zip("×→…–±·∞Σλᵀ", "x>~-~*8SLT", strict=True))
 
 
 class Terminal(rich.console.Console):
-    """A rich console that reads no markup and writes what its stream can encode."""
+    """A rich console that ignores markup and writes what its stream can encode."""
 
     def __init__(self, **options: Any) -> None:
-        """Makes a console.
+        """Creates a console.
 
         Args:
           **options: Options of ``rich.console.Console``.
@@ -28,7 +28,7 @@ class Terminal(rich.console.Console):
 
     @property
     def file(self) -> IO[str]:
-        """The stream written to: standard output, as it is at the moment."""
+        """Stream to write to: the current standard output."""
         return _Printable(super().file)  # type: ignore[return-value]
 
     @file.setter
@@ -36,7 +36,7 @@ class Terminal(rich.console.Console):
         self._file = new_file
 
     def on_broken_pipe(self) -> None:
-        """Prints no more if the reader of a pipe has closed it, as ``head`` does."""
+        """Stops printing if the reader of a pipe has closed it, as ``head`` does."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -47,7 +47,7 @@ def say(text: str) -> None:
 
 
 def printable(text: str, encoding: str | None) -> str:
-    r"""Returns a text in characters that an encoding has.
+    r"""Returns a text in characters of an encoding.
 
     Example:
       >>> printable("3×3, 16 → 8, 語", "ascii")
@@ -71,7 +71,7 @@ def _one(character: str, encoding: str) -> str:
 
 
 class _Printable:
-    """A stream to write to that never raises UnicodeEncodeError."""
+    """A writable stream that never raises UnicodeEncodeError."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
