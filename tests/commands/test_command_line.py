@@ -12,7 +12,7 @@ from tpp_jax.commands import config_files
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 
-# Reading this config says how the process's memory is allocated.
+# This config prints how the memory of the process is allocated.
 CONFIG = """
 import os
 from tpp_jax.experiment.config import default_config
@@ -38,7 +38,7 @@ def started(*command, **variables):
 
 @pytest.fixture
 def job(tmp_path):
-    """The words of a command that ends with a mistake after the flags are read."""
+    """Returns a command that fails after the flags are read."""
     (tmp_path / "config.py").write_text(CONFIG)
     (tmp_path / "file").touch()
     return [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'file'}"]

@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk, and found by the next process."""
+"""Compiled programs are kept on disk and found by the next process."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Computes something and prints it, with how often a program was and was not found.
+# Prints a result and how often a program was and was not found.
 PROGRAM = """
 import collections, json
 import jax, jax.numpy as jnp
@@ -26,7 +26,7 @@ print(json.dumps({"result": result, "found": each[0], "compiled": each[1]}))
 
 
 def compute(caches: pathlib.Path, **variables: str) -> dict[str, float]:
-    """Runs the program in a process of its own; fails if anything is complained of."""
+    """Runs the program in another process, which must print no warning."""
     own = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -41,7 +41,7 @@ def compute(caches: pathlib.Path, **variables: str) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """What the first process said, and the caches that it left."""
+    """Output of the first process, and the caches that it left."""
     caches = tmp_path_factory.mktemp("caches")
     return compute(caches), caches
 
@@ -61,7 +61,7 @@ def test_a_damaged_entry_costs_a_compilation_and_nothing_else(kept, tmp_path):
     folder.mkdir()
     entries = list((caches / "tpp_jax").glob("*-cache"))
     assert entries
-    for entry in entries:  # as a kill in the middle of writing leaves it
+    for entry in entries:  # like a kill in the middle of writing
         content = entry.read_bytes()
         (folder / entry.name).write_bytes(content[: len(content) // 2])
     assert compute(tmp_path)["result"] == first["result"]

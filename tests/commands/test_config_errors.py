@@ -1,4 +1,4 @@
-"""A config file that fails says why in one line; a defect of ours keeps its trace."""
+"""A failing config file gives one line; a defect of the package, a traceback."""
 
 import re
 import sys
@@ -10,17 +10,17 @@ from ml_collections import config_flags
 from tpp_jax.commands.config_errors import explain
 from tpp_jax.experiment import config as config_module
 
-# It is ml_collections that loads a config so.
+# ml_collections loads a config like this.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 DEFAULT = "from tpp_jax.experiment.config import default_config\n"
 
 
 def error_of(tmp_path, text, *overrides):
-    """What reading a config file of some text raises."""
+    """Returns the exception from reading a config file with some text."""
     file = tmp_path / "my_config.py"
     file.write_text(text)
-    sys.modules.pop("config_config", None)  # of the file before
+    sys.modules.pop("config_config", None)  # from the previous file
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_file("config", flag_values=values)

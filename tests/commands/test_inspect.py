@@ -1,4 +1,4 @@
-"""A person sees every group: its name, size, arrays, and why it must stay."""
+"""The listing shows every group: its name, size, arrays and reason not to prune."""
 
 import functools
 import itertools
@@ -94,7 +94,7 @@ def recurrent(p, x):
 
 @functools.cache
 def odd():
-    """A recurrent layer, an operation without a rule, a name to be escaped."""
+    """A recurrent layer, an operation without a rule and a name that needs escaping."""
     params = {"in": shape(3, 6), "again": shape(6, 6), "bias": shape(6)}
     params |= {"<b> & \"c'": shape(6, 5), "out": shape(5, 2)}
     return tpp.channel_groups(recurrent, shape(1, 3), params=params)
@@ -110,14 +110,14 @@ every_example = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPL
 
 
 def plan_of(groups, ratios=None):
-    """A plan by number of channels alone; without ratios half of every group goes."""
+    """Returns a plan by number of channels; without ratios it halves every group."""
     ones = {leaf: np.ones(dims) for leaf, dims in groups.shapes.items()}
     half = {group.name: 0.5 for group in groups if group.reason is None}
     return tpp.make_plan(groups, ones, ratios or half)
 
 
 def rows(text):
-    """Group name → its row, continued lines joined."""
+    """Returns the row of each group, with continued lines joined."""
     found, name = {}, None
     for line in itertools.takewhile(bool, text.splitlines()[3:]):
         if not line.startswith(" "):
@@ -135,7 +135,7 @@ def test_a_block_is_one_line_and_names_all_that_its_channels_run_through():
 def test_layers_that_differ_in_numbers_only_are_drawn_together():
     stream = rows(describe_groups(resnet()))["conv1"]
     assert "from conv1.kernel[3], layer1.{0,1}.conv2.kernel[3]" in stream
-    # Of 8 channels those in the middle are the stream's, beside them is padding.
+    # The middle ones of 8 channels belong to the stream; the others are padding.
     assert "layer2.{0,1}.conv2.kernel[3]@2..5" in stream
 
 
@@ -200,7 +200,7 @@ def test_a_long_name_goes_on_in_the_next_line():
 
 
 def unfolded(name):
-    """Undoes `fold_names`: every name that ``a{0..2}.b{1,4}`` stands for."""
+    """Returns every name in ``a{0..2}.b{1,4}``, the reverse of `fold_names`."""
     match = re.search(r"\{([^{}]*)\}", name)
     if match is None:
         return {name}
@@ -275,7 +275,7 @@ def test_the_picture_names_every_group_with_its_size_and_why_it_stays(
 
 
 def places_of_texts(element, x=0.0, y=0.0):
-    """Left, right, top and bottom of every text, with some room around it."""
+    """Returns left, right, top and bottom of every text, with some margin."""
     for child in element:
         moved = re.fullmatch(r"translate\((\S+) (\S+)\)", child.get("transform", ""))
         dx, dy = map(float, moved.groups()) if moved else (0, 0)

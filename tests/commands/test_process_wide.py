@@ -1,4 +1,4 @@
-"""What changes the process as a whole is done by commands alone."""
+"""Only commands change the state of the process."""
 
 import ast
 import pathlib
@@ -11,13 +11,13 @@ CALLS = {
     *("signal.signal", "sys.exit", "logging.basicConfig", "logging.set_verbosity"),
 }
 ELSEWHERE = {
-    # In the processes that decode images, which are its own.
+    # In its own processes, which decode images.
     "data/streams.py": {"os._exit", "signal.signal"},
-    # A command of its own.
+    # A separate command.
     "data/prepare.py": {"os.environ.setdefault", "sys.exit"},
-    # While a run lasts; what was before is put back.
+    # During a run; the previous handlers are restored.
     "experiment/records/stopping.py": {"signal.signal"},
-    # Once the reader of a pipe has left.
+    # After the reader of a pipe has ended.
     "experiment/records/terminal.py": {"os.dup2"},
 }
 

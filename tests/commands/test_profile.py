@@ -1,4 +1,4 @@
-"""--mode=profile: which networks are timed, and what is told of them."""
+"""--mode=profile: the networks that are timed, and the results."""
 
 import json
 
@@ -21,12 +21,12 @@ NETWORKS = [f"batch {size}" for size in BATCH_SIZES]
 
 @pytest.fixture(autouse=True)
 def few_calls(monkeypatch):
-    """Times mean nothing here, so none is taken for long."""
+    """Shortens the timing, since times do not matter here."""
     monkeypatch.setattr(latency, "_SECONDS", 0.0)
 
 
 def assert_ratios_follow(pairs):
-    """The ratios are those of the times and FLOPs that stand beside them."""
+    """Checks that ratios follow from the times and FLOPs."""
     for pair in pairs.values():
         assert pair["dense_seconds"] > 0 and pair["pruned_seconds"] > 0
         faster = pair["dense_seconds"] / pair["pruned_seconds"]
@@ -44,7 +44,7 @@ def test_before_any_run_it_times_the_cut_that_the_config_asks_for(
     assert list(tmp_path.iterdir()) == []
     assert (found["model"], found["dtype"]) == ("cifar_resnet8", "float32")
     assert list(found["networks"]) == NETWORKS
-    for pair in found["networks"].values():  # what the demo's summary says
+    for pair in found["networks"].values():  # values in the demo's summary
         assert pair["dense_flops"] == pytest.approx(1.49e6, rel=0.005)
         assert pair["pruned_flops"] == pytest.approx(0.757e6, rel=0.005)
     convs = [f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)]

@@ -1,4 +1,4 @@
-"""A sweep runs a grid, shares dense training, survives a failed cell, and tells all."""
+"""A sweep runs a grid, shares dense training, survives failed cells and reports."""
 
 import csv
 import importlib
@@ -29,7 +29,7 @@ TABLES = sorted(
 
 
 def small_table(**fields):
-    """Two methods, one of them broken in one column, and two seeds."""
+    """Returns a table of two methods, two seeds and two columns; one column fails."""
     table = default_table()
     table.title = "small"
     table.base = small_config(num_devices=1)
@@ -46,7 +46,7 @@ def small_table(**fields):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """A sweep of which one column failed: (folder, what it said)."""
+    """Folder and error message of a sweep in which one column failed."""
     workdir = tmp_path_factory.mktemp("sweep")
     with pytest.raises(TPPError) as error:
         sweep(small_table(), workdir)
@@ -66,7 +66,7 @@ def test_dense_training_is_shared_and_changes_nothing(swept, tmp_path):
     workdir, _ = swept
     assert len(list((workdir / "dense").iterdir())) == 2  # one for each seed
     [cell] = [c for c in cells_of(small_table()) if c.name == "tpp_half_1"]
-    run.train(cell.config, tmp_path)  # with dense training of its own
+    run.train(cell.config, tmp_path)  # with its own dense training
     shared, alone = workdir / "cells" / cell.name, tmp_path
     for name, array in arrays_of(alone).items():
         np.testing.assert_array_equal(array, arrays_of(shared)[name], err_msg=name)

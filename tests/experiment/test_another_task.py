@@ -1,4 +1,4 @@
-"""A run whose task is no classification: the same stages, records and report."""
+"""A run of another task than classification: the same stages, records and report."""
 
 import json
 
@@ -13,7 +13,7 @@ from tpp_jax.saving import load_model_info
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Summary, metrics and folder of a run that a regression is put into."""
+    """Summary, metrics and folder of a run whose task is a regression."""
     workdir = tmp_path_factory.mktemp("runs") / "waves"
     fields = {"prune.ratios": "*:0.5", "prune.skip": "", "finetune.epochs": 2}
     config = small_config(**fields, eval_every=5)

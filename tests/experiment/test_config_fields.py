@@ -1,4 +1,4 @@
-"""Fields are declared once: their bounds hold, and the page and the help list them."""
+"""Fields are declared once: bounds are checked, the page and the help list them."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from tpp_jax.experiment.sections import PruneConfig, ScheduleConfig
 
 
 def edges(one: Field) -> tuple[list[float], list[float]]:
-    """Returns the outermost numbers that a field may hold, and those just outside."""
+    """Returns the extreme valid values of a field, and values just outside."""
     whole = float not in one.types
 
     def lower(x: float) -> float:
@@ -81,7 +81,7 @@ def test_what_cannot_be_a_path_is_refused(name):
 
 
 def test_numbers_choices_and_paths_are_found():
-    """So that the tests above see every kind of rule."""
+    """The tests above depend on finding every rule."""
     rules = {rule for one in FIELDS.values() for rule, _ in rules_of(one)}
     assert rules == {f.name for f in dataclasses.fields(Field)} - {
         "name", "default", "types", "doc"

@@ -1,4 +1,4 @@
-"""Every field of a config: what it holds is used, or refused by its name."""
+"""The value of every field of a config is used, or refused with the field's name."""
 
 import math
 
@@ -18,7 +18,7 @@ FIELDS = flat(default_config())
 
 
 def with_field(name, value, config=None):
-    """A config whose field holds whatever it is given, as a dict of one's own may."""
+    """Returns a config, a plain dict, whose field has the given value of any type."""
     config = small_config() if config is None else config
     *path, last = name.split(".")
     place = config
@@ -74,7 +74,7 @@ def test_a_whole_number_that_cannot_be_counted_is_refused_by_name(name, value):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        # JAX takes 2**32 for 0.
+        # JAX treats 2**32 as 0.
         ("seed", 2**32, "must be at most 4294967295"),
         ("data.batch_size", 0, "must be at least 1"),
         ("data.batch_size", -64, "must be at least 1"),
@@ -82,7 +82,7 @@ def test_a_whole_number_that_cannot_be_counted_is_refused_by_name(name, value):
         ("data.workers", 10**6, "must be at most 1000"),
         ("prune.rounds", 10**6, "must be at most 1000"),
         ("prune.momentum", 1.0, "must be below 1"),
-        # No number can be drawn from Beta(1e-38, 1e-38).
+        # Beta(1e-38, 1e-38) cannot be sampled.
         ("finetune.mixup", 1e-38, "must be 0 or at least 1e-06"),
         ("pretrain.cutmix", 1e-320, "must be 0 or at least 1e-06"),
         ("init.model", "a\0b", "which is not a path"),

@@ -1,4 +1,4 @@
-"""What the fields of a config do, and which values are refused."""
+"""Effects of the fields of a config, and values that are refused."""
 
 import functools
 
@@ -31,7 +31,7 @@ def small_config(**fields):
 
 @functools.cache
 def digits(name="mlp7_relu"):
-    """(data, a network with random weights, its groups)."""
+    """Data, a network with random weights and its groups."""
     dataset = data.load("digits")
     shape = dataset.train_images.shape[1:]
     model = filled(
@@ -44,7 +44,7 @@ def digits(name="mlp7_relu"):
 
 
 def plan_for(config, groups, model, dataset=None):
-    """The plan of a config, by its training data if there is a data set."""
+    """Returns the plan of a config, which may depend on a data set."""
     size = config.data.batch_size
     task = dataset and ImageClassification(dataset, batch_size=size)
     return planning.plan_for(config.prune, groups, model, config.seed, task)
@@ -86,7 +86,7 @@ def test_criteria_that_need_data_see_the_first_training_batches(criterion):
     config = small_config(criterion=criterion, batches=2)
     plan = plan_for(config, groups, model, dataset)
     assert plan.to_dict() == plan_for(config, groups, model, dataset).to_dict()
-    # Without data the counts are tried with the weights alone.
+    # Without data the counts are tried with the weights only.
     stand_in = plan_for(config, groups, model)
     assert stand_in.to_dict() == plan_for(small_config(), groups, model).to_dict()
     assert stand_in.to_dict() != plan.to_dict()
@@ -172,7 +172,7 @@ def test_a_run_starts_from_one_network_only():
 
 def test_a_run_meets_its_target_with_channels_chosen_by_data(tmp_path):
     config = small_config(ratios="", flops=0.5, criterion="taylor", batches=1)
-    config.data.batch_size = 512  # two steps an epoch
+    config.data.batch_size = 512  # two steps per epoch
     config.num_devices = 1
     config.pretrain.epochs = config.finetune.epochs = 1
     config.prune.schedule.granularity = 0.5

@@ -1,4 +1,4 @@
-"""Every mistake stops early, with one message that names it and the mend."""
+"""Every mistake stops a run early, with one message that names it and a fix."""
 
 import json
 
@@ -14,7 +14,7 @@ from tpp_jax.experiment.setup import make_setup
 
 
 def small_config(**fields):
-    """A config that trains a small network for moments, with some fields changed."""
+    """Returns a config that trains a small network briefly, with some other fields."""
     config = default_config()
     values = {
         "model.name": "mlp7_linear",

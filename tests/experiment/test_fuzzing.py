@@ -1,4 +1,4 @@
-"""Whatever a text or file says: it is understood, or refused in one clear message."""
+"""Any text or file is understood, or refused with one clear message."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ from tpp_jax.pruning.planning import make_plan, parse_patterns, parse_ratios
 from tpp_jax.saving import load_model, save_model
 from tpp_jax.training.optimizers import learning_rate
 
-# Texts of the characters that mean something, and of any.
+# Texts of the characters that have a meaning, and of any characters.
 TEXTS = st.text("0123456789.:,-+*?[]e inf\x00layerconv", max_size=30) | st.text()
 
 
@@ -37,7 +37,7 @@ def groups(model):
 
 
 def refused_clearly(error):
-    """One message for people."""
+    """Checks that an error has one message for users."""
     assert 10 < len(str(error)) < 2000
 
 
@@ -144,6 +144,6 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path_factory, model, data):
     length = data.draw(st.just(len(bad)) | st.integers(0, len(bad)))
     file = pathlib.Path(tmp_path_factory.getbasetemp()) / "fuzzed.safetensors"
     file.write_bytes(bytes(bad[:length]))
-    with pytest.raises(TPPError) as error:  # even whole, it lacks the other layers
+    with pytest.raises(TPPError) as error:  # even if intact, it lacks the other layers
         load_torch(file, model)
     refused_clearly(error.value)

@@ -1,4 +1,4 @@
-"""Runs that advance together come to what each comes to alone."""
+"""Runs in lockstep have the results of single runs."""
 
 import threading
 
@@ -32,7 +32,7 @@ def of_seed(seed, **fields):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The runs one by one: their folders."""
+    """Folders of single runs."""
     folders = [tmp_path_factory.mktemp("alone") / str(seed) for seed in SEEDS]
     for seed, folder in zip(SEEDS, folders, strict=True):
         run.train(of_seed(seed), folder)
@@ -40,7 +40,7 @@ def alone(tmp_path_factory):
 
 
 def assert_alike(folder, other):
-    """The same plan, and numbers that differ by rounding only."""
+    """Checks that two runs have equal plans, and numbers equal up to rounding."""
     plans = [load_model_info(f / "model")["plan"] for f in (folder, other)]
     assert plans[0] == plans[1]
     for name, array in arrays_of(other).items():
@@ -54,7 +54,7 @@ def assert_alike(folder, other):
 
 
 def counting(monkeypatch):
-    """Counts of how many runs the programs were."""
+    """Numbers of runs that the programs joined."""
     sizes, original = [], lockstep._Programs.__call__
 
     def call(self, asks, of_all):
@@ -80,11 +80,11 @@ def test_three_seeds_together_give_each_what_it_gives_alone(
 def test_runs_stopped_at_different_steps_meet_again(tmp_path, alone, monkeypatch):
     folders = [tmp_path / str(seed) for seed in SEEDS[:2]]
     with monkeypatch.context() as patch:
-        stop_at(patch, 5)  # of the first run's dispatches, alone
+        stop_at(patch, 5)  # dispatches of the first run, alone
         with pytest.raises(SystemExit):
             run.train(of_seed(0), folders[0])
     with monkeypatch.context() as patch:
-        stop_at(patch, 10)  # of all runs'
+        stop_at(patch, 10)  # dispatches of all runs
         with pytest.raises(SystemExit):
             run.train_together([of_seed(seed) for seed in SEEDS[:2]], folders)
     sizes = counting(monkeypatch)
@@ -112,7 +112,7 @@ def test_methods_that_fine_tune_alike_share_those_steps(tmp_path, alone, monkeyp
     jointly = [tmp_path / "jointly" / str(i) for i in range(3)]
     ends = run.train_together(configs, jointly)
     assert [end["status"] for end in ends] == ["done"] * 3
-    # The others wait until TPP has regularized its network; then all go together.
+    # The others wait until TPP has regularized its network; then all are joined.
     first_joint = sizes.index(3)
     assert set(sizes[:first_joint]) == {1} and set(sizes[first_joint:]) == {3}
     for folder, other in zip(jointly, singly, strict=True):
@@ -177,7 +177,7 @@ def test_a_step_of_replicas_with_convolutions_is_their_single_steps(unroll):
 
 
 class Killed(BaseException):
-    """Nothing catches it."""
+    """An exception that nothing catches."""
 
 
 def test_whatever_is_no_error_of_a_run_ends_all_of_them():
@@ -194,7 +194,7 @@ def test_whatever_is_no_error_of_a_run_ends_all_of_them():
 
     with pytest.raises(Killed):
         lockstep.drive([waits, killed, waits])
-    assert len(closed) == 1  # the third had not begun
+    assert len(closed) == 1  # the third had not started
     assert not any(thread.is_alive() for thread in closed)
 
 
@@ -215,7 +215,7 @@ def test_a_single_run_works_in_the_thread_that_asks_for_it():
 
 
 def program():
-    """Steps that fail."""
+    """Raises in place of steps."""
     return Program(
         tx=optax.identity(),
         steps=lambda *arguments: 1 / 0,

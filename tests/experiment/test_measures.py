@@ -1,4 +1,4 @@
-"""What is measured along the way: on which images, in which stage, of which layer."""
+"""Measurements during a run: on which images, in which stage, of which layer."""
 
 import zlib
 
@@ -83,7 +83,7 @@ ROWS = [
 @pytest.mark.parametrize(
     ("epochs", "rate", "expected"),
     [
-        (4, "0:0.1,2:0.01", 55.0),  # ten steps an epoch: until step 120 of the run
+        (4, "0:0.1,2:0.01", 55.0),  # ten steps per epoch: until step 120 of the run
         (4, "0.1", 200 / 3),
         (4, "0:0.1,0.5:0.01", None),
         (0, "0.1", None),
@@ -151,7 +151,7 @@ def test_the_norm_of_what_is_pruned_and_the_gram_matrix_of_a_layer(tmp_path):
     assert float(norm) == pytest.approx(expected, rel=1e-5)
 
     file, member = tmp_path / "gram.npz", measures.report_layer("fc4", plan)
-    file.write_text("not a whole file")  # a kill may leave one
+    file.write_text("a truncated file")  # a kill may leave one
     measures.save_gram(file, "chosen", model, member, plan)
     measures.save_gram(file, "cut", tpp.prune(model, plan), member, plan)
     saved = np.load(file)
@@ -160,5 +160,5 @@ def test_the_norm_of_what_is_pruned_and_the_gram_matrix_of_a_layer(tmp_path):
     np.testing.assert_allclose(saved["chosen"], w @ w.T / scale, rtol=1e-5, atol=1e-6)
     assert saved["cut"].shape == (8, 8) and saved["pruned"].sum() == 76
     assert np.flatnonzero(saved["pruned"]).tolist() == plan.pruned("fc4").tolist()
-    # Of other scale than its own: its inputs were cut too.
+    # It has another scale, since its inputs were cut too.
     assert np.diag(saved["cut"]).max() < 1.2

@@ -1,4 +1,4 @@
-"""The position of a run is data: written, read again, and never changed."""
+"""The position of a run is immutable data that is written and read again."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from tpp_jax.experiment import run
 from tpp_jax.experiment.position import FORMAT, Position, Result
 from tpp_jax.experiment.records.checkpoints import Checkpoints
 
-# As the first edition wrote it, which gave its format no number.
+# As version 1 wrote it, whose format had no number.
 FIRST_EDITION = """{
   "config": {"seed": 0, "prune": {"method": "iterative"}}, "phase": "finetune",
   "step": 4, "seconds": 0.25, "best": 61.5,
@@ -46,7 +46,7 @@ POSITION = Position(
 
 
 def in_the_first_edition(content):
-    """What the first edition wrote for a position."""
+    """Returns the JSON of a position in version 1."""
     names = {"score": "accuracy", "best": "best_accuracy"}
     names |= {"before": "accuracy_before", "after": "accuracy_after"}
     results = [{names.get(x, x): y for x, y in r.items()} for r in content["results"]]

@@ -1,4 +1,4 @@
-"""Every file in configs/ is a config that runs, with the sizes of the table it names.
+"""Every file in configs/ is a valid config with the sizes of the table it names.
 
 Networks are counted from their shapes alone: which channels go needs no weights.
 """
@@ -24,7 +24,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 CIFAR10, CIFAR100 = (10, (32, 32, 3)), (100, (32, 32, 3))
 IMAGENET = (1000, (224, 224, 3))
 
-# What the tables say of each row: classes and images; times fewer FLOPs; GMACs of the
+# Values of each row in the tables: classes and images; FLOPs reduction; GMACs of the
 # dense and of the pruned network; their millions of parameters.
 RESNET50 = ("4.0892", "25.557")
 ROWS = {
@@ -49,7 +49,7 @@ FILES = {row.partition(":")[0] for row in ROWS}
 
 
 def load(row):
-    """The config of a row, as ``--config=configs/<file>.py:<argument>`` gives it."""
+    """Returns the config of ``--config=configs/<file>.py:<argument>``."""
     name, *argument = row.split(":")
     spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -59,7 +59,7 @@ def load(row):
 
 @functools.cache
 def dense(name, num_classes, shape):
-    """(abstract model, its groups, weights that cost nothing to make, its count)."""
+    """Returns an abstract model, its groups, constant weights and its count."""
     model = nnx.eval_shape(
         lambda: tpp.models.create(
             name, num_classes=num_classes, image_shape=shape, rngs=nnx.Rngs(0)
@@ -73,7 +73,7 @@ def dense(name, num_classes, shape):
 
 
 def pruned(config, num_classes, shape):
-    """(the dense count, the count of what the config makes of it, the plan)."""
+    """Returns the counts of the dense and the pruned network, and the plan."""
     model, groups, weights, before = dense(config.model.name, num_classes, shape)
     plan = plan_for(config.prune, groups, weights, config.seed)
     graphdef, state = nnx.split(model)
@@ -86,7 +86,7 @@ def pruned(config, num_classes, shape):
 
 
 def assert_rounds_to(value, text):
-    """Whether a number is the one printed in a table, to as many decimals."""
+    """Returns whether a number rounds to the number printed in a table."""
     if text is not None:
         assert f"{value:.{len(text.partition('.')[2])}f}" == text
 

@@ -1,4 +1,4 @@
-"""A run that something happens to: it loses nothing, and says what is the matter."""
+"""A run that is disturbed loses nothing and reports the problem."""
 
 import errno
 import fcntl
@@ -67,7 +67,7 @@ def test_a_run_of_eight_devices_goes_on_with_fewer(
     ours, theirs = history_of(tmp_path), history_of(undisturbed)
     for row, other in zip(ours, theirs, strict=True):
         assert row.keys() == other.keys()
-        if "loss" in row:  # the same batches: only the rounding is another
+        if "loss" in row:  # the same batches, with other rounding
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["config"]["num_devices"] == num_devices
@@ -99,7 +99,7 @@ def test_two_runs_cannot_be_at_work_in_one_folder(tmp_path):
     other = f"another run .*process {os.getpid()} on"
     with locked(tmp_path), pytest.raises(TPPError, match=other):
         run.train(small_config(), tmp_path)
-    with locked(tmp_path):  # it is free again
+    with locked(tmp_path):  # it is available again
         pass
 
 
@@ -114,7 +114,7 @@ def test_a_file_system_without_locks_is_said_once_and_used(
 
     monkeypatch.setattr(fcntl, "flock", refused)
     monkeypatch.setattr(stopping, "_said", set())
-    for _ in range(3):  # as the cells of a sweep
+    for _ in range(3):  # like the cells of a sweep
         with locked(tmp_path):
             pass
     said = capsys.readouterr().out
@@ -173,7 +173,7 @@ def test_a_report_layer_that_the_first_round_leaves_whole_is_no_mistake(tmp_path
 
 
 def test_a_full_disk_is_told_and_the_last_checkpoint_survives(tmp_path):
-    """The disk is made to seem full by a limit on the size of a file."""
+    """A limit on the size of a file simulates a full disk."""
     code = f"""
 import resource, sys
 from tests.experiment.test_errors import small_config

@@ -1,4 +1,4 @@
-"""Every rival of TPP is a choice in the config: what it does, and that it resumes."""
+"""Every rival of TPP is a choice in the config, has its effect and resumes."""
 
 import json
 
@@ -32,7 +32,7 @@ SHORT = {
     "prune.grow.steps": 12,
 }
 GREG2 = ["grow", "regularize", "stabilize", "slice", "finetune"]
-# Method → its phases but for pretrain, and which batch of them its kill comes at.
+# Method → its phases except pretrain, and the batch at which it is killed.
 METHODS = {
     "tpp": (GREG2[1:], 12),
     "oneshot": (["slice", "finetune"], 8),
@@ -48,7 +48,7 @@ METHODS = {
 
 
 class Killed(BaseException):
-    """Nothing catches it, so that nothing is saved when it comes."""
+    """An exception that nothing catches, so that nothing is saved."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +67,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A trained network that all methods start from."""
+    """Folder of a trained network that all methods start from."""
     workdir = tmp_path_factory.mktemp("none")
     config = small_config(**SHORT, **{"prune.method": "none", "pretrain.epochs": 12})
     summary = run.train(config, workdir)
@@ -76,7 +76,7 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(dense, tmp_path_factory):
-    """Method → (folder, summary) of an undisturbed run."""
+    """Folder and summary of an undisturbed run, by method."""
     done = {}
 
     def of(method):
@@ -109,7 +109,7 @@ def test_a_method_goes_through_its_phases_and_prunes_as_planned(finished, method
         for row in history(finished(method)[0])
         if row["phase"] == METHODS[method][0][-1] and "test_accuracy" in row
     ]
-    # One learning rate: its first stage is all of fine-tuning.
+    # With one learning rate, its first stage is the entire fine-tuning.
     assert summary["trainability_accuracy"] == pytest.approx(np.mean(rows))
 
 
@@ -200,7 +200,7 @@ def test_iterative_pruning_takes_a_share_of_what_is_left_in_every_round(finished
     plan = tpp.load_model_info(workdir / "model")["plan"]
     assert (len(plan["net.0"]), len(plan["net.6"]), len(plan["net.2"])) == (20, 50, 100)
     assert plan["net.0"] == sorted(set(plan["net.0"])) and max(plan["net.0"]) < 100
-    # Each cut reports its Jacobian, and each phase at its end.
+    # Each cut and each end of a phase reports a Jacobian.
     for phase in summary["phases"]:
         assert sum(phase["jacobian"]["counts"]) == 16 * 10
         assert len(phase["jacobian"]["edges"]) == 51
@@ -247,7 +247,7 @@ def test_the_layer_of_the_report_must_be_one_that_is_pruned(dense):
 def test_kernels_made_anew_by_orthp_give_a_linear_network_singular_values_of_one(
     dense, tmp_path
 ):
-    # Widths that only fall: a bottleneck has no isometry.
+    # Decreasing widths, since a bottleneck has no isometry.
     fields = {"prune.ratios": "*net*:0.5", "prune.skip": "net.12"}
     fields |= {"prune.reinitialize": "orthp", "jacobian_every": 50}
     fields |= {"finetune.epochs": 0}

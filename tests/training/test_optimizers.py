@@ -1,4 +1,4 @@
-"""Learning rates read from text, and the optimizers that a phase can have."""
+"""Learning rates are read from text; optimizers are the chains of optax they name."""
 
 import functools
 
@@ -102,7 +102,7 @@ PARAMS = {
 
 
 def after_three_steps(tx, params=PARAMS):
-    """The parameters, moved by gradients that depend on nothing but the step."""
+    """Returns the parameters after three steps whose gradients depend on the step."""
     state = tx.init(params)
     for scale in (1.0, -0.3, 0.7):
         grads = jax.tree.map(

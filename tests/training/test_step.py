@@ -1,4 +1,4 @@
-"""The step: one device or several, one step or many a dispatch, exact evaluation."""
+"""The step on one or several devices, in one or many per dispatch; evaluation."""
 
 import functools
 
@@ -33,7 +33,7 @@ def small_resnet():
 
 
 def small_mlp():
-    """Quick to compile; without batch norm."""
+    """A network without batch norm that compiles quickly."""
     return tpp.models.create(
         "mlp7_relu", num_classes=10, image_shape=(8, 8, 1), rngs=nnx.Rngs(0)
     )
@@ -138,7 +138,7 @@ def test_batch_norm_may_leave_each_device_to_itself():
     tx = sgd(0.1, 0.0, 0.0)
     apart = CONFIG._replace(sync_bn=False)
     losses, state = trained(model, tx, jax.devices()[:4], 1, apart)
-    # As on one device that takes the same four shares one after the other.
+    # As on one device that accumulates the same four shares.
     expected, one = trained(
         model, tx, jax.devices()[:1], 1, CONFIG._replace(accumulate=4)
     )
@@ -146,7 +146,7 @@ def test_batch_norm_may_leave_each_device_to_itself():
     assert_alike(one.params, state.params, rtol=1e-4, atol=1e-6)
     together, _ = trained(model, tx, jax.devices()[:4], 1)
     assert abs(together[0] - losses[0]) > 1e-4
-    # What is kept for evaluation is the same on all devices: the mean of theirs.
+    # The statistics kept for evaluation are the mean over devices.
     whole = trained(model, tx, jax.devices()[:1], 1)[1].stats
     means, of_all = state.stats["bn1"]["mean"], whole["bn1"]["mean"]
     np.testing.assert_allclose(means, of_all, rtol=1e-4, atol=1e-6)
@@ -197,7 +197,7 @@ def test_smoothed_labels_are_those_of_the_definition():
         for share in (0.0, 0.3, 1.0)
     }
     [[exact], [smooth], [uniform]] = [loss for loss, _ in losses.values()]
-    # Cross entropy is linear in its target: 0.3 of it are shared by all ten classes.
+    # Cross-entropy is linear in its target, of which 0.3 is spread over ten classes.
     assert smooth == pytest.approx(0.7 * exact + 0.3 * uniform, rel=1e-5)
 
 
@@ -218,7 +218,7 @@ def test_the_average_follows_the_weights_and_forgets_the_start():
 
 
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole():
-    # Without batch norm, whose statistics are those of a part.
+    # Without batch norm, whose statistics differ between parts.
     model = small_mlp()
     whole, state = trained(model, optax.sgd(0.1), jax.devices()[:1], 5)
     parts = CONFIG._replace(accumulate=4)
@@ -281,8 +281,8 @@ def test_computing_again_keeps_convolutions_only_and_changes_no_result():
     found, other = trained(model, optax.sgd(0.1), jax.devices()[:1], 3, again)
     np.testing.assert_allclose(found, plain, rtol=1e-6)
     assert_alike(state, other, rtol=1e-4, atol=1e-6)
-    # The barrier keeps XLA from sharing what is computed twice. (Its CPU backend
-    # removes it, so that the memory in use tells nothing here.)
+    # The barrier keeps XLA from sharing repeated computations. (Its CPU backend
+    # removes it, so memory use is no evidence here.)
     assert "optimization_barrier" in lowered(again).as_text()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     images = jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.float32)
@@ -359,7 +359,7 @@ def test_a_thousand_steps_take_no_more_memory_than_ten():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA:CPU's own count")
 def test_the_penalties_take_at_most_five_percent_more_memory():
-    """Of parameters alone, they could be computed early and held: they must not be."""
+    """They depend only on parameters, but must not be computed early and held."""
     model = tpp.models.create("cifar_vgg11", rngs=nnx.Rngs(0))
     images = jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.uint8)
     plan = tpp.make_plan(tpp.channel_groups(model, images), model, 0.5)
@@ -412,7 +412,7 @@ def test_evaluation_counts_the_last_partial_batch_exactly(n_devices):
 
 
 def test_one_evaluator_measures_a_network_and_what_is_left_of_it():
-    # Depthwise convolutions keep their number of channels beside their arrays.
+    # Depthwise convolutions store their number of channels as an attribute.
     stages = ((1, 8, 1, 1), (2, 8, 1, 1))
     model = MobileNetV2(stages=stages, stem_stride=1, in_channels=1, rngs=nnx.Rngs(0))
     groups = tpp.channel_groups(model, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))

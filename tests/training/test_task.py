@@ -1,4 +1,4 @@
-"""A task that is no classification, through the same step, feeds and evaluation."""
+"""A task other than classification uses the same step, feeds and evaluation."""
 
 import functools
 
@@ -23,7 +23,7 @@ N_TRAIN, N_EVAL, BATCH = 96, 37, 16
 
 
 class Wave(nnx.Module):
-    """A number for a place and a time, which are two inputs."""
+    """A network of two inputs, a place and a time, with one number as output."""
 
     def __init__(self, rngs):
         self.of_place = nnx.Linear(2, 24, use_bias=False, rngs=rngs)
@@ -39,7 +39,7 @@ class Wave(nnx.Module):
 
 
 def waves(n, seed):
-    """A batch of another shape than images: a dictionary with a tuple in it."""
+    """Returns a batch with another structure than images: a dict with a tuple in it."""
     rng = np.random.default_rng(seed)
     place = rng.uniform(-1, 1, (n, 2)).astype(np.float32)
     time = rng.uniform(-1, 1, n).astype(np.float32)
@@ -48,7 +48,7 @@ def waves(n, seed):
 
 
 class Regression:
-    """The mean square of the error, with places that are blurred while training."""
+    """A regression with squared errors, whose places are noisy in training."""
 
     headline = Headline("rms", "m", better="lower")
     examples = "waves"
@@ -110,7 +110,7 @@ class Regression:
 
 
 def mirrored(keys, batch):
-    """Changes the sign of some places, and of the heights, which are odd in them."""
+    """Changes the sign of some places and of the heights, odd functions of them."""
     signs = jnp.where(jax.vmap(jax.random.bernoulli)(keys), 1.0, -1.0)
     place, time = batch["where"]
     where = place * signs[:, None], time
@@ -147,7 +147,7 @@ def trained(model, tx, steps, devices, feed, accumulate=1, api="pmap"):
 
 @functools.cache
 def pruned_on(n_devices, streamed=False, api="pmap"):
-    """Trains, regularizes and cuts; returns losses and what was measured on the way."""
+    """Trains, regularizes and cuts; returns the losses and the measured metrics."""
     task, devices = Regression(streamed), jax.devices()[:n_devices]
     model, feed = task.model(nnx.Rngs(0)), task.feed(devices)
     evaluate = Evaluator(task, feed, StepConfig(), devices, api)
@@ -182,7 +182,7 @@ def test_another_task_is_trained_measured_and_pruned(streamed):
     assert small.hidden.kernel.shape == (12, 12)
     rms = {moment: metrics["rms"] for moment, metrics in found.items()}
     assert rms["trained"] < 0.5 * rms["random"]
-    # What the penalties have made zero is cut out at no cost.
+    # Filters that the penalties have made zero are cut out without any loss.
     assert rms["cut"] == pytest.approx(rms["regularized"], rel=1e-5)
     assert rms["cut"] < 0.9 * rms["random"]
     small.eval()

@@ -103,7 +103,7 @@ class Field:
         low, fits = f"at least {self.least}", self.least <= value
         if self.above is not None:
             low, fits = f"above {self.above}", self.above < value
-        if not abs(value) < math.inf:  # NaN is not
+        if not abs(value) < math.inf:  # true for NaN too
             return f"finite and {low}"
         if not fits:
             return low

@@ -73,8 +73,8 @@ Loss = Callable[[nnx.Module, Batch, Key[Array, ""]], tuple[Float[Array, ""], Met
 Gradients = Callable[..., tuple[nnx.State, tuple[nnx.State, Metrics]]]
 """``gradients(params, stats, batch, key) -> (grads, (stats, metrics))``."""
 
-# Number in the key of a step from which the key of its loss is made; examples draw from
-# the numbers 0, 1, 2…
+# Number that is folded into the key of a step for the key of its loss; examples use the
+# numbers 0, 1, 2…
 _OF_THE_LOSS = 2**30
 
 

@@ -1,4 +1,4 @@
-"""A saved model says what it is, and comes back bit for bit."""
+"""A saved model describes itself and is loaded bit for bit."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_a_pruned_model_comes_back_bit_for_bit(tmp_path, pruned):
 
 
 class Grouped(nnx.Module):
-    """Layers that keep sizes beside their arrays."""
+    """Layers that store sizes as attributes."""
 
     def __init__(self):
         rngs = nnx.Rngs(0)
@@ -125,7 +125,7 @@ def test_a_missing_or_damaged_model_is_told(tmp_path, pruned):
 
 
 def saved(folder, *steps):
-    """Checkpoints of a run, the arrays of each filled with its step."""
+    """Saves checkpoints whose arrays are filled with their step."""
     checkpoints = Checkpoints(folder)
     for step in steps:
         checkpoints.save(step, {"model.w": jnp.full(300, step)}, {"step": step})
@@ -167,7 +167,7 @@ def flip_bits(folder):
 
 
 def change_a_digit(folder):
-    """What is still readable, and not what was written."""
+    """A checkpoint that is readable but has other content than was written."""
     [file] = (folder / "meta").glob("*metadata*")
     file.write_text(file.read_text().replace('"step": 2', '"step": 7'))
 

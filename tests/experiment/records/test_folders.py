@@ -1,4 +1,4 @@
-"""The folder of a run: what is of the wrong kind in it, and what it says of its run."""
+"""The folder of a run: its layout is checked, and its config is found."""
 
 import errno
 import json
@@ -79,7 +79,7 @@ def test_a_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a run of another config than the one that the tests give."""
+    """Folder of a run with another config than the one in the tests."""
     workdir = tmp_path_factory.mktemp("[old] runs") / "digits"
     fields = {"pretrain.epochs": 1, "prune.ratios": "net.2:0.25", "prune.skip": ""}
     run.train(small_config(**fields), workdir)

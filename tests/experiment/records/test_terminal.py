@@ -1,4 +1,4 @@
-"""Text is shown as it is, on every terminal and in every pipe."""
+"""Text is printed literally, on every terminal and in every pipe."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ NAMES = ["runs/[old]x", "runs/[/b]", "[red]", "[link=x]y", ":smile:", "a[0]", "1
 
 
 def printed(print_, encoding="utf-8"):
-    """What a function prints to a stream that refuses what its encoding lacks."""
+    """Returns what a function prints to a stream of some encoding."""
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding, errors="strict")
     with contextlib.redirect_stdout(stream):

@@ -38,7 +38,7 @@ class History:
         kept = []
         for number, (line, row, complete) in enumerate(_lines(file), start=1):
             if row is None and (not complete or not line.strip()):
-                continue  # cut short by a kill, or empty
+                continue  # truncated by a kill, or empty
             if row is None:
                 self.odd.append(number)
             if row is None or row["step"] <= step:

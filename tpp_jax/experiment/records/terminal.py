@@ -6,7 +6,7 @@ Users choose the names of folders, layers and runs, so both must be printable.
 
 import os
 import sys
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import rich.console
 
@@ -29,7 +29,7 @@ class Terminal(rich.console.Console):
     @property
     def file(self) -> IO[str]:
         """Stream to write to: the current standard output."""
-        return _Printable(super().file)  # type: ignore[return-value]
+        return cast(IO[str], _Printable(super().file))
 
     @file.setter
     def file(self, new_file: IO[str]) -> None:
