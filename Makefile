@@ -15,8 +15,8 @@ help:
 	@echo "make demo    train, prune and fine-tune on handwritten digits (minutes)"
 	@echo "make test    lint, tests and the examples in docstrings"
 	@echo "make lint    ruff check and format check only"
-	@echo "make format  rewrite the code in the house format"
-	@echo "make clean   remove the virtual environment and caches (runs/ stays)"
+	@echo "make format  format the code with ruff"
+	@echo "make clean   remove the virtual environment and caches (keeps runs/)"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS)"
 
 demo: $(VENV)/.installed

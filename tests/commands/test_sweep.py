@@ -76,7 +76,7 @@ def test_dense_training_is_shared_and_changes_nothing(swept, tmp_path):
     for name, array in arrays_of(alone).items():
         np.testing.assert_array_equal(array, arrays_of(shared)[name], err_msg=name)
     ours, own = summary_of(shared)["phases"], summary_of(alone)["phases"]
-    assert [phase["name"] for phase in own][0] == "pretrain"
+    assert own[0]["name"] == "pretrain"
     assert ours == own[1:]
 
 
@@ -95,7 +95,7 @@ def test_cells_that_fine_tune_alike_run_together_and_seeds_stay_together():
         return [[(c.row, c.seed) for c in group] for group in groups_of(cells, size)]
 
     both = {row: [(row, 0), (row, 1)] for row, _ in rows}
-    assert grouped(1) == [[one] for one in sum(grouped(100), [])]
+    assert grouped(1) == [[one] for group in grouped(100) for one in group]
     assert grouped(100) == [
         both["Scratch"] + both["Other"],
         both["L1"] + both["TPP"] + both["Extra"],
@@ -199,14 +199,14 @@ def test_a_folder_of_neither_a_sweep_nor_a_run_has_no_report(tmp_path):
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"cells": [{}]}', "\x00"])
 def test_a_table_json_that_is_none_is_named(tmp_path, text):
     (tmp_path / "table.json").write_text(text)
-    with pytest.raises(TPPError, match="table.json is damaged, or not that of a sweep"):
+    with pytest.raises(TPPError, match=r"table\.json is damaged, or not that"):
         write_report(tmp_path)
 
 
 def test_a_cell_of_a_damaged_summary_is_named(swept, tmp_path):
     workdir = shutil.copytree(swept[0], tmp_path / "copy")
     (workdir / "cells" / "l1_half_0" / "summary.json").write_text('{"phases": [')
-    with pytest.raises(TPPError, match="l1_half_0/summary.json cannot be read"):
+    with pytest.raises(TPPError, match=r"l1_half_0/summary\.json cannot be read"):
         write_report(workdir)
 
 

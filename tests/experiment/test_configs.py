@@ -164,7 +164,7 @@ def test_a_value_out_of_its_range_is_refused_by_name(field, value, message):
 def test_a_run_starts_from_one_network_only():
     config = default_config()
     config.init.model, config.init.torch = "dense", "resnet50.pth"
-    with pytest.raises(TPPError, match="init.model and config.init.torch are both set"):
+    with pytest.raises(TPPError, match=r"init\.model and .*torch are both set"):
         check_values(config)
 
 

@@ -96,9 +96,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
 
 
 def test_two_runs_cannot_be_at_work_in_one_folder(tmp_path):
-    with locked(tmp_path):
-        with pytest.raises(TPPError, match=f"another run .*process {os.getpid()} on"):
-            run.train(small_config(), tmp_path)
+    other = f"another run .*process {os.getpid()} on"
+    with locked(tmp_path), pytest.raises(TPPError, match=other):
+        run.train(small_config(), tmp_path)
     with locked(tmp_path):  # it is free again
         pass
 
@@ -109,7 +109,7 @@ def test_two_runs_cannot_be_at_work_in_one_folder(tmp_path):
 def test_a_file_system_without_locks_is_said_once_and_used(
     tmp_path, monkeypatch, capsys, number
 ):
-    def refused(file, operation):
+    def refused(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refused)
@@ -124,7 +124,7 @@ def test_a_file_system_without_locks_is_said_once_and_used(
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
 def test_a_lock_that_is_held_is_not_taken_for_none(tmp_path, monkeypatch, number):
-    def held(file, operation):
+    def held(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", held)
@@ -133,7 +133,7 @@ def test_a_lock_that_is_held_is_not_taken_for_none(tmp_path, monkeypatch, number
 
 
 def test_what_is_raised_in_a_folder_without_locks_is_handed_on(tmp_path, monkeypatch):
-    def refused(file, operation):
+    def refused(*_):
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", refused)

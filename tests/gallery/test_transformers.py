@@ -126,8 +126,8 @@ def bert():
         query, key, value = (f"{block}.{name}" for name in ("query", "key", "value"))
         groups += [
             free(query, key, value, size=4),
-            within(f"{query}#2", key, size=4, why=WRITTEN),
-            within(f"{value}#2", size=4, why=WRITTEN),
+            # One attribute is the size of all heads, so the three are joined.
+            within(f"{query}#2", key, value, size=4),
             free(f"{block}.mlp.up", size=32),
         ]
     return [*groups, free("pooler", size=12), whole("classifier", size=3)]

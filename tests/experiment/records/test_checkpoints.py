@@ -202,7 +202,7 @@ def test_if_all_checkpoints_are_damaged_nothing_is_begun_anew(tmp_path):
     saved(tmp_path, 1, 2)
     for step in ("1", "2"):
         cut_short(tmp_path / step)
-    with pytest.raises(ValueError, match="none of the checkpoints .* Remove that"):
+    with pytest.raises(ValueError, match=r"none of the checkpoints .* Remove that"):
         restored(tmp_path)
     assert sorted(d.name for d in tmp_path.iterdir()) == ["1", "2"]
 

@@ -34,7 +34,7 @@ def test_what_is_of_the_wrong_kind_is_named_before_any_training(tmp_path, name):
 @pytest.mark.parametrize("name", ["tb", "tb/below"])
 def test_a_file_in_the_way_of_tensorboard_is_named(tmp_path, name):
     (tmp_path / "tb").write_text("mine")
-    with pytest.raises(TPPError, match="tb.* a file is in its way"):
+    with pytest.raises(TPPError, match=r"tb.* a file is in its way"):
         Progress(tmp_path / name)
 
 
@@ -68,7 +68,7 @@ def test_a_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
     folders.write(file, "größer \udcff")
     assert file.read_text(encoding="utf-8") == "größer \\udcff"
 
-    def killed(*paths):
+    def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", killed)
@@ -132,9 +132,9 @@ def test_a_run_that_is_not_finished_is_timed_by_its_own_config(
 def test_a_config_json_of_something_else_is_refused_and_left_alone(tmp_path, text):
     file = tmp_path / "config.json"
     file.write_text(text)
-    with pytest.raises(TPPError, match="config.json is not the config of a run"):
+    with pytest.raises(TPPError, match=r"config\.json is not the config of a run"):
         inspect.inspect(small_config(), tmp_path)
-    with pytest.raises(TPPError, match="config.json is not the config of a run"):
+    with pytest.raises(TPPError, match=r"config\.json is not the config of a run"):
         run.train(small_config(), tmp_path)
     assert file.read_text() == text
 
@@ -162,5 +162,5 @@ def test_a_report_that_a_kill_kept_from_being_drawn_is_drawn(finished, capsys):
 @pytest.mark.parametrize("text", ["{}", "[]", '{"config": {}}', "{", "\xff"])
 def test_a_summary_that_is_none_is_named(tmp_path, text):
     (tmp_path / "summary.json").write_text(text)
-    with pytest.raises(TPPError, match="summary.json cannot be read .* Remove it"):
+    with pytest.raises(TPPError, match=r"summary\.json cannot be read .* Remove it"):
         run.train(small_config(), tmp_path)

@@ -81,7 +81,7 @@ def test_a_kill_while_it_is_opened_leaves_the_old_file(file, monkeypatch):
     before = '{"step": 1}\n{"step": 2}\n'
     file.write_text(before)
 
-    def killed(*paths):
+    def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", killed)
@@ -93,9 +93,9 @@ def test_a_kill_while_it_is_opened_leaves_the_old_file(file, monkeypatch):
 @pytest.mark.parametrize("make", ["mkdir", "fifo"])
 def test_something_that_is_no_file_in_its_place_is_named(file, make):
     file.mkdir() if make == "mkdir" else os.mkfifo(file)
-    with pytest.raises(TPPError, match="metrics.jsonl is no file.* move it"):
+    with pytest.raises(TPPError, match=r"metrics\.jsonl is no file.* move it"):
         History(file, 1)
-    with pytest.raises(TPPError, match="metrics.jsonl"):
+    with pytest.raises(TPPError, match=r"metrics\.jsonl"):
         read_history(file)
 
 
