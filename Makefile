@@ -14,9 +14,9 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo    train, prune and fine-tune on handwritten digits (minutes)"
 	@echo "make test    lint, tests and the examples in docstrings"
-	@echo "make lint    ruff, format check and types only"
-	@echo "make format  rewrite the code in the house format"
-	@echo "make clean   remove the virtual environment and caches (runs/ stays)"
+	@echo "make lint    ruff check, format check and type check only"
+	@echo "make format  format the code with ruff"
+	@echo "make clean   remove the virtual environment and caches (keeps runs/)"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS)"
 
 demo: $(VENV)/.installed

@@ -1,8 +1,8 @@
 """Networks that only the benchmarks need: DenseNet-121, ConvNeXt-T, a Llama shape.
 
-The first two are torchvision's, layer by layer and name by name, without drop-out and
-stochastic depth; the third has the sizes of Llama 2 with 7 billion parameters. All can
-be made abstractly with ``nnx.eval_shape``, and in a few lines the benchmarks do.
+The first two have the layers and names of torchvision's, without drop-out and
+stochastic depth. The third has the sizes of Llama 2 with 7 billion parameters. All can
+be created abstractly with ``nnx.eval_shape``.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ Vectors = Float[Array, "batch tokens width"]
 
 
 class DenseLayer(nnx.Module):
-    """Norm and 1×1 convolution, norm and 3×3 convolution, beside all that came before.
+    """Norm, 1×1 convolution, norm, 3×3 convolution; concatenated with the input.
 
     [b, h, w, in_planes] to [b, h, w, in_planes + growth].
     """
@@ -50,7 +50,7 @@ class DenseLayer(nnx.Module):
 
 
 class DenseBlock(nnx.Module):
-    """Dense layers one after the other, named ``denselayer1``, ``denselayer2``, …"""
+    """A sequence of dense layers, named ``denselayer1``, ``denselayer2``, …"""
 
     def __init__(
         self, in_planes: int, depth: int, growth: int, *, rngs: nnx.Rngs
@@ -67,7 +67,7 @@ class DenseBlock(nnx.Module):
 
 
 class Transition(nnx.Module):
-    """Halves the channels with a 1×1 convolution and the image with a mean."""
+    """Halves the channels with a 1×1 convolution and the image with average pooling."""
 
     def __init__(self, in_planes: int, planes: int, *, rngs: nnx.Rngs) -> None:
         self.norm = BatchNorm(in_planes, rngs=rngs)
@@ -79,7 +79,7 @@ class Transition(nnx.Module):
 
 
 class DenseNetFeatures(nnx.Module):
-    """Everything of a DenseNet before its pooling; ``channels`` come out."""
+    """All layers of a DenseNet before its pooling; the output has ``channels``."""
 
     def __init__(self, blocks: tuple[int, ...], growth: int, *, rngs: nnx.Rngs) -> None:
         self.count = len(blocks)
@@ -107,7 +107,7 @@ class DenseNetFeatures(nnx.Module):
 
 
 class DenseNet(nnx.Module):
-    """A densely connected network (Huang et al. 2017), DenseNet-121 unless told."""
+    """A densely connected network (Huang et al. 2017), by default DenseNet-121."""
 
     def __init__(
         self,
@@ -125,10 +125,10 @@ class DenseNet(nnx.Module):
 
 
 class ConvNeXtBlock(nnx.Module):
-    """A depthwise 7×7 convolution, a layer norm and two dense layers, added.
+    """A depthwise 7×7 convolution, a layer norm and two dense layers, with a shortcut.
 
-    `block` has the places of torchvision's Sequential, which moves the channels to the
-    back and to the front again at 1 and 6.
+    `block` has the indices of torchvision's Sequential, which transposes the channels
+    at 1 and 6.
     """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
@@ -153,7 +153,7 @@ class ConvNeXtBlock(nnx.Module):
 
 
 class ConvNeXt(nnx.Module):
-    """A ConvNeXt (Liu et al. 2022), ConvNeXt-T unless told."""
+    """A ConvNeXt (Liu et al. 2022), by default ConvNeXt-T."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class ConvNeXt(nnx.Module):
 
 
 class LlamaShape(NamedTuple):
-    """The sizes of a Llama; those of Llama 2 with 7 billion parameters."""
+    """The sizes of a Llama; by default those of Llama 2 with 7 billion parameters."""
 
     depth: int = 32
     width: int = 4096
@@ -206,7 +206,7 @@ class LlamaShape(NamedTuple):
 
 
 class LlamaAttention(nnx.Module):
-    """Causal attention with rotary positions; key-value heads may be fewer."""
+    """Causal attention with rotary positions and possibly fewer key-value heads."""
 
     def __init__(self, shape: LlamaShape, *, rngs: nnx.Rngs) -> None:
         size = shape.width // shape.heads
@@ -236,7 +236,7 @@ class LlamaAttention(nnx.Module):
 
 
 class LlamaMLP(nnx.Module):
-    """SwiGLU: a dense layer gates another."""
+    """SwiGLU: one dense layer gates another."""
 
     def __init__(self, shape: LlamaShape, *, rngs: nnx.Rngs) -> None:
         def dense(before: int, after: int) -> nnx.Linear:
@@ -251,7 +251,7 @@ class LlamaMLP(nnx.Module):
 
 
 class LlamaBlock(nnx.Module):
-    """Attention and gated dense layers, each normalised before and added."""
+    """Attention and gated dense layers, each with a norm before and a shortcut."""
 
     def __init__(self, shape: LlamaShape, *, rngs: nnx.Rngs) -> None:
         self.input_layernorm = nnx.RMSNorm(shape.width, epsilon=1e-5, rngs=rngs)
@@ -289,7 +289,7 @@ class Llama(nnx.Module):
 def rotate(
     x: Float[Array, "batch tokens heads size"],
 ) -> Float[Array, "batch tokens heads size"]:
-    """Turns the pair (i, i + size/2) of dimensions by position · 10000^(−2i/size)."""
+    """Rotates the pair (i, i + size/2) of dimensions by position · 10000^(−2i/size)."""
     first, second = jnp.split(x, 2, axis=-1)
     half = first.shape[-1]
     speed = 10_000.0 ** (-jnp.arange(half) / half)

@@ -1,11 +1,11 @@
-"""Kills a run at random moments, again and again, and compares its end with another's.
+"""Kills a run at random moments and compares its results with an uninterrupted run.
 
     python -m benchmarks.chaos --kills=50
 
 A small network is trained, pruned and fine-tuned on digits through launch.py. The
-process is killed (SIGKILL) at a random moment, most often while it trains and sometimes
-while it starts, and started again, until it ends in spite of it; then another run is.
-At the end of each, parameters, summary and metrics must be those of an undisturbed run,
+process is killed (SIGKILL) at a random moment, mostly during training and sometimes
+during its start, and started again until it finishes. Then the next run begins. At the
+end of each run, parameters, summary and metrics must be those of an uninterrupted run,
 bit for bit.
 """
 
@@ -89,7 +89,7 @@ def _start(workdir: pathlib.Path) -> subprocess.Popen:
 
 
 def _killed(workdir: pathlib.Path, draws: np.random.Generator) -> dict | None:
-    """Starts the run, kills it, and tells where it was; None if it ended before."""
+    """Starts the run, kills it, and returns where it was; None if it ended before."""
     folder = workdir / "checkpoints"
     process, before = _start(workdir), _logged(workdir)
     if draws.random() < 0.1:
@@ -111,7 +111,7 @@ def _killed(workdir: pathlib.Path, draws: np.random.Generator) -> dict | None:
         "phase": rows[-1]["phase"] if rows else "start",
         "step": step,
         "lost": max(step - saved, 0),
-        # An unfinished save that is not an earlier kill's.
+        # An unfinished save that does not stem from an earlier kill.
         "saving": any(
             "tmp" in d.name and time.time() - d.stat().st_mtime < 1 for d in found
         ),
@@ -129,7 +129,7 @@ def _logged(workdir: pathlib.Path) -> list[dict]:
 
 
 def _end(workdir: pathlib.Path) -> tuple:
-    """Returns all that a finished run leaves, but for times, to be compared."""
+    """Returns all results of a finished run except times, to be compared."""
     model = named_leaves(nnx.state(tpp.load_model(workdir / "model")))
     arrays = {name: np.asarray(array).tobytes() for name, array in model.items()}
     summary = json.loads((workdir / "summary.json").read_text())

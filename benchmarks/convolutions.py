@@ -1,11 +1,11 @@
-"""Single convolutions: XLA's own, and those of tpp_jax/xla/convolution.py.
+"""Single convolutions: XLA's own compared with those of tpp_jax/xla/convolution.py.
 
     python -m benchmarks.convolutions
 
-Layers as networks of the README have them, whole and pruned: forward, and forward with
-both gradients. Both sides take turns; a figure is a median, the ratio the median over
-neighbouring calls. Between the layers of a network more is gained than here: there the
-images come out of a batch norm, which XLA computes again inside a kernel's gradient
+The layers are those of the README's networks, unpruned and pruned: forward, and forward
+with both gradients. Both sides alternate. Times are medians; ratios are medians over
+neighbouring calls. Inside a network the gain is larger than here: there the images come
+from a batch norm, which XLA repeats inside the gradient of a kernel
 (``benchmarks.step``, ``plain / lax``).
 """
 

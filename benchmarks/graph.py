@@ -1,20 +1,20 @@
-"""Coupled channels found, and everything pruned by half: beside Torch-Pruning.
+"""Finding coupled channels and pruning by half, compared with Torch-Pruning.
 
     python -m benchmarks.graph
 
-On ResNet-50 and -152, DenseNet-121, MobileNetV2, ViT-B/16 and ConvNeXt-T, at 224×224
-pixels, two jobs: *groups*, from a model to its groups of coupled channels; and *prune*,
-from a model with weights to one with half of every group's channels, chosen by L1. Ours
-includes what only ours does: the model is tried with fewer channels, and the groups of
-the pruned model are compared with the plan.
+There are two jobs on ResNet-50 and -152, DenseNet-121, MobileNetV2, ViT-B/16 and
+ConvNeXt-T, at 224×224 pixels. *groups* leads from a model to its groups of coupled
+channels. *prune* leads from a model with weights to one with half of every group's
+channels, chosen by L1. Our side includes two steps that only it has: the model is tried
+with fewer channels, and the groups of the pruned model are compared with the plan.
 
-Each network has a process of its own, in which both sides take turns, so that whatever
-else the machine does falls on both alike. *Cold* is the first call in that process; the
-others are medians, and the ratio is the median over pairs of neighbouring calls. Last
-come the groups of a Llama of 7 billion parameters, from abstract shapes, with the
-process's peak memory.
+Each network has a process of its own, in which both sides alternate, so that other load
+of the machine affects both in the same way. *Cold* is the first call in that process.
+The other times are medians, and the ratio is the median over pairs of neighbouring
+calls. The last measurement is the groups of a Llama of 7 billion parameters, from
+abstract shapes, with the peak memory of the process.
 
-The peer needs PyTorch; without it our side is timed alone.
+The peer needs PyTorch; without it only our side is measured.
 """
 
 import argparse
@@ -96,16 +96,16 @@ def main() -> None:
 
 
 def _load() -> float:
-    """Returns how many processes wanted to run in the last minute.
+    """Returns the mean number of runnable processes in the last minute.
 
-    Threads that wait for one another suffer most from company: beside other work the
-    peer loses more time than we do, so a record should come from an idle machine.
+    Other load slows the peer down more than our side, because its threads wait for one
+    another. A record should therefore come from an idle machine.
     """
     return round(os.getloadavg()[0], 2)
 
 
 def _missing() -> list[str]:
-    """Returns the peer's packages that are not installed."""
+    """Returns the packages of the peer that are not installed."""
     packages = ("torch", "torchvision", "torch_pruning")
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
@@ -119,7 +119,7 @@ def _measured_apart(name: str, repeats: int) -> dict[str, Any]:
 
 
 class Job(NamedTuple):
-    """Work to be timed: ``run(prepare())``, of which the preparation does not count."""
+    """Work to be timed: ``run(prepare())``, without the preparation."""
 
     prepare: Callable[[], Any]
     run: Callable[[Any], int]
@@ -143,12 +143,12 @@ def _network(name: str, repeats: int) -> dict[str, Any]:
 
 
 def _groups(model: nnx.Module) -> int:
-    """Finds the groups; how many."""
+    """Finds the groups and returns their number."""
     return len(tpp.channel_groups(model, _IMAGES))
 
 
 def _prune(model: nnx.Module) -> int:
-    """Prunes every group by half (heads, not their dimensions); what is left."""
+    """Prunes every group by half (heads, not their dimensions); returns the rest."""
     groups = tpp.channel_groups(model, _IMAGES)
     plan = tpp.make_plan(groups, model, RATIO)
     return _parameters(tpp.prune(model, plan))
@@ -160,7 +160,7 @@ def _parameters(model: nnx.Module) -> int:
 
 
 def with_weights(create: Callable[[], nnx.Module]) -> nnx.Module:
-    """Returns the network that ``create`` makes, its arrays filled by NumPy.
+    """Returns the network of ``create``, with arrays filled by NumPy.
 
     Compiling JAX's generator for every shape would take longer than the benchmark.
     """
@@ -183,7 +183,7 @@ def _in_turn(sides: dict[str, Job], repeats: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     returned = {}
     for turn in range(repeats + 1):
-        # The order alternates: the first of a pair is not always the same.
+        # The order alternates, so that each side is first in half of the pairs.
         for side in sides if turn % 2 else reversed(sides):
             model = sides[side].prepare()
             gc.collect()

@@ -1,23 +1,23 @@
-"""Images read, decoded and cropped to 224×224: beside PyTorch's DataLoader.
+"""Reading, decoding and cropping of images, compared with PyTorch's DataLoader.
 
     python -m benchmarks.input_pipeline --images=<folder of JPEGs>
 
-Two jobs, *train* (a random crop, resized and mirrored) and *test* (resize, centre
-crop), from JPEG files to batches of bytes. The peer is torchvision's ImageFolder and
-transforms in a DataLoader with as many processes as there are cores. Ours decodes by
-as many threads, which is the default, and for comparison by as many processes.
+There are two jobs, *train* (a random crop to 224×224, flipped) and *test* (resize,
+centre crop), from JPEG files to batches of bytes. The peer is torchvision's ImageFolder
+and transforms in a DataLoader with one process per core. Our side decodes with one
+thread per core, which is the default, and for comparison with one process per core.
 
-Both use the same Pillow in the same environment, and read the same files, which the
-system has in memory after the first turn. Each turn is a process of its own; it begins
-to count after a few batches. Sides take turns, the order alternating, so that whatever
-else the machine does falls on all alike: numbers are medians over the turns, ratios to
-the peer, in parentheses, medians of the turns' ratios. A core second is one of work on
-one core, of all processes of a side together: other work on the machine changes images
-a second much, and this little. Memory is the peak of the sum over all processes of a
-side, in which what they share counts once (PSS).
+Both sides use the same Pillow in the same environment and read the same files, which
+are in the system's cache after the first turn. Each turn is a process of its own, which
+starts counting after a few batches. The sides alternate in changing order, so that
+other load of the machine affects all in the same way. Numbers are medians over the
+turns; ratios to the peer, in parentheses, are medians of the ratios of the turns. A
+core second is one second of work on one core, summed over all processes of a side:
+other load changes it little, but changes images per second much. Memory is the peak of
+the sum over all processes of a side, in which shared pages count once (PSS).
 
 Without ``--images``, images of ImageNet's usual size are cut from scikit-learn's two
-photographs. The peer needs PyTorch; without it our side is timed alone.
+photographs. The peer needs PyTorch; without it only our side is measured.
 """
 
 import argparse
@@ -49,9 +49,11 @@ BATCH, WARM_UP = 64, 4  # images; batches that are not counted
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", help="a folder of JPEG files, at any depth")
+    parser.add_argument("--images", help="folder of JPEG files, at any depth")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=24, help="counted in a turn")
+    parser.add_argument(
+        "--batches", type=int, default=24, help="counted batches of a turn"
+    )
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--child", nargs=3, help="one turn: side, job, folder")
     options = parser.parse_args()
@@ -93,7 +95,7 @@ def _source(images: str | None) -> str:
 def _in_turn(
     sides: list[str], folder: str, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Returns for each job and side the medians, and the ratios to the peer."""
+    """Returns the medians of each job and side, and the ratios to the peer."""
     turns: dict[tuple[str, str], list[dict[str, float]]] = {}
     for turn in range(options.repeats + 1):
         for job in JOBS:
@@ -134,7 +136,7 @@ def _measured_apart(
 
 
 def _turn(side: str, job: str, folder: str, count: int, cores: int) -> dict[str, float]:
-    """Reads batches and counts."""
+    """Reads and counts batches."""
     with _peak_memory() as peak:
         batches = _theirs(job, folder, cores) if side == "peer" else None
         if batches is None:
@@ -201,7 +203,7 @@ def _class_folders(
 
 
 def _cut(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Writes parts of 500×375 pixels of scikit-learn's photographs."""
+    """Writes crops of 500×375 pixels of scikit-learn's photographs."""
     folder.mkdir()
     photographs = importlib.resources.files("sklearn.datasets") / "images"
     for name in ("china", "flower"):
@@ -233,7 +235,7 @@ def _peak_memory() -> Iterator[list[float]]:
 
 
 def _family() -> list[int]:
-    """Returns the process and all that it started, directly or not."""
+    """Returns the process and all its descendants."""
     found = [os.getpid()]
     for process in found:
         for thread in pathlib.Path(f"/proc/{process}/task").glob("*/children"):
@@ -243,7 +245,7 @@ def _family() -> list[int]:
 
 
 def _core_seconds() -> float:
-    """Returns how long this process and its children have worked so far."""
+    """Returns the processor time of this process and its children so far."""
     ticks = 0
     for process in _family():
         with contextlib.suppress(OSError):
@@ -253,7 +255,7 @@ def _core_seconds() -> float:
 
 
 def _kibibytes(process: int) -> float:
-    """Returns a process's memory; pages that several share count in shares."""
+    """Returns the memory of a process, with its share of shared pages."""
     with contextlib.suppress(OSError):
         for line in (
             pathlib.Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()

@@ -1,10 +1,11 @@
-"""What each job of launch.py holds in memory at its peak, and how long it takes.
+"""Peak memory and time of each mode of launch.py.
 
     python -m benchmarks.jobs
 
-On digits: the whole of a training run, then what is done with it, each in a process of
-its own; the first finds no compiled programs, the others what it left. *Device* is
-what JAX allocated on an accelerator; on the CPU that is in the process's own memory.
+On digits: a complete training run, then the other modes on its results, each in a
+process of its own. The first process starts with an empty compilation cache, the others
+use its cache. *Device* is the memory that JAX allocated on an accelerator; on the CPU
+it is part of the memory of the process.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def _run(name: str, mode: str, workdir: str) -> dict[str, float]:
         flags += ["--config.prune.schedule.zero_out_every=1"]  # for many layers
     command = [sys.executable, "-m", "benchmarks.jobs", "--child", *flags]
     environment = os.environ | {"XDG_CACHE_HOME": f"{workdir}/cache"}
-    # As launch.py has it when it is started by itself.
+    # As launch.py sets it when it is started directly.
     environment |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, text=True, check=True
@@ -64,7 +65,7 @@ def _run(name: str, mode: str, workdir: str) -> dict[str, float]:
 
 
 def _measure(flags: list[str]) -> None:
-    """Runs launch.py in this process and prints what it took."""
+    """Runs launch.py in this process and prints its time and memory."""
     start = time.perf_counter()
     launch = str(CONFIG.parents[1] / "launch.py")
     sys.argv = [launch, *flags]

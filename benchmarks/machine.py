@@ -1,4 +1,4 @@
-"""What a result was measured on, and where results go."""
+"""Description of the machine of a result, and the folder of results."""
 
 import json
 import os
@@ -12,7 +12,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def describe() -> dict[str, Any]:
-    """Returns the machine, the devices and the versions that matter."""
+    """Returns the machine, the devices and the relevant versions."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -31,15 +31,15 @@ def describe() -> dict[str, Any]:
 
 
 def load() -> float:
-    """Returns how many processes wanted to run in the last minute, on average.
+    """Returns the mean number of runnable processes in the last minute.
 
-    Above zero before a measurement, other work shared the machine.
+    If it is above zero before a measurement, the machine was shared with other work.
     """
     return round(os.getloadavg()[0], 2)
 
 
 def write(name: str, result: dict[str, Any]) -> pathlib.Path:
-    """Writes a result with the machine's description; returns the file."""
+    """Writes a result with a description of the machine; returns the file."""
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}_{jax.default_backend()}.json"
     file.write_text(json.dumps({**result, "machine": describe()}, indent=2) + "\n")

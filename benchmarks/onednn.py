@@ -1,15 +1,15 @@
-"""What oneDNN's convolutions would give a training step on a CPU: an experiment.
+"""An experiment: oneDNN's convolutions in a training step on a CPU.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.onednn
 
-PyTorch's convolutions are oneDNN's. jaxlib for x86-64 has them inside too, behind a
-custom call that XLA's compiler passes are written to make and, in released versions, do
-not. Here ``jax.ffi`` makes it, for the 3×3 convolutions of ResNet-56: each layer's
-three convolutions alone, then the whole step, in turns with the library's own.
+PyTorch uses oneDNN's convolutions. jaxlib for x86-64 contains them too, behind a custom
+call of XLA's compiler passes that released versions do not make. Here ``jax.ffi`` makes
+the call, for the 3×3 convolutions of ResNet-56: the three convolutions of each layer
+alone, then the complete step, alternating with the library's own.
 
-The library does without, since nothing about that call is promised: jaxlib cannot
-serialize a program with it, as the compilation cache must, and a shape for which oneDNN
-has no fast kernel is slower by orders of magnitude.
+The library does not use oneDNN, since the call is not a stable interface: jaxlib cannot
+serialize a program that contains it, as the compilation cache requires, and a shape for
+which oneDNN has no fast kernel is slower by orders of magnitude.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def _medians(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
 
 
 def _cases(side: int, channels: int) -> list[tuple[str, Sequence[Any], Sequence[Any]]]:
-    """Returns what is computed, by us and by oneDNN, and of what."""
+    """Returns the computations, ours and oneDNN's, and their arguments."""
     draws = np.random.default_rng(0)
     shape = BATCH_SIZE, side, side, channels
     images, gradient = (jnp.asarray(draws.normal(size=shape), jnp.float32),) * 2
@@ -111,8 +111,8 @@ def _call(
     dilation: Sequence[int] = (1, 1),
     kernel_dims: tuple[int, int, int, int] = (2, 3, 0, 1),
 ) -> jax.Array:
-    """OneDNN's convolution of NHWC images; ``kernel_dims`` are those of inputs,
-    outputs, height and width.
+    """OneDNN's convolution of NHWC images; ``kernel_dims`` are the dimensions of
+    inputs, outputs, height and width.
     """
     image_dims = {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}
     inputs, outputs, *sides = kernel_dims
@@ -146,12 +146,12 @@ def _forward(images: jax.Array, kernel: jax.Array, case: Any) -> jax.Array:
 
 
 def _backward(case: Any, operands: Any, gradient: jax.Array) -> tuple[Any, Any]:
-    """Both gradients, each as a convolution forwards, which is all that there is.
+    """Both gradients as forward convolutions, since oneDNN's call has no others.
 
-    That of the kernel has the batch as its input channels. Its images lie as one, of
-    height h and width w · c, so that a window dilated by c finds the outputs of all
-    channels side by side: enough of them for oneDNN's kernels, which are slow for the
-    few pixels that a kernel has.
+    The gradient of the kernel has the batch as its input channels. Its images are
+    concatenated to one image of height h and width w · c, so that a window dilated by c
+    computes the outputs of all channels next to each other. This gives oneDNN's kernels
+    enough output pixels; they are slow for the few pixels of a kernel.
     """
     images, kernel = operands
     if case.strides != (1, 1):

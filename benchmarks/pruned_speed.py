@@ -1,11 +1,11 @@
-"""How much of the FLOPs that pruning saves the clock saves too.
+"""How much of the speedup in FLOPs is realised as a speedup in time.
 
     python -m benchmarks.pruned_speed
 
-Dense and pruned networks of random weights, evaluated in turns in one process: at
-batch 1, and at a large batch; with the paper's ratios as they are, and with the numbers
-of channels rounded up to multiples of eight. ``launch.py --mode=profile`` does the same
-for a run's own networks, layer by layer.
+Dense and pruned networks with random weights are evaluated in one process, alternating:
+at batch 1 and at a large batch; with the paper's ratios, and with the numbers of
+channels rounded up to multiples of eight. ``launch.py --mode=profile`` measures the
+networks of a run in the same way, layer by layer.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""What it costs to train several seeds in one program, for each.
+"""The cost per seed of training several seeds in one program.
 
     python -m benchmarks.replicas
 
 A TPP step on scikit-learn's digits, alone and as 3 and 8 replicas: batched along a new
-axis (vmap), and one after the other in one program (unrolled). All in turns in one
-process; a figure is the median time of a step by the number of replicas and images.
-Sweeps choose by what this shows: on the CPU, one run after the other.
+axis (vmap), and one after the other in one program (unrolled). All variants alternate
+in one process. A number is the median time of a step divided by the numbers of replicas
+and images. The default of sweeps follows from the results: on the CPU, one run after
+the other.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def main() -> None:
 def _programs(
     name: str, ratios: str, skip: str
 ) -> tuple[dict[tuple[str, int], Callable[[], Any]], int]:
-    """Returns a dispatch by kind and number of replicas, and its number of steps."""
+    """Returns dispatches by kind and number of replicas, and the steps in each."""
     dataset = tpp.data.load("digits")
     shape = dataset.image_shape
     models = [
@@ -83,7 +84,7 @@ def _programs(
     order, images = feed.train_data(0)
     loss, config = task.loss, StepConfig()
     graphdef = graphdef_of(models[0], training=True)
-    # A loop is slow for convolutions on the CPU, and what dispatching costs is little.
+    # On the CPU convolutions in a loop are slow, and dispatching costs little.
     loop = jax.default_backend() != "cpu" or name.startswith("mlp")
     n = np.int32(10 if loop else 1)
 
@@ -127,7 +128,7 @@ def _programs(
 def _measure(
     programs: dict[tuple[str, int], Callable[[], Any]], images: int, rounds: int
 ) -> dict[tuple[str, int], float]:
-    """Returns seconds by image and replica, the median over rounds in turns."""
+    """Returns seconds per image and replica, medians over alternating rounds."""
     times: dict[tuple[str, int], list[float]] = {key: [] for key in programs}
     for program in programs.values():
         jax.block_until_ready(program())

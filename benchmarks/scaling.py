@@ -1,25 +1,25 @@
-"""How costs grow: with depth, width, the batch, and the number of devices.
+"""Growth of the costs with depth, width, batch, and number of devices.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --parts batch devices
 
-Five parts; those that are measured take the place of the recorded ones, with the load
-that the machine had before.
+There are five parts. The parts that are measured replace the recorded ones, with the
+load of the machine before the measurement.
 
 - ``depth`` and ``width``: groups, an L1 plan at 0.5 and the smaller network, of CIFAR
   ResNets up to 1,202 layers, of ResNet-56 at up to 16 times its width, and of a Llama
-  of 7 billion parameters (all groups; weights that take no memory, so that it shows
-  what the arithmetic costs and not the disk). Each in a process of its own.
+  of 7 billion parameters (all groups; weights that take no memory, to measure the
+  arithmetic and not the disk). Each network has a process of its own.
 - ``compile``: tracing and compiling the training step, without any cache, each in a
-  process of its own; and again with alike blocks rolled into loops, as a GPU or TPU has
-  them from fifty on (``tpp_jax/xla/blocks.py``). (Of ResNet-1202 the first takes
-  more than 16 GiB: it is left out.)
-- ``batch``: the training step of ResNet-20 for different batches, taking turns.
-- ``devices``: one batch split over simulated devices. They share the machine's cores:
-  what is seen is what splitting costs, and no speed-up. Each number of devices has its
-  own process; all are alive at once and take turns.
+  process of its own; and again with identical blocks rolled into loops, as on a GPU or
+  TPU for fifty or more blocks (``tpp_jax/xla/blocks.py``). (ResNet-1202 is only
+  measured rolled, since unrolled it takes more than 16 GiB.)
+- ``batch``: the training step of ResNet-20 for different batches, alternating.
+- ``devices``: one batch split over simulated devices. They share the machine's cores,
+  so this measures the cost of splitting, and not a speedup. Each number of devices has
+  its own process; all processes exist at the same time and alternate.
 
-The pictures go to docs/images/scaling_*.png.
+The pictures are written to docs/images/scaling_*.png.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def _child(*arguments: str) -> list[str]:
 
 
 def _answer(*arguments: str) -> dict[str, Any]:
-    """Returns what a process of its own measured."""
+    """Returns the measurement of a process of its own."""
     done = subprocess.run(
         _child(*arguments), stdout=subprocess.PIPE, text=True, check=True
     )
@@ -97,7 +97,7 @@ def _answer(*arguments: str) -> dict[str, Any]:
 
 
 def _peak() -> float:
-    """Returns the most memory that this process has held, in GiB."""
+    """Returns the peak memory of this process, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -150,8 +150,8 @@ def _network(name: str) -> nnx.Module:
     def create() -> nnx.Module:
         return tpp.models.create(name, rngs=nnx.Rngs(0))
 
-    # Abstract networks are made faster, up to some hundred layers: flax asks tracers
-    # for a sharding, and JAX's answer that there is none costs all that was traced.
+    # Creating abstract networks is faster only up to some hundred layers: Flax asks
+    # tracers for a sharding, and JAX's error message searches all traced operations.
     return create() if name == "cifar_resnet1202" else with_weights(create)
 
 
@@ -220,7 +220,7 @@ def _measure_rolled(name: str) -> None:
 
 
 def _roll(model: nnx.Module) -> None:
-    """Rolls blocks on any backend: they are compiled here, and not run."""
+    """Rolls blocks on any backend; here they are compiled and not run."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Blocks):
             module.rolled_from = 2
@@ -273,7 +273,7 @@ def _devices() -> dict[str, Any]:
 
 
 class _Worker:
-    """A process that runs one step whenever it is sent a line."""
+    """A process that runs one step for each line that it receives."""
 
     def __init__(self, *arguments: str, devices: int) -> None:
         flag = f"--xla_force_host_platform_device_count={devices}"
@@ -307,10 +307,10 @@ def _serve_steps(n: str, kind: str) -> None:
 
 
 def _in_turn(sides: dict[Any, Callable[[], float]]) -> dict[Any, list[float]]:
-    """Returns the seconds of all rounds, by name; the first two do not count."""
+    """Returns the seconds of all rounds by name, without the first two."""
     seconds: dict[Any, list[float]] = {name: [] for name in sides}
     for turn in range(_ROUNDS + 2):
-        # The order alternates: nobody always comes after the same one.
+        # The order alternates, so that no side always follows the same side.
         for name in list(sides)[:: 1 if turn % 2 else -1]:
             seconds[name].append(sides[name]())
     return {name: times[2:] for name, times in seconds.items()}

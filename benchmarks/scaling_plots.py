@@ -16,11 +16,11 @@ _COLORS |= {"pmap": "#4c72b0", "shard_map": "#dd8452"}
 
 
 def save(result: Mapping[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draws what has been measured.
+    """Draws the measured parts.
 
     Args:
-      result: what ``benchmarks.scaling`` records.
-      folder: that exists.
+      result: Record of ``benchmarks.scaling``.
+      folder: Existing folder for the pictures.
 
     Returns:
       The files, ``scaling_<part>.png``.
@@ -56,8 +56,8 @@ def _compiling(rows: Mapping[str, Any]) -> Figure:
 def _lines(
     axes: Axes, rows: Mapping[str, Any], size: str, jobs: tuple[str, ...]
 ) -> None:
-    """Draws jobs over the size that a pattern finds in the networks' names, 1 if none;
-    beside them what a cost in proportion to the size would be.
+    """Draws jobs over the size that a pattern finds in the networks' names (1 if none),
+    with a line for a cost in proportion to the size.
     """
     measured = [name for name, row in rows.items() if row.keys() & set(jobs)]
     found = {name: re.search(size, name) for name in measured}

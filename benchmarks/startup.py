@@ -1,10 +1,10 @@
-"""From a command to the first training step: import, tracing, compilation; cold, warm.
+"""Time from a command to the first training step, with a cold and a warm cache.
 
     python -m benchmarks.startup
 
-Each row is a process of its own, which makes a network with random weights, compiles
+Each row is a process of its own, which creates a network with random weights, compiles
 the library's training step and runs it once. *Cold* starts with an empty compilation
-cache, *warm* finds what the cold one left; launch.py keeps such a cache by default.
+cache, *warm* with the cache of the cold start. launch.py keeps such a cache by default.
 """
 
 import argparse

@@ -1,29 +1,29 @@
-"""The training step: plain, with TPP's penalties, and beside PyTorch's.
+"""The training step: plain, with TPP's penalties, and compared with PyTorch's.
 
     python -m benchmarks.step --model=cifar_resnet56 --batch_size=128
 
-All sides crop, flip and normalise the images, which lie on the device, differentiate
-the loss and update by SGD. They take turns in one process, so that whatever else the
-machine does falls on all alike; a figure is the median over the rounds of the ratio of
-neighbouring steps, with the quartiles beside it.
+All sides crop, flip and normalise images that are on the device, differentiate the loss
+and update by SGD. They alternate in one process, so that other load of the machine
+affects all sides in the same way. A ratio is the median over the rounds of the ratios
+of neighbouring steps, with quartiles.
 
 - ``plain`` and ``tpp`` are the library's own steps; the penalized one is in the middle
-  of the regularize phase, all terms at work.
+  of the regularize phase, with all penalties active.
 - ``defaults`` (on a CPU) is the plain step compiled with XLA's default options, so that
-  YNNPACK takes the convolutions; ``lax`` moreover has XLA's own convolutions in place
-  of those of tpp_jax/xla/convolution.py.
+  YNNPACK computes the convolutions; ``lax`` in addition has XLA's own convolutions in
+  place of those of tpp_jax/xla/convolution.py.
 - ``torch`` and ``torch tpp`` are PyTorch's, with ``--compiled`` also through
-  ``torch.compile``. Without PyTorch our sides are timed alone.
+  ``torch.compile``. Without PyTorch only our sides are measured.
 
 On a GPU several steps run per dispatch, as in a run; ``--half`` computes in bfloat16.
-``--ours`` leaves out all but ``plain`` and ``tpp``: what the penalties cost, in many
-rounds and with nobody's threads between.
+``--ours`` measures only ``plain`` and ``tpp``: the cost of the penalties, in many
+rounds and without the threads of other sides in between.
 
-Beside each time stands the rate of the FLOPs of convolutions and dense layers, three
-times those of an evaluation, and what share it is of the machine's limit: the rate of a
-large matrix product in the same precision, which takes its turn with the others.
+Each time is printed with the rate of the FLOPs of convolutions and dense layers, which
+are three times those of an evaluation, and its share of the machine's limit: the rate
+of a large matrix product in the same precision, which is measured in the same rounds.
 
-Allocate as launch.py does: GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command.
+Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1 to allocate memory as launch.py does.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
     sides, mebibytes, flops = _sides(options)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(options.rounds):
-        # The order alternates: nobody always comes after the same one.
+        # The order alternates, so that no side always follows the same side.
         for name in list(sides)[:: 1 if turn % 2 else -1]:
             seconds[name].append(sides[name]())
     result = {
@@ -121,9 +121,9 @@ def main() -> None:
 def _sides(
     options: argparse.Namespace,
 ) -> tuple[dict[str, Callable[[], float]], dict[str, float], float]:
-    """Returns, by name, functions that run a step, or the matrix product, to its end
-    and return its seconds; the memory of our programs, state and images included, in
-    MiB; and the FLOPs of a step.
+    """Returns functions by name that run a step, or the matrix product, to its end and
+    return its seconds; the memory of our programs in MiB, including state and images;
+    and the FLOPs of a step.
     """
     model = tpp.models.create(options.model, rngs=nnx.Rngs(0))
     shape = model.spec.image_shape
@@ -174,7 +174,7 @@ def _sides(
 
 
 def _matrix_product(half: bool) -> Callable[[], float]:
-    """Returns a function that multiplies two large matrices; gives its seconds."""
+    """Returns a function that multiplies two large matrices and returns its seconds."""
     dtype = jax.numpy.bfloat16 if half else jax.numpy.float32
     matrix = jax.numpy.ones((_PRODUCT_SIZE, _PRODUCT_SIZE), dtype)
     product = jax.jit(lambda a, b: a @ b)

@@ -1,11 +1,11 @@
-"""Networks of third-party packages: their groups, checked, cut in half, trained a step.
+"""Networks of third-party packages: groups, checks, a cut by half, a training step.
 
     python -m benchmarks.third_party
 
-runs every network of ``tests/third_party`` whose package is installed, each package in
-a process of its own, and merges what it finds into ``results/third_party_cpu.json``, so
-that one environment after another can be added; ``--table`` prints the file as the
-table of ``docs/results.md``.
+This runs every network of ``tests/third_party`` whose package is installed, each
+package in a process of its own, and merges the results into
+``results/third_party_cpu.json``, so that the results of several environments can be
+combined. ``--table`` prints the file as the table of ``docs/results.md``.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import machine
 
-# Each program runs once: what XLA gains by optimizing it, compiling it costs.
+# Each program runs once, so optimizing it costs as much as it gains.
 _ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 FILE = machine.RESULTS / "third_party_cpu.json"
 
@@ -115,7 +115,7 @@ def _row(one: dict[str, Any]) -> str:
 
 
 def _heads(one: dict[str, Any]) -> str:
-    """Says whether the groups of heads can be pruned, for networks that have such."""
+    """Returns whether the groups of heads can be pruned, for networks with heads."""
     entry = next((e for e in _entries() if str(e) == one["network"]), None)
     if entry is None or not entry.heads:
         return "–"

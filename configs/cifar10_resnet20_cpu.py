@@ -1,8 +1,8 @@
-"""ResNet-20 on CIFAR-10 with a much shortened schedule: an hour on two CPU cores.
+"""ResNet-20 on CIFAR-10 with a very short schedule: an hour on two CPU cores.
 
-It shows the method at work on real photographs; it is not the paper's experiment (that
-is cifar10_resnet56_tpp.py: 78,000 dense steps instead of 3,124, and so on). The
-recorded result is in docs/results.md.
+The run shows the method on real photographs. It is not the paper's experiment, which is
+cifar10_resnet56_tpp.py (78,000 dense steps instead of 3,124, for example). The recorded
+result is in docs/results.md.
 
     python launch.py --config=configs/cifar10_resnet20_cpu.py --workdir=runs/resnet20 \\
         --config.data.dir=$TFDS

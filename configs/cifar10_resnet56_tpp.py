@@ -8,8 +8,9 @@ dense training, 110,001 of regularizing and stabilizing, 46,800 of fine-tuning.
     python launch.py --config=configs/cifar10_resnet56_tpp.py --workdir=runs/resnet56 \\
         --config.data.dir=$TFDS --config.prune.ratios='*layer*.conv1:0.9'
 
-CIFAR-10 is read through tensorflow-datasets; a missing one says how to prepare it. SVHN
-has images of the same shape: --config.data.name=svhn_cropped --config.data.flip=False
+CIFAR-10 is read through tensorflow-datasets; if it is missing, the error message says
+how to prepare it. SVHN has images of the same shape: --config.data.name=svhn_cropped
+--config.data.flip=False
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
-"""ResNet-8 on scikit-learn's handwritten digits: the whole method in a minute or two.
+"""ResNet-8 on scikit-learn's handwritten digits: the complete method, in minutes.
 
-The default config: no download. Prunes half of the filters of the first convolution of
-every block.
+The default config, which needs no download. It prunes half of the filters of the first
+convolution of every block.
 
     python launch.py --config=configs/digits_resnet8_tpp.py --workdir=runs/digits
 """

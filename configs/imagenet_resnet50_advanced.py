@@ -5,31 +5,30 @@
 | `2g` | 0.45 (the default)       | 1.997 G  | 2.05×       | 77.75        | 77.4    |
 | `1g` | 0.76                     | 0.9997 G | 4.09×       | 76.52        | 76.0    |
 
-These two rows of the paper's Table 2 cannot be reproduced to the letter: its authors
-ran them in TIMM, have not published that code, and its settings are not known to us.
-What is here:
+These two rows of the paper's Table 2 cannot be reproduced exactly: its authors ran them
+in TIMM and have published neither that code nor its settings. This config has:
 
-- the pruning phases are those of the paper's other rows (imagenet_resnet50_tpp.py);
-- 250 epochs of fine-tuning, as long as CHEX trains by its published command (from
-  random weights, pruning while it does);
-- the fine-tuning is torchvision's reference recipe for its IMAGENET1K_V2 weights: SGD,
-  cosine after 5 epochs of warm-up, label smoothing 0.1, mixup 0.2, cutmix 1.0, weight
-  decay 2e-5 but none on norms, an average of the weights. Its rate, 0.5 for batches of
-  1,024, is scaled to batches of 256, with which the network is also pruned; its average
-  takes in 2e-5 of the weights at each step, times batch size / epochs, here 1.02. Left
-  out are its 600 epochs, TrivialAugment, random erasing, repeated augmentation and
-  training crops of 176 pixels. It spares the norms alone the weight decay, here the
-  classifier's bias is spared too;
-- the start is torchvision's IMAGENET1K_V1, as in the other rows; the paper's is not
-  known;
-- the arithmetic is bfloat16 on float32 weights; CHEX's is float16 in the same way.
+- the pruning phases of the paper's other rows (imagenet_resnet50_tpp.py);
+- 250 epochs of fine-tuning, as many as CHEX trains for with its published command (from
+  random weights, pruning during the training);
+- torchvision's reference recipe for its IMAGENET1K_V2 weights as fine-tuning: SGD,
+  cosine schedule after 5 epochs of warm-up, label smoothing 0.1, mixup 0.2, cutmix 1.0,
+  weight decay 2e-5 except on norms, averaged weights. The learning rate of the recipe,
+  0.5 for batches of 1,024, is scaled to batches of 256, with which the network is also
+  pruned. In each step its average takes in a share of 2e-5 of the weights, times batch
+  size / epochs, which is 1.02 here. Not included are its 600 epochs, TrivialAugment,
+  random erasing, repeated augmentation and training crops of 176 pixels. The recipe
+  exempts only norms from weight decay; here the bias of the classifier is exempt too;
+- torchvision's IMAGENET1K_V1 weights as the start, as in the other rows; the paper's
+  start is not known;
+- arithmetic in bfloat16 on float32 weights; CHEX uses float16 in the same way.
 
-Not run by us: neither the accuracy nor the time is known.
+This config has not been run here: neither the accuracy nor the time is known.
 
     python launch.py --config=configs/imagenet_resnet50_advanced.py:1g \\
         --workdir=runs/resnet50_1g --config.data.dir=$TFDS
 
-Weights and other forms of the data: see imagenet_resnet50_tpp.py.
+See imagenet_resnet50_tpp.py for the weights and for other forms of the data.
 """
 
 import ml_collections
@@ -52,7 +51,7 @@ def get_config(row: str = "2g") -> ml_collections.ConfigDict:
     config.data.name = "imagenet2012"
     config.data.batch_size = 256
     config.init.torch = "resnet50-0676ba61.pth"
-    config.eval_every = 5004  # an epoch
+    config.eval_every = 5004  # once an epoch
     config.checkpoint_every = 2500
 
     config.prune.ratios = RATIOS[row]

@@ -1,17 +1,17 @@
-"""ResNet-50 on ImageNet with nothing to start from: dense training, then the 2.31× row.
+"""ResNet-50 on ImageNet from random weights: dense training, then the 2.31× row.
 
-The dense network is trained by torchvision's original recipe (its reference script's
-defaults): 90 epochs of SGD with batches of 256, rate 0.1 ÷ 10 at 30 and 60, momentum
-0.9, weight decay 1e-4. Torchvision's own weights of this recipe, from which
-imagenet_resnet50_tpp.py starts, have 76.13 % top-1; from them the paper gets 75.60 % at
-2.31×. Not run by us: neither the accuracy nor the time is known. One thing is known to
-differ: the reference's batch norm takes the statistics of the 32 images that one of
-eight GPUs has, ours those of the whole batch.
+The dense network is trained with torchvision's original recipe (the defaults of its
+reference script): 90 epochs of SGD with batches of 256, learning rate 0.1 ÷ 10 at 30
+and 60, momentum 0.9, weight decay 1e-4. Torchvision's own weights of this recipe, from
+which imagenet_resnet50_tpp.py starts, have 76.13 % top-1; from them the paper gets
+75.60 % at 2.31×. This config has not been run here: neither the accuracy nor the time
+is known. One difference is known: in the reference, batch norm takes the statistics of
+the 32 images of one of eight GPUs; here it takes those of the full batch.
 
     python launch.py --config=configs/imagenet_resnet50_scratch.py \\
         --workdir=runs/resnet50_scratch --config.data.dir=$TFDS
 
-The folder dense/ of the run then starts runs of the other rows:
+Runs of the other rows can then start from the folder dense/ of the run:
 --config=configs/imagenet_resnet50_tpp.py:3.06 --config.init.torch='' \\
 --config.init.model=runs/resnet50_scratch/dense
 """
@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.name = "resnet50"
     config.data.name = "imagenet2012"
     config.data.batch_size = 256
-    config.eval_every = 5004  # an epoch
+    config.eval_every = 5004  # once an epoch
     config.checkpoint_every = 2500
 
     config.pretrain.epochs = 90

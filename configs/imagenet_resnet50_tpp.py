@@ -1,4 +1,4 @@
-"""ResNet-50 on ImageNet: the paper's Table 2, a row of which is named after a colon.
+"""ResNet-50 on ImageNet: the paper's Table 2; its rows are selected after a colon.
 
 | row    | ratios of conv1 and conv2, stages 1 to 4 | fewer FLOPs | parameters | top-1 |
 |--------|------------------------------------------|-------------|------------|-------|
@@ -8,17 +8,18 @@
 | `2.56` | 0.74, 0.74, 0.60, 0.21                   | 2.564×      | 15.788 M   | 75.12 |
 | `3.06` | 0.68, 0.68, 0.68, 0.50                   | 3.063×      | 11.081 M   | 74.51 |
 
-Top-1 accuracies are the paper's, which used four V100 of 16 GB; FLOPs and parameters
-are counted here. Not run by us: neither the accuracy nor the time is known.
+Top-1 accuracies are those of the paper, which used four V100 of 16 GB; FLOPs and
+parameters are counted here. This config has not been run here: neither the accuracy nor
+the time is known.
 
     python launch.py --config=configs/imagenet_resnet50_tpp.py:2.31 \\
         --workdir=runs/resnet50 --config.data.dir=$TFDS
 
 It starts from torchvision's IMAGENET1K_V1 weights, read from the file
-resnet50-0676ba61.pth of the folder one is in (or --config.init.torch). A folder that
-has train/ and val/ with a folder of images for each class is read with
---config.data.name=folder --config.data.dir=<that folder>. What would be pruned can be
-seen without data and weights: --mode=inspect --config.init.torch=''.
+resnet50-0676ba61.pth in the current folder (or from --config.init.torch). Images in
+class folders, in train/ and val/ of a folder, are read with --config.data.name=folder
+--config.data.dir=<that folder>. --mode=inspect --config.init.torch='' shows what would
+be pruned, without data and weights.
 """
 
 import ml_collections
@@ -45,7 +46,7 @@ def get_config(row: str = "2.31") -> ml_collections.ConfigDict:
     config.data.name = "imagenet2012"
     config.data.batch_size = 256
     config.init.torch = "resnet50-0676ba61.pth"
-    config.eval_every = 5004  # an epoch
+    config.eval_every = 5004  # once an epoch
     config.checkpoint_every = 2500
 
     config.prune.ratios = RATIOS[row]

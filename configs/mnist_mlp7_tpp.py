@@ -1,12 +1,12 @@
 """MLP-7-Linear on MNIST: seven dense layers, no activation, no batch norm.
 
-Expected test accuracy, from the paper (ratio not published there): 92.82 % after
+Expected test accuracy, from the paper (its ratio is not published): 92.82 % after
 fine-tuning at 0.01, 92.77 % at 0.001; plain L1 pruning gets 91.36 % and 90.54 %.
 
     python launch.py --config=configs/mnist_mlp7_tpp.py --workdir=runs/mlp7 \\
         --config.data.dir=$TFDS
 
-The same experiment on other images of its shape: --config.data.name=kmnist, or
+The same experiment runs on other images of this shape with --config.data.name=kmnist or
 fashion_mnist.
 """
 
@@ -23,9 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.batch_size = 100
     config.data.crop_padding = 0
     config.data.flip = False
-    config.steps_per_dispatch = (
-        100  # there is no convolution: loops are fine on the CPU
-    )
+    config.steps_per_dispatch = 100  # no convolutions, so loops are fast on the CPU
     config.log_every = 200
     config.eval_every = 6000
     config.checkpoint_every = 6000

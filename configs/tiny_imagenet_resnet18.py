@@ -1,9 +1,9 @@
-"""ResNet-18 on Tiny ImageNet: images in a folder for each class, one's own data alike.
+"""ResNet-18 on Tiny ImageNet: class folders, as for your own images.
 
-No table has this run; the recipe is the ImageNet one, shortened, and has not been run
-by us. The images are read from <folder>/train/<class>/ and <folder>/val/<class>/. Tiny
-ImageNet's own val images come in one folder with a list of their classes
-(val_annotations.txt): sort them first.
+This experiment is in no table. The recipe is that of ImageNet with a shorter schedule;
+it has not been run here. Images are read from <folder>/train/<class>/ and
+<folder>/val/<class>/. Tiny ImageNet has its val images in one folder with a list of
+their classes (val_annotations.txt); docs/data.md shows how to sort them.
 
     python launch.py --config=configs/tiny_imagenet_resnet18.py \\
         --workdir=runs/tiny --config.data.dir=<folder>
@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.name = "resnet18"
     config.data.name = "folder"
     config.data.image_size = 64
-    config.data.resize = 64  # whole images are tested
+    config.data.resize = 64  # test images are not cropped
     config.data.batch_size = 256
 
     config.pretrain.epochs = 90

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "tpp_jax"
 # Each may import those before it; docs/architecture.md says what they are for.
@@ -51,3 +52,17 @@ def test_imports_point_one_way():
 
 def test_no_modules_form_a_circle():
     graphlib.TopologicalSorter(imports()).prepare()
+
+
+def test_the_page_lists_every_module():
+    page = (PACKAGE.parents[0] / "docs" / "architecture.md").read_text("utf-8")
+    tree = re.search(r"^tpp_jax/\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
+    listed, folders = set(), []
+    for line in tree.splitlines():
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2 - 1
+        if name.endswith("/"):
+            folders[depth:] = [name]
+        elif name.endswith(".py"):
+            listed.add("".join([*folders[:depth], name]))
+    modules = {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")}
+    assert listed == {x for x in modules if not x.endswith("/__init__.py")}

@@ -8,13 +8,13 @@ from tests.bad_inputs import INTRODUCTION, PAGE, SECTIONS, table
 
 
 def _own(text):
-    """Leaves out what stands in brackets: words of other libraries, at times."""
+    """Leaves out text in brackets, which may quote other libraries."""
     return re.sub(r"\([^()]*\)", "(…)", text)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_mistake_says_what_the_page_says(section):
-    # Made anew by: python -m tests.bad_inputs
+    # To write the page again: python -m tests.bad_inputs
     assert _own(table(section)) in _own(PAGE.read_text())
 
 

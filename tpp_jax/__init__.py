@@ -5,7 +5,9 @@ from tpp_jax.analysis.groups_svg import draw_groups
 from tpp_jax.analysis.groups_text import describe_groups
 from tpp_jax.analysis.jacobian import jacobian_singular_values
 from tpp_jax.errors import TPPError, TPPTypeError
+from tpp_jax.graph.context import Context
 from tpp_jax.graph.records import Group, Groups, Member
+from tpp_jax.graph.rules import register_rule
 from tpp_jax.interop.torch_weights import load_torch, save_torch
 from tpp_jax.method.gram import gram_penalty, gram_penalty_grad
 from tpp_jax.method.isometry import reinitialize
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Checks",
+    "Context",
     "Count",
     "Group",
     "GroupCheck",
@@ -71,6 +74,7 @@ __all__ = [
     "mask_tree",
     "models",
     "prune",
+    "register_rule",
     "reinitialize",
     "save_model",
     "save_torch",

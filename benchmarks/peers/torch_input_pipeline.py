@@ -12,20 +12,20 @@ from torchvision import transforms
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that matter."""
+    """Returns the relevant versions."""
     return {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
 
 
 def batches(
     folder: str, job: str, batch_size: int, workers: int
 ) -> Iterator[torch.Tensor]:
-    """Yields batches of uint8 images, as PyTorch's own ImageNet example reads them.
+    """Yields batches of uint8 images, read like in PyTorch's own ImageNet example.
 
     Args:
-      folder: of class folders.
-      job: ``"train"``, without end, or ``"test"``.
-      batch_size: images of a batch.
-      workers: processes that decode.
+      folder: Folder of class folders.
+      job: ``"train"``, which does not end, or ``"test"``.
+      batch_size: Number of images in a batch.
+      workers: Number of processes that decode.
     """
     if job == "train":
         steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]

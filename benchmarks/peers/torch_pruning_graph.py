@@ -13,7 +13,7 @@ import torchvision
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that matter and the number of threads."""
+    """Returns the relevant versions and the number of threads."""
     packages = ("torch", "torchvision", "torch-pruning")
     found = {name: importlib.metadata.version(name) for name in packages}
     return found | {"torch threads": str(torch.get_num_threads())}
@@ -23,28 +23,28 @@ class Peer:
     """One network with random weights, and the two jobs that are timed.
 
     Args:
-      name: as torchvision has it.
-      side: height and width of the images.
+      name: Name in torchvision.
+      side: Height and width of the images.
     """
 
     def __init__(self, name: str, side: int) -> None:
-        # Its warnings are of parameters that are no layer's; it treats them rightly.
+        # It warns of parameters that belong to no layer, and treats them correctly.
         warnings.filterwarnings("ignore", module="torch_pruning")
         self._model = torchvision.models.get_model(name, weights=None).eval()
         self._images = torch.ones(1, 3, side, side)
 
     def copy(self) -> torch.nn.Module:
-        """Returns a fresh network: pruning changes it in place."""
+        """Returns a copy of the network, since pruning changes it in place."""
         return copy.deepcopy(self._model)
 
     def groups(self, model: torch.nn.Module) -> int:
-        """Builds the dependency graph and reads all groups off it; how many."""
+        """Builds the dependency graph and returns its number of groups."""
         graph = torch_pruning.DependencyGraph()
         graph.build_dependency(model, example_inputs=self._images)
         return len(list(graph.get_all_groups()))
 
     def prune(self, model: torch.nn.Module, ratio: float) -> int:
-        """Prunes every group but the logits' by L1; the parameters that are left."""
+        """Prunes all groups but the logits by L1; returns the number of parameters."""
         layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
         pruner = torch_pruning.pruner.MetaPruner(
             model,

@@ -1,8 +1,8 @@
 """The peer of ``benchmarks.step``: the same training steps, written in PyTorch.
 
-The data lie on the device as uint8; a step crops and flips them there, normalises,
-differentiates and updates by SGD. The penalized step adds what TPP adds, as the
-original does: the Gram gradient by autograd, the growing L2 on kernels and batch norms
+The data are on the device as uint8. A step crops, flips and normalises the images
+there, differentiates and updates by SGD. The penalized step adds TPP's penalties like
+the original: the Gram gradient by autograd, the growing L2 on kernels and batch norms
 by hand. Importing this file needs PyTorch, which the library itself never does.
 """
 
@@ -85,7 +85,7 @@ def _create(name: str) -> nn.Module:
         return CifarResNet(int(name.removeprefix("cifar_resnet")))
     if name.startswith("cifar_vgg"):
         return CifarVGG(int(name.removeprefix("cifar_vgg")))
-    import torchvision  # for its networks alone
+    import torchvision  # only for its networks
 
     return torchvision.models.get_model(name, weights=None)
 
@@ -94,13 +94,13 @@ class Peer:
     """A training step of one network, with its state.
 
     Args:
-      name: of the network, as ``tpp_jax.models`` has it.
-      pixels: uint8 ``[n, h, w, 3]``.
-      labels: int ``[n]``.
-      batch_size: images of a step.
-      pruned: layer name → the filters that TPP prunes; empty for a plain step.
-      compiled: whether to use ``torch.compile``.
-      half: whether to compute in bfloat16, by autocast.
+      name: Name of the network in ``tpp_jax.models``.
+      pixels: Images, uint8 ``[n, h, w, 3]``.
+      labels: Labels, int ``[n]``.
+      batch_size: Number of images in a step.
+      pruned: Filters that TPP prunes, by name of the layer; empty for a plain step.
+      compiled: Whether to use ``torch.compile``.
+      half: Whether to compute in bfloat16, by autocast.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Peer:
         return mask
 
     def step(self) -> None:
-        """Does one step; on a GPU it may not be finished when this returns."""
+        """Starts one step; on a GPU it may not be finished when this returns."""
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._half)
         x, labels = self._batch()
         with autocast:
@@ -181,13 +181,13 @@ class Peer:
         return x.permute(0, 3, 1, 2), self._labels[chosen]
 
     def wait(self) -> None:
-        """Returns when the device has done all steps."""
+        """Waits until the device has finished all steps."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 
 
 def _norms_after(network: nn.Module) -> dict[str, nn.Module]:
-    """Name of a layer → the batch norm that is registered after it."""
+    """Returns the batch norm that is registered after each layer, by name."""
     found: dict[str, nn.Module] = {}
     before = ""
     for name, module in network.named_modules():
@@ -199,7 +199,7 @@ def _norms_after(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def describe() -> dict[str, str]:
-    """Returns the versions and settings that matter."""
+    """Returns the relevant versions and settings."""
     found = {"torch": torch.__version__, "threads": str(torch.get_num_threads())}
     with contextlib.suppress(Exception):
         found["device"] = torch.cuda.get_device_name()

@@ -1,4 +1,4 @@
-"""ResNet-56 on CIFAR-10: what each part of TPP gives.
+"""ResNet-56 on CIFAR-10: ablations of TPP.
 
 python launch.py --mode=sweep --config=configs/tables/ablations.py \\
         --workdir=runs/ablations --config.base.data.dir=$TFDS

@@ -1,7 +1,7 @@
-"""ResNet-8 on scikit-learn's digits: a whole table without a download, on a CPU.
+"""ResNet-8 on scikit-learn's digits: a complete table without a download, on a CPU.
 
-A small stand-in for Table 1: one can see that all methods run and compare, and little
-of which is better on real tasks. Some half an hour on two cores.
+A small substitute for Table 1. It shows that all methods run and can be compared, but
+hardly which one is better on real tasks. It takes some half an hour on two cores.
 
     python launch.py --mode=sweep --config=configs/tables/digits.py --workdir=runs/table
 """
@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     table.title = "ResNet-8 on digits"
     table.base = digits_resnet8_tpp.get_config()
     table.base.eval_every = 110  # every fifth epoch
-    # Of the phases' ends and the cut only.
+    # Measured at the end of each phase and after the cut only.
     table.base.jacobian_every = 10**9
     table.base.prune.grow.granularity = 5e-4
     table.base.prune.grow.every = 5

@@ -1,4 +1,4 @@
-"""Rows that several tables have: the method and its rivals. Not a config itself."""
+"""Rows that several tables share: the method and its rivals. Not a config itself."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ Row = tuple[str, dict[str, Any]]
 
 
 def rivals(base: ml_collections.ConfigDict) -> tuple[Row, ...]:
-    """Returns the methods of the paper's Table 1, and more, over a base config."""
+    """Returns the methods of the paper's Table 1 and more, as changes of a base."""
     dense = {name: base.pretrain[name] for name in base.pretrain}
     oneshot = {"prune": {"method": "oneshot"}}
     return (
-        # The small network from random weights, trained as the dense one is.
+        # The small network from random weights, trained like the dense network.
         ("Scratch", {"prune": {"method": "scratch"}, "finetune": dense}),
         ("L1", oneshot),
         ("L1 + OrthP", {"prune": {"method": "oneshot", "reinitialize": "orthp"}}),
@@ -20,8 +20,8 @@ def rivals(base: ml_collections.ConfigDict) -> tuple[Row, ...]:
         ("L1 + OrthConv", {**oneshot, "finetune": {"orthogonality": "convolution"}}),
         ("KernOrth + L1", {**oneshot, "pretrain": {"orthogonality": "kernel"}}),
         ("OrthConv + L1", {**oneshot, "pretrain": {"orthogonality": "convolution"}}),
-        # As many steps more, at the same rate, as TPP regularizes for: nobody has
-        # published that row.
+        # Extra steps, as many as TPP's regularized phases and at the same rate: a
+        # row without published results.
         ("L1, equal epochs", {"prune": {"method": "extra"}}),
         ("GReg-1", GREG_1),
         ("GReg-2", {"prune": {"method": "greg2"}}),

@@ -1,7 +1,7 @@
 """MLP-7-Linear on MNIST: accuracy and Jacobian singular values (paper, Table 3).
 
-The paper does not publish its pruning ratio; 0.8 and 0.9 are shown. Its figures are
-given beside both.
+The paper does not publish its pruning ratio; the table has 0.8 and 0.9, with the
+paper's numbers for both.
 
     python launch.py --mode=sweep --config=configs/tables/mlp7.py --workdir=runs/mlp7 \\
         --config.base.data.dir=$TFDS
@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     table.title = "MLP-7-Linear on MNIST"
     table.base = mnist_mlp7_tpp.get_config()
     table.base.eval_every = 600  # once an epoch
-    # Of the phases' ends and the cut only: measured once, it costs nothing.
+    # Measured at the end of each phase and after the cut only, which costs little.
     table.base.jacobian_every = 10**9
     table.metrics = ("best_accuracy", "last_accuracy", "jsv_mean")
     table.rows = (

@@ -1,6 +1,7 @@
-"""ResNet-56 on CIFAR-10: how much the learning rate of the retraining matters.
+"""ResNet-56 on CIFAR-10: the effect of the learning rate of fine-tuning.
 
-A network that is hard to train needs a large one; TPP's claim is that it does not.
+A network that is hard to train needs a large learning rate; the claim of TPP is that
+its networks do not.
 
     python launch.py --mode=sweep --config=configs/tables/retrain_lr.py \\
         --workdir=runs/lr --config.base.data.dir=$TFDS

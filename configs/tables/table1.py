@@ -1,7 +1,7 @@
-"""ResNet-56 on CIFAR-10: Table 1 of the paper, and rows that nobody has published.
+"""ResNet-56 on CIFAR-10: Table 1 of the paper, and rows without published results.
 
-One cell alone: --config.only='tpp_0.9_0'. Not run by us: three seeds of all cells are
-some 40 million steps.
+--config.only='tpp_0.9_0' runs one cell. The table has not been run here: three seeds of
+all cells are some 40 million steps.
 
     python launch.py --mode=sweep --config=configs/tables/table1.py --workdir=runs/t1 \\
         --config.base.data.dir=$TFDS
@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
         ("L1, cosine", {"prune": {"method": "oneshot"}, "finetune": cosine}),
     )
     table.columns = ratios("*layer*.conv1", *_RATIOS)
-    # Means over three runs, and their spread; the last row is of arXiv 2301.05219.
+    # Means over three runs, and their spread; the last row is from arXiv 2301.05219.
     table.paper = (
         *_of("Scratch", 93.16, 92.78, 92.11, 88.36, 84.60),
         *published(

@@ -1,8 +1,8 @@
-"""ResNet-8 on CIFAR-10, shortened: Table 1's rows that tell most, on a CPU.
+"""ResNet-8 on CIFAR-10, a short schedule: the main rows of Table 1, on a CPU.
 
-Not the paper's experiment (table1.py is): 8 epochs of dense training instead of 200, 3
-of fine-tuning instead of 120, 1,300 steps of regularization instead of 110,000, at ten
-times their learning rate. Two hours on two cores.
+This is not the paper's experiment, which is table1.py: 8 epochs of dense training
+instead of 200, 3 of fine-tuning instead of 120, 1,300 steps of regularization instead
+of 110,000, at ten times the paper's learning rate. It takes two hours on two cores.
 
     python launch.py --mode=sweep --config=configs/tables/table1_cpu.py \\
         --workdir=runs/t1 --config.base.data.dir=$TFDS

@@ -8,17 +8,25 @@ import pytest
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
-PAGES = "guide.md", "plans.md", "trainability.md", "config.md"
+PAGES = "guide.md", "plans.md", "trainability.md", "config.md", "extend.md"
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_code_of_a_guide_runs(name):
-    """All blocks of a page, one after the other, in one namespace."""
+def test_the_code_of_a_guide_runs(name, tmp_path, monkeypatch):
+    """All blocks of a page, one after the other, in one namespace.
+
+    A block that starts with the name of a file is that file.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     text = (DOCS / name).read_text()
     namespace = {"__name__": "guide"}
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S))
     assert blocks
     for block in blocks:
+        if file := re.match(r"# (\w+\.py)\n", block.group(1)):
+            (tmp_path / file[1]).write_text(block.group(1))
+            continue
         line = text.count("\n", 0, block.start(1))
         code = "\n" * line + block.group(1)  # so that a traceback names the page's line
         exec(compile(code, str(DOCS / name), "exec"), namespace)

@@ -97,7 +97,7 @@ def test_when_one_is_killed_the_other_says_so_and_a_rerun_ends_as_undisturbed(
     else:
         assert first.returncode == 1
         assert "error: another process of the run is lost" in errors
-        assert "go on from the last checkpoint" in errors
+        assert "continue from the last checkpoint" in errors
     assert "Traceback" not in errors
     assert not (workdir / "summary.json").exists()
     again, other = start_two(workdir, *job)

@@ -148,9 +148,9 @@ VALUES = st.one_of(
 @given(name=st.sampled_from(sorted(FIELDS)), value=VALUES)
 def test_any_value_in_any_field_makes_a_run_or_is_refused_clearly(name, value):
     config = with_field(name, value)
-    said = None
+    message = None
     try:
         make_setup(config)
     except TPPError as error:
-        said = str(error)
-    assert said is None or (10 < len(said) < 1000 and "\n" not in said)
+        message = str(error)
+    assert message is None or (10 < len(message) < 1000 and "\n" not in message)

@@ -96,8 +96,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
 
 
 def test_two_runs_cannot_be_at_work_in_one_folder(tmp_path):
-    said = f"another run .*process {os.getpid()} on"
-    with locked(tmp_path), pytest.raises(TPPError, match=said):
+    other = f"another run .*process {os.getpid()} on"
+    with locked(tmp_path), pytest.raises(TPPError, match=other):
         run.train(small_config(), tmp_path)
     with locked(tmp_path):  # it is available again
         pass

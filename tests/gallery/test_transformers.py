@@ -15,9 +15,9 @@ WRITTEN = "a size written into the model"
 
 
 def fused(name, parts):
-    """One dense layer for queries, keys and values, reshaped to (3, heads, size).
+    """Groups of one layer for queries, keys and values, reshaped to (3, heads, size).
 
-    The models say how large a head is, so heads can go, but not its dimensions.
+    Heads and the dimensions of a head can be pruned, the axis of three cannot.
     """
     return [
         free(name, size=4),
@@ -27,16 +27,16 @@ def fused(name, parts):
 
 
 def modular(name):
-    """Three kernels of (width, heads, size), which know all sizes from their shape.
+    """Groups of three layers for queries, keys and values.
 
-    Values of another size than queries and keys have would not be accepted.
+    Functions that compute attention require equal sizes of queries, keys and values.
     """
     query, key, value = (f"{name}.{layer}" for layer in ("query", "key", "value"))
     return [free(query, key, value, size=4), within(f"{query}#2", key, value, size=4)]
 
 
 def blocks(*layers):
-    """The layers that add to the residual stream, in both blocks."""
+    """Returns the names of layers in both blocks."""
     return [f"blocks.{i}.{layer}" for i in (0, 1) for layer in layers]
 
 
@@ -123,13 +123,8 @@ def bert():
     writers = blocks("output", "mlp.down")
     groups = [free("words", "segments", *writers, size=16)]
     for block in ("blocks.0", "blocks.1"):
-        query, key, value = (f"{block}.{name}" for name in ("query", "key", "value"))
-        groups += [
-            free(query, key, value, size=4),
-            within(f"{query}#2", key, size=4, why=WRITTEN),
-            within(f"{value}#2", size=4, why=WRITTEN),
-            free(f"{block}.mlp.up", size=32),
-        ]
+        # The size of a head is an attribute, which follows its dimensions.
+        groups += [*modular(block), free(f"{block}.mlp.up", size=32)]
     return [*groups, free("pooler", size=12), whole("classifier", size=3)]
 
 
@@ -177,7 +172,7 @@ def norms(*names, leaves=("scale", "bias")):
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_the_groups_are_those_of_the_architecture(name):
-    # A reason goes on with the line of the model that it comes from.
+    # A reason ends with the line of the model that it comes from.
     found = [
         (g.name, g.producers, g.size, g.inner, g.reason and g.reason.split(" (")[0])
         for g in groups_of(name)

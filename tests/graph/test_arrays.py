@@ -1,4 +1,4 @@
-"""A cut array is the same kind of array in the same place, and shares nothing."""
+"""A cut array has the type and the devices of the original, and memory of its own."""
 
 import contextlib
 import functools
@@ -49,7 +49,7 @@ def assert_cut(small, expected=EXPECTED):
 @pytest.mark.parametrize(
     "dtype", [np.float64, np.int64, np.float16, bool, "<U3", object]
 )
-def test_numpy_parameters_stay_numpy_arrays_of_their_dtype(dtype):
+def test_numpy_parameters_remain_numpy_arrays_of_their_dtype(dtype):
     params = {name: array.astype(dtype) for name, array in PARAMS.items()}
     small = tpp.slice_tree(PLAN, params)
     for name, leaf in small.items():
@@ -57,7 +57,7 @@ def test_numpy_parameters_stay_numpy_arrays_of_their_dtype(dtype):
     assert_cut(small, {name: a.astype(dtype) for name, a in EXPECTED.items()})
 
 
-def test_what_is_not_a_parameter_comes_back_bit_for_bit():
+def test_other_leaves_are_returned_bit_for_bit():
     record = np.array([(1, 2.5)], dtype=[("step", np.int64), ("loss", np.float64)])
     others = {
         "tokens": np.array(2**40),
@@ -86,7 +86,7 @@ def test_what_is_not_a_parameter_comes_back_bit_for_bit():
     assert mask["record"].shape == (1,) and mask["tokens"].dtype == jnp.int32
 
 
-def test_a_leaf_that_is_named_like_a_parameter_and_no_array_stays():
+def test_a_leaf_named_like_a_parameter_that_is_not_an_array_is_returned():
     marks = {"w1": True, "b1": "frozen", "w2": jax.nn.relu}
     assert tpp.slice_tree(PLAN, {"params": PARAMS, "labels": marks})["labels"] == marks
 
@@ -140,7 +140,7 @@ def test_a_pruned_module_may_be_donated():
     model(x)
 
 
-def test_an_array_stays_on_the_device_that_it_was_put_on():
+def test_an_array_remains_on_its_device():
     device = jax.devices()[3]
     small = tpp.slice_tree(PLAN, jax.device_put(PARAMS, device))
     assert all(leaf.devices() == {device} for leaf in small.values())
@@ -164,7 +164,7 @@ def sharded(mesh, specs=SPECS, tree=PARAMS):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_arrays_are_cut_where_they_are(kind):
+def test_sharded_arrays_are_cut_on_their_devices(kind):
     mesh = mesh_of(kind)
     params = sharded(mesh)
     small = tpp.slice_tree(PLAN, params)
@@ -174,7 +174,7 @@ def test_sharded_arrays_are_cut_where_they_are(kind):
             mesh.shape[axis] for axis in jax.tree.leaves(tuple(SPECS[name]))
         )
     assert_cut(small)
-    # What is not cut is copied, shard by shard.
+    # Uncut arrays are copied, shard by shard.
     uncut = tpp.slice_tree(PLAN, {**params, "other": params["b1"]})["other"]
     assert uncut.sharding == params["b1"].sharding
     pointers = [
@@ -198,7 +198,7 @@ def test_sharded_arrays_are_cut_without_the_host(kind, monkeypatch):
 def test_axes_of_the_mesh_that_do_not_divide_the_new_size_are_left_out(kind):
     mesh = mesh_of(kind)
     small = tpp.slice_tree(plan_for(6), sharded(mesh))
-    # 6 channels: over 4 devices no more; of 4 · 2 neither; but y still divides 16.
+    # 4 devices do not divide 6 channels, nor do 4 · 2; but y still divides 16.
     specs = {name: leaf.sharding.spec for name, leaf in small.items()}
     assert specs == {"w1": P("y", None), "b1": P(None), "w2": P(None)}
     small = tpp.slice_tree(plan_for(12), sharded(mesh))
@@ -227,7 +227,7 @@ def test_sharded_arrays_are_cut_under_jit(kind, traced):
             }
 
 
-def test_masks_are_sharded_as_the_tree_is():
+def test_masks_have_the_sharding_of_the_tree():
     for kind in (AxisType.Auto, AxisType.Explicit):
         params = sharded(mesh_of(kind))
         mask = tpp.mask_tree(PLAN, params)

@@ -1,4 +1,4 @@
-"""Linen modules in NNX ones, and NNX modules in Linen ones."""
+"""Linen modules in NNX modules, and NNX modules in Linen modules."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3)), jnp.float32)
 
 
 class Body(nn.Module):
-    """In Linen: widths, heads and groups are all written into it."""
+    """A Linen module with hard-coded widths, heads and groups."""
 
     @nn.compact
     def __call__(self, x):
@@ -27,7 +27,7 @@ class Body(nn.Module):
 
 
 class Around(nnx.Module):
-    """In NNX, with a Linen module inside."""
+    """An NNX module with a Linen module in it."""
 
     def __init__(self, rngs):
         self.first = nnx.Linear(3, 6, rngs=rngs)
@@ -97,7 +97,7 @@ def test_its_other_methods_run_as_well(around):
     np.testing.assert_allclose(small.shout(x), 2 * small(x), rtol=1e-6)
 
 
-def test_fewer_groups_of_a_norm_are_told_from_smaller_ones(around):
+def test_fewer_groups_of_a_norm_are_distinguished_from_smaller_ones(around):
     groups = tpp.channel_groups(around, X)
     plans = [
         tpp.make_plan(groups, around, counts={name: 2})
@@ -126,7 +126,7 @@ def test_it_is_saved_and_loaded(around, tmp_path):
     np.testing.assert_array_equal(loaded(X), small(X))
 
 
-def test_nothing_changes_where_nothing_is_cut(around):
+def test_nothing_changes_if_nothing_is_cut(around):
     groups = tpp.channel_groups(around, X)
     same = tpp.prune(around, tpp.make_plan(groups, around, counts={}))
     assert type(same.body) is nnx.bridge.ToNNX
@@ -134,7 +134,7 @@ def test_nothing_changes_where_nothing_is_cut(around):
 
 
 class Inner(nnx.Module):
-    """In NNX: layers that keep sizes next to their arrays."""
+    """An NNX module whose layers have their sizes as attributes."""
 
     def __init__(self, width, rngs):
         self.up = nnx.Linear(6, width, rngs=rngs)
@@ -155,7 +155,7 @@ class Inner(nnx.Module):
 
 
 class Outer(nn.Module):
-    """In Linen, with an NNX module inside."""
+    """A Linen module with an NNX module in it."""
 
     method: str | None = None
 
@@ -192,7 +192,7 @@ def test_an_nnx_module_in_a_linen_one_is_pruned_and_runs(method):
 
 
 class Between(nnx.bridge.Module):
-    """A module of NNX that is initialised and applied as Linen's are."""
+    """An NNX module that is initialized and applied like a Linen module."""
 
     @nnx.bridge.compact
     def __call__(self, x):
@@ -201,7 +201,7 @@ class Between(nnx.bridge.Module):
         return x @ self.param("last", init, (8, 2))
 
 
-def test_a_module_of_the_bridge_is_refused_and_goes_as_a_function():
+def test_a_bridge_module_is_refused_but_works_as_a_function():
     module = Between()
     variables = module.init(jax.random.key(0), X)
     with pytest.raises(tpp.errors.TPPError, match=r"nnx\.bridge\.Module.*apply"):

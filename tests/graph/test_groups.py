@@ -1,4 +1,4 @@
-"""Groups are read off the computation: who is tied to whom, and what stays and why."""
+"""Groups are read off the computation: tied axes, and what is kept and why."""
 
 import functools
 
@@ -41,7 +41,7 @@ def summary(groups):
 
 
 def slots(group, role=None):
-    """Which axes of which leaves a group runs through."""
+    """Returns the axes of leaves that a group runs through."""
     return {(m.leaf, m.axis) for m in group.members if role in (None, m.role)}
 
 
@@ -197,7 +197,7 @@ def mlp(p, x):
 MLP_PARAMS = {"first": {"w": shape(3, 8), "b": shape(8)}, "last": shape(8, 2)}
 
 
-def test_a_plain_function_and_its_parameter_tree_will_do():
+def test_a_plain_function_and_its_parameter_tree_are_accepted():
     groups = tpp.channel_groups(mlp, shape(1, 3), params=MLP_PARAMS)
     assert summary(groups) == [
         ("first", 8, ("first",), None),
@@ -208,7 +208,7 @@ def test_a_plain_function_and_its_parameter_tree_will_do():
     assert groups.shapes == {"first.w": (3, 8), "first.b": (8,), "last": (8, 2)}
 
 
-def test_a_function_without_parameters_and_a_thing_that_is_no_model_are_refused():
+def test_a_function_without_parameters_and_an_object_that_is_no_model_are_refused():
     with pytest.raises(TypeError, match="params=tree"):
         tpp.channel_groups(mlp, shape(1, 3))
     with pytest.raises(TypeError, match="a Flax module or a function"):
@@ -217,7 +217,7 @@ def test_a_function_without_parameters_and_a_thing_that_is_no_model_are_refused(
         tpp.channel_groups(jnp.dot, shape(3), params=shape(2, 3))
 
 
-def test_a_kernel_may_be_transposed_on_its_way():
+def test_a_kernel_may_be_transposed_before_its_layer():
     def fn(p, x):
         return jnp.einsum("hd,bd->bh", p["a"], x) @ p["b"].T
 
@@ -247,7 +247,7 @@ def test_a_flattened_feature_map_spreads_each_channel_over_the_dense_rows():
     np.testing.assert_array_equal(rows, np.arange(120).reshape(24, 5).T)
 
 
-def test_concatenated_channels_stay_apart_and_know_their_places():
+def test_concatenated_channels_are_separate_groups_with_their_positions():
     def fn(p, x):
         both = jnp.concatenate([conv(x, p["a"]), conv(x, p["b"])], axis=-1)
         return conv(jax.nn.relu(both * p["scale"]), p["c"])
@@ -296,7 +296,7 @@ def test_channels_are_followed_through_loops_and_branches():
     ]
     assert slots(groups["in"], "contracted") == {("all", 1), ("last", 0)}
     assert slots(groups["in"], "produced") == {("in", 1), ("all", 2)}
-    # A layer in a loop costs what it costs at every turn.
+    # A layer in a loop costs its FLOPs in every iteration.
     assert tpp.count(fn, shape(1, 3), params=params).layers["all"].flops == 5 * 32
 
 
@@ -317,7 +317,7 @@ def grouped_convolution(groups, width):
     return tpp.channel_groups(fn, shape(1, 4, 4, 3), params=params)
 
 
-def test_a_depthwise_convolution_carries_its_input_channels_on():
+def test_a_depthwise_convolution_passes_its_input_channels_on():
     groups = grouped_convolution(groups=4, width=8)
     assert groups["first"].producers == ("first", "middle")
     assert positions(groups, "first", "middle", 3).tolist() == [
@@ -360,7 +360,7 @@ def test_nested_calls_are_seen_through(wrap):
     assert summary(groups) == [("a", 4, ("a",), None), ("b", 2, ("b",), OUTPUT)]
 
 
-def test_an_axis_of_size_one_does_not_couple_with_what_it_is_broadcast_to():
+def test_an_axis_of_size_one_is_not_coupled_with_the_axis_it_is_broadcast_to():
     def fn(p, x):
         gate = jax.nn.sigmoid(x @ p["gate"])  # [batch, 1]
         hidden = gate * jax.nn.relu(x @ p["wide"] + p["offset"])
@@ -389,7 +389,7 @@ def test_a_fixed_slice_or_constant_keeps_the_channels_it_meets():
         tpp.channel_groups(fn, shape(1, 3), params=params, strict=True)
 
 
-def test_normalising_over_channels_is_noted():
+def test_normalizing_over_channels_is_recorded():
     def fn(p, x):
         return jax.nn.softmax(x @ p["a"]) @ p["b"]
 
@@ -435,13 +435,13 @@ def test_the_batch_size_of_the_example_does_not_matter():
     assert described(1) == described(4) == described(10)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_not_modified():
     model = filled(lambda: CifarVGG([4, "M", 6], rngs=nnx.Rngs(0)))
     model.train()
     graphdef, state = nnx.split(model)
     before = {name: np.array(leaf) for name, leaf in named_leaves(state).items()}
     groups = tpp.channel_groups(model, jnp.ones((2, 8, 8, 3)))
-    assert summary(groups) == summary(vgg())  # abstract shapes told as much
+    assert summary(groups) == summary(vgg())  # with abstract shapes alone
     assert nnx.graphdef(model) == graphdef  # still in training mode
     after = named_leaves(nnx.state(model))
     assert after.keys() == before.keys()

@@ -11,7 +11,7 @@ import tpp_jax as tpp
 
 
 class Block(nn.Module):
-    """A transformer block that declares all in setup(), with a parameter of its own."""
+    """A transformer block that declares its layers and a parameter in setup()."""
 
     width: int = 16
 
@@ -70,7 +70,7 @@ def steps():
 
 
 def drawn(module, *inputs):
-    """Returns variables drawn by NumPy, which compiles nothing."""
+    """Returns variables drawn by NumPy, so that nothing is compiled."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
     return jax.tree.map(
@@ -113,7 +113,7 @@ def test_a_linen_network_is_pruned_and_runs(name):
     assert checks.masked < 1e-5
 
 
-def test_sliced_variables_train_on_with_their_optimizer_state():
+def test_sliced_variables_can_be_trained_with_their_optimizer_state():
     module, (x, _) = Images(), images()
     variables = drawn(module, x)
     groups = tpp.channel_groups(module, x, False, params=variables)
@@ -191,7 +191,7 @@ def test_a_linen_module_without_variables_is_refused():
 
 
 class Averaged(nn.Module):
-    """Keeps a moving average of a parameter under the parameter's own path."""
+    """Has a moving average of a parameter under the same path as the parameter."""
 
     reads: str = "params"
 
@@ -210,10 +210,10 @@ class Averaged(nn.Module):
 
 
 @pytest.mark.parametrize("reads", ["params", "average", "both"])
-def test_collections_with_equal_paths_are_cut_alike(reads):
+def test_collections_with_equal_paths_are_cut_equally(reads):
     module, x = Averaged(reads), jnp.ones((3, 4))
     variables = dict(drawn(module, x))
-    # Never read by the model; those that are not in the order of the alphabet, too.
+    # The model never reads them. They are not in alphabetical order either.
     variables["target"] = jax.tree.map(jnp.zeros_like, variables["params"])
     variables["old_stats"] = variables["batch_stats"]
     groups = tpp.channel_groups(module, x, params=variables)
@@ -245,12 +245,12 @@ def test_collections_with_equal_paths_are_cut_alike(reads):
     apply = tpp.linen_apply(module, plan)
     masked = jax.tree.map(jnp.multiply, variables, tpp.mask_tree(plan, variables))
     np.testing.assert_allclose(apply(small, x), module.apply(masked, x), rtol=1e-5)
-    # The moments of an optimizer are named by the parameters alone.
+    # An optimizer names its moments by the parameters without their collection.
     state = optax.adam(1e-3).init(variables["params"])
     assert tpp.slice_tree(plan, state)[0].mu["kernel"].shape == (4, 4)
 
 
-def test_a_collection_with_equal_paths_and_other_shapes_is_left_alone():
+def test_a_collection_with_equal_paths_and_other_shapes_is_not_cut():
     module, x = Averaged(), jnp.ones((3, 4))
     variables = dict(drawn(module, x))
     variables["sizes"] = {"last": {"kernel": jnp.ones(3)}}
@@ -262,7 +262,7 @@ def test_a_collection_with_equal_paths_and_other_shapes_is_left_alone():
 
 
 class Attending(nn.Module):
-    """Attention of four heads, whose width is that of its input."""
+    """Attention with four heads and the width of its input."""
 
     @nn.compact
     def __call__(self, x):

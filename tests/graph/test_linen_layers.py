@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import tpp_jax as tpp
 
-# Classes of Flax that are no layer with sizes of its own, and why.
+# Classes of Flax that are not layers with sizes, and the reasons.
 EXCUSED = {
     "Sequential": "holds layers, and no sizes",
     "Dropout": "knows a rate, and no sizes",
@@ -48,7 +48,7 @@ class Twice(nn.Module):
 
 
 class Attention(nn.Module):
-    """The layer takes no instance from outside: it is made where it is called."""
+    """A network whose layer has to be created where it is called."""
 
     cls: Any
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
 
 
 class Looked(nn.Module):
-    """A table that the inputs are looked up in, which is the output layer as well."""
+    """An embedding table that is also the output layer."""
 
     def setup(self):
         self.table, self.hidden = nn.Embed(7, 8), nn.Dense(8)
@@ -78,7 +78,7 @@ class Block(nn.Module):
 
 
 class Lifted(nn.Module):
-    """Blocks under a transformation of Flax."""
+    """Blocks under one of Flax's transformations."""
 
     lift: Any
 
@@ -120,7 +120,7 @@ def products_in_8_bits(cls):
 
 ROW, WORDS, STEPS, VIDEO = (4, 3), "tokens", (3, 5, 3), (2, 3, 4, 4, 3)
 
-# name: (the layer's class, the network, shape of its inputs, how many groups go)
+# Name → class of the layer, network, shape of its inputs, number of prunable groups.
 NETWORKS = {
     "dense": (nn.Dense, Between(nn.Dense(6), 8), ROW, 2),
     "general": (
@@ -266,9 +266,9 @@ def subclasses(cls):
         yield from subclasses(each)
 
 
-def test_every_layer_of_linen_is_in_the_table_or_excused():
+def test_every_layer_of_linen_is_tested_or_excluded():
     layers = {c for c in subclasses(nn.Module) if c.__module__.startswith("flax.")}
-    # Transformations make classes of their own, with the names of what they transform.
+    # Transformations create classes with the names of the transformed ones.
     layers = {c for c in layers if "flax.linen.transforms" not in c.__module__}
     assert len(layers) > 30
     covered = {cls.__name__ for cls, *_ in NETWORKS.values()}
@@ -283,7 +283,7 @@ def inputs_of(shape):
 
 
 def drawn(module, *inputs):
-    """Returns variables drawn by NumPy, which compiles nothing."""
+    """Returns variables drawn by NumPy, so that nothing is compiled."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
 
@@ -300,7 +300,7 @@ def times(leaf, keep):
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_sliced_layer_computes_what_the_masked_one_does(name):
+def test_a_sliced_layer_computes_the_same_as_the_masked_one(name):
     _, module, shape, prunable = NETWORKS[name]
     x = inputs_of(shape)
     variables = drawn(module, x)
@@ -310,7 +310,7 @@ def test_a_sliced_layer_computes_what_the_masked_one_does(name):
 
     groups = tpp.channel_groups(module, x, params=variables)
     halves = {g.name: (g.size + 1) // 2 for g in groups if g.reason is None}
-    assert len(halves) >= prunable  # and not only those of the layers around
+    assert len(halves) >= prunable  # not only those of the layers around it
     exact = {name for name in halves if not groups[name].reduced}
     for counts in (
         *({name: halves[name]} for name in halves),
@@ -332,7 +332,7 @@ def test_a_sliced_layer_computes_what_the_masked_one_does(name):
 
 
 class MyCell(nn.RNNCellBase):
-    """A cell of one's own: its kernels have the names of Flax's, or other ones."""
+    """A user's cell whose kernels have the names of Flax's, or other names."""
 
     features: int
     recurrent: str
@@ -345,7 +345,7 @@ class MyCell(nn.RNNCellBase):
         return new, new
 
     @nn.nowrap
-    def initialize_carry(self, rng, input_shape):
+    def initialize_carry(self, rng, input_shape):  # noqa: ARG002  as Flax calls it
         return jnp.zeros((*input_shape[:-1], self.features))
 
     @property
@@ -353,7 +353,7 @@ class MyCell(nn.RNNCellBase):
         return 1
 
 
-def test_a_cell_of_one_s_own_is_as_wide_as_its_arrays():
+def test_a_user_s_cell_has_the_width_of_its_arrays():
     module, x = Between(nn.RNN(MyCell(6, "hi")), 4), inputs_of(STEPS)
     variables = drawn(module, x)
     groups = tpp.channel_groups(module, x, params=variables)
@@ -377,7 +377,7 @@ class Appended(nn.RNNCellBase):
     num_feature_axes = MyCell.num_feature_axes
 
 
-def test_a_cell_unlike_flax_s_runs_as_it_is():
+def test_a_cell_unlike_flax_s_runs_unchanged():
     module, x = Between(nn.RNN(Appended(6)), 4), inputs_of(STEPS)
     variables = drawn(module, x)
     expected = module.apply(variables, x)

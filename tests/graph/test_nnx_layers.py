@@ -1,4 +1,4 @@
-"""Every layer of Flax NNX, pruned along each of its axes, runs and knows its sizes."""
+"""Every layer of Flax NNX runs after pruning each axis and has its new sizes."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from tpp_jax.graph.bridge import follow_arrays
 from tpp_jax.graph.naming import named_leaves
 from tpp_jax.graph.nnx_layers import modules
 
-# Classes of Flax that are no layer with sizes of its own, and why.
+# Classes of Flax that are not layers with sizes, and the reasons.
 EXCUSED = {
     "Module": "the base of all, twice: nnx.Module and nnx.bridge.Module",
     "Sequential": "holds layers, and no sizes",
@@ -43,7 +43,7 @@ class Between(nnx.Module):
 
 
 class Looked(nnx.Module):
-    """A table that the inputs are looked up in, which is the output layer as well."""
+    """An embedding table that is also the output layer."""
 
     def __init__(self):
         self.table, self.hidden = nnx.Embed(7, 8, rngs=rngs()), dense(8, 8)
@@ -67,7 +67,7 @@ class Crossed(nnx.Module):
 
 
 class Reversed(nnx.Linear):
-    """A layer of one's own that keeps its kernel the other way round."""
+    """A user's layer with a transposed kernel."""
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, rngs=rngs())
@@ -78,7 +78,7 @@ class Reversed(nnx.Linear):
 
 
 class Stacked(nnx.Module):
-    """Three equal blocks as one, whose arrays have an axis more in front."""
+    """Three equal blocks as one, whose arrays have one more axis in front."""
 
     def __init__(self):
         self.blocks = nnx.vmap(lambda key: Block(nnx.Rngs(key)))(
@@ -117,7 +117,7 @@ def both_ways():
 
 ROW, WORDS, STEPS = (4, 3), "tokens", (2, 5, 3)
 
-# name: (the layer's class, the network, shape of its inputs)
+# Name → class of the layer, network, shape of its inputs.
 NETWORKS = {
     "dense": (nnx.Linear, lambda: Between(dense(8, 6), 8, 6), ROW),
     "no bias": (
@@ -263,7 +263,7 @@ NETWORKS = {
     "stacked": (nnx.Linear, Stacked, STEPS),
 }
 
-# How a layer is made from the sizes that it says it has.
+# Functions that create a layer from the sizes in its attributes.
 AGAIN = {
     nnx.Linear: lambda m: nnx.Linear(
         m.in_features, m.out_features, use_bias=m.use_bias, rngs=rngs()
@@ -339,7 +339,7 @@ def subclasses(cls):
         yield from subclasses(each)
 
 
-def test_every_layer_of_nnx_is_in_the_table_or_excused():
+def test_every_layer_of_nnx_is_tested_or_excluded():
     layers = {c for c in subclasses(nnx.Module) if c.__module__.startswith("flax.")}
     assert len(layers) > 25
     covered = {cls for cls, _, _ in NETWORKS.values()}
@@ -355,7 +355,7 @@ def inputs_of(shape):
 
 
 def drawn(make):
-    """Returns a network with arrays drawn by NumPy, which compiles nothing."""
+    """Returns a network with arrays drawn by NumPy, so that nothing is compiled."""
     rng = np.random.default_rng(0)
 
     def draw(leaf):
@@ -365,7 +365,7 @@ def drawn(make):
             return jax.random.key(0)
         return jnp.zeros(leaf.shape, leaf.dtype)
 
-    # NNX loses an array outside of a variable, as a mask, where shapes alone are made.
+    # nnx.eval_shape loses an array that is not in a variable, such as a mask.
     abstract = make not in (NETWORKS["masked"][1], NETWORKS["weight norm"][1])
     graphdef, state = nnx.split(nnx.eval_shape(make) if abstract else make())
     network = nnx.merge(graphdef, jax.tree.map(draw, state))
@@ -374,7 +374,7 @@ def drawn(make):
 
 
 def halves(groups, network, wanted=lambda group: True):
-    """A plan that leaves half of the channels of some groups."""
+    """Returns a plan that keeps half of the channels of some groups."""
     counts = {
         group.name: (group.size + 1) // 2
         for group in groups
@@ -401,7 +401,7 @@ def assert_sizes_are_true(network):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_pruned_layer_says_its_sizes_and_computes_what_the_masked_one_does(name):
+def test_a_pruned_layer_has_its_new_sizes_and_computes_the_same_as_the_masked_one(name):
     cls, make, shape = NETWORKS[name]
     network, x = drawn(make), inputs_of(shape)
     assert any(type(module) is cls for _, module in modules(network))
@@ -432,7 +432,7 @@ def test_a_pruned_layer_says_its_sizes_and_computes_what_the_masked_one_does(nam
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_a_layer_found_in_two_places_follows_its_arrays():
+def test_a_layer_in_two_places_follows_its_arrays():
     class Twice(nnx.Module):
         def __init__(self):
             self.norms = nnx.List([nnx.GroupNorm(16, 4, rngs=rngs())])
@@ -451,7 +451,7 @@ def test_a_layer_found_in_two_places_follows_its_arrays():
     assert (small.again.num_groups, small.again.group_size) == (4, 2)
 
 
-def test_a_class_of_one_s_own_keeps_the_sizes_that_it_gave_itself():
+def test_a_user_s_class_keeps_the_sizes_that_it_set_itself():
     network = drawn(lambda: Between(Reversed(8, 6), 8, 6))
     groups = tpp.channel_groups(network, inputs_of(ROW))
     small = tpp.prune(network, halves(groups, network))
@@ -460,8 +460,8 @@ def test_a_class_of_one_s_own_keeps_the_sizes_that_it_gave_itself():
     assert (small.first.out_features, small.last.in_features) == (4, 3)
 
 
-def test_sizes_follow_arrays_of_which_no_plan_is_known():
-    """As of a depthwise convolution whose weights come from a file."""
+def test_sizes_follow_arrays_without_a_plan():
+    """For instance with a depthwise convolution whose weights come from a file."""
     network = nnx.Conv(8, 8, 3, feature_group_count=8, rngs=rngs())
     network.kernel = nnx.Param(jnp.ones((3, 1, 5)))
     network.bias = nnx.Param(jnp.ones(5))
@@ -472,7 +472,7 @@ def test_sizes_follow_arrays_of_which_no_plan_is_known():
 
 
 @pytest.mark.parametrize("norm", [nnx.LayerNorm, nnx.RMSNorm, nnx.InstanceNorm])
-def test_a_norm_without_arrays_is_as_wide_as_its_input(norm, tmp_path):
+def test_a_norm_without_arrays_has_the_width_of_its_input(norm, tmp_path):
     bare = {"use_scale": False}
     if norm is not nnx.RMSNorm:
         bare["use_bias"] = False

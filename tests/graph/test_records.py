@@ -30,7 +30,7 @@ def parameters(seed=0):
 
 
 def made(ratio=0.5, seed=0):
-    """A plan, from groups of its own."""
+    """Returns a plan made from newly found groups."""
     params = parameters(seed)
     return tpp.make_plan(tpp.channel_groups(net, EXAMPLE, params=params), params, ratio)
 
@@ -71,7 +71,7 @@ def test_plans_that_differ_anywhere_are_not_equal():
 
 
 @pytest.mark.parametrize("way", COPIES)
-def test_a_copy_of_a_plan_is_equal_to_it_and_cuts_as_it_does(way):
+def test_a_copy_of_a_plan_is_equal_to_it_and_cuts_equally(way):
     plan, params = made(), parameters()
     twin = COPIES[way](plan)
     assert twin == plan and hash(twin) == hash(plan)
@@ -82,7 +82,7 @@ def test_a_copy_of_a_plan_is_equal_to_it_and_cuts_as_it_does(way):
     assert tpp.make_plan(twin.groups, params, 0.5) == plan
 
 
-def test_a_deep_copy_is_apart_from_what_it_was_copied_from():
+def test_a_deep_copy_is_independent_of_the_original():
     plan = made()
     twin = copy.deepcopy(plan)
     twin.kept["w1"][0] = 7
@@ -91,7 +91,7 @@ def test_a_deep_copy_is_apart_from_what_it_was_copied_from():
     assert plan == made() and twin != plan
 
 
-def test_a_copy_finds_targets_and_a_pickle_says_that_it_cannot():
+def test_a_copy_reaches_targets_and_a_pickle_raises():
     plan, params = made(), parameters()
     expected = tpp.make_plan(plan.groups, params, flops=0.5)
     for way in ("copy", "deepcopy"):
@@ -127,7 +127,7 @@ def test_equal_plans_share_one_compiled_program():
     assert all(jax.tree.map(jnp.shape, one)["w2"] == (4, 3) for one in small)
 
 
-def test_members_and_groups_are_no_pytrees():
+def test_members_and_groups_are_not_pytrees():
     groups = made().groups
     assert jax.tree.leaves(groups["w1"]) == [groups["w1"]]
     assert jax.tree.leaves(groups["w1"].members[0]) == [groups["w1"].members[0]]

@@ -1,4 +1,4 @@
-"""Rules of single operations: which axes pass, which are tied, which stay."""
+"""Rules of single operations: which axes pass, are tied or are kept."""
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ STAYING = {
 
 
 @pytest.mark.parametrize("name", STAYING)
-def test_channels_that_are_mixed_by_their_places_stay(name):
+def test_channels_that_are_mixed_by_their_places_are_kept(name):
     operation, reason = STAYING[name]
     *_, groups = groups_around(operation)
     assert groups["before"].reason.startswith(f"{reason} (test_rules.py:")

@@ -96,19 +96,19 @@ def test_channels_that_are_shuffled_or_drawn_from_stay(name):
 
 
 def test_bits_read_as_a_wider_or_narrower_type_stay():
-    def narrow(h, key):
+    def narrow(h, _key):
         bits = jax.lax.bitcast_convert_type(h, jnp.uint8)
         return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
     assert group_of(narrow).reason is None
 
-    def wide(h, key):
+    def wide(h, _key):
         pairs = jax.lax.bitcast_convert_type(h, jnp.uint16)
         return jnp.tile(pairs[..., 0].astype(jnp.float32), (1, 1))
 
     assert group_of(wide).reason is None
 
-    def pairs_of_channels(h, key):
+    def pairs_of_channels(h, _key):
         halves = h.astype(jnp.bfloat16).reshape(2, 8, 2)
         return jnp.tile(
             jax.lax.bitcast_convert_type(halves, jnp.float32).reshape(2, 8), (1, 2)

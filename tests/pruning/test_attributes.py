@@ -1,4 +1,4 @@
-"""Numbers that modules keep as attributes follow the channels, where that holds."""
+"""Attributes follow the channels of their groups if the model then works."""
 
 import dataclasses
 import types
@@ -11,6 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import tpp_jax as tpp
+from tests.pruning.masking import masked, masked_module
 
 RNG = np.random.default_rng(0)
 
@@ -20,26 +21,13 @@ def array(*shape):
 
 
 def group_of(groups, layer, size):
-    """Returns the one prunable group of a size that a layer produces."""
+    """Returns the only prunable group of a size that a layer produces."""
     [found] = [
         group
         for group in groups
         if layer in group.producers and group.size == size and group.reason is None
     ]
     return found
-
-
-def masked(call, plan, params, *inputs):
-    """Returns what the network computes with its pruned channels multiplied by zero."""
-    arrays, rest = eqx.partition(params, eqx.is_array)
-    arrays = jax.tree.map(jnp.multiply, arrays, tpp.mask_tree(plan, arrays))
-    return call(eqx.combine(arrays, rest), *inputs)
-
-
-def masked_module(net, plan, *inputs):
-    graphdef, state = nnx.split(net)
-    state = jax.tree.map(jnp.multiply, state, tpp.mask_tree(plan, state))
-    return nnx.merge(graphdef, state)(*inputs)
 
 
 def attend(q, k, v, scale):
@@ -52,7 +40,7 @@ def same(found, expected):
 
 
 class Attention(nnx.Module):
-    """Heads and their size as attributes; so are a product and a root of them."""
+    """Attention with heads, their size, and a product and a root of these."""
 
     def __init__(self, rngs, width=24, heads=4, size=5):
         self.heads, self.size = heads, size
@@ -81,7 +69,7 @@ def test_one_attribute_follows_queries_and_values_together():
     small = tpp.prune(net, plan)
     assert (small.heads, small.size, small.inner) == (3, 2, 6)
     assert (net.heads, net.size, net.inner) == (4, 5, 20)
-    assert small.scale == net.scale  # as with zeros in place of the channels
+    assert small.scale == net.scale  # the same as with masked channels
     same(small(x), masked_module(net, plan, x))
     assert tpp.check_groups(net, x, groups=groups).masked < 1e-3
 
@@ -99,7 +87,7 @@ def test_all_attributes_of_a_pruned_module_are_saved(tmp_path):
 
 
 class Grouped(nnx.Module):
-    """As many key-value heads as queries for each: two attributes are equal."""
+    """Attention with as many key-value heads as queries for each of them."""
 
     def __init__(self, rngs, width=24, heads=4, kv_heads=2, size=6):
         self.heads, self.kv_heads, self.size = heads, kv_heads, size
@@ -133,7 +121,7 @@ def test_of_equal_attributes_each_follows_its_own_group():
 
 
 class Mixed(nnx.Module):
-    """Layers in a row with as many heads as dimensions; each takes in the last's."""
+    """Layers with as many heads as dimensions, each of which follows another."""
 
     def __init__(self, rngs, inputs, heads=4, size=4):
         self.heads, self.size = heads, size
@@ -155,7 +143,7 @@ class Row(nnx.Module):
         return self.last(self.second(self.first(x)))
 
 
-def test_a_module_follows_what_it_makes_and_not_what_it_takes_in():
+def test_a_module_follows_the_channels_that_it_produces_not_its_inputs():
     net, x = Row(nnx.Rngs(0)), array(5, 6)
     groups = tpp.channel_groups(net, x)
     assert all(g.reason is None for g in groups if "last" not in g.producers)
@@ -167,7 +155,7 @@ def test_a_module_follows_what_it_makes_and_not_what_it_takes_in():
     same(small(x), masked_module(net, plan, x))
 
 
-# Where numbers are kept.
+# Places of the numbers.
 
 
 @dataclasses.dataclass
@@ -179,7 +167,7 @@ class Text:
 @dataclasses.dataclass
 class Config:
     text: Text
-    layers: int = 4  # equal to the heads, and nothing to them
+    layers: int = 4  # equal to the heads by coincidence
 
 
 class LinenAttention(linen.Module):
@@ -223,7 +211,7 @@ def test_a_width_that_heads_divide_in_a_nested_configuration_follows_both():
 
 
 class Fused(eqx.Module):
-    """Splits a projection at numbers that a list, a dict or an object holds."""
+    """Splits a projection at numbers in a list, a dict or an object."""
 
     both: eqx.nn.Linear
     one: eqx.nn.Linear
@@ -285,7 +273,7 @@ def test_numbers_in_containers_follow(name):
 
 
 class Listed(nnx.Module):
-    """Keeps its numbers in a list and a dict."""
+    """A module with its numbers in a list and a dict."""
 
     def __init__(self, rngs):
         self.shape = [4, 3]
@@ -317,7 +305,7 @@ def test_lists_and_dicts_of_nnx_modules_follow_and_are_saved(tmp_path):
 
 
 class Core(eqx.Module):
-    """A module without arrays, which refuses other heads than its own."""
+    """A module without arrays that requires its number of heads."""
 
     heads: int = eqx.field(static=True)
 
@@ -359,7 +347,7 @@ def test_attributes_of_several_classes_follow_also_without_arrays():
     same(call(small, x), masked(call, plan, net, x))
 
 
-# What does not hold.
+# Attributes that cannot follow.
 
 
 def test_several_pairs_that_hold_only_together_are_all_joined():
@@ -390,7 +378,7 @@ def test_several_pairs_that_hold_only_together_are_all_joined():
 
 
 class Twice(nnx.Module):
-    """Uses one number for two sizes that are cut apart."""
+    """A module with one number for two sizes that are pruned separately."""
 
     def __init__(self, rngs, width=12):
         self.width = width

@@ -1,4 +1,4 @@
-"""What a computation suggests is tried on the model: sizes that are written into it."""
+"""Groups of small computations, and the operations and sizes that fix channels."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def shape(*sizes):
 
 
 def between(operation, width=8, out=None):
-    """Groups of a network that does something to its hidden channels."""
+    """Returns the groups of a network that applies a function to hidden channels."""
 
     def fn(p, x):
         hidden = jax.nn.relu(x @ p["before"] + p["bias"])
@@ -76,7 +76,7 @@ def test_operations_that_follow_their_channels(name):
     assert pairs(group, "after") == expected
 
 
-def test_wrapping_and_sharding_an_array_does_not_touch_its_channels():
+def test_wrapping_and_sharding_an_array_does_not_change_its_channels():
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
@@ -105,7 +105,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_size_that_is_written_into_a_model_keeps_its_channels(name):
+def test_a_hard_coded_size_keeps_its_channels(name):
     group = between(WRITTEN[name])
     assert group.reason is not None
     assert "(test_channels.py:" in group.reason
@@ -123,7 +123,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("primitive", UNKNOWN)
-def test_an_operation_that_is_not_understood_keeps_all_that_meets_it(primitive):
+def test_an_operation_without_a_rule_keeps_all_channels_of_its_operands(primitive):
     operation, why = UNKNOWN[primitive]
 
     def fn(p, x):
@@ -136,7 +136,7 @@ def test_an_operation_that_is_not_understood_keeps_all_that_meets_it(primitive):
     assert groups["before"].reason.startswith(f"{reason} (test_channels.py:")
     with pytest.raises(ValueError, match=f"channels of before meet {reason}"):
         tpp.channel_groups(fn, shape(1, 3), params=params, strict=True)
-    # What comes after is understood again.
+    # Operations after it are followed again.
     assert groups["after"].reason is None
     assert groups.members.keys() == {"after", "last"}
 
@@ -153,7 +153,7 @@ ORDERED = {
 
 
 @pytest.mark.parametrize("name", ORDERED)
-def test_an_axis_whose_positions_have_an_order_stays(name):
+def test_an_axis_whose_positions_have_an_order_is_kept(name):
     operation, reason = ORDERED[name]
 
     def fn(p, x):
@@ -164,7 +164,7 @@ def test_an_axis_whose_positions_have_an_order_stays(name):
     assert groups["before"].reason.startswith(f"{reason} (test_channels.py:")
 
 
-def test_strict_raises_where_channels_would_be_left_whole():
+def test_strict_raises_if_channels_would_be_left_unpruned():
     def fn(p, x):
         return jnp.fft.fft(x @ p["a"]).real @ p["b"]
 
@@ -175,7 +175,7 @@ def test_strict_raises_where_channels_would_be_left_whole():
         tpp.channel_groups(fn, shape(1, 3), params=params, strict=True)
     with pytest.raises(ValueError, match=r"before meet a size written into the model"):
         between_strict(WRITTEN["half"])
-    # Inputs, outputs and what is understood to be fixed are no mistakes.
+    # Inputs, outputs and axes that a rule fixes are not mistakes.
     tpp.channel_groups(lambda p, x: x @ p["a"], shape(1, 3), params=params, strict=True)
 
 
@@ -211,7 +211,7 @@ def test_a_reason_names_the_users_line_also_through_jit_and_scan():
 
 
 class Mixed(nnx.Module):
-    """Two blocks of one kind: one written for 4 heads, one for any number."""
+    """Two blocks of one class: one for exactly 4 heads, one for any number."""
 
     def __init__(self, rngs, heads):
         self.heads = heads
@@ -225,7 +225,7 @@ class Mixed(nnx.Module):
         return x + self.out(y.reshape(*x.shape[:2], -1))
 
 
-def test_blocks_of_one_kind_are_told_apart():
+def test_blocks_of_one_class_are_distinguished():
     class Two(nnx.Module):
         def __init__(self, rngs):
             self.stem = nnx.Linear(3, 8, rngs=rngs)
@@ -242,9 +242,9 @@ def test_blocks_of_one_kind_are_told_apart():
     assert "a size written into the model" in groups["by_size.qkv#2"].reason
 
 
-def test_a_group_of_one_channel_does_no_harm():
+def test_a_group_of_one_channel_does_not_affect_others():
     def fn(p, x):
-        heads = (x @ p["a"]).reshape(2, 1, -1)  # one head, as it happens
+        heads = (x @ p["a"]).reshape(2, 1, -1)  # a single head
         return jax.nn.relu(heads).reshape(2, -1) @ p["b"]
 
     params = {"a": shape(3, 6), "b": shape(6, 2)}
@@ -278,7 +278,7 @@ def test_a_module_may_have_an_evaluation_mode_of_its_own():
     assert groups["first"].reason is None
 
 
-def test_arguments_that_are_no_arrays_are_settings():
+def test_arguments_that_are_not_arrays_are_settings():
     def fn(p, x, double, names):
         hidden = jax.nn.relu(x @ p["a"])
         return (hidden * 2 if double else hidden) @ p[names[0]]
@@ -289,7 +289,7 @@ def test_arguments_that_are_no_arrays_are_settings():
     assert groups.inputs == (shape(1, 3), True, ("b",))
 
 
-def test_several_kernels_of_one_module_are_told_apart_by_their_leaves():
+def test_several_kernels_of_one_module_are_named_by_their_leaves():
     def fn(p, x):
         p = p["layers"]
         return jax.nn.relu(jax.nn.relu(x @ p["up"]) @ p["middle"]) @ p["down"]
@@ -299,7 +299,7 @@ def test_several_kernels_of_one_module_are_told_apart_by_their_leaves():
     assert [g.name for g in groups] == ["layers.up", "layers.middle", "layers.down"]
 
 
-def test_a_looked_up_table_makes_channels_and_positions_follow_along():
+def test_an_embedding_produces_channels_that_a_position_table_follows():
     class Text(nnx.Module):
         def __init__(self, rngs):
             self.tokens = nnx.Embed(20, 8, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Numbers that follow widths: what is explained is not tried once more."""
+"""Numbers that follow widths: those that are explained need no further trial."""
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ def _other_factor(p, x):
 
 
 def _traces(monkeypatch, network):
+    """Returns the group of ``up``, and how often the cut model was traced."""
     count = 0
     trace_cut = Source.trace_cut
 
@@ -48,7 +49,7 @@ def _traces(monkeypatch, network):
 
 
 @pytest.mark.parametrize("network", [_mean, _root_of_reduced])
-def test_numbers_that_follow_reduced_groups_need_no_trial_of_their_own(
+def test_numbers_that_follow_reduced_groups_need_no_separate_trial(
     monkeypatch, network
 ):
     group, count = _traces(monkeypatch, network)
@@ -57,12 +58,12 @@ def test_numbers_that_follow_reduced_groups_need_no_trial_of_their_own(
 
 
 @pytest.mark.parametrize("network", [_root_of_plain, _other_factor])
-def test_groups_whose_width_enters_the_values_count_as_reduced(monkeypatch, network):
-    group, _ = _traces(monkeypatch, network)
+def test_groups_whose_width_scales_the_values_count_as_reduced(network):
+    group = tpp.channel_groups(network, X, params=PARAMS)["up"]
     assert group.reason is None and group.reduced
 
 
-def test_a_number_is_put_down_to_its_own_group_among_several(monkeypatch):
+def test_a_number_is_ascribed_to_its_own_group_among_several():
     params = {
         "one": jnp.ones((6, 16)),
         "two": jnp.ones((16, 24)),
@@ -84,12 +85,12 @@ def test_no_cut_is_traced_twice(monkeypatch):
     seen = []
     trace_cut = Source.trace_cut
 
-    def noted(self, plan, shapes):
+    def recorded(self, plan, shapes):
         kept = {name: np.asarray(k).tobytes() for name, k in plan.kept.items()}
         seen.append((kept, plan.groups.sizes))
         return trace_cut(self, plan, shapes)
 
-    monkeypatch.setattr(Source, "trace_cut", noted)
+    monkeypatch.setattr(Source, "trace_cut", recorded)
 
     def network(p, x):
         h = (x @ p["up"]).reshape(2, 4, 4)

@@ -141,7 +141,7 @@ def test_a_cifar_mobilenet_loses_half_of_every_group():
     )
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     groups = tpp.channel_groups(model, images)
-    # One for each widening (16), stream (7), the two ends, and the classes.
+    # One for each expansion (16), stream (7), both ends, and the classes.
     assert len(groups) == 16 + 7 + 2 + 1
     weights = jax.tree.map(lambda a: jnp.zeros(a.shape), nnx.state(model))
     half = tpp.prune(
@@ -154,7 +154,7 @@ def test_a_cifar_mobilenet_loses_half_of_every_group():
     assert 0.25 < after.flops / before.flops < 0.3
 
 
-def test_heads_and_dimensions_can_be_pruned_at_once():
+def test_heads_and_dimensions_can_be_pruned_together():
     model, x = Llama(nnx.Rngs(0)), jnp.ones(SEQUENCE)
     groups = tpp.channel_groups(model, x)
     small = tpp.prune(model, tpp.make_plan(groups, model, {"k": 0.5, "v#2": 0.25}))

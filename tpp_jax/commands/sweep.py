@@ -26,7 +26,7 @@ from tpp_jax.errors import TPPError
 from tpp_jax.experiment import run
 from tpp_jax.experiment.config import default_config, near_fields
 from tpp_jax.experiment.fields import flat
-from tpp_jax.experiment.methods import METHODS
+from tpp_jax.experiment.methods import find_method
 from tpp_jax.experiment.records import folders
 from tpp_jax.experiment.records.history import is_number
 from tpp_jax.experiment.records.terminal import say
@@ -390,8 +390,11 @@ def _dense_folder(
 ) -> pathlib.Path | None:
     """Returns the folder of a cell's dense training; None if it needs none."""
     fields = flat(config)
-    method = METHODS.get(fields["prune.method"])
-    pretrained = method is not None and "pretrain" in method.stages.split()
+    try:
+        method = find_method(fields["prune.method"])
+    except TPPError:
+        return None  # the run of the cell reports what is wrong
+    pretrained = "pretrain" in method.stages.split()
     if not pretrained or fields["init.model"] or fields["init.torch"]:
         return None
     dense = _dense(config)

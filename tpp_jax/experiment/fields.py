@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, cast
 import ml_collections
 
 from tpp_jax.errors import TPPError
+from tpp_jax.experiment.dotted import is_dotted
 from tpp_jax.training.optimizers import MOST_STEPS
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ class Field:
       least_above_zero: Smallest value other than 0.
       choices: Possible values of a text; empty for any.
       is_path: Whether a text is empty or the path of a file or folder.
+      dotted: Whether a text may also be the dotted path of a user's own object.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Field:
     least_above_zero: float | None = None
     choices: tuple[str, ...] = ()
     is_path: bool = False
+    dotted: bool = False
 
     def check(self, value: Any) -> None:
         """Checks a value of the field.
@@ -81,10 +84,11 @@ class Field:
         if odd or not isinstance(value, wanted):
             nouns = " or ".join(_NOUNS[one] for one in self.types)
             raise TPPError(f"config.{self.name} is {_short(value)}, must be {nouns}")
-        if self.choices and value not in self.choices:
+        own = self.dotted and isinstance(value, str) and is_dotted(value)
+        if self.choices and value not in self.choices and not own:
+            choices = [*map(repr, self.choices), *(["a dotted path"] * self.dotted)]
             raise TPPError(
-                f"unknown config.{self.name} {value!r}: choose "
-                f"{' or '.join(map(repr, self.choices))}"
+                f"unknown config.{self.name} {value!r}: choose {' or '.join(choices)}"
             )
         bad = ""
         if self.is_path and (problem := _path_problem(str(value))):
@@ -116,7 +120,8 @@ class Field:
     def values(self) -> str:
         """Description of the possible values, in Markdown."""
         if self.choices:
-            return ", ".join(f"`{choice or repr('')}`" for choice in self.choices)
+            choices = [f"`{choice or repr('')}`" for choice in self.choices]
+            return ", ".join([*choices, *(["dotted path"] * self.dotted)])
         if self.is_path:
             return "path"
         nouns = " or ".join(_NOUNS[one].removeprefix("a ") for one in self.types)

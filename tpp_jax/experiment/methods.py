@@ -2,7 +2,8 @@
 
 A row lists the stages of a run in order, the functions that make its phases and the
 numbers that these log. A new rival needs a row here, an optax transform in
-:mod:`tpp_jax.method` and a function that chains it into a phase.
+:mod:`tpp_jax.method` and a function that chains it into a phase. A user's own row is
+named by a dotted path.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ from typing import Any
 import jax
 from jaxtyping import PRNGKeyArray
 
+from tpp_jax.errors import TPPError
+from tpp_jax.experiment.dotted import is_dotted, load_object
 from tpp_jax.experiment.phases import (
     Phase,
     extra_phase,
@@ -93,6 +96,36 @@ METHODS = {
 }
 """Row of each method, by name."""
 
+
+def find_method(name: str) -> Method:
+    """Returns the row of a method.
+
+    Args:
+      name: Name in :data:`METHODS`, or the dotted path of a row,
+        ``"package.module:NAME"``.
+
+    Raises:
+      TPPError: There is no such method.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if not is_dotted(name):
+        raise TPPError(
+            f"unknown method {name!r}: choose one of {', '.join(METHODS)}, or write "
+            "the dotted path of your own"
+        )
+    found = load_object(name, "config.prune.method")
+    if not isinstance(found, Method):
+        raise TPPError(
+            f"config.prune.method is {name!r}, of type {type(found).__name__}; it "
+            "must be a tpp_jax.experiment.methods.Method"
+        )
+    return found
+
+
+UNTRAINED = ("dense", "choose", "slice")
+"""Kinds of the stages that do not train."""
+
 # The plain phases of any method may have a penalty of orthogonality.
 _ALWAYS: Scalars = {OrthogonalityState: {"orthogonality": "penalty"}}
 
@@ -139,7 +172,7 @@ def stages_of(
     """Returns the stages of a method, in order.
 
     Args:
-      method: Name in :data:`METHODS`.
+      method: Name of the method; see :func:`find_method`.
       rounds: Number of rounds of a method that repeats stages.
       given: Whether the run starts from a trained network.
 
@@ -147,7 +180,7 @@ def stages_of(
       >>> [stage.name for stage in stages_of("iterative", 2, given=True)]
       ['dense', 'choose', 'slice', 'finetune', 'choose_2', 'slice_2', 'finetune_2']
     """
-    row = METHODS[method]
+    row = find_method(method)
     kinds = [kind for kind in row.stages.split() if not (given and kind == "pretrain")]
     more = [Stage(k, n) for n in range(2, rounds + 1) for k in row.repeated.split()]
     return (*map(Stage, kinds), *more)
@@ -157,11 +190,11 @@ def logged_scalars(method: str, opt_state: Any) -> dict[str, float]:
     """Returns the numbers in an optimizer's state that a method logs.
 
     Args:
-      method: Name in :data:`METHODS`.
+      method: Name of the method; see :func:`find_method`.
       opt_state: State of the optimizer. Numbers with the same name are added, since
         there is a penalty of orthogonality for each stride of convolutions.
     """
-    scalars = {**_ALWAYS, **METHODS[method].scalars}
+    scalars = {**_ALWAYS, **find_method(method).scalars}
     found: dict[str, float] = {}
     known = tuple(scalars)
     for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, known)):

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 from flax import nnx
 
+from tpp_jax.errors import TPPError
+from tpp_jax.experiment.dotted import is_dotted, load_object
 from tpp_jax.experiment.sections import PruneConfig
 from tpp_jax.graph.groups import Groups
 from tpp_jax.pruning.activations import activation_means
-from tpp_jax.pruning.criteria import CRITERIA
+from tpp_jax.pruning.criteria import CRITERIA, Criterion
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
@@ -41,8 +43,8 @@ def plan_for(
         targets.
     """
     target = prune.flops or prune.params
-    statistics, criterion = None, prune.criterion
-    if criterion in CRITERIA and (needed := CRITERIA[criterion].statistics):
+    statistics, criterion = None, _criterion(prune.criterion)
+    if isinstance(criterion, Criterion) and (needed := criterion.statistics):
         if task is None:
             criterion = "l1"
         else:
@@ -67,6 +69,32 @@ def plan_for(
         seed=seed,
         **amount,
     )
+
+
+def _criterion(name: str) -> Criterion | str:
+    """Returns the criterion that a config names, or the name if it is another."""
+    if not is_dotted(name):
+        return CRITERIA.get(name, name)
+    found = load_object(name, "config.prune.criterion")
+    if not isinstance(found, Criterion):
+        if not callable(found):
+            raise TPPError(
+                f"config.prune.criterion is {name!r}, of type {type(found).__name__}; "
+                "it must be a function from filters [n, d] to scores [n], or a "
+                "Criterion"
+            )
+        score: Any = found
+        return Criterion(score)
+    if found.statistics not in (None, *_MEASURED):
+        raise TPPError(
+            f"config.prune.criterion is {name!r}, whose statistics are "
+            f"{found.statistics!r}: a run measures only {', '.join(_MEASURED)}"
+        )
+    return found
+
+
+_MEASURED = ("loss_gradient", "hessian_diagonal", "activation_means")
+"""Statistics that :func:`_statistics` measures."""
 
 
 def _statistics(

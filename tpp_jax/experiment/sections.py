@@ -203,9 +203,10 @@ class PruneConfig:
 
     method: str = field(
         "tpp",
-        "Method: TPP, one of its rivals, or `none` to train only the dense network; "
-        "[tables.md](tables.md).",
+        "Method: TPP, one of its rivals ([tables.md](tables.md)), `none` to train only "
+        "the dense network, or the dotted path of your own ([extend.md](extend.md)).",
         choices=tuple(METHODS),
+        dotted=True,
     )
     ratios: str = field(
         "*layer*.conv1:0.5",
@@ -225,7 +226,8 @@ class PruneConfig:
     criterion: str = field(
         "l1",
         "Importance score of a channel: "
-        f"{', '.join(f'`{name}`' for name in CRITERIA)}, or `random`.",
+        f"{', '.join(f'`{name}`' for name in CRITERIA)}, `random`, or the dotted path "
+        "of your own.",
     )
     batches: int = field(
         4,

@@ -12,7 +12,13 @@ from tpp_jax.errors import TPPError
 from tpp_jax.experiment.config import RunConfig
 from tpp_jax.experiment.fields import Tree
 from tpp_jax.experiment.measures import report_layer
-from tpp_jax.experiment.methods import METHODS, Method, Stage, stages_of
+from tpp_jax.experiment.methods import (
+    UNTRAINED,
+    Method,
+    Stage,
+    find_method,
+    stages_of,
+)
 from tpp_jax.experiment.phases import Phase, strength_schedule, training_phase
 from tpp_jax.experiment.planning import plan_for
 from tpp_jax.experiment.sections import DataConfig, InitConfig, TrainingConfig
@@ -55,7 +61,7 @@ class Setup:
     @property
     def method(self) -> Method:
         """Row of the run's method."""
-        return METHODS[self.config.prune.method]
+        return find_method(self.config.prune.method)
 
     @property
     def rounds(self) -> int:
@@ -130,7 +136,7 @@ def make_setup(tree: Tree, load: Load = data.load) -> Setup:
       TPPError: The config or the data are unusable.
     """
     config = RunConfig.from_dict(tree)
-    prune, method = config.prune, METHODS[config.prune.method]
+    prune, method = config.prune, find_method(config.prune.method)
     devices = _devices(config.num_devices)
     recipes = _recipes(config)
     parallel.check_batch_size(
@@ -170,9 +176,21 @@ def make_setup(tree: Tree, load: Load = data.load) -> Setup:
         schedule=schedule,
         stages=stages_of(prune.method, prune.rounds, given=given),
     )
-    setup.phases(plan)
+    _check_stages(setup.stages, setup.phases(plan), prune.method)
     report_layer(config.report_layer, plan)
     return setup
+
+
+def _check_stages(
+    stages: Sequence[Stage], phases: Mapping[str, Phase], method: str
+) -> None:
+    """Raises a TPPError unless each stage that trains has a phase."""
+    for kind in {stage.kind: None for stage in stages}:
+        if kind not in phases and kind not in UNTRAINED:
+            raise TPPError(
+                f"the method {method!r} has a stage {kind!r}, but makes no phase of "
+                f"that kind; it has the phases {', '.join(phases)}"
+            )
 
 
 def _devices(number: int) -> list[parallel.Device]:

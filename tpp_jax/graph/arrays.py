@@ -1,35 +1,38 @@
-"""Cutting positions out of one array, wherever it lives and whatever kind it is.
+"""Removing positions from an array, on the host or on any devices.
 
-What is a NumPy array comes back as one, of the same dtype. A JAX array comes back where
-it was: on its device, or on those that it was sharded over, by the same rule.
+A NumPy array gives a NumPy array of the same dtype. A JAX array gives one on the same
+device, or sharded over the same devices in the same way.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Bool, Int
 
-Cuts = Mapping[int, tuple[Any, int]]  # axis → (bool mask of what stays, how many stay)
+Cuts = Mapping[int, tuple[Bool[Array | np.ndarray, " n"], int]]
+"""Axis → a mask that is True for the positions that are kept, and their number."""
 
 
 def fitting(sharding: Sharding, shape: tuple[int, ...]) -> Sharding | None:
-    """Returns a sharding for an array of another shape.
+    """Returns a sharding for the cut form of an array.
 
-    It is the same, but for axes of the mesh that do not divide their axis of the array:
-    these are left out, so that the array is replicated along them.
+    Axes of the mesh that do not divide their axis of the cut array are left out, so
+    that the array is replicated along them.
 
     Args:
-      sharding: of the uncut array, of as many axes.
-      shape: of the cut array.
+      sharding: Sharding of the uncut array.
+      shape: Shape of the cut array, with as many axes.
 
     Returns:
-      The sharding; None for one that is not made of named axes and does not fit.
+      The sharding; None if it does not fit and is not a ``NamedSharding``.
     """
     if not isinstance(sharding, NamedSharding):
         try:
@@ -37,6 +40,10 @@ def fitting(sharding: Sharding, shape: tuple[int, ...]) -> Sharding | None:
         except ValueError:
             return None
         return sharding
+    return _fitting_named(sharding, shape)
+
+
+def _fitting_named(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     spec = []
     for size, entry in itertools.zip_longest(shape, sharding.spec):
         if entry is None or entry is PartitionSpec.UNCONSTRAINED:
@@ -51,21 +58,21 @@ def fitting(sharding: Sharding, shape: tuple[int, ...]) -> Sharding | None:
 
 
 def is_explicit(array: Any) -> bool:
-    """Tells whether an array's type says how it is sharded (explicit mesh axes)."""
+    """Reports whether an array's type includes its sharding (explicit mesh axes)."""
     mesh = jax.typeof(array).sharding.mesh
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
 
 
 def cut(array: Any, cuts: Cuts) -> Any:
-    """Returns an array without what does not stay.
+    """Returns an array without its pruned positions.
 
     Args:
-      array: a NumPy or JAX array, perhaps traced, or a ``jax.ShapeDtypeStruct``.
-      cuts: what stays of which axes; may be traced.
+      array: NumPy or JAX array, possibly traced, or a ``jax.ShapeDtypeStruct``.
+      cuts: Positions that are kept along some axes; the masks may be traced.
 
     Returns:
-      The same kind of array with the same dtype and sharding (see :func:`fitting`); a
-      NumPy array for one of a single device, to be put there by :func:`put_back`.
+      An array of the same type and dtype, with a sharding as of :func:`fitting`. A JAX
+      array on a single device gives a NumPy array, for :func:`put_back`.
     """
     if not cuts:
         return array
@@ -73,39 +80,39 @@ def cut(array: Any, cuts: Cuts) -> Any:
     if isinstance(array, jax.ShapeDtypeStruct):
         sharding = array.sharding and fitting(array.sharding, shape)
         return array.update(shape=shape, sharding=sharding)
-    stays = {
+    kept = {
         axis: np.flatnonzero(mask)
         if isinstance(mask, np.ndarray)
         else jnp.nonzero(mask, size=count)[0]
         for axis, (mask, count) in cuts.items()
     }
-    if any(isinstance(x, jax.core.Tracer) for x in (array, *stays.values())):
-        return _taken(jnp.asarray(array), stays)
+    if any(isinstance(x, Tracer) for x in (array, *kept.values())):
+        return _taken(jnp.asarray(array), kept)
     if isinstance(array, jax.Array) and not _on_host(array):
-        return _gather(fitting(array.sharding, shape))(array, stays)
-    for axis, positions in stays.items():
-        # On the host: on a device every new shape would be compiled for.
+        return _gather(fitting(array.sharding, shape))(array, kept)
+    for axis, positions in kept.items():
+        # On the host, since a device would compile a program for every new shape.
         array = np.take(np.asarray(array), positions, axis=axis)
     return array
 
 
 def put_back(arrays: list[Any], originals: list[Any]) -> list[Any]:
-    """Puts what was cut back to where it came from, and copies what was not cut.
+    """Moves cut arrays to the devices of the originals, and copies uncut ones.
 
     Args:
-      arrays: leaves of the pruned tree, from :func:`cut`.
-      originals: the leaves that they came from, in the same order.
+      arrays: Leaves of the pruned tree, from :func:`cut`.
+      originals: Leaves that they were cut from, in the same order.
 
     Returns:
       Leaves that share no memory with the originals, so that they may be donated or
-      changed in place. What cannot be changed (Python's numbers, strings, functions) is
-      the same object.
+      changed in place. Immutable objects (Python's numbers, strings, functions) are
+      returned themselves.
     """
     arrays = list(arrays)
     moving: list[int] = []
     places: list[Any] = []
     for i, (array, original) in enumerate(zip(arrays, originals, strict=True)):
-        if isinstance(array, jax.core.Tracer):
+        if isinstance(array, Tracer):
             continue
         if isinstance(original, jax.Array) and isinstance(array, np.ndarray):
             moving.append(i)
@@ -120,7 +127,7 @@ def put_back(arrays: list[Any], originals: list[Any]) -> list[Any]:
                 arrays[i] = _gather(array.sharding)(array, {})
         elif array is original and isinstance(array, np.ndarray):
             arrays[i] = array.copy() if array.flags.writeable else array
-    # All at once, and not by jnp.array, which compiles a copy for every new shape.
+    # In one call, and not by jnp.array, which compiles a copy for every new shape.
     moved = jax.device_put([arrays[i] for i in moving], places, may_alias=False)
     for i, array in zip(moving, moved, strict=True):
         arrays[i] = array
@@ -128,39 +135,39 @@ def put_back(arrays: list[Any], originals: list[Any]) -> list[Any]:
 
 
 def _copied_key(key: jax.Array) -> jax.Array:
-    """Returns the same random key in memory of its own.
+    """Returns a copy of a random key.
 
-    A key may have the sharding of its numbers, which have an axis more: it cannot be
-    put anywhere as it is.
+    A key may have the sharding of its data, which has one axis more, so that
+    ``jax.device_put`` of the key itself fails.
     """
     numbers = jax.device_put(jax.random.key_data(key), may_alias=False)
     return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(key))
 
 
 def _on_host(array: jax.Array) -> bool:
-    """Tells whether an array is to be cut on the host: one of a single device is."""
+    """Reports whether an array is cut on the host: whether it is on a single device."""
     extended = jnp.issubdtype(array.dtype, jax.dtypes.extended)
     return len(array.sharding.device_set) == 1 and not extended
 
 
 @functools.lru_cache(maxsize=512)
-def _gather(sharding: Sharding | None) -> Any:
-    """Returns a compiled :func:`_taken` whose result is sharded as is said."""
+def _gather(sharding: Sharding | None) -> Callable[..., Array]:
+    """Returns a compiled :func:`_taken` whose result has the given sharding."""
 
-    def gather(array: Any, stays: dict[int, Any]) -> Any:
-        return _taken(array, stays) if stays else jnp.copy(array)
+    def gather(array: Array, kept: dict[int, Int[Array, " _"]]) -> Array:
+        return _taken(array, kept) if kept else jnp.copy(array)
 
     return jax.jit(gather, out_shardings=sharding)
 
 
-def _taken(array: Any, stays: dict[int, Any]) -> Any:
-    """Takes positions along axes, on the devices that hold the array."""
-    for axis, positions in stays.items():
+def _taken(array: Array, kept: Mapping[int, Any]) -> Array:
+    """Takes the kept positions along axes, on the devices that hold the array."""
+    for axis, positions in kept.items():
         where = (slice(None),) * axis + (positions,)
         sharding = None
         if is_explicit(array):
             shape = (*array.shape[:axis], len(positions), *array.shape[axis + 1 :])
-            sharding = fitting(jax.typeof(array).sharding, shape)
+            sharding = _fitting_named(jax.typeof(array).sharding, shape)
         array = array.at[where].get(
             mode="promise_in_bounds",
             indices_are_sorted=True,

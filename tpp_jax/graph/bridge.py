@@ -1,11 +1,11 @@
-"""NNX models as they are written: their layers, and Linen modules among them.
+"""NNX models with layers of NNX and with Linen modules among them.
 
-A Linen module inside an NNX one (``nnx.bridge.ToNNX``) declares its own widths. In a
-pruned model it is run with those of its arrays.
+A Linen module in an NNX module (``nnx.bridge.ToNNX``) declares its own widths. In a
+pruned model it runs with those of its arrays.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import jax
 from flax import linen, nnx
@@ -15,22 +15,23 @@ from tpp_jax.graph.linen import arrays_decide
 from tpp_jax.graph.naming import named_leaves
 from tpp_jax.graph.nnx_layers import NumGroups, Shape, follow_layers, modules
 
-# Array name → how many of n groups its channels fall into, for every n they could.
+# Array name → pairs of a number of groups that it may have had and the number left.
 _Kept = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
 
 
 class SlicedToNNX(nnx.bridge.ToNNX):
-    """A Linen module inside an NNX one, run with the widths of its arrays.
+    """A Linen module in an NNX module that runs with the widths of its arrays.
 
     Attributes:
-      to_nnx__kept: what the arrays do not tell, the numbers of groups of a
-        ``GroupNorm``: array name, and pairs of the number that the module declares and
-        the number that is left.
+      to_nnx__kept: Numbers of groups of each ``GroupNorm``, which its arrays do not
+        determine: array name, and pairs of the number that the module declares and the
+        number that is left.
     """
 
     to_nnx__kept: _Kept
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module, with the arguments of its own ``__call__``."""
         kept = {name: dict(numbers) for name, numbers in self.to_nnx__kept}
         decide = arrays_decide(lambda leaf, n: kept.get(leaf, {}).get(n))
         with linen.intercept_methods(decide):
@@ -42,12 +43,12 @@ def follow_arrays(
     num_groups: NumGroups,
     shapes: Mapping[str, Shape] | None = None,
 ) -> None:
-    """Makes all layers of Flax in a model fit their arrays, in place.
+    """Sets the sizes of all Flax layers in a model to those of their arrays, in place.
 
     Args:
-      model: with arrays of other widths than it was made with.
-      num_groups: see :func:`tpp_jax.graph.nnx_layers.follow_layers`.
-      shapes: array name → its shape before the cut; needed for Linen modules inside.
+      model: Model whose arrays have other widths than those that it was created with.
+      num_groups: See :func:`tpp_jax.graph.nnx_layers.follow_layers`.
+      shapes: Array name → its shape before the cut; Linen modules in the model need it.
     """
     follow_layers(model, num_groups, shapes)
     for path, module in modules(model):
@@ -58,16 +59,15 @@ def follow_arrays(
 def follow_inputs(model: nnx.Module, *inputs: Any, **kwargs: Any) -> None:
     """Sets ``num_features`` of the norms that have no arrays, in place.
 
-    Such a norm computes with the width of its input alone, which is found by running
-    the model abstractly. Nothing is run where there is no such norm.
+    Such a norm computes only with the width of its input, which is found by running
+    the model abstractly. A model without such a norm is not run.
 
     Args:
-      model: as pruned, with all other sizes following its arrays.
-      *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``, as the model takes
-        them.
-      **kwargs: keyword arguments of the same kinds.
+      model: Pruned model, all of whose other sizes are those of its arrays.
+      *inputs: Example inputs of the model, as arrays or ``jax.ShapeDtypeStruct``.
+      **kwargs: Keyword arguments of the model, like ``inputs``.
     """
-    if not any(_is_bare(module) for _, module in modules(model)):
+    if not any(_is_bare_norm(module) for _, module in modules(model)):
         return
     widths: dict[str, int] = {}
     graphdef, state = nnx.split(model)
@@ -78,24 +78,30 @@ def follow_inputs(model: nnx.Module, *inputs: Any, **kwargs: Any) -> None:
         copy = nnx.merge(graphdef, state)
         set_evaluation(copy)
         for path, module in modules(copy):
-            if _is_bare(module):
+            if _is_bare_norm(module):
                 module.promote_dtype = _noting(widths, path, module.promote_dtype)
         given = iter(arrays)
-        whole = [next(given) if is_array(leaf) else leaf for leaf in leaves]
-        inputs, kwargs = jax.tree.unflatten(structure, whole)
+        combined = [next(given) if is_array(leaf) else leaf for leaf in leaves]
+        inputs, kwargs = jax.tree.unflatten(structure, combined)
         return jax.tree.leaves(copy(*inputs, **kwargs))
 
     jax.eval_shape(run, state, arrays)
     for path, module in modules(model):
-        if path in widths and module.num_features != widths[path]:
+        if (
+            path in widths
+            and _is_bare_norm(module)
+            and module.num_features != widths[path]
+        ):
             module.num_features = widths[path]
 
 
-def _is_bare(module: nnx.Module) -> bool:
-    """Tells whether a module is a norm over its last axis that has no arrays."""
-    norms = (nnx.LayerNorm, nnx.RMSNorm, nnx.InstanceNorm)
+_Norm = nnx.LayerNorm | nnx.RMSNorm | nnx.InstanceNorm
+
+
+def _is_bare_norm(module: nnx.Module) -> TypeGuard[_Norm]:
+    """Reports whether a module is a norm over its last axis that has no arrays."""
     return (
-        isinstance(module, norms)
+        isinstance(module, _Norm)
         and module.feature_axes == -1
         and module.scale is None
         and getattr(module, "bias", None) is None
@@ -103,7 +109,7 @@ def _is_bare(module: nnx.Module) -> bool:
 
 
 def _noting(widths: dict[str, int], path: str, promote: Any) -> Any:
-    """Returns a norm's ``promote_dtype`` that notes the width of the norm's input."""
+    """Returns a norm's ``promote_dtype`` that records the width of the norm's input."""
 
     def promote_dtype(arrays: tuple[Any, ...], /, **kwargs: Any) -> Any:
         widths[path] = arrays[0].shape[-1]
@@ -135,17 +141,18 @@ def _follow_linen(
             ]
             kept[name] = tuple((n, number) for n, number in left if number is not None)
     object.__setattr__(module, "__class__", SlicedToNNX)
-    module.to_nnx__kept = tuple(kept.items())
+    cast(SlicedToNNX, module).to_nnx__kept = tuple(kept.items())
 
 
 def group_counts(model: nnx.Module) -> dict[str, Any]:
-    """Returns the numbers in a model that its arrays do not tell.
+    """Returns the sizes in a model that its arrays do not determine.
 
-    They are the numbers of groups, and the widths of norms without arrays.
+    These are numbers of groups, and the widths of norms without arrays.
 
     Returns:
-      Layer path → number, or for the layers of a Linen module inside → a dict from the
-      number that it declares (as text) to the number that is left; JSON-ready.
+      Layer path → number; for a layer of a Linen module in the model, a dict from the
+      number that it declares (as text) to the number that is left. It can be written
+      as JSON.
     """
     counts: dict[str, Any] = {}
     for path, module in modules(model):
@@ -154,7 +161,7 @@ def group_counts(model: nnx.Module) -> dict[str, Any]:
                 counts[path] = number
             case nnx.Conv(feature_group_count=number) if number > 1:
                 counts[path] = number
-            case nnx.Module() if _is_bare(module):
+            case _ if _is_bare_norm(module):
                 counts[path] = module.num_features
             case SlicedToNNX(to_nnx__kept=kept):
                 for name, numbers in kept:
@@ -164,7 +171,7 @@ def group_counts(model: nnx.Module) -> dict[str, Any]:
 
 
 def counted_groups(counts: Mapping[str, Any]) -> NumGroups:
-    """Returns a ``num_groups`` that answers from :func:`group_counts`."""
+    """Returns a ``num_groups`` function that looks up :func:`group_counts`."""
 
     def num_groups(leaf: str, number: int) -> int | None:
         found = counts.get(leaf.rpartition(".")[0])

@@ -1,9 +1,9 @@
-"""Whether a cut model computes what its groups say, read off a second trace.
+"""Checking on a second trace that a cut model computes what its groups imply.
 
-The labels of the first trace say of every axis of every array which positions stay
-when channels go. The model, traced again with the narrower arrays, must do the same
-operations in the same order, on arrays of just these shapes, and wherever an operation
-picks positions by number, on just these positions.
+The labels of the first trace determine, for every axis of every array, which positions
+are kept when channels are pruned. The model, traced again with the narrower arrays,
+must perform the same operations in the same order, on arrays of exactly these shapes,
+and an operation that selects positions by number must select exactly these.
 """
 
 import collections
@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from tpp_jax.graph.fields import Parts
-from tpp_jax.graph.labels import Channels, Labels
+from tpp_jax.graph.labels import Axis, Channels, Labels
 from tpp_jax.graph.tracing import Equation, Trace, source_line, source_lines
 
 
@@ -24,20 +25,20 @@ class Reading:
     """The labels that groups were read off.
 
     Attributes:
-      labels: what was collected.
-      axes: value number → the labels of each of its axes.
-      solution: the labels expressed in channels.
-      channels: for each group the channel of the solution that each of its own is.
+      labels: Labels and the facts collected about them.
+      axes: Value number → labels of each of its axes.
+      solution: Labels expressed in channels.
+      channels: For each group, numbers of its channels in the solution.
     """
 
     labels: Labels
-    axes: dict[int | None, list[np.ndarray]]
+    axes: dict[int | None, list[Axis]]
     solution: Channels
-    channels: tuple[np.ndarray, ...]
+    channels: tuple[Int[np.ndarray, " size"], ...]
 
     @functools.cached_property
-    def group_of(self) -> np.ndarray:
-        """int64 ``[components]``: the group that each channel is of, or -1."""
+    def group_of(self) -> Int[np.ndarray, " components"]:
+        """Index of the group that each channel belongs to, or -1."""
         found = np.full(len(self.solution.stuck), -1)
         for i, channels in enumerate(self.channels):
             found[channels] = i
@@ -45,16 +46,22 @@ class Reading:
 
     @functools.cached_property
     def noisy(self) -> frozenset[int]:
-        """The groups whose channels random numbers are drawn for."""
+        """Indices of the groups for whose channels random numbers are drawn."""
         channels = [self.solution.of(axis)[1] for axis in self.labels.noise]
         groups = np.concatenate([self.group_of[one] for one in channels] or [[]])
         return frozenset(int(i) for i in groups if i >= 0)
 
     @functools.cached_property
-    def distinct(self) -> tuple[dict[int, list[int]], list[np.ndarray], np.ndarray]:
-        """Value number → numbers of its axes' labels; these labels; where each ends."""
+    def distinct(
+        self,
+    ) -> tuple[dict[int, list[int]], list[Axis], Int[np.ndarray, " axes"]]:
+        """The distinct label vectors of all axes.
+
+        Value number → indices of the vectors of its axes; the vectors; and where each
+        ends in their concatenation.
+        """
         numbers: dict[int, int] = {}
-        arrays: list[np.ndarray] = []
+        arrays: list[Axis] = []
         of: dict[int, list[int]] = {}
         for value, axes in self.axes.items():
             if value is None:
@@ -70,16 +77,16 @@ class Reading:
         return of, arrays, ends
 
     @functools.cached_property
-    def _flat(self) -> np.ndarray:
+    def _flat(self) -> Axis:
         _, arrays, _ = self.distinct
         return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
 
-    def stays(self, masks: Sequence[np.ndarray | None]) -> "Stays":
-        """Returns what is left of every axis.
+    def kept(self, masks: Sequence[Bool[np.ndarray, " size"] | None]) -> "Kept":
+        """Returns the positions of every axis that a cut keeps.
 
         Args:
-          masks: for each group, bool ``[size]``, True for the channels that stay, or
-            None for a group that keeps all.
+          masks: For each group, a mask that is True for the channels that are kept, or
+            None if all are.
         """
         solution = self.solution
         keep = np.ones(len(solution.stuck), bool)
@@ -88,7 +95,7 @@ class Reading:
                 keep[channels] = mask
         defined = np.flatnonzero(solution.defined)
         parts = solution.parts[defined]
-        while defined.size:  # a position stays if all that define it do
+        while defined.size:  # a position is kept if all that define it are
             before = keep[defined]
             keep[defined] = (keep[parts] | (parts < 0)).all(axis=1)
             if np.array_equal(before, keep[defined]):
@@ -101,7 +108,7 @@ class Reading:
         sums = np.concatenate([[0], np.cumsum(kept)])
         starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
         counts = (sums[ends] - sums[starts]).tolist()
-        return Stays(of, kept, starts, ends, counts)
+        return Kept(of, kept, starts, ends, counts)
 
     def groups_along(self, value: int, axis: int) -> set[int]:
         """Returns the indices of the groups that run along an axis of a value."""
@@ -109,10 +116,13 @@ class Reading:
         return set(np.unique(self.group_of[channels]).tolist()) - {-1}
 
     @functools.cached_property
-    def sizes(self) -> list[tuple[int, frozenset[int], np.ndarray, np.ndarray]]:
-        """Of every axis that groups run along: its size, the groups, and where.
+    def sizes(
+        self,
+    ) -> list[tuple[int, frozenset[int], Int[np.ndarray, " m"], Int[np.ndarray, " m"]]]:
+        """Distinct axes that groups run along.
 
-        The last two are positions and the group of a channel at each, or -1.
+        For each its size, the groups, and two vectors: positions, and the group of a
+        channel at each, or -1.
         """
         found = []
         seen = set()
@@ -133,11 +143,11 @@ class Reading:
         """Returns the sizes of all axes that some groups run along.
 
         Args:
-          groups: their indices.
-          names: the names of all groups.
+          groups: Indices of these groups.
+          names: Names of all groups.
 
         Returns:
-          Size of an axis → in which ways axes of this size follow the channels.
+          Size of an axis → ways in which axes of this size follow the channels.
         """
         found: dict[int, set[Parts]] = {}
         for size, through, positions, group_of in self.sizes:
@@ -151,64 +161,75 @@ class Reading:
 
 
 def parts_of(
-    size: int, positions: np.ndarray, group_of: np.ndarray, names: Sequence[str]
+    size: int,
+    positions: Int[np.ndarray, " m"],
+    group_of: Int[np.ndarray, " m"],
+    names: Sequence[str],
 ) -> Parts:
     """Returns how the size of an axis follows the channels that run along it.
 
     Args:
-      size: of the axis.
-      positions: with ``group_of``, the group of a channel at a position, or -1.
-      group_of: see ``positions``.
-      names: of the groups.
+      size: Size of the axis.
+      positions: Positions along the axis; one with several channels is repeated.
+      group_of: Group of the channel at each of these positions, or -1.
+      names: Names of the groups.
     """
     through, column = np.unique(group_of, return_inverse=True)
     met = np.zeros((size, len(through)), bool)
     met[positions, column] = True
-    kinds, numbers = np.unique(met[:, through >= 0], axis=0, return_counts=True)
+    sets, numbers = np.unique(met[:, through >= 0], axis=0, return_counts=True)
     through = through[through >= 0]
     return tuple(
-        (int(n), tuple(names[i] for i in through[kind]))
-        for kind, n in zip(kinds, numbers, strict=True)
+        (int(n), tuple([names[int(i)] for i in through[own]]))
+        for own, n in zip(sets, numbers, strict=True)
     )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stays:
-    """What is left of every axis of every value."""
+class Kept:
+    """The positions of every axis of every value that a cut keeps.
 
-    of: dict[int, list[int]]
-    kept: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
+    Attributes:
+      indices: Value number → for each axis, index of its distinct label vector.
+      flat: Mask of the concatenated label vectors, True for positions that are kept.
+      starts: Start of each vector in their concatenation.
+      ends: End of each vector in their concatenation.
+      counts: Number of positions of each vector that are kept.
+    """
+
+    indices: dict[int, list[int]]
+    flat: Bool[np.ndarray, " labels"]
+    starts: Int[np.ndarray, " axes"]
+    ends: Int[np.ndarray, " axes"]
     counts: list[int]
 
     def shape(self, value: int) -> tuple[int, ...]:
         """Returns the shape that a value has after the cut."""
-        return tuple([self.counts[i] for i in self.of[value]])
+        return tuple([self.counts[i] for i in self.indices[value]])
 
-    def widths(self, reading: Reading) -> Iterable[tuple[np.ndarray, int]]:
+    def widths(self, reading: Reading) -> Iterable[tuple[Axis, int]]:
         """Returns the labels of every distinct axis, and its size after the cut."""
         _, arrays, _ = reading.distinct
         return zip(arrays, self.counts, strict=True)
 
-    def mask(self, value: int, axis: int) -> np.ndarray:
-        """Returns bool ``[n]``, True for the positions of an axis that stay."""
-        i = self.of[value][axis]
-        return self.kept[self.starts[i] : self.ends[i]]
+    def mask(self, value: int, axis: int) -> Bool[np.ndarray, " n"]:
+        """Returns a mask of an axis, True for the positions that are kept."""
+        i = self.indices[value][axis]
+        return self.flat[self.starts[i] : self.ends[i]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Where a cut model departs from what its groups say.
+    """A place where a cut model differs from what its groups imply.
 
     Attributes:
-      text: what is different, to be read by the user.
-      groups: indices of the groups that the place speaks of; none if that is unclear.
-      old_size: whether an operation keeps the old size of an axis, which leaves no
-        doubt that the groups along it are at fault.
-      line: of the user's code, ``model.py:31``, if known.
-      lines: that line and those it was called from, the innermost first.
-      order: whether other operations are done, or in another order.
+      text: Description of the difference, for the user.
+      groups: Indices of the groups that run through this place; empty if not known.
+      old_size: Whether an operation keeps the old size of an axis; then the groups
+        along the axis are certainly at fault.
+      line: Line of the user's code, ``model.py:31``; empty if not known.
+      lines: This line and the lines that it was called from, innermost first.
+      order: Whether other operations are performed, or in another order.
     """
 
     text: str
@@ -220,15 +241,15 @@ class Difference:
 
 
 def difference(
-    old: Trace, new: Trace, reading: Reading, stays: Stays
+    old: Trace, new: Trace, reading: Reading, kept: Kept
 ) -> Difference | None:
-    """Compares the trace of a cut model with what the labels of the whole one say.
+    """Compares the trace of a cut model with what the unpruned model's labels imply.
 
     Args:
-      old: the trace of the whole model.
-      new: that of the cut one.
-      reading: the labels of the whole one.
-      stays: what is to be left of them.
+      old: Trace of the unpruned model.
+      new: Trace of the cut model.
+      reading: Labels of the unpruned model.
+      kept: Positions that the cut keeps.
 
     Returns:
       The first difference in order of execution, None if there is none.
@@ -241,14 +262,14 @@ def difference(
         ):
             here = _groups_through(before, old, reading)
             lines = tuple(source_lines(after.source))
-            return Difference(_other_way(before, after), here, lines=lines, order=True)
+            return Difference(_branch(before, after), here, lines=lines, order=True)
         for value in before.outputs:
-            expected, found = stays.shape(value), new.shapes[value]
+            expected, found = kept.shape(value), new.shapes[value]
             if expected != found:
                 return _other_shape(old, before, reading, value, expected, found)
-        if not _same_settings(before, after, stays, old):
+        if not _same_settings(before, after, kept, old):
             return Difference(
-                f"'{before.primitive}' has other settings{_at(after)}",
+                f"'{before.primitive}' has other parameters{_at(after)}",
                 _groups_through(before, old, reading),
                 lines=tuple(source_lines(after.source)),
             )
@@ -274,7 +295,7 @@ def _groups_through(eqn: Equation, old: Trace, reading: Reading) -> frozenset[in
     )
 
 
-def _other_way(before: Equation, after: Equation) -> str:
+def _branch(before: Equation, after: Equation) -> str:
     return f"another branch of the model's own code is taken{_at(after) or _at(before)}"
 
 
@@ -305,8 +326,8 @@ def _at(equation: Equation) -> str:
     return f" ({line})" if line else ""
 
 
-# Settings that are sizes: those of results are compared as shapes, those that pick
-# positions by the rules below.
+# Settings that are sizes. Sizes of results are compared as shapes, and settings that
+# select positions by the functions in _POSITIONS.
 _SIZES = {
     "reshape": ("new_sizes", "dimensions"),
     "broadcast_in_dim": ("shape",),
@@ -327,7 +348,7 @@ _SIZES = {
 }
 
 
-def _same_settings(before: Equation, after: Equation, stays: Stays, old: Trace) -> bool:
+def _same_settings(before: Equation, after: Equation, kept: Kept, old: Trace) -> bool:
     if before.times != after.times:
         return False
     sizes = _SIZES.get(before.primitive, ())
@@ -338,21 +359,21 @@ def _same_settings(before: Equation, after: Equation, stays: Stays, old: Trace) 
         if _is_plain(setting) and _is_plain(other) and setting != other:
             return False
     compare = _POSITIONS.get(before.primitive)
-    return compare is None or compare(before, after, stays, old)
+    return compare is None or compare(before, after, kept, old)
 
 
 def _is_plain(setting: Any) -> bool:
-    """Reports whether a setting is made of numbers and names, to be compared."""
+    """Reports whether a setting consists of numbers and names only."""
     if isinstance(setting, tuple):
         return all(map(_is_plain, setting))
     return setting is None or isinstance(setting, (bool, int, float, str))
 
 
-def _same_slice(before: Equation, after: Equation, stays: Stays, old: Trace) -> bool:
+def _same_slice(before: Equation, after: Equation, kept: Kept, old: Trace) -> bool:
     [value] = before.inputs
     assert value is not None
     for axis, n in enumerate(old.shapes[value]):
-        keep = stays.mask(value, axis)
+        keep = kept.mask(value, axis)
         taken = np.arange(n)[_range(before, axis)]
         moved = np.cumsum(keep) - 1
         expected = moved[taken[keep[taken]]]
@@ -367,32 +388,32 @@ def _range(equation: Equation, axis: int) -> slice:
     return slice(params["start_indices"][axis], params["limit_indices"][axis], step)
 
 
-def _same_windows(before: Equation, after: Equation, stays: Stays, old: Trace) -> bool:
+def _same_windows(before: Equation, after: Equation, kept: Kept, old: Trace) -> bool:
     value = before.inputs[0]
     assert value is not None
     sizes = zip(
         before.params["slice_sizes"],
         after.params["slice_sizes"],
         old.shapes[value],
-        stays.shape(value),
+        kept.shape(value),
         strict=True,
     )
-    # A window is as wide as it was, or as wide as the axis, if it was that before.
-    return all(b == a if a != whole else b == left for a, b, whole, left in sizes)
+    # A window that covered the axis still does; any other has the same size.
+    return all(b == a if a != size else b == left for a, b, size, left in sizes)
 
 
-def _same_groups(before: Equation, after: Equation, stays: Stays, old: Trace) -> bool:
+def _same_groups(before: Equation, after: Equation, kept: Kept, old: Trace) -> bool:
     groups = before.params["feature_group_count"]
     dims = before.params["dimension_numbers"]
     images, kernel = before.inputs
     assert images is not None and kernel is not None
     depthwise = groups > 1 and old.shapes[kernel][dims.rhs_spec[1]] == 1
     if depthwise and old.shapes[images][dims.lhs_spec[1]] == groups:
-        groups = stays.shape(images)[dims.lhs_spec[1]]
+        groups = kept.shape(images)[dims.lhs_spec[1]]
     return after.params["feature_group_count"] == groups
 
 
-_POSITIONS: dict[str, Callable[[Equation, Equation, Stays, Trace], bool]] = {
+_POSITIONS: dict[str, Callable[[Equation, Equation, Kept, Trace], bool]] = {
     "slice": _same_slice,
     "dynamic_slice": _same_windows,
     "gather": _same_windows,
@@ -401,7 +422,7 @@ _POSITIONS: dict[str, Callable[[Equation, Equation, Stays, Trace], bool]] = {
 
 
 def lines_of(traced: Trace) -> dict[str, list[Equation]]:
-    """Returns line of the user's code → the equations that come from it."""
+    """Returns the equations that come from each line of the user's code."""
     found: dict[str, list[Equation]] = collections.defaultdict(list)
     for equation in traced.equations:
         line = source_line(equation.source)

@@ -1,8 +1,8 @@
-"""Sizes that a model's modules keep as attributes, and how they follow the channels.
+"""Integer attributes of a model's modules, and how they follow the channels.
 
-A module of one's own keeps a number of heads as an attribute; an Equinox module keeps
-all its sizes as static fields of dataclasses next to its arrays. If the model holds
-with fewer channels once such a number is set to what is left, it is set at every cut.
+A user's module may have its number of heads as an attribute; an Equinox module has all
+its sizes as static fields next to its arrays. If the model runs correctly with fewer
+channels once such a number is set to the number that is left, every cut sets it.
 """
 
 import copy
@@ -12,25 +12,25 @@ from typing import Any
 
 import jax
 
-# Longer lists and dicts are data: a vocabulary, a schedule.
+# Length of a list or dict of settings; longer ones are data: a vocabulary, a schedule.
 _LONGEST = 64
-# How deep settings are nested: module.config.text.heads.
+# Depth of nested settings: module.config.text.heads.
 _DEEPEST = 4
 
 Values = Mapping[str, Mapping[str, Any]]
-"""Path of a module → name of a field → its value."""
+"""Path of a module → name of an attribute → its value."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A whole number, or a tuple of them, that a module keeps as an attribute.
+    """An attribute of a module that is an integer or a tuple of integers.
 
     Attributes:
-      path: dotted path of the module, ``""`` for the outermost.
-      name: the attribute's name, ``num_heads``, or the path to a number in what the
-        module keeps: ``config.text.num_heads``, ``heads.0``, ``sizes.query``.
-      value: what it is in the unpruned model.
-      owner: name of the module's class.
+      path: Dotted path of the module, ``""`` for the outermost one.
+      name: Name of the attribute, ``num_heads``, or path to a number in an attribute:
+        ``config.text.num_heads``, ``heads.0``, ``sizes.query``.
+      value: Value in the unpruned model.
+      owner: Name of the module's class.
     """
 
     path: str
@@ -39,19 +39,19 @@ class Field:
     owner: str = ""
 
     @property
-    def kind(self) -> tuple[str, str]:
-        """What it has in common with the same attribute of other modules."""
+    def declaration(self) -> tuple[str, str]:
+        """Name of the class and of the attribute, which all its instances share."""
         return self.owner, self.name
 
     @property
     def word(self) -> str:
-        """What code that reads it names: the last of its names that is no index."""
+        """Identifier in code that reads it: the last part of its name but indices."""
         names = self.name.split(".")
         return next((name for name in reversed(names) if not name.isdigit()), "")
 
 
 Parts = tuple[tuple[int, tuple[str, ...]], ...]
-"""A number that follows channels: pairs of positions and the groups they belong to."""
+"""A number that follows channels: numbers of positions, each with its groups."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +59,9 @@ class FieldSize:
     """An attribute that has to follow the channels of groups.
 
     Attributes:
-      field: the attribute.
-      parts: for the number, or each number of the tuple, how it follows; None for one
-        that stays.
+      field: Attribute.
+      parts: Parts of the number, or of each number of the tuple; None for a number
+        that does not change.
     """
 
     field: Field
@@ -81,7 +81,8 @@ class FieldSize:
         """Returns the attribute's value in the pruned model.
 
         Args:
-          kept: group name → (channels that stay, channels).
+          kept: Function from the name of a group to the number of its channels that
+            are kept and the number of all.
         """
         old = self.field.value
         numbers = old if isinstance(old, tuple) else (old,)
@@ -93,16 +94,16 @@ class FieldSize:
 
 
 def size_of(parts: Parts, kept: Callable[[str], tuple[int, int]]) -> int:
-    """Returns how many positions of an axis stay.
+    """Returns the number of positions of an axis that are kept.
 
-    Positions that several groups run through are all combinations of their channels:
-    the shares that stay multiply.
+    Positions that several groups run through are all combinations of their channels,
+    so that the kept shares of these groups multiply.
     """
     total = 0
     for positions, through in parts:
         for name in through:
-            stay, size = kept(name)
-            positions = positions * stay // size
+            left, size = kept(name)
+            positions = positions * left // size
         total += positions
     return total
 
@@ -110,16 +111,16 @@ def size_of(parts: Parts, kept: Callable[[str], tuple[int, int]]) -> int:
 def own_fields(
     module: Any, path: str, attributes: Mapping[str, Any]
 ) -> dict[Field, type]:
-    """Finds the whole numbers among a module's attributes.
+    """Finds the integers among a module's attributes.
 
     Args:
-      module: the module.
-      path: of the module.
-      attributes: its attributes; the configurations, lists and dicts among them are
-        looked into.
+      module: Module.
+      path: Path of the module.
+      attributes: Attributes of the module; configurations, lists and dicts among them
+        are searched too.
 
     Returns:
-      Attribute → the module's class.
+      Attribute → class of the module.
     """
     owner = type(module)
     return {
@@ -142,12 +143,13 @@ def _sizes_in(
 
 
 def with_values(module: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the attributes of a module that are to be set.
+    """Returns new values of a module's attributes, by name.
+
+    Configurations, lists and dicts are copied, since other modules may share them.
 
     Args:
-      module: the module.
-      values: name of a :class:`Field` → its value. Configurations, lists and dicts are
-        copied: other modules may share them.
+      module: Module, which is not modified.
+      values: Name of a :class:`Field` → its value.
     """
     found: dict[str, Any] = {}
     for name, value in values.items():
@@ -158,7 +160,7 @@ def with_values(module: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_value(node: Any, name: str, value: Any) -> Any:
-    """Returns a copy of a node with another value somewhere in it."""
+    """Returns a copy of a node with one number in it replaced."""
     if not name:
         several = isinstance(value, (list, tuple))
         return (list if isinstance(node, list) else tuple)(value) if several else value
@@ -170,14 +172,14 @@ def _with_value(node: Any, name: str, value: Any) -> Any:
 
 
 def fields_of_tree(tree: Any, path: str = "") -> dict[Field, type]:
-    """Finds the whole numbers in the dataclasses of a tree, with their paths.
+    """Finds the integers in the dataclasses of a tree.
 
     Args:
-      tree: dataclasses, dicts, lists and tuples, nested.
-      path: of the tree itself.
+      tree: Nested dataclasses, dicts, lists and tuples.
+      path: Path of the tree itself.
 
     Returns:
-      Attribute → class of the dataclass that keeps it.
+      Field → its dataclass.
     """
     found: dict[Field, type] = {}
     if _is_dataclass(tree):
@@ -189,16 +191,16 @@ def fields_of_tree(tree: Any, path: str = "") -> dict[Field, type]:
 
 
 def follow_fields(tree: Any, sizes: Sequence[FieldSize], values: Values) -> Any:
-    """Sets attributes of a model in a tree that may hold it at any depth.
+    """Sets attributes of a model in a tree that contains it at any depth.
 
     Args:
-      tree: the model, or dicts, lists, tuples and dataclasses around it.
-      sizes: attributes that follow the channels.
-      values: what they are to be.
+      tree: Model, or dicts, lists, tuples and dataclasses around it.
+      sizes: Attributes that follow the channels.
+      values: New values of these attributes.
 
     Returns:
-      The tree with a changed copy of every model in it: of whatever has all of the
-      attributes, with the values of the unpruned model.
+      The tree with a changed copy of every model in it. A model is recognized by having
+      all of the attributes, with the values of the unpruned model.
     """
     if not sizes:
         return tree
@@ -213,7 +215,7 @@ def follow_fields(tree: Any, sizes: Sequence[FieldSize], values: Values) -> Any:
 
 
 def _find(tree: Any, field: Field) -> Any:
-    """Returns the value of an attribute, None if there is none."""
+    """Returns the value of an attribute, None if the tree does not have it."""
     for key in f"{field.path}.{field.name}".strip(".").split("."):
         found = [value for name, value in _entries(tree) if str(name) == key]
         if not found:
@@ -223,12 +225,12 @@ def _find(tree: Any, field: Field) -> Any:
 
 
 def set_fields_of_tree(tree: Any, values: Values, path: str = "") -> Any:
-    """Returns a copy of a tree with other numbers in the fields of its dataclasses.
+    """Returns a copy of a tree with new values in the fields of its dataclasses.
 
     Args:
-      tree: as for :func:`fields_of_tree`.
-      values: what to set; see :data:`Values`.
-      path: of the tree itself.
+      tree: Tree, as for :func:`fields_of_tree`.
+      values: New values; see :data:`Values`.
+      path: Path of the tree itself.
     """
     changes: dict[Any, Any] = {}
     if _is_dataclass(tree):
@@ -272,12 +274,12 @@ def _items(node: Any) -> list[tuple[Any, Any]]:
 
 
 def _entries(node: Any) -> list[tuple[Any, Any]]:
-    """Returns the parts of a node, those of a plain object with settings included."""
+    """Returns the entries of a node; those of any other object are its attributes."""
     return _items(node) or list(getattr(node, "__dict__", {}).items())
 
 
 def _is_mapping(node: Any) -> bool:
-    """Reports whether a node is a dict or like one, a frozen one or a ConfigDict."""
+    """Reports whether a node is a mapping: a dict, a FrozenDict, a ConfigDict."""
     return isinstance(node, Mapping) or type(node).__name__.endswith("ConfigDict")
 
 
@@ -286,7 +288,7 @@ def _is_dataclass(node: Any) -> bool:
 
 
 def _is_config(value: Any) -> bool:
-    """Reports whether an attribute is a collection of settings, and no module."""
+    """Reports whether an attribute is a collection of settings, not a module."""
     if callable(value) or isinstance(value, (Mapping, list, tuple, str)):
         return False
     if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value)):
@@ -298,15 +300,17 @@ def _is_config(value: Any) -> bool:
 
 
 def _is_setting(value: Any) -> bool:
-    """Reports whether an attribute may hold sizes somewhere in it."""
+    """Reports whether an attribute may contain sizes at some depth."""
     if isinstance(value, (Mapping, list, tuple)):
         return len(value) <= _LONGEST
     return _is_config(value)
 
 
 def is_size(value: Any) -> bool:
-    """Reports whether a field may hold sizes: a whole number, or some in a row."""
-    numbers = value if isinstance(value, (list, tuple)) and value else (value,)
+    """Reports whether a field may be a size: an integer, or a sequence of integers."""
+    numbers: Sequence[Any] = (value,)
+    if isinstance(value, (list, tuple)) and value:
+        numbers = value
     if len(numbers) > _LONGEST:
         return False
     return all(type(n) is int for n in numbers) and max(numbers) > 1

@@ -1,4 +1,4 @@
-"""Models as pure functions of their parameters: NNX, Linen and plain ones alike."""
+"""Models of NNX, of Linen and plain functions as pure functions of their parameters."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,15 +18,15 @@ class Function:
     """A model as a pure function of its parameters.
 
     Attributes:
-      call: ``call(params, *inputs, **kwargs)``.
-      params: the tree of parameter arrays. Whatever else the user's tree holds (the
-        activation functions and settings of an Equinox module) is part of ``call``, and
+      call: Function ``call(params, *inputs, **kwargs)``.
+      params: Tree of parameter arrays. Anything else that the user's tree holds (the
+        activation functions and settings of an Equinox module) is part of ``call`` and
         None here.
-      names: the dotted name of every leaf of ``params``, in order; each is unique.
-      trainable: names of the leaves that are trained.
-      namesakes: name of a leaf of a Linen collection (``ema.layer.kernel``) → name of
-        the leaf that has the same path in another one (``layer.kernel``).
-      graphdef: of an NNX module, its structure.
+      names: Dotted name of every leaf of ``params``, in order; each is unique.
+      trainable: Names of the leaves that are trained.
+      namesakes: Name of a leaf of a Linen collection (``ema.layer.kernel``) → name of
+        the leaf that has the same path in another collection (``layer.kernel``).
+      graphdef: Structure of an NNX module; None for other models.
     """
 
     call: Callable[..., Any]
@@ -45,16 +45,19 @@ def as_function(
     """Splits a model into a pure function and its parameter tree.
 
     Args:
-      model: an NNX module, which is left untouched and run in evaluation mode; a Linen
-        module; or a function ``fn(params, *inputs)``.
-      params: the function's parameter pytree (arrays or ``jax.ShapeDtypeStruct``), or
-        the Linen module's variables.
-      plan: the plan by which a Linen module's variables were sliced.
+      model: NNX module, which is not modified and runs in evaluation mode; Linen
+        module; or function ``fn(params, *inputs)``.
+      params: Parameter pytree of the function (arrays or ``jax.ShapeDtypeStruct``), or
+        variables of the Linen module.
+      plan: Plan by which the variables of a Linen module were sliced.
+
+    Returns:
+      The function, its parameters and their names.
 
     Raises:
-      TPPTypeError: a function without ``params`` or with a bare array, which has no
-        name, or an object that is neither; an ``nnx.bridge.Module``, which is in
-        between.
+      TPPTypeError: The model is none of these, or an ``nnx.bridge.Module``, which holds
+        no arrays; a function comes without ``params`` or with a bare array, which has
+        no name.
     """
     if isinstance(model, nnx.bridge.Module):
         raise TPPTypeError(
@@ -65,18 +68,7 @@ def as_function(
     if isinstance(model, nnx.Module):
         if params is not None:
             raise TPPTypeError("an NNX module holds its parameters: leave params out")
-        graphdef, state = nnx.split(model)
-        call = merged_call(graphdef)
-        variables = jax.tree_util.tree_leaves_with_path(
-            state, is_leaf=lambda node: isinstance(node, nnx.Variable)
-        )
-        names = _names(state)
-        if len(names) == len(variables):  # one array each
-            pairs = zip(names, variables, strict=True)
-            trained = [n for n, (_, one) in pairs if isinstance(one, nnx.Param)]
-        else:
-            trained = _names(nnx.filter_state(state, nnx.Param))
-        return Function(call, state, names, frozenset(trained), graphdef=graphdef)
+        return _nnx_function(model)
     if not callable(model):
         raise TPPTypeError(f"expected a Flax module or a function, got {type(model)}")
     if params is None:
@@ -92,9 +84,24 @@ def as_function(
     names = _names(arrays)
     if "" in names:
         raise TPPTypeError(
-            "the parameters are a bare array: put it in a dict, for a name"
+            "the parameters are a bare array, which has no name: put it in a dict"
         )
     return Function(call, arrays, names, frozenset(names))
+
+
+def _nnx_function(model: nnx.Module) -> Function:
+    graphdef, state = nnx.split(model)
+    variables = jax.tree_util.tree_leaves_with_path(
+        state, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+    names = _names(state)
+    if len(names) == len(variables):  # one array in each variable
+        pairs = zip(names, variables, strict=True)
+        trained = [n for n, (_, one) in pairs if isinstance(one, nnx.Param)]
+    else:
+        trained = _names(nnx.filter_state(state, nnx.Param))
+    call = merged_call(graphdef)
+    return Function(call, state, names, frozenset(trained), graphdef=graphdef)
 
 
 def merged_call(
@@ -103,8 +110,8 @@ def merged_call(
     """Returns ``call(state, *inputs, **kwargs)``, in evaluation mode.
 
     Args:
-      graphdef: the module's structure.
-      adapt: called with the module before it runs, to change it in place.
+      graphdef: Structure of the module.
+      adapt: Function that changes the module in place before it runs.
     """
 
     def call(state: Any, *inputs: Any, **kwargs: Any) -> Any:
@@ -122,15 +129,15 @@ def apart(
     tree: Any,
     adapt: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Callable[..., Any]]:
-    """Separates the arrays of a parameter tree from what else it holds.
+    """Separates the arrays of a parameter tree from its other leaves.
 
     Args:
-      function: ``function(tree, *inputs, **kwargs)``.
-      tree: its first argument.
-      adapt: called with the tree put together again, before the function is.
+      function: Function ``function(tree, *inputs, **kwargs)``.
+      tree: First argument of the function.
+      adapt: Function that changes the recombined tree before ``function`` is called.
 
     Returns:
-      The tree with None in place of everything that is not an array, and a function of
+      The tree with None in place of every leaf that is not an array, and a function of
       such a tree.
     """
     leaves, structure = jax.tree.flatten(tree)
@@ -138,21 +145,21 @@ def apart(
 
     def call(params: Any, *inputs: Any, **kwargs: Any) -> Any:
         given = iter(jax.tree.leaves(params))
-        whole = [next(given) if is_array(leaf) else leaf for leaf in leaves]
-        tree = jax.tree.unflatten(structure, whole)
+        combined = [next(given) if is_array(leaf) else leaf for leaf in leaves]
+        tree = jax.tree.unflatten(structure, combined)
         return function(adapt(tree) if adapt else tree, *inputs, **kwargs)
 
     return jax.tree.unflatten(structure, arrays), call
 
 
 def set_evaluation(model: nnx.Module) -> None:
-    """Does what ``model.eval()`` does, faster: see :func:`nnx_layers.modules`."""
+    """Does the same as ``model.eval()``, faster: see :func:`nnx_layers.modules`."""
     for _, module in modules(model):
         if type(module).eval is not nnx.Module.eval:
             module.eval()
         own = vars(module)
         for name in ("deterministic", "use_running_average"):
-            if name in own:  # a setting as before: NNX need not look at it
+            if name in own:  # it remains a bool, so NNX's checks can be skipped
                 own[name] = True
             elif hasattr(module, name):
                 setattr(module, name, True)
@@ -166,14 +173,15 @@ def _names(tree: Any) -> tuple[str, ...]:
 def _without_collections(
     names: tuple[str, ...],
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Takes the collections off the names of a Linen module's variables.
+    """Removes the collection from the names of a Linen module's variables.
 
-    An optimizer sees the parameters alone. Where a path is found in several
-    collections, one leaf has the path as its name, that of a parameter if there is one,
+    An optimizer gets the parameters without their collection. If several collections
+    have the same path, one leaf (the parameter, if there is one) is named by the path,
     and the others keep their full names.
 
     Returns:
-      The names, and the full ones of these → the name that the same path has.
+      The names, and a mapping from each full name among them to the name of the leaf
+      that has the same path.
     """
     rank = {"params": 0, "batch_stats": 1}
     own: dict[str, str] = {}
@@ -191,5 +199,5 @@ def _without_collections(
 
 
 def is_array(leaf: Any) -> bool:
-    """Reports whether a leaf is traced; others (``True``, a function) are settings."""
+    """Reports whether a leaf is an array; other leaves (``True``) are settings."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

@@ -1,24 +1,32 @@
-"""Coupled-channel groups of any traced function: which channels live and die together.
+"""Groups of coupled channels of any traced function, which are pruned together.
 
-A *channel* is a set of positions in parameter arrays that only make sense together: row
-c of a convolution kernel's output axis, entry c of the batch norm after it, slice c of
-the next kernel's input axis. A *group* is a set of channels that occupy the same
-arrays: the sixteen channels of ``layer1.0.conv1``, say. Both are read off the jaxpr;
+A *channel* is a set of positions in parameter arrays that can only be removed together:
+row c of a convolution kernel's output axis, entry c of the batch norm after it, slice c
+of the next kernel's input axis. A *group* is a set of channels that occupy the same
+arrays, such as the sixteen channels of ``layer1.0.conv1``. Both are read off the jaxpr;
 there is no table of architectures.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.bundles import (
+    Row,
+    alike_channels,
+    positions_of,
+    rows_of,
+    sorted_by_channel,
+)
 from tpp_jax.graph.comparing import Reading
 from tpp_jax.graph.functions import is_array
-from tpp_jax.graph.labels import Channels, Labels, NotUnderstood, solve
+from tpp_jax.graph.labels import Axis, Channels, Labels, NotUnderstood, solve
 from tpp_jax.graph.layers import kernel_axes
 from tpp_jax.graph.records import Group, Groups, Member, Slot, Supposition, with_inner
 from tpp_jax.graph.roles import (
@@ -41,102 +49,42 @@ def read_groups(
     joined: tuple[tuple[Slot, Slot], ...] = (),
     unpruned: Groups | None = None,
 ) -> tuple[Groups, list[Supposition]]:
-    """Reads the coupled-channel groups off a traced computation.
+    """Reads the groups of coupled channels off a traced computation.
 
     Args:
-      traced: the computation.
-      inputs: the example inputs that it was traced with.
-      strict: see :func:`tpp_jax.channel_groups`.
-      joined: pairs of axes whose channels are to go together, whatever is read.
-      unpruned: the groups of the unpruned model, if this is a sliced form of it: which
-        of its convolutions are depthwise is not seen once a single channel is left.
+      traced: Computation.
+      inputs: Example inputs that it was traced with.
+      strict: See :func:`tpp_jax.channel_groups`.
+      joined: Pairs of axes whose channels are to be pruned together in any case.
+      unpruned: Groups of the unpruned model if this is a sliced form of it. A sliced
+        convolution with a single channel left does not show whether it is depthwise.
 
     Returns:
-      The groups, and what they rest on: that the sizes which reshapes, splits and
-      broadcasts are told would be others if there were fewer channels.
+      The groups, and their suppositions: that the sizes in reshapes, splits and
+      broadcasts would be smaller if there were fewer channels.
     """
     kinds = {} if unpruned is None else convolution_kinds(unpruned.traced)
     labels, axes = label_axes(traced, joined, kinds)
     solution = solve(labels)
-    roles = read_roles(traced, kinds)
-    orders, first_use = read_orders(traced)
-    kernels = {use.kernel for use in traced.uses if not use.inner}
-    name_of = layer_names(traced)
-
-    slots = [
-        (leaf, axis)
-        for leaf, value in traced.leaves.items()
-        for axis in range(len(traced.shapes[value]))
-    ]
-    rows = _rows(solution, [axes[traced.leaves[leaf]][axis] for leaf, axis in slots])
-    channels_at = {slot: row[1] for slot, row in zip(slots, rows, strict=True)}
-    stacked = read_stacks(traced, roles, channels_at)
-    filters = read_filters(traced, roles, stacked)
-    place = {slot: i for i, slot in enumerate(slots)}
-
-    @functools.cache
-    def sorted_rows(slot: Slot) -> tuple[np.ndarray, np.ndarray, bool]:
-        positions, at = rows[place[slot]]
-        if (at[1:] > at[:-1]).all():  # as most often
-            return positions, at, True
-        order = np.lexsort((positions, at))
-        return positions[order], at[order], False
-
-    known = {slot for slot, role in roles.of.items() if role == "produced"}
-    known |= roles.makers | roles.lost.keys()
-    groups: list[tuple[tuple[int, ...], Group]] = []
-    channels_of: list[np.ndarray] = []
-    for channels, members_at in _alike_channels(rows, solution.stuck):
-        stuck = bool(solution.stuck[channels[0]] >= 0)
-        if stuck and known.isdisjoint(slots[i] for i in members_at):
-            continue  # the window of a convolution, and the like
-        there = [slots[i] for i in members_at]
-        there.sort(key=lambda slot: first_use.get(slot[0], 0))
-        here = _roles_here(roles, there, stuck)
-        if "produced" not in here.values():
+    leaves = _read_leaves(traced, axes, solution, kinds)
+    read: list[tuple[Group, np.ndarray]] = []
+    all_slots = list(leaves.rows)
+    for channels, places in alike_channels([*leaves.rows.values()], solution.stuck):
+        slots = [all_slots[i] for i in places]
+        one = _read_group(leaves, labels, solution, channels, slots)
+        if one is None:
             continue
-        # A kernel comes before what else its layer is computed from.
-        there.sort(key=lambda at: (first_use.get(at[0], 0), at[0] not in kernels))
-        produced = [slot for slot in there if here[slot] == "produced"]
-        # Channels are counted in the order of the first layer that produces them.
-        first = _positions_of(channels, sorted_rows(produced[0]))
-        channels = channels[np.argsort(first.min(axis=1))]
-        members = []
-        for leaf, axis in there:
-            role, made = here[leaf, axis], here[leaf, axis] == "produced"
-            positions = _positions_of(channels, sorted_rows((leaf, axis)))
-            batch = stacked.get(leaf, ()) if made else ()
-            own = filters.get(leaf, ()) if made else ()
-            order = orders.get(leaf, 0)
-            members.append(Member(leaf, axis, positions, role, order, batch, own))
-        makers = [m.leaf for m in members if m.role in ("produced", "depthwise")]
         code = solution.stuck[channels[0]]
-        names = tuple(dict.fromkeys(map(name_of, makers)))
-        reason = None if code < 0 else _explain(*labels.reasons[code])
-        if code < 0:
-            reason = next((roles.lost[s] for s in produced if s in roles.lost), None)
-        group = Group(
-            name=name_of(produced[0][0]),
-            size=len(channels),
-            producers=names,
-            members=tuple(members),
-            inner=False,
-            reason=reason,
-            reduced=bool(solution.reduced[channels].any()),
-        )
-        leaf = produced[0][0]
-        key = (first_use.get(leaf, 0), *_grain(group, leaf))
         if strict and code >= 0 and isinstance(labels.reasons[code][0], NotUnderstood):
             raise TPPError(
-                f"the channels of {group.name} meet {group.reason}. Without "
-                "strict=True they are left whole"
+                f"the channels of {one[0].name} meet {one[0].reason}. Without "
+                "strict=True they are left unpruned"
             )
-        groups.append((key, group))
-        channels_of.append(channels)
-    order = sorted(range(len(groups)), key=lambda i: groups[i][0])
-    reading = Reading(labels, axes, solution, tuple(channels_of[i] for i in order))
+        read.append(one)
+    read.sort(key=lambda one: leaves.place(one[0]))
+    reading = Reading(labels, axes, solution, tuple(channels for _, channels in read))
     found = Groups(
-        groups=with_inner(_with_unique_names([groups[i][1] for i in order])),
+        groups=with_inner(_with_unique_names([group for group, _ in read])),
         layers=tuple(dict.fromkeys(layer.name for layer in layers(traced))),
         shapes={leaf: traced.shapes[n] for leaf, n in traced.leaves.items()},
         inputs=jax.tree.map(lambda x: _abstract(x) if is_array(x) else x, inputs),
@@ -144,16 +92,157 @@ def read_groups(
         joined=joined,
         reading=reading,
     )
-    supposed = _rows(solution, [axis for axis, _, _ in labels.supposed])
-    suppositions = [
-        Supposition(i, part, source)
-        for (_, channels), (_, part, source) in zip(
-            supposed, labels.supposed, strict=True
+    return found, _suppositions(found, reading)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Leaves:
+    """The axes of all parameters, and what is known about them.
+
+    Attributes:
+      rows: Axis of a leaf → positions along it, and the channel at each.
+      roles: Roles of the slots.
+      stacked: Leaf → axes along which kernels are stacked.
+      filters: Leaf → axes that together index its filters.
+      orders: Leaf → index of its layer in order of execution.
+      first_use: Leaf → index of the equation that first needs it.
+      kernels: Leaves that are kernels of layers.
+      name_of: Function from the name of a leaf to that of its layer.
+      by_channel: Rows sorted by channel so far; see :func:`sorted_by_channel`.
+    """
+
+    rows: dict[Slot, Row]
+    roles: Roles
+    stacked: dict[str, tuple[int, ...]]
+    filters: dict[str, tuple[int, ...]]
+    orders: dict[str, int]
+    first_use: dict[str, int]
+    kernels: set[str]
+    name_of: Callable[[str], str]
+    by_channel: dict[Slot, tuple[np.ndarray, np.ndarray, bool]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    @functools.cached_property
+    def producing(self) -> set[Slot]:
+        """Slots that produce channels, or may do so."""
+        known = {slot for slot, role in self.roles.of.items() if role == "produced"}
+        return known | self.roles.makers | self.roles.lost.keys()
+
+    def positions(self, channels: np.ndarray, slot: Slot) -> Int[np.ndarray, "size m"]:
+        """Returns the positions of channels along a slot."""
+        if slot not in self.by_channel:
+            self.by_channel[slot] = sorted_by_channel(self.rows[slot])
+        return positions_of(channels, *self.by_channel[slot])
+
+    def member(self, slot: Slot, role: str, channels: np.ndarray) -> Member:
+        """Returns the member of a group at a slot."""
+        leaf, axis = slot
+        made = role == "produced"
+        return Member(
+            leaf,
+            axis,
+            self.positions(channels, slot),
+            role,
+            order=self.orders.get(leaf, 0),
+            batch=self.stacked.get(leaf, ()) if made else (),
+            filters=self.filters.get(leaf, ()) if made else (),
         )
-        for i in sorted(set(reading.group_of[channels].tolist()))
-        if i >= 0 and found[i].reason is None
+
+    def place(self, group: Group) -> tuple[Any, ...]:
+        """Returns a group's place in the order of execution."""
+        leaf = next(m.leaf for m in group.members if m.role == "produced")
+        return (self.first_use.get(leaf, 0), *_grain(group, leaf))
+
+
+def _read_leaves(
+    traced: Trace,
+    axes: dict[int | None, list[Axis]],
+    solution: Channels,
+    kinds: dict[str, str],
+) -> _Leaves:
+    roles = read_roles(traced, kinds)
+    orders, first_use = read_orders(traced)
+    slots = [
+        (leaf, axis)
+        for leaf, value in traced.leaves.items()
+        for axis in range(len(traced.shapes[value]))
     ]
-    return found, suppositions
+    labels = [axes[traced.leaves[leaf]][axis] for leaf, axis in slots]
+    rows = dict(zip(slots, rows_of(solution, labels), strict=True))
+    channels_at = {slot: channels for slot, (_, channels) in rows.items()}
+    stacked = read_stacks(traced, roles, channels_at)
+    return _Leaves(
+        rows,
+        roles,
+        stacked,
+        read_filters(traced, roles, stacked),
+        orders,
+        first_use,
+        kernels={use.kernel for use in traced.uses if not use.inner},
+        name_of=layer_names(traced),
+    )
+
+
+def _read_group(
+    leaves: _Leaves,
+    labels: Labels,
+    solution: Channels,
+    channels: np.ndarray,
+    slots: list[Slot],
+) -> tuple[Group, np.ndarray] | None:
+    """Returns a group and its channels in order, None if no layer produces them.
+
+    Args:
+      leaves: Axes of all parameters.
+      labels: Labels and their reasons.
+      solution: Labels expressed in channels.
+      channels: Channels of the group.
+      slots: Axes of parameters that they run through.
+    """
+    code = int(solution.stuck[channels[0]])
+    if code >= 0 and leaves.producing.isdisjoint(slots):
+        return None  # the window of a convolution, for instance
+    first_use = leaves.first_use
+    slots = sorted(slots, key=lambda slot: first_use.get(slot[0], 0))
+    here = _roles_here(leaves.roles, slots, code >= 0)
+    if "produced" not in here.values():
+        return None
+    # A kernel comes before the other leaves that its layer is computed from.
+    slots.sort(key=lambda at: (first_use.get(at[0], 0), at[0] not in leaves.kernels))
+    produced = [slot for slot in slots if here[slot] == "produced"]
+    # Channels are counted in the order of the first layer that produces them.
+    first = leaves.positions(channels, produced[0])
+    channels = channels[np.argsort(first.min(axis=1))]
+    members = tuple(leaves.member(slot, here[slot], channels) for slot in slots)
+    makers = [m.leaf for m in members if m.role in ("produced", "depthwise")]
+    if code >= 0:
+        reason = _explain(*labels.reasons[code])
+    else:
+        lost = leaves.roles.lost
+        reason = next((lost[slot] for slot in produced if slot in lost), None)
+    group = Group(
+        name=leaves.name_of(produced[0][0]),
+        size=len(channels),
+        producers=tuple(dict.fromkeys(map(leaves.name_of, makers))),
+        members=members,
+        inner=False,
+        reason=reason,
+        reduced=bool(solution.reduced[channels].any()),
+    )
+    return group, channels
+
+
+def _suppositions(groups: Groups, reading: Reading) -> list[Supposition]:
+    """Returns the suppositions of the groups that may be prunable."""
+    supposed = reading.labels.supposed
+    rows = rows_of(reading.solution, [axis for axis, _, _ in supposed])
+    return [
+        Supposition(i, part, source)
+        for (_, channels), (_, part, source) in zip(rows, supposed, strict=True)
+        for i in sorted(set(reading.group_of[channels].tolist()))
+        if i >= 0 and groups[i].reason is None
+    ]
 
 
 def _explain(reason: str, source: Any) -> str:
@@ -164,13 +253,14 @@ def _explain(reason: str, source: Any) -> str:
 def _roles_here(roles: Roles, slots: list[Slot], stuck: bool) -> dict[Slot, str]:
     """Returns the roles of the axes that some channels run through.
 
-    Where none is known to produce them, it is a factor of a kernel that does, or a
-    table that is used as it is, or else a kernel that was not followed.
+    If none of the axes is known to produce the channels, the producer is a factor of a
+    kernel that does, or a table that is used directly, or else a kernel whose
+    computation was not followed.
 
     Args:
-      roles: of the model.
-      slots: the axes, in the order in which their leaves are first needed.
-      stuck: whether the channels cannot be pruned.
+      roles: Roles in the model.
+      slots: Axes, in the order in which their leaves are first needed.
+      stuck: Whether the channels cannot be pruned.
     """
     here = {slot: roles.of.get(slot, "along") for slot in slots}
     if "produced" in here.values():
@@ -187,17 +277,20 @@ def label_axes(
     traced: Trace,
     joined: tuple[tuple[Slot, Slot], ...] = (),
     kinds: dict[str, str] | None = None,
-) -> tuple[Labels, dict[int | None, list[np.ndarray]]]:
-    """Runs the rules over the whole computation; returns each value's labels.
+) -> tuple[Labels, dict[int | None, list[Axis]]]:
+    """Applies the rules to all equations of a computation.
 
     Args:
-      traced: the computation.
-      joined: see :func:`read_groups`.
-      kinds: of a sliced model's convolutions, see
+      traced: Computation.
+      joined: See :func:`read_groups`.
+      kinds: Kinds of a sliced model's convolutions, see
         :func:`tpp_jax.graph.roles.convolution_kinds`.
+
+    Returns:
+      The labels, and the axes of each value.
     """
     labels = Labels()
-    axes: dict[int | None, list[np.ndarray]] = {None: []}
+    axes: dict[int | None, list[Axis]] = {None: []}
     for value in traced.leaves.values():
         axes[value] = [labels.fresh(n) for n in traced.shapes[value]]
     inputs = _named("an input of the model", traced.input_names)
@@ -212,15 +305,17 @@ def label_axes(
     for eqn in traced.equations:
         operands = [axes[n] for n in eqn.inputs]
         shapes = [traced.shapes[n] for n in eqn.outputs]
-        labels.kind = kind_of(eqn, traced, kinds) if kinds else None
-        results = apply_rule(labels, eqn, operands, shapes)
+        kind = kind_of(eqn, traced, kinds) if kinds else None
+        results = apply_rule(labels, eqn, operands, shapes, kind)
         if eqn.primitive in ("dot_general", "ragged_dot_general") and not (
             eqn.outputs[0] in sure
-            or any(len(traced.origin.get(n, ())) == 1 for n in eqn.inputs)
+            or any(
+                n is not None and len(traced.origin.get(n, ())) == 1 for n in eqn.inputs
+            )
         ):
             _, contracted = kernel_axes(eqn, 0, len(operands[0]))
             labels.reduced += [operands[0][i] for i in contracted]
-            # Functions of attention are particular about the sizes that they are given.
+            # Functions that compute attention check the sizes of their operands.
             for i, axis in enumerate(operands[0] + operands[1]):
                 labels.suppose(axis, i)
         axes.update(zip(eqn.outputs, results, strict=True))
@@ -229,134 +324,27 @@ def label_axes(
         labels.tie(*(axes[traced.leaves[leaf]][axis] for leaf, axis in pair))
     outputs = _named("an output of the model", traced.output_names)
     for value, reason in zip(traced.outputs, outputs, strict=True):
-        labels.fix_all([axes[value]], reason)
+        for axis in axes[value]:
+            labels.fix(axis, reason)
     return labels, axes
 
 
 def _named(what: str, names: tuple[str, ...]) -> list[str]:
-    """Says of several inputs or outputs which one is meant."""
+    """Returns a description of each input or output, by name if there are several."""
     return [f"{what} {name}" if len(names) > 1 else what for name in names]
 
 
-def _alike_channels(
-    rows: list[tuple[np.ndarray, np.ndarray]], stuck: np.ndarray
-) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Bundles channels that occupy the same slots equally often.
-
-    Args:
-      rows: for each slot (an axis of a parameter leaf) ``(positions, channels)``.
-      stuck: reason number of each channel, or -1.
-
-    Yields:
-      ``(channels, slots)`` of each bundle.
-    """
-    if not rows:
-        return
-    slot_of = np.repeat(np.arange(len(rows)), [len(row[1]) for row in rows])
-    channel_at = np.concatenate([channels for _, channels in rows])
-    # A channel's signature is the sum of a random 64-bit number for each of its slots:
-    # equal sums mean equal slots, but for a chance of 2^-64 a pair.
-    weights = np.random.default_rng(0).integers(
-        2**63, size=len(rows) + stuck.max(initial=-1) + 2, dtype=np.uint64
-    )
-    signature = weights[len(rows) + stuck + 1]
-    np.add.at(signature, channel_at, weights[slot_of])
-    seen = np.zeros(len(stuck), bool)
-    seen[channel_at] = True
-    present = np.flatnonzero(seen)
-    bundle = np.zeros(len(stuck), np.int64)
-    _, bundle[present] = np.unique(signature[present], return_inverse=True)
-    met = np.unique(bundle[channel_at] * len(rows) + slot_of)
-    slots_of: dict[int, list[int]] = {}
-    for number, slot in zip(*np.divmod(met, len(rows)), strict=True):
-        slots_of.setdefault(int(number), []).append(int(slot))
-    by_bundle = present[np.argsort(bundle[present], kind="stable")]
-    ends = np.flatnonzero(np.diff(bundle[by_bundle])) + 1
-    for chosen in np.split(by_bundle, ends):
-        slots = slots_of.get(int(bundle[chosen[0]]), [])
-        for channels in _apart(chosen, *rows[slots[0]]):
-            yield channels, slots
-
-
-def _rows(
-    solution: Channels, axes: list[np.ndarray]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns what :meth:`Channels.of` does for each of several axes, all at once."""
-    if not axes:
-        return []
-    ends = np.cumsum([len(axis) for axis in axes])
-    positions, channels = solution.of(np.concatenate(axes))
-    if (np.diff(positions) < 0).any():  # some are made up of others
-        order = np.argsort(positions, kind="stable")
-        positions, channels = positions[order], channels[order]
-    cuts = positions.searchsorted(ends[:-1])
-    starts = [0, *ends[:-1].tolist()]
-    return [
-        (own - start, at)
-        for own, start, at in zip(
-            np.split(positions, cuts), starts, np.split(channels, cuts), strict=True
-        )
-    ]
-
-
-def _apart(
-    channels: np.ndarray, positions: np.ndarray, row: np.ndarray
-) -> list[np.ndarray]:
-    """Parts channels that share positions, as four heads and four dimensions do.
-
-    Positions are all combinations of one head and one dimension: the channels of one
-    kind are those that meet the same others.
-
-    Args:
-      channels: ascending.
-      positions: positions of an axis that all of them run through.
-      row: the channel at each of these.
-    """
-    if (positions[1:] > positions[:-1]).all():
-        return [channels]
-    here = np.isin(row, channels)
-    positions, row = positions[here], np.searchsorted(channels, row[here])
-    if len(np.unique(positions)) == len(positions):
-        return [channels]
-    incidence = np.zeros((len(channels), positions.max() + 1), np.int64)
-    incidence[row, positions] = 1
-    meets = incidence @ incidence.T > 0
-    np.fill_diagonal(meets, False)
-    _, kind = np.unique(meets, axis=0, return_inverse=True)
-    return [channels[kind == k] for k in range(kind.max() + 1)]
-
-
-def _positions_of(
-    channels: np.ndarray, row: tuple[np.ndarray, np.ndarray, bool]
-) -> np.ndarray:
-    """Returns int64 ``[len(channels), m]``: where each channel stands along an axis.
-
-    Args:
-      channels: those of one group, in any order.
-      row: positions along the axis and the channel at each, sorted by channel, and
-        whether each channel is there once.
-    """
-    positions, at, once = row
-    start = at.searchsorted(channels[0])
-    there = slice(start, start + len(channels))
-    if once and np.array_equal(at[there], channels):
-        return positions[there, None]
-    starts = at.searchsorted(channels)
-    m = 1 if once else at.searchsorted(channels[0], side="right") - starts[0]
-    return positions[starts[:, None] + np.arange(m)]
-
-
 def _grain(group: Group, leaf: str) -> tuple[bool, int, int, int]:
-    """Ranks groups that run through one layer's filters: what is to be named first.
+    """Returns a sort key of the groups that run through one layer's filters.
 
-    The coarser come first: those whose channels take up more neighbouring filters, or
-    an axis further left. What cannot be pruned comes last.
+    Coarser groups come first: those whose channels take up more adjacent filters, or
+    an axis further left. Groups that cannot be pruned come last.
     """
     [own, *_] = [m for m in group.members if m.role == "produced" and m.leaf == leaf]
     first, longest = int(own.positions.min()), 1
     if own.positions.shape[1] > 1:
         breaks = np.flatnonzero(np.diff(own.positions[0]) != 1)
-        longest = int(np.diff([-1, *breaks, own.positions.shape[1] - 1]).max())
+        longest = int(np.diff([-1, *breaks.tolist(), own.positions.shape[1] - 1]).max())
     return group.reason is not None, own.axis, -longest, first
 
 
@@ -366,10 +354,10 @@ def _abstract(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def _with_unique_names(groups: list[Group]) -> tuple[Group, ...]:
-    """Tells groups apart whose channels are produced by one layer.
+    """Gives distinct names to groups whose channels the same layer produces.
 
-    One that runs through the same filters as a coarser one is an inner group,
-    ``conv#2``; one that stands beside another is named by where it starts, ``conv@16``.
+    A group that runs through the same filters as a coarser one is an inner group,
+    ``conv#2``; one next to another is named by its first position, ``conv@16``.
     """
     through: dict[str, list[tuple[Group, Member]]] = {}
     for group in groups:

@@ -1,11 +1,12 @@
 """Labels of axis positions: which are tied, which are fixed, which are pairs of others.
 
 Every position of every axis of every array has a *label*: a non-negative integer for a
-position that could be removed, a negative one for one that is fixed, which tells why.
-Three facts about labels are collected while the rules walk a computation:
+position that could be removed, a negative one for a fixed position, with the reason as
+its number. Three facts about labels are collected while the rules go through a
+computation:
 
 - *ties*: two labels stand for positions that are kept or removed together;
-- *fixes*: a label's position must stay;
+- *fixes*: a label's position must be kept;
 - *definitions*: a label stands for a pair (or more) of others: position 7 of an axis of
   12 that is reshaped to (3, 4) is (1, 3). It is removed if any of its parts is.
 
@@ -20,36 +21,37 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-Axes = list[np.ndarray]  # the labels of one array: an int64 vector for each axis
+Axis = np.ndarray
+"""Labels of the positions along one axis, int64 ``[n]``."""
+
+Axes = list[Axis]
+"""Labels of one array, a vector for each axis."""
 
 
 class NotUnderstood(str):
-    """A reason to keep positions: what happens to them is not known."""
+    """A reason to keep positions: it is not known what happens to them."""
 
 
 class Labels:
-    """Gives out labels and collects what is found out about them.
+    """Makes new labels and collects what is found out about them.
 
     Attributes:
-      count: labels given out so far, which are ``0 … count - 1``.
-      ties: pairs of equally long label vectors, tied position by position.
-      blocks: vectors of labels that were given out together, in order. Most ties are of
-        such a vector to another.
-      root: for each of these, a number not larger than its own: that of a vector that
-        it is tied to as a whole, or its own.
-      fixed: pairs (labels, reason number) of positions that must stay.
-      definitions: pairs (labels ``[n]``, their parts ``[n, k]``).
-      pieces: an axis that was concatenated → the sizes of its pieces.
-      supposed: labels of axes whose size an operation is told, with a number that tells
-        apart what one operation is told, and the operation's source. That the size
-        follows the channels is a supposition, to be tried.
-      reduced: labels of axes that a reduction runs over.
-      noise: labels of axes of random numbers.
-      reasons: texts with the sources of the equations that gave them; the fixed label
-        ``-1 - i`` stands for ``reasons[i]``.
-      source: that of the equation whose rule is at work.
-      kind: if that is a convolution of a sliced model, what the unpruned one's is:
-        ``"plain"``, ``"grouped"`` or ``"depthwise"``; None to go by its sizes.
+      count: Number of labels so far, which are ``0 … count - 1``.
+      ties: Pairs of equally long label vectors, tied position by position.
+      blocks: Vectors from :meth:`fresh`, in order. Most ties are between two of them.
+      root: For each block, the number of a block, not larger than its own, that all of
+        it is tied to; its own number if there is none.
+      fixed: Pairs (labels, number of a reason) of positions that must be kept.
+      definitions: Pairs (labels ``[n]``, their parts ``[n, k]``).
+      pieces: Sizes of the pieces that an axis was concatenated from, by the axis.
+      supposed: Axes whose size is hard-coded in an operation's parameters, each with a
+        number that distinguishes several sizes of one operation, and the operation's
+        source. That the size follows the channels is a supposition, to be tried.
+      reduced: Labels of axes that a reduction runs over.
+      noise: Axes of random numbers.
+      reasons: Reasons with the sources of the operations that gave them; the fixed
+        label ``-1 - i`` stands for ``reasons[i]``.
+      source: Source of the operation whose rule is being applied.
     """
 
     def __init__(self) -> None:
@@ -67,7 +69,6 @@ class Labels:
         self.noise: list[np.ndarray] = []
         self.reasons: list[tuple[str, Any]] = []
         self.source: Any = None
-        self.kind: str | None = None
         self._numbers: dict[tuple[str, int], int] = {}
 
     def fresh(self, n: int) -> np.ndarray:
@@ -80,25 +81,19 @@ class Labels:
         return block
 
     def stuck(self, n: int, reason: str) -> np.ndarray:
-        """Returns ``n`` positions that are fixed for ``reason``."""
+        """Returns labels of ``n`` positions that are fixed for a reason."""
         return np.full(n, -1 - self._reason(reason))
 
     def fix(self, labels: np.ndarray, reason: str) -> None:
         """Fixes positions: their channels cannot be removed."""
         self._fix(labels, self._reason(reason))
 
-    def fix_all(self, arrays: list[list[np.ndarray]], reason: str) -> None:
-        """Fixes every position of every axis of several arrays."""
-        for axes in arrays:
-            for labels in axes:
-                self.fix(labels, reason)
-
     def suppose(self, labels: np.ndarray, part: int = 0) -> None:
         """Notes that the size of an axis is supposed to follow its channels.
 
         Args:
-          labels: of the axis.
-          part: which of the sizes that one operation is told.
+          labels: Labels of the axis.
+          part: Number that distinguishes several such sizes of one operation.
         """
         if (labels >= 0).any():
             self.supposed.append((labels, part, self.source))
@@ -107,10 +102,10 @@ class Labels:
         """Ties two axes position by position; returns the joint labels."""
         if a is b:
             return a
-        blocks = self._block.get(id(a)), self._block.get(id(b))
-        if None not in blocks:
-            one, other = sorted(map(self._root_of, blocks))
-            self.root[other] = one
+        block, other = self._block.get(id(a)), self._block.get(id(b))
+        if block is not None and other is not None:
+            block, other = self._root_of(block), self._root_of(other)
+            self.root[max(block, other)] = min(block, other)
             return a
         signs = self._sign(a), self._sign(b)
         if signs == (1, 1):
@@ -147,6 +142,19 @@ class Labels:
         self.definitions.append((whole, np.stack(prunable, axis=1)))
         return whole
 
+    def concatenate(self, axes: list[np.ndarray]) -> np.ndarray:
+        """Returns the labels of several axes, one after the other, in one axis."""
+        whole = np.concatenate(axes)
+        self.pieces[whole.tobytes()] = [len(axis) for axis in axes]
+        return whole
+
+    def has(self, labels: np.ndarray) -> bool:
+        """Reports whether all of some labels are labels made here."""
+        lowest, highest = -len(self.reasons), self.count - 1
+        return labels.size == 0 or bool(
+            lowest <= labels.min() and labels.max() <= highest
+        )
+
     def split(self, axis: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
         """Returns the labels of the axes that one axis is split into."""
         if (axis < 0).all():
@@ -154,7 +162,8 @@ class Labels:
         grid = axis.reshape(sizes)
         varying = [i for i in range(len(sizes)) if np.ptp(grid, axis=i).any()]
         if len(varying) == 1:
-            # The same channels again and again, as when places were put beside them.
+            # The same channels are repeated, as by an earlier reshape that merged them
+            # with another axis.
             [along] = varying
             own = np.moveaxis(grid, along, 0).reshape(sizes[along], -1)[:, 0]
             repeat = "an axis along which channels are repeated"
@@ -213,12 +222,12 @@ class Channels(NamedTuple):
     """The solution: every label expressed in channels.
 
     Attributes:
-      component: int64 ``[labels]``: the class of tied labels that each is in.
-      stuck: int64 ``[components]``: number of the reason why it must stay, or -1.
-      reduced: bool ``[components]``: whether a reduction runs over it.
-      parts: int64 ``[components, k]``: the components that define it, -1 where there
-        are none.
-      defined: bool ``[components]``: whether there are parts.
+      component: Class of tied labels that each label is in, int64 ``[labels]``.
+      stuck: Number of the reason why a component must be kept, or -1, int64
+        ``[components]``.
+      reduced: Whether a reduction runs over it, bool ``[components]``.
+      parts: Components that define it, -1 in unused entries, int64 ``[components, k]``.
+      defined: Whether it has parts, bool ``[components]``.
     """
 
     component: np.ndarray
@@ -231,11 +240,11 @@ class Channels(NamedTuple):
         """Returns the channels that run through an axis.
 
         Args:
-          labels: the labels of its positions.
+          labels: Labels of its positions.
 
         Returns:
-          ``(positions, channels)``, two equally long vectors: a channel runs through
-          each of its positions, and a position may have several channels.
+          Two equally long vectors ``(positions, channels)``. A channel may run through
+          several positions, and a position may have several channels.
         """
         positions = np.flatnonzero(labels >= 0)
         channels = self.component[labels[positions]]
@@ -252,8 +261,9 @@ class Channels(NamedTuple):
 def solve(labels: Labels) -> Channels:
     """Joins ties, and makes all definitions of a label agree.
 
-    Two definitions of one label with as many parts are tied part by part: that may tie
-    more than is needed, never less. With other numbers of parts the parts are fixed.
+    Two definitions of one label with the same number of parts are tied part by part:
+    that may tie more than is needed, never less. If the numbers differ, the parts are
+    fixed.
     """
     while True:
         component = _components(labels)
@@ -269,27 +279,29 @@ def solve(labels: Labels) -> Channels:
     reduced = np.zeros(len(stuck), bool)
     for summed in labels.reduced:
         reduced[component[summed[summed >= 0]]] = True
-    while True:  # a sum over pairs is one over all that make them up
+    while True:  # a sum over pairs is a sum over all their parts
         through = parts[reduced]
         more = np.unique(through[through >= 0])
         if reduced[more].all():
             break
         reduced[more] = True
-    return Channels(component, stuck, reduced, parts, (parts >= 0).any(axis=1))
+    return Channels(
+        component, stuck, reduced, parts, np.asarray((parts >= 0).any(axis=1))
+    )
 
 
 def _fix_circles(
     labels: Labels, component: np.ndarray, stuck: np.ndarray, parts: np.ndarray
 ) -> None:
-    """Fixes labels that are, in the end, parts of themselves.
+    """Fixes labels that are, directly or not, parts of themselves.
 
-    So they are where an axis of heads and dimensions is added to one of the two.
+    This happens where an axis of heads and dimensions is added to one of the two.
     """
     open_ = (parts >= 0).any(axis=1) & (stuck < 0)
     if not open_.any():
         return
     while True:
-        # What has only parts that are no definitions any more is none of a circle.
+        # A label is in no circle if none of its parts may be in one.
         still = open_ & ((parts >= 0) & open_[parts]).any(axis=1)
         if (still == open_).all():
             break
@@ -300,7 +312,7 @@ def _fix_circles(
 
 
 def _undo_fixed(parts: np.ndarray, stuck: np.ndarray) -> None:
-    """Fixes labels whose parts are all fixed; they are pairs no more."""
+    """Fixes labels whose parts are all fixed, and drops their definitions."""
     while True:
         of_fixed = ((parts < 0) | (stuck[parts] >= 0)).all(axis=1)
         of_fixed &= (parts >= 0).any(axis=1)
@@ -312,11 +324,14 @@ def _undo_fixed(parts: np.ndarray, stuck: np.ndarray) -> None:
 
 
 def _components(labels: Labels) -> np.ndarray:
-    """Returns int64 ``[labels]``: the class of each, in the order of their firsts."""
+    """Returns the class of each label, int64 ``[labels]``.
+
+    Classes are numbered in the order of their first labels.
+    """
     sizes = np.array([len(block) for block in labels.blocks], np.int64)
     root = np.array([labels._root_of(i) for i in range(len(sizes))], np.int64)
     own = root == np.arange(len(root))
-    # Vectors that are tied as a whole have their root's classes, in its order.
+    # A block that is tied to another has the classes of its root, in the same order.
     first = np.cumsum(np.where(own, sizes, 0)) - np.where(own, sizes, 0)
     start = np.cumsum(sizes) - sizes
     component = np.arange(labels.count) + np.repeat(first[root] - start, sizes)
@@ -353,7 +368,7 @@ def _agree(labels: Labels, component: np.ndarray, stuck: np.ndarray) -> np.ndarr
             here = np.where(parts[:, i] >= 0, component[parts[:, i]], -1)
             new = found[own, i] < 0
             found[own[new], i] = here[new]
-            # One pass keeps one definition per component; every other is tied to it.
+            # One definition per component is kept; every other is tied to it.
             there = found[own, i]
             differ = (here >= 0) & (there >= 0) & (here != there)
             if differ.any():

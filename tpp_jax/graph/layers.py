@@ -2,8 +2,8 @@
 
 A kernel is most often one leaf of the parameters, perhaps transposed or cast. It may
 also be computed from several: a direction and a length (weight normalisation), a weight
-and a mask, a weight and two factors of low rank, the gates of a recurrent cell side by
-side. The same rules that follow the channels through a network (rules.py) say which
+and a mask, a weight and two factors of low rank, the concatenated gates of a recurrent
+cell. The same rules that follow the channels through a network (rules.py) find which
 axis of which leaf has become which axis of the kernel.
 """
 
@@ -20,7 +20,8 @@ from tpp_jax.graph.unfolding import Equation
 
 PRODUCTS = ("conv_general_dilated", "dot_general", "ragged_dot_general")
 
-LeafAxes = frozenset[tuple[str, int]]  # axes of parameter leaves
+LeafAxes = frozenset[tuple[str, int]]
+"""Axes of parameter leaves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,21 +29,20 @@ class Layer:
     """A use of a kernel: a convolution or a dense layer.
 
     Attributes:
-      kernel: name of the leaf that it is named by: of all that its kernel is computed
-        from, the largest whose axes are both those that the layer contracts and those
-        that it produces.
-      equation: one of :data:`PRODUCTS`.
-      operand: which input of the equation the kernel is.
-      leaves: names of all leaves that the kernel is computed from.
-      axes: for each axis of the kernel, the axes of leaves that have become it.
-      inner: whether the other operand is made of parameters too, as in a product of two
-        factors of low rank.
-      met: for an inner layer, the axes of leaves that have become each axis of the
-        other operand.
-      sure: whether the equation is a layer for certain: one leaf has both kinds of
-        axes. Otherwise it may be a product of activations that do not depend on the
-        model's inputs, of learned queries with keys.
-      name: dotted name, ``layer1.0.conv1``.
+      kernel: Name of the leaf that names the layer: of all leaves that its kernel is
+        computed from, the largest that has axes of both kinds, contracted and produced.
+      equation: Equation of one of :data:`PRODUCTS`.
+      operand: Number of the kernel among the equation's operands.
+      leaves: Names of all leaves that the kernel is computed from.
+      axes: Axes of leaves that have become each axis of the kernel.
+      inner: Whether the other operand is computed from parameters too, as in a product
+        of two factors of low rank.
+      met: Axes of leaves that have become each axis of the other operand of an inner
+        layer.
+      sure: Whether the equation is certainly a layer, since one leaf has axes of both
+        kinds. Otherwise it may be a product of activations that do not depend on the
+        model's inputs, such as learned queries, with keys.
+      name: Dotted name, ``layer1.0.conv1``.
     """
 
     kernel: str
@@ -69,8 +69,8 @@ class Lookup:
     """A look-up of the model's inputs in a table of parameters: an embedding.
 
     Attributes:
-      table: name of the leaf, the largest if the table is computed from several.
-      produced: the axes of leaves that are taken whole.
+      table: Name of the leaf, or of the largest one that the table is computed from.
+      produced: Axes of leaves that are not indexed.
     """
 
     table: str
@@ -82,13 +82,13 @@ def kernel_axes(
 ) -> tuple[list[int], tuple[int, ...]]:
     """Returns the axes of an operand that a product keeps, and those it contracts.
 
-    Those that both operands have in common, a batch of matrices or the experts of a
-    ragged product, are neither.
+    Axes that both operands share, a batch of matrices or the experts of a ragged
+    product, are neither.
 
     Args:
-      eqn: one of :data:`PRODUCTS`.
-      operand: which of its inputs, 0 or 1.
-      rank: number of that input's axes.
+      eqn: Equation of one of :data:`PRODUCTS`.
+      operand: Number of the operand, 0 or 1.
+      rank: Number of its axes.
     """
     if eqn.primitive == "conv_general_dilated":
         dims = eqn.params["dimension_numbers"]
@@ -113,9 +113,14 @@ def find_layers(
 ) -> tuple[Layer, ...]:
     """Lists every use of a kernel in order of execution, without names.
 
+    The arguments are attributes of a :class:`tpp_jax.graph.tracing.Trace`.
+
     Args:
-      leaves, origin, equations, shapes, trainable: see
-        :class:`tpp_jax.graph.tracing.Trace`.
+      leaves: Value number of each parameter leaf.
+      origin: Names of the leaves that each value is computed from.
+      equations: Equations of the computation.
+      shapes: Shape of each value.
+      trainable: Names of the leaves that are trained.
     """
     finder = _Finder(leaves, origin, equations, shapes, trainable)
     return tuple(finder.layers())
@@ -134,8 +139,11 @@ def find_lookups(
     are not among them.
 
     Args:
-      inputs: value numbers of the model's inputs.
-      leaves, origin, equations, shapes: see :class:`tpp_jax.graph.tracing.Trace`.
+      inputs: Value numbers of the model's inputs.
+      leaves: Value number of each parameter leaf.
+      origin: Names of the leaves that each value is computed from.
+      equations: Equations of the computation.
+      shapes: Shape of each value.
     """
     finder = _Finder(leaves, origin, equations, shapes)
     return tuple(finder.lookups(inputs))
@@ -153,7 +161,7 @@ class _Finder:
         self.leaves, self.origin = leaves, origin
         self.equations, self.shapes = equations, shapes
         self.trainable = trainable
-        # Values that a product of parameters with parameters has gone into.
+        # Values computed from a product of parameters with parameters.
         self.mixed: set[int] = set()
 
     def layers(self) -> Iterator[Layer]:
@@ -198,15 +206,15 @@ class _Finder:
     def _of_one_leaf(
         self, eqn: Equation, operand: int, operands: list[int]
     ) -> Layer | None:
-        names = self.origin[eqn.inputs[operand]]
-        if len(names) > 1 or len(self._shape(names[0])) < 2:
+        leaf, *others = self.origin[eqn.operand(operand)]
+        if others or len(self._shape(leaf)) < 2:
             return None
-        return self._layer(names[0], eqn, operand, operands, True)
+        return self._layer(leaf, eqn, operand, operands, True)
 
     def _of_several(
         self, eqn: Equation, operand: int, operands: list[int]
     ) -> Layer | None:
-        value, inner = eqn.inputs[operand], len(operands) == 2
+        value, inner = eqn.operand(operand), len(operands) == 2
         mixed = value in self.mixed
         names, rank = self.origin[value], len(self.shapes[value])
         produced, contracted = kernel_axes(eqn, operand, rank)
@@ -216,8 +224,8 @@ class _Finder:
         makes = {leaf for i in produced for leaf, _ in axes[i]}
         takes = {leaf for i in contracted for leaf, _ in axes[i]}
         if mixed and not makes & takes:
-            # Factors of low rank stand where kernels do, on the right. Queries that are
-            # learned, not read off the inputs, do not, or have heads.
+            # Factors of low rank are on the right, where kernels are. Learned queries,
+            # which are not computed from the inputs, are not, or have heads.
             batched = rank > len(produced) + len(contracted)
             if batched or operand == 0 or not makes or not takes:
                 return None
@@ -233,8 +241,8 @@ class _Finder:
     def _layer(
         self, kernel: str, eqn: Equation, operand: int, operands: list[int], sure: bool
     ) -> Layer:
-        value, inner = eqn.inputs[operand], len(operands) == 2
-        met = self._axes(eqn.inputs[1 - operand]) if inner else ()
+        value, inner = eqn.operand(operand), len(operands) == 2
+        met = self._axes(eqn.operand(1 - operand)) if inner else ()
         names, axes = self.origin[value], self._axes(value)
         return Layer(kernel, eqn, operand, names, axes, inner, met, sure)
 
@@ -257,7 +265,7 @@ class _Finder:
 
 
 class _Weights:
-    """What becomes of the axes of leaves in what is computed from parameters alone."""
+    """The axes of leaves, followed through what is computed from parameters alone."""
 
     def __init__(
         self,
@@ -268,11 +276,13 @@ class _Weights:
     ) -> None:
         self.leaves = leaves
         self.labels = labels = Labels()
-        self.axes_of: dict[int | None, Axes] = {None: []}
+        self.axes_of: dict[int, Axes] = {}
         for n in leaves.values():
             self.axes_of[n] = [labels.fresh(size) for size in shapes[n]]
 
         def operand(n: int | None) -> Axes:
+            if n is None:
+                return []
             if n in self.axes_of:
                 return self.axes_of[n]
             return [labels.stuck(size, "an array built in") for size in shapes[n]]
@@ -285,7 +295,7 @@ class _Weights:
                 self.axes_of.update(zip(eqn.outputs, results, strict=True))
 
     def axes(self, value: int, names: tuple[str, ...]) -> tuple[LeafAxes, ...]:
-        """Returns, for each axis of a value, the axes of leaves that became it."""
+        """Returns the axes of leaves that have become each axis of a value."""
         own = [
             (name, i, labels)
             for name in names
@@ -310,5 +320,5 @@ class _Weights:
         return solve(self.labels)
 
     def _parts(self, labels: np.ndarray) -> np.ndarray:
-        """Returns what runs through an axis: of heads and dimensions in one, both."""
+        """Returns the channels of an axis; of a merged axis, those of all its parts."""
         return np.unique(self._solution.of(labels)[1])

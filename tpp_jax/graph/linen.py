@@ -1,9 +1,9 @@
 """Running a Flax Linen module on sliced variables.
 
-Linen declares the width of every layer in the module, and checks it against the
-parameters. Here the arrays decide: a parameter that exists is taken as it is, and the
-few sizes that a layer computes with follow it. Methods are intercepted for that
-(``flax.linen.intercept_methods``); the module itself is left untouched.
+A Linen module declares the width of every layer and checks it against the parameters.
+Here the arrays decide: existing parameters are used without the check, and the few
+sizes that a layer computes with follow them. This is done by intercepting methods
+(``flax.linen.intercept_methods``); the module itself is not modified.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from flax import linen, nnx
 from tpp_jax.graph.fields import Field, Values, own_fields, with_values
 from tpp_jax.graph.nnx_layers import NumGroups, Shape, follow_layers
 
-# The layer of each of Flax's recurrent cells whose kernel contracts the hidden state.
+# Recurrent cell of Flax → the layer in it whose kernel contracts the hidden state.
 _RECURRENT = {
     linen.LSTMCell: "hi",
     linen.OptimizedLSTMCell: "hi",
@@ -28,13 +28,13 @@ _RECURRENT = {
 
 
 def linen_apply(module: linen.Module, plan: Any = None) -> Callable[..., Any]:
-    """Returns ``module.apply`` for variables of any width, untried.
+    """Returns ``module.apply`` for variables of any width, without trying it.
 
     See :func:`tpp_jax.linen_apply`, which tries the plan on the module first.
 
     Args:
-      module: a Linen module.
-      plan: the plan that the variables were sliced by, or None.
+      module: Linen module.
+      plan: Plan by which the variables were sliced, or None.
     """
     widths = (
         arrays_decide()
@@ -51,17 +51,17 @@ def linen_apply(module: linen.Module, plan: Any = None) -> Callable[..., Any]:
 
 
 def arrays_decide(
-    num_groups: NumGroups = lambda leaf, number: None,
+    num_groups: NumGroups = lambda *_: None,
     shapes: Mapping[str, Shape] | None = None,
     values: Values | None = None,
 ) -> Callable[..., Any]:
-    """Returns an interceptor that gives Linen's layers the widths of their arrays.
+    """Returns an interceptor that runs Linen's layers with the widths of their arrays.
 
     Args:
-      num_groups: how many groups a ``GroupNorm`` has, see
+      num_groups: Function that gives the number of groups of a ``GroupNorm``, see
         :func:`tpp_jax.graph.nnx_layers.follow_layers`.
-      shapes: variable name → its shape before the cut, where that is known.
-      values: path of a module → attribute → what it is set to.
+      shapes: Variable name → its shape before the cut, where known.
+      values: Path of a module → name of an attribute → value that it is set to.
     """
 
     def interceptor(
@@ -80,7 +80,7 @@ def arrays_decide(
             }
         inputs = args[0] if called and args else kwargs.get("inputs")
         with contextlib.ExitStack() as stack:
-            # What setup computes from the unpruned numbers is set itself, if need be.
+            # An attribute that setup computes from unpruned numbers is set by itself.
             if values and context.method_name != "setup":
                 own = values.get(".".join(module.path), {})
                 stack.enter_context(_attributes(module, **with_values(module, own)))
@@ -92,15 +92,14 @@ def arrays_decide(
     return interceptor
 
 
-def linen_fields(module: linen.Module, run: Callable[[], Any]) -> dict[Field, type]:
-    """Finds the whole numbers that a model's own Linen modules keep.
+def linen_fields(run: Callable[[], Any]) -> dict[Field, type]:
+    """Finds the integer attributes of a model's modules that are not Flax's own.
 
     Args:
-      module: the model.
-      run: runs the model; the modules that it meets are looked at.
+      run: Function that runs the model; the modules that it calls are examined.
 
     Returns:
-      Attribute → class of the module that keeps it.
+      Attribute → class of the module that has it.
     """
     found: dict[Field, type] = {}
 
@@ -112,9 +111,10 @@ def linen_fields(module: linen.Module, run: Callable[[], Any]) -> dict[Field, ty
     ) -> Any:
         inner = context.module
         own = type(inner).__module__.partition(".")[0] != "flax"
-        if own and inner.scope is not None:  # those of Flax follow their arrays
+        if own and inner.scope is not None:  # Flax's layers follow their arrays
             path = ".".join(inner.path)
-            found.update(own_fields(inner, path, vars(inner)))  # and what setup sets
+            # vars() includes the attributes that setup sets.
+            found.update(own_fields(inner, path, vars(inner)))
         return method(*args, **kwargs)
 
     with linen.intercept_methods(note):
@@ -123,7 +123,7 @@ def linen_fields(module: linen.Module, run: Callable[[], Any]) -> dict[Field, ty
 
 
 class _Param:
-    """Takes the place of ``module.param``, without the check of the shape."""
+    """Replacement of ``module.param`` that does not check the shape."""
 
     def __init__(self, module: linen.Module) -> None:
         self.module = module
@@ -145,7 +145,7 @@ class _Param:
 
 @contextlib.contextmanager
 def _attributes(module: linen.Module, **values: Any) -> Iterator[None]:
-    """Sets attributes of a module, which are frozen to its user, for a while."""
+    """Sets attributes of a frozen module within a context."""
     before = {name: vars(module)[name] for name in values if name in vars(module)}
     for name, value in values.items():
         object.__setattr__(module, name, value)
@@ -165,39 +165,48 @@ def _static_sizes(
     num_groups: NumGroups,
     shapes: Mapping[str, Shape],
 ) -> Iterator[tuple[linen.Module, dict[str, Any]]]:
-    """Yields layers and the sizes that they compute with, as their arrays have them."""
+    """Yields layers and the sizes that they compute with, as in their arrays."""
+    if isinstance(module, linen.GroupNorm):
+        if sizes := _group_norm(module, num_groups, shapes):
+            yield module, sizes
+    elif isinstance(module, linen.RNN):
+        cell = module.cell
+        if cell.scope is not None and (features := _hidden_features(cell, shapes)):
+            yield cell, {"features": features}
+    elif sizes := _kernel_sizes(module, inputs):
+        yield module, sizes
+
+
+def _kernel_sizes(module: linen.Module, inputs: Any) -> dict[str, Any]:
+    """Returns the sizes that a layer computes with and that its kernel determines."""
+    with_kernel = linen.Conv | linen.DenseGeneral | linen.Einsum
+    kernel = _shape(module, "kernel") if isinstance(module, with_kernel) else None
     match module:
         case linen.Conv(feature_group_count=groups) if groups > 1:
-            kernel = _shape(module, "kernel")
             if kernel and inputs is not None and kernel[-2]:
                 groups = inputs.shape[-1] // kernel[-2]
-                yield module, {"feature_group_count": groups, "features": kernel[-1]}
-        case linen.DenseGeneral(features=features):
-            if kernel := _shape(module, "kernel"):
-                alone = isinstance(features, int)
-                last = kernel[-1] if alone else kernel[len(kernel) - len(features) :]
-                yield module, {"features": last}
+                return {"feature_group_count": groups, "features": kernel[-1]}
+        case linen.DenseGeneral(features=features) if kernel:
+            alone = isinstance(features, int)
+            last = kernel[-1] if alone else kernel[len(kernel) - len(features) :]
+            return {"features": last}
         case linen.MultiHeadDotProductAttention():
-            # It would divide the width of its input by the heads if not told this.
-            if kernel := _shape(module, "query", "kernel"):
-                *_, heads, size = kernel
-                yield module, {"num_heads": heads, "qkv_features": heads * size}
-        case linen.Einsum():
-            if kernel := _shape(module, "kernel"):
-                yield module, {"shape": kernel}
+            # By default it divides the width of its input by the number of heads.
+            if query := _shape(module, "query", "kernel"):
+                *_, heads, size = query
+                return {"num_heads": heads, "qkv_features": heads * size}
+        case linen.Einsum() if kernel:
+            return {"shape": kernel}
         case linen.Embed():
             if table := _shape(module, "embedding"):
-                yield module, {"num_embeddings": table[0], "features": table[1]}
-        case linen.GroupNorm():
-            if sizes := _group_norm(module, num_groups, shapes):
-                yield module, sizes
-        case linen.RNN(cell=cell) if cell.scope is not None:
-            if features := _hidden_features(cell, shapes):
-                yield cell, {"features": features}
+                return {"num_embeddings": table[0], "features": table[1]}
+    return {}
 
 
 def _shape(module: linen.Module, *path: str) -> Shape | None:
-    """Returns the shape of a parameter of a module, None if it has none such."""
+    """Returns the shape of a module's parameter, None if there is no such parameter."""
+    if module.scope is None:
+        return None
     value = module.scope.get_variable("params", path[0])
     for key in path[1:]:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -211,7 +220,7 @@ def _group_norm(
     array = "scale" if module.use_scale else "bias"
     leaf = ".".join((*module.path, array))
     old = module.num_groups
-    if old is None and leaf in shapes:
+    if old is None and leaf in shapes and module.group_size:
         old = shapes[leaf][-1] // module.group_size
     number = num_groups(leaf, old) if old else None
     return {} if number is None else {"num_groups": number, "group_size": None}
@@ -220,14 +229,14 @@ def _group_norm(
 def _hidden_features(
     cell: linen.RNNCellBase, shapes: Mapping[str, Shape]
 ) -> int | None:
-    """Returns the width of a cell's state: what its recurrent kernels contract.
+    """Returns the width of a cell's state, which its recurrent kernels contract.
 
-    A cell of one's own is taken to be like Flax's only where that was true before the
-    cut: where it has kernels with the names of Flax's that contract its ``features``.
+    A user's cell is taken to be like Flax's only if that was so before the cut: if it
+    has kernels with the names of Flax's that contracted its ``features``.
     """
     if name := _RECURRENT.get(type(cell)):
         kernel = _shape(cell, name, "kernel")
-        return kernel and kernel[-2]
+        return kernel[-2] if kernel else None
     old = getattr(cell, "features", None)
     for name in dict.fromkeys(_RECURRENT.values()):
         before = shapes.get(".".join((*cell.path, name, "kernel")), ())
@@ -243,10 +252,10 @@ def _following(
     num_groups: NumGroups,
     shapes: Mapping[str, Shape],
 ) -> Callable[..., Any]:
-    """Returns the method that an NNX module in a Linen one is to be called by.
+    """Returns a method for ``ToLinen`` to call on its NNX module.
 
-    ``ToLinen`` makes the module, gives it its arrays, and calls the method: here its
-    layers' sizes follow the arrays first.
+    ``ToLinen`` creates the module, sets its arrays and calls the method. This method
+    first sets the sizes of the module's layers to those of the arrays.
     """
     method = kwargs.get("nnx_method") or "__call__"
     prefix = "".join(f"{part}." for part in module.path)

@@ -1,7 +1,8 @@
 """Dotted names of pytree leaves: ``layer1.0.conv1.kernel``.
 
-The names are the ones PyTorch users know, so that the original's pattern strings work
-verbatim, and they are the only link between a plan and the trees it is applied to.
+The names have the form that PyTorch users know, so that patterns written for PyTorch's
+models also match here. They are the only link between a plan and the trees that it is
+applied to.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,15 +15,15 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 def leaf_name(path: tuple[Any, ...]) -> str:
     """Returns the dotted name of a key path as given by ``jax.tree_util``.
 
-    Flax NNX keeps an array inside a variable, whose key path ends in ``.value``: that
-    last step is left out, so that an ``nnx.State``, its pure dict and a flat dict with
+    Flax NNX keeps an array inside a variable, whose key path ends in ``.value``. This
+    last key is left out, so that an ``nnx.State``, its pure dict and a flat dict with
     dotted keys all give the same names.
 
     Args:
-      path: a key path, a tuple of ``jax.tree_util`` keys.
+      path: Key path, a tuple of ``jax.tree_util`` keys.
 
     Returns:
-      The name, ``""`` for the path of a bare leaf.
+      The name; ``""`` for the path of a bare leaf.
 
     Example:
       >>> import jax
@@ -39,7 +40,7 @@ def _key_name(key: Any) -> str:
     match key:
         case SequenceKey(idx=idx):
             return str(idx)
-        case DictKey(key=tuple(parts)):  # of flax.traverse_util.flatten_dict
+        case DictKey(key=tuple(parts)):  # from flax.traverse_util.flatten_dict
             return ".".join(map(str, parts))
         case DictKey(key=name) | FlattenedIndexKey(key=name):
             return str(name)
@@ -58,14 +59,14 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Maps ``fn(name, leaf, *rest_leaves)`` over pytrees of one structure."""
+    """Maps ``fn(name, leaf, *rest_leaves)`` over pytrees of the same structure."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: fn(leaf_name(path), *leaves), tree, *rest
     )
 
 
 def layer_name(leaf: str) -> str:
-    """Returns the layer that a leaf belongs to: its name without the last part.
+    """Returns the name of a leaf's layer: the leaf's name without its last part.
 
     A leaf at the root of the tree (``w1`` in a plain dict) is its own layer.
 
@@ -79,14 +80,14 @@ def layer_name(leaf: str) -> str:
 def longest_known_suffix(name: str, known: Iterable[str]) -> str | None:
     """Returns the longest dotted suffix of ``name`` that is in ``known``, or None.
 
-    An optimizer keeps copies of the parameters deeper in its own state
-    (``0.trace.layer1.0.conv1.kernel``): the longest suffix names the parameter.
-    ``known`` must hold *every* parameter, also those that nothing is cut from, so that
-    ``layer1.0.conv1.kernel`` is not taken for a pruned ``conv1.kernel``.
+    An optimizer nests copies of the parameters in its own state
+    (``0.trace.layer1.0.conv1.kernel``); the longest suffix names the parameter.
+    ``known`` must contain *all* parameters, including those that are not pruned, so
+    that ``layer1.0.conv1.kernel`` is not mistaken for a pruned ``conv1.kernel``.
 
-    Keys that hold a path of their own (``params/conv1/kernel``, as from
-    ``flax.traverse_util.flatten_dict(tree, sep="/")``) are read as that path, unless a
-    parameter's own name has such a key.
+    A key that is itself a path (``params/conv1/kernel``, as from
+    ``flax.traverse_util.flatten_dict(tree, sep="/")``) is read as that path, unless the
+    name of a parameter contains such a key.
     """
     found = _longest_suffix(name, known)
     if found is None and "/" in name:
@@ -106,7 +107,7 @@ def _longest_suffix(name: str, known: Iterable[str]) -> str | None:
 
 
 def some(names: Iterable[str], most: int = 5) -> str:
-    """Returns the first of some names, for a message.
+    """Returns the first few names as text, for a message.
 
     Example:
       >>> some(["a", "b", "c"], most=2)

@@ -1,14 +1,15 @@
-"""The sizes that the layers of Flax NNX keep next to their arrays.
+"""The sizes that layers of Flax NNX have as attributes, next to their arrays.
 
-A layer of NNX keeps the widths that it was made with as plain integers. Some compute
-with them, all show them to their users: after a cut they have to be those of the
-arrays. They are in the table here, by type.
+A layer of NNX stores the widths that it was created with as plain integers. Some layers
+compute with them, and users read them, so after a cut they have to be set to the sizes
+of the arrays. The functions here compute them for each type of layer.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 from flax.core import FrozenDict
@@ -17,24 +18,35 @@ Shape = tuple[int, ...]
 NumGroups = Callable[[str, int], int | None]
 
 
-class _Layer(NamedTuple):
-    """What the table asks of a layer, as it is or as it was before the cut.
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A layer as it is, or as it was before the cut.
 
     Attributes:
-      module: the layer.
-      shape: ``shape("kernel")``, the shape of one of its arrays, ``None`` if it has no
-        such array.
-      groups: ``groups("kernel", n)``, how many of n groups the last axis of an array
-        has, ``None`` if that is not known.
+      module: Layer.
+      find_shape: Function from the name of an array to its shape, ``None`` if the layer
+        has no such array.
+      groups: Function from the name of an array and its old number of groups to the
+        number of groups that its last axis has, ``None`` if that is not known.
     """
 
     module: nnx.Module
-    shape: Callable[[str], Shape | None]
+    find_shape: Callable[[str], Shape | None]
     groups: NumGroups
+
+    def shape(self, name: str) -> Shape:
+        """Returns the shape of one of its arrays.
+
+        Raises:
+          KeyError: The layer has no such array.
+        """
+        if (found := self.find_shape(name)) is None:
+            raise KeyError(name)
+        return found
 
     def last(self, *names: str) -> int | None:
         """Returns the length of the last axis of the first array that exists."""
-        found = [shape for name in names if (shape := self.shape(name))]
+        found = [shape for name in names if (shape := self.find_shape(name))]
         return found[0][-1] if found else None
 
 
@@ -43,18 +55,19 @@ def follow_layers(
     num_groups: NumGroups,
     shapes: Mapping[str, Shape] | None = None,
 ) -> None:
-    """Sets the static sizes of all layers of Flax to what their arrays say, in place.
+    """Sets the sizes of all Flax layers in a model to those of their arrays, in place.
 
     Args:
-      model: with arrays of other widths than it was made with.
-      num_groups: ``num_groups(leaf, number)`` gives the number of groups that the last
-        axis of an array falls into, which the array does not tell: those of a
-        ``GroupNorm``, by its scale's name, or of a grouped convolution, by its
-        kernel's. Given are the array's name and the old number; ``None`` is returned
-        where it is not known. A norm without arrays asks in the same way how many
-        features it has, by its name and ``num_features``.
-      shapes: array name → its shape before the cut. If given, only sizes that agreed
-        with the arrays before are set: a class of one's own may mean something else.
+      model: Model whose arrays have other widths than those that it was created with.
+      num_groups: Function ``num_groups(leaf, number)`` from the name of an array and
+        its old number of groups to the number of groups that its last axis has now, or
+        ``None`` if that is not known. Arrays do not determine these numbers: those of a
+        ``GroupNorm``, by the name of its scale, and of a grouped convolution, by the
+        name of its kernel. For a norm without arrays it gives the number of features,
+        by the norm's name and ``num_features``.
+      shapes: Array name → its shape before the cut. If given, only sizes that agreed
+        with the arrays before the cut are set: in a user's class an attribute of the
+        same name may mean something else.
     """
     for path, module in modules(model):
         if _is_known(type(module)):
@@ -62,12 +75,12 @@ def follow_layers(
 
 
 def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """Yields a module and all inside it with their dotted paths, each once.
+    """Yields a module and all modules in it with their dotted paths, each once.
 
-    A module that is found in two places has the path that its arrays have in the
-    model's ``nnx.state``: the first in the order of the names.
+    A module that occurs in two places has the path that its arrays have in the model's
+    ``nnx.state``: the first in the order of the names.
 
-    ``nnx.iter_modules`` looks at every variable too and takes fourteen times as long,
+    ``nnx.iter_modules`` also visits every variable and takes fourteen times as long,
     which would be a tenth of the time to find a network's groups.
     """
     seen: set[int] = set()
@@ -77,13 +90,13 @@ def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
         if id(node) in seen:
             continue
         seen.add(id(node))
-        kind = _kind(type(node))
-        if kind == "module":
+        container = _container(type(node))
+        if container == "module":
             yield path, node
-        ordered = kind == "sequence"
-        node = vars(node) if kind in ("module", "pytree") else node
+        ordered = container == "sequence"
+        node = vars(node) if container in ("module", "pytree") else node
         items = enumerate(node) if ordered else node.items()
-        inside = [(key, value) for key, value in items if _kind(type(value))]
+        inside = [(key, value) for key, value in items if _container(type(value))]
         if ordered:
             inside.reverse()
         elif len(inside) > 1:
@@ -94,8 +107,8 @@ def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
 
 
 @functools.cache
-def _kind(of: type) -> str:
-    """Returns what a value of a type may hold modules as, ``""`` if it holds none."""
+def _container(of: type) -> str:
+    """Returns how values of a type contain modules, ``""`` if they contain none."""
     if issubclass(of, nnx.Pytree):
         return "module" if issubclass(of, nnx.Module) else "pytree"
     if issubclass(of, (list, tuple)):
@@ -104,7 +117,7 @@ def _kind(of: type) -> str:
 
 
 def _by_number_or_name(key: Any) -> tuple[bool, int, str]:
-    """Sorts the keys of an NNX node as NNX does: ``nnx.List`` keeps numbers as text."""
+    """Returns the place of a key in NNX's order; the keys of ``nnx.List`` are text."""
     text = str(key)
     return (False, int(text), "") if text.isdecimal() else (True, 0, text)
 
@@ -119,7 +132,7 @@ def _follow_own_arrays(
         found: Any = module
         for part in array.split("."):
             found = getattr(found, part, None)
-        if isinstance(found, nnx.Variable):  # its shape, without a look at its rights
+        if isinstance(found, nnx.Variable):  # its shape, without NNX's checks
             found = found.get_raw_value()
         return None if found is None else tuple(found.shape)
 
@@ -134,18 +147,18 @@ def _follow_own_arrays(
     for name, size in sizes.items():
         own = getattr(module, name, old.get(name))
         if size is not None and own not in (None, size) and old.get(name, own) == own:
-            if name in vars(module):  # a number as before: NNX need not look at it
+            if name in vars(module):  # it remains a number: NNX's checks can be skipped
                 vars(module)[name] = size
             else:
                 setattr(module, name, size)
 
 
 def _known_sizes(layer: _Layer) -> dict[str, Any]:
-    """Returns what the table says of a layer, nothing where it does not apply.
+    """Returns the sizes of a layer, none if they cannot be found.
 
-    The layer may be of a class of one's own, with other arrays than its parent's; or
-    the shapes that it had are not known, as of an array that two layers share and that
-    has its name from the other one.
+    The layer may be of a user's class with other arrays than its parent class; or its
+    earlier shapes may not be known, as with an array that two layers share and that is
+    named by the other layer.
     """
     try:
         return _sizes(layer)
@@ -158,8 +171,15 @@ def _sizes(layer: _Layer) -> dict[str, Any]:
 
     Axes are counted from the end, since a layer under ``nnx.vmap`` has more in front.
     """
-    module, shape = layer.module, layer.shape
-    match module:
+    for types, sizes in _SIZES.items():
+        if isinstance(layer.module, types):
+            return sizes(layer)
+    return {}
+
+
+def _dense_sizes(layer: _Layer) -> dict[str, Any]:
+    shape = layer.shape
+    match module := layer.module:
         case nnx.Linear():
             inputs, outputs = shape("kernel")[-2:]
             return {"in_features": inputs, "out_features": outputs}
@@ -176,14 +196,27 @@ def _sizes(layer: _Layer) -> dict[str, Any]:
                 "batch_axis": FrozenDict(zip(module.batch_axis, batch, strict=True)),
             }
         case nnx.Einsum():
-            bias = shape("bias")
+            bias, own = layer.find_shape("bias"), module.bias_shape
             return {
                 "kernel_shape": shape("kernel")[-len(module.kernel_shape) :],
-                "bias_shape": bias and bias[-len(module.bias_shape) :],
+                "bias_shape": bias and own and bias[-len(own) :],
             }
+        case nnx.Embed():
+            number, features = shape("embedding")[-2:]
+            return {"num_embeddings": number, "features": features}
+        case nnx.LoRA():
+            return {
+                "in_features": shape("lora_a")[-2],
+                "out_features": shape("lora_b")[-1],
+            }
+    return {}
+
+
+def _convolution_sizes(layer: _Layer) -> dict[str, Any]:
+    match module := layer.module:
         case nnx.Conv():
-            kernel = shape("kernel")[-len(module.kernel_shape) :]
-            groups = _conv_groups(layer)
+            kernel = layer.shape("kernel")[-len(module.kernel_shape) :]
+            groups = _conv_groups(module, layer)
             return {
                 "kernel_shape": kernel,
                 "in_features": kernel[-2] * groups,
@@ -191,7 +224,7 @@ def _sizes(layer: _Layer) -> dict[str, Any]:
                 "feature_group_count": groups,
             }
         case nnx.ConvTranspose():
-            kernel = shape("kernel")[-len(module.kernel_shape) :]
+            kernel = layer.shape("kernel")[-len(module.kernel_shape) :]
             inputs, outputs = kernel[-2:]
             if module.transpose_kernel:
                 inputs, outputs = outputs, inputs
@@ -200,9 +233,11 @@ def _sizes(layer: _Layer) -> dict[str, Any]:
                 "in_features": inputs,
                 "out_features": outputs,
             }
-        case nnx.Embed():
-            number, features = shape("embedding")[-2:]
-            return {"num_embeddings": number, "features": features}
+    return {}
+
+
+def _norm_sizes(layer: _Layer) -> dict[str, Any]:
+    match module := layer.module:
         case nnx.BatchNorm():
             return {"num_features": layer.last("mean")}
         case nnx.LayerNorm() | nnx.RMSNorm() | nnx.InstanceNorm():
@@ -211,57 +246,61 @@ def _sizes(layer: _Layer) -> dict[str, Any]:
                 width = layer.groups("num_features", module.num_features)
             return {"num_features": width}
         case nnx.GroupNorm() if width := layer.last("scale", "bias"):
-            array = "scale" if shape("scale") else "bias"
+            array = "scale" if layer.find_shape("scale") else "bias"
             number = layer.groups(array, module.num_groups) or module.num_groups
             return {
                 "num_features": width,
                 "num_groups": number,
                 "group_size": width // number,
             }
-        case nnx.LoRA():
-            return {
-                "in_features": shape("lora_a")[-2],
-                "out_features": shape("lora_b")[-1],
-            }
-        case nnx.MultiHeadAttention():
-            inputs, heads, size = shape("query.kernel")[-3:]
-            kv_inputs, kv_heads, _ = shape("key.kernel")[-3:]
-            return {
-                "in_features": inputs,
-                "in_kv_features": kv_inputs,
-                "num_heads": heads,
-                "num_kv_heads": kv_heads,
-                "head_dim": size,
-                "qkv_features": heads * size,
-                "out_features": shape("out.kernel")[-1],
-            }
-        case nnx.LSTMCell():
-            return _cell(shape("ii.kernel"), shape("hi.kernel"))
-        case nnx.OptimizedLSTMCell() | nnx.GRUCell() | nnx.SimpleCell():
-            return _cell(shape("dense_i.kernel"), shape("dense_h.kernel"))
     return {}
 
 
-_KNOWN = (
-    *(nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose),
-    *(nnx.Embed, nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.InstanceNorm),
-    *(nnx.GroupNorm, nnx.LoRA, nnx.MultiHeadAttention, nnx.LSTMCell),
-    *(nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell),
-)
+def _attention_sizes(layer: _Layer) -> dict[str, Any]:
+    inputs, heads, size = layer.shape("query.kernel")[-3:]
+    kv_inputs, kv_heads, _ = layer.shape("key.kernel")[-3:]
+    return {
+        "in_features": inputs,
+        "in_kv_features": kv_inputs,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": size,
+        "qkv_features": heads * size,
+        "out_features": layer.shape("out.kernel")[-1],
+    }
+
+
+def _cell_sizes(layer: _Layer) -> dict[str, Any]:
+    plain = isinstance(layer.module, nnx.LSTMCell)
+    inputs, state = ("ii", "hi") if plain else ("dense_i", "dense_h")
+    return {
+        "in_features": layer.shape(f"{inputs}.kernel")[-2],
+        "hidden_features": layer.shape(f"{state}.kernel")[-2],
+    }
+
+
+_SIZES: dict[tuple[type, ...], Callable[[_Layer], dict[str, Any]]] = {
+    (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Embed, nnx.LoRA): _dense_sizes,
+    (nnx.Conv, nnx.ConvTranspose): _convolution_sizes,
+    (
+        nnx.BatchNorm,
+        nnx.LayerNorm,
+        nnx.RMSNorm,
+        nnx.InstanceNorm,
+        nnx.GroupNorm,
+    ): _norm_sizes,
+    (nnx.MultiHeadAttention,): _attention_sizes,
+    (nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell): _cell_sizes,
+}
 
 
 @functools.cache
 def _is_known(of: type) -> bool:
-    """Reports whether the layers of a class are in the table of sizes."""
-    return issubclass(of, _KNOWN)
+    """Reports whether the sizes of a class's layers are known."""
+    return any(issubclass(of, types) for types in _SIZES)
 
 
-def _cell(kernel: Shape, recurrent: Shape) -> dict[str, int]:
-    return {"in_features": kernel[-2], "hidden_features": recurrent[-2]}
-
-
-def _conv_groups(layer: _Layer) -> int:
-    module = layer.module
+def _conv_groups(module: nnx.Conv, layer: _Layer) -> int:
     old = module.feature_group_count
     if old == 1:
         return 1

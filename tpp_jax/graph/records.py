@@ -1,6 +1,6 @@
-"""What is known of a model's channels, as data: members, groups, all groups of a model.
+"""A model's groups of channels as data: members, groups, and all groups of a model.
 
-All of it compares, hashes, copies and pickles by content, so that a plan can be sent to
+They are compared, hashed, copied and pickled by content, so that a plan can be sent to
 another process and equal plans share one compiled program.
 """
 
@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.fields import FieldSize
 from tpp_jax.graph.tracing import Trace
 
-Slot = tuple[str, int]  # an axis of a parameter leaf
+Slot = tuple[str, int]
+"""An axis of a parameter leaf: the name of the leaf and the index of the axis."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,8 +30,8 @@ class Member:
     Attributes:
       leaf: Dotted name of the array, ``layer1.0.conv1.kernel``.
       axis: Index of the axis.
-      positions: Positions along the axis, int64 ``[size, m]``: channel c occupies
-        ``positions[c]`` (m > 1 where a flattened feature map enters a dense layer).
+      positions: Positions along the axis: channel c occupies ``positions[c]`` (m > 1
+        where a flattened feature map enters a dense layer).
       role: ``"produced"`` for the output axis of a kernel, ``"contracted"`` for its
         input axis, ``"along"`` for arrays that are applied channel by channel (a bias,
         a norm's scale, bias, mean and variance), ``"depthwise"`` for the kernel of a
@@ -37,16 +39,16 @@ class Member:
       order: Index of the layer in order of execution: the kernel's own or, for a norm,
         that of the last layer before it.
       batch: Axes of a kernel along which separate kernels are stacked: the axis that a
-        loop over layers runs along, the experts of a batched product.
+        loop over layers runs along, or the experts of a batched product.
       filters: Axes of a kernel that together index its filters: heads and the
-        dimensions of a head in a kernel ``[width, heads, size]``. Like ``batch`` empty
-        unless the role is ``"produced"``; the axis itself is in one of the two, unless
-        it holds the words of a table.
+        dimensions of a head in a kernel ``[width, heads, size]``. Like ``batch``, empty
+        unless the role is ``"produced"``. The axis itself is in one of the two, except
+        for the axis of words of an embedding table.
     """
 
     leaf: str
     axis: int
-    positions: np.ndarray
+    positions: Int[np.ndarray, "size m"]
     role: str
     order: int
     batch: tuple[int, ...] = ()
@@ -72,20 +74,20 @@ class Group:
     """Channels that occupy the same arrays.
 
     Attributes:
-      name: Name of the layer that produces them first, ``layer1.0.conv1``.
+      name: Name of the first layer that produces the channels, ``layer1.0.conv1``.
       size: Number of channels.
-      producers: Names of all layers that produce them, in order of execution.
-      members: Axes of all parameters that they run through.
+      producers: Names of all layers that produce the channels, in order of execution.
+      members: Axes of all parameters that the channels run through.
       inner: Whether one of the ``outer`` groups can be pruned and has several channels:
         a ratio for the layer then applies to that group.
-      reason: Reason why they cannot be pruned; None if they can.
+      reason: Reason why the channels cannot be pruned; None if they can.
       reduced: Whether a sum or maximum that is not part of a layer runs over the
-        channels (a layer norm, a softmax, a product of queries and keys, which is
-        scaled by the number of channels); then zeros in their place are not the same as
-        their absence.
+        channels (in a layer norm, a softmax, or a product of queries and keys, which is
+        scaled by the number of channels). Setting such channels to zero is then not
+        equivalent to removing them.
       outer: Names of the groups that run through the same filters at a coarser grain:
-        their channels are the heads of an attention, for instance, and those of this
-        group the dimensions of each head. Such a group is named ``layer#2``.
+        for instance, their channels are the heads of an attention, and those of this
+        group the dimensions of each head. This group is then named ``layer#2``.
     """
 
     name: str
@@ -99,15 +101,15 @@ class Group:
 
 
 def with_inner(groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    """Settles which groups are inner ones, from what can be pruned."""
+    """Sets ``inner`` of all groups, from which of them can be pruned."""
     prunable = {g.name for g in groups if g.reason is None and g.size > 1}
     return tuple(
         dataclasses.replace(g, inner=not prunable.isdisjoint(g.outer)) for g in groups
     )
 
 
-# Of a Groups object: what is compared and pickled; and what a copy shares with it since
-# it can be neither, as it holds functions and tracebacks.
+# Attributes of Groups that are compared and pickled, and those that cannot be, since
+# they contain functions and tracebacks: a copy shares them with the original.
 _CONTENT = (
     *("all", "layers", "shapes", "inputs", "kwargs"),
     *("joined", "sizes", "trainable"),
@@ -127,9 +129,11 @@ class Groups:
       joined: Pairs of axes whose channels are pruned together because the model does
         not run otherwise.
       trainable: Names of the leaves that are trained; see :class:`Trace`.
-      sizes: Attributes of the model's own modules that follow the channels.
-      reading: Labels that the groups were read off, or None after unpickling.
-      source: Model to trace again, or None after unpickling.
+      sizes: Attributes of the model's modules that follow the channels.
+      reading: Labels that the groups were read off (:class:`comparing.Reading`); None
+        after unpickling.
+      source: Model to trace again (:class:`tpp_jax.pruning.source.Source`); None after
+        unpickling.
     """
 
     def __init__(
@@ -155,7 +159,7 @@ class Groups:
         self.source: Any = None
 
     def replace(self, **changes: Any) -> "Groups":
-        """Returns a copy with other attributes."""
+        """Returns a copy with some attributes replaced."""
         new = object.__new__(Groups)
         own = {name: getattr(self, name) for name in (*_CONTENT, *_SHARED)}
         vars(new).update(own, **changes)
@@ -171,10 +175,10 @@ class Groups:
         """Returns the groups after they were tried.
 
         Args:
-          wrong: index of a group → why it cannot be pruned.
-          sizes: attributes that follow the channels.
-          source: the model.
-          scaled: indices of groups whose number of channels enters the values.
+          wrong: Index of a group → reason why it cannot be pruned.
+          sizes: Attributes that follow the channels.
+          source: Model.
+          scaled: Indices of groups whose number of channels is part of the computation.
         """
         groups = tuple(
             dataclasses.replace(
@@ -187,11 +191,11 @@ class Groups:
         return self.replace(all=with_inner(groups), sizes=sizes, source=source)
 
     def checked(self, source: Any, kept: Mapping[str, Any]) -> bool:
-        """Reports whether :meth:`note_checked` was called with the same."""
+        """Reports whether :meth:`note_checked` was called with the same arguments."""
         return (id(source), _key(kept)) in self._checked
 
     def note_checked(self, source: Any, kept: Mapping[str, Any]) -> None:
-        """Remembers that a plan was tried on a model that holds with it."""
+        """Records that a plan was tried on a model and that the model works with it."""
         if source is self.source:
             self._checked.add((id(source), _key(kept)))
 
@@ -204,7 +208,7 @@ class Groups:
         """The computation that the groups were read off.
 
         Raises:
-          TPPError: the groups come from a pickle, which does not hold it.
+          TPPError: The groups were unpickled; a pickle does not contain it.
         """
         if self._traced is None:
             raise TPPError(
@@ -259,7 +263,7 @@ class Groups:
 
     @functools.cached_property
     def _digest(self) -> bytes:
-        """A hash of all content but the inputs, taken once: plans are static in jit."""
+        """Hash of all content but the inputs, kept since plans are static in jit."""
         content = hashlib.sha256()
         for group in self.all:
             plain = dataclasses.replace(group, members=())
@@ -277,7 +281,7 @@ class Groups:
 
     @functools.cached_property
     def members(self) -> dict[str, tuple[tuple[Group, Member], ...]]:
-        """Leaf name → what runs through that leaf, for the prunable groups."""
+        """Leaf name → prunable groups that run through the leaf, and their members."""
         found: dict[str, list[tuple[Group, Member]]] = {}
         for group in self:
             if group.reason is None:
@@ -288,12 +292,14 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True)
 class Supposition:
-    """Something that groups rest on, which a traced computation does not tell.
+    """An assumption of a group: that a size in an operation follows its channels.
+
+    A traced computation has the size as a number and does not show where it comes from.
 
     Attributes:
-      group: index of a group that rests on it.
-      part: which of the sizes that one operation is told.
-      source: the operation's source, see :func:`tracing.source_line`.
+      group: Index of a group.
+      part: Index of the size among those in the operation's parameters.
+      source: Source of the operation, see :func:`tracing.source_line`.
     """
 
     group: int

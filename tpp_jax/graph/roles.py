@@ -1,6 +1,7 @@
-"""What each axis of each parameter does: produce channels, contract them, act on them.
+"""The role of each axis of each parameter: it produces, contracts or scales channels.
 
-Read off the uses of kernels (layers.py); channels.py and the criteria know roles only.
+Roles are read from the uses of kernels (layers.py). The groups and the criteria know
+roles only.
 """
 
 import dataclasses
@@ -24,11 +25,11 @@ class Roles:
     """The roles of the axes of parameters.
 
     Attributes:
-      of: axis of a leaf → ``"produced"``, ``"contracted"`` or ``"depthwise"``; what is
-        not in it acts on channels one by one.
-      makers: axes that produce channels where no axis of ``of`` does: the rank of two
-        factors whose product is a kernel, a table whose rows are used as they are.
-      lost: axes of kernels that are listed as channels though it is not known what
+      of: Role of an axis of a leaf, ``"produced"``, ``"contracted"`` or
+        ``"depthwise"``; other axes act on channels one by one.
+      makers: Axes that produce channels where no axis of ``of`` does: the rank of two
+        factors whose product is a kernel, a table whose rows are used unchanged.
+      lost: Axes of kernels that are listed as channels although it is not known what
         becomes of them, with the reason.
     """
 
@@ -38,17 +39,17 @@ class Roles:
 
 
 def read_roles(traced: Trace, kinds: dict[str, str]) -> Roles:
-    """Tells which axes of leaves produce channels, and which contract them.
+    """Finds which axes of leaves produce channels, and which contract them.
 
     Args:
-      traced: the computation.
-      kinds: from :func:`convolution_kinds`, of the unpruned model.
+      traced: Computation of the model.
+      kinds: Kinds of the unpruned model's kernels, from :func:`convolution_kinds`.
     """
     roles: dict[Slot, str] = {}
     found = layers(traced)
     inner = [use for use in traced.uses if use.inner]
-    # A product with activations says what the axes of a kernel are; one of parameters
-    # only, such as an estimate of its largest singular value, has the second word.
+    # A product with activations decides the roles of a kernel's axes. A product of
+    # parameters only, such as an estimate of its largest singular value, comes second.
     for layer in [layer for layer in found if not layer.inner] + inner:
         seen = {leaf for leaf, _ in roles}
         depthwise = kind_of(layer.equation, traced, kinds) == "depthwise"
@@ -79,17 +80,23 @@ def read_roles(traced: Trace, kinds: dict[str, str]) -> Roles:
 
 
 def convolution_kinds(traced: Trace) -> dict[str, str]:
-    """Returns leaf name → ``"depthwise"`` or ``"grouped"``, for kernels in groups.
+    """Returns the kinds of the kernels of convolutions, by name of the leaf.
 
-    A convolution in groups of one input each is depthwise. Once it is pruned, one in
-    groups of several may be left with one input each as well, and a depthwise one with
-    a single group: which one it is, is seen in the unpruned model only.
+    A convolution in groups of one input each is depthwise. A pruned one in groups of
+    several may have one input left in each, and a pruned depthwise one a single group:
+    only the unpruned model shows which kind it is.
+
+    Args:
+      traced: Computation of the unpruned model.
+
+    Returns:
+      ``"plain"``, ``"depthwise"`` or ``"grouped"`` for each such leaf.
     """
     kinds: dict[str, str] = {}
     for eqn in traced.equations:
         if eqn.primitive == "conv_general_dilated":
             kind = kind_of(eqn, traced, {})
-            for leaf in traced.origin.get(eqn.inputs[1], ()):
+            for leaf in traced.origin.get(eqn.operand(1), ()):
                 kinds.setdefault(leaf, kind)
     return kinds
 
@@ -98,37 +105,37 @@ def kind_of(eqn: Equation, traced: Trace, kinds: dict[str, str]) -> str:
     """Returns ``"plain"``, ``"depthwise"`` or ``"grouped"`` for an equation.
 
     Args:
-      eqn: any equation; all but convolutions are plain.
-      traced: the computation that it is of.
-      kinds: leaf name → kind in the unpruned model.
+      eqn: Equation of any primitive; all but convolutions are plain.
+      traced: Computation that contains it.
+      kinds: Kinds in the unpruned model, by name of the leaf.
     """
     if eqn.primitive != "conv_general_dilated":
         return "plain"
-    for leaf in traced.origin.get(eqn.inputs[1], ()):
+    for leaf in traced.origin.get(eqn.operand(1), ()):
         if leaf in kinds:
             return kinds[leaf]
     if eqn.params["feature_group_count"] == 1:
         return "plain"
-    width = traced.shapes[eqn.inputs[1]][eqn.params["dimension_numbers"].rhs_spec[1]]
+    width = traced.shapes[eqn.operand(1)][eqn.params["dimension_numbers"].rhs_spec[1]]
     return "depthwise" if width == 1 else "grouped"
 
 
 def read_stacks(
     traced: Trace, roles: Roles, channels_at: Mapping[Slot, np.ndarray]
 ) -> dict[str, tuple[int, ...]]:
-    """Finds the axes of each kernel along which kernels of their own are stacked.
+    """Finds the axes of each kernel along which separate kernels are stacked.
 
-    Such an axis is gone before the layer, since a loop runs along it or one kernel is
-    taken out by its index; or the product is one of batches along it.
+    The layer does not see such an axis, since a loop runs along it or one kernel is
+    selected by its index; or its product has a batch along it.
 
     Args:
-      traced: the computation.
-      roles: from :func:`read_roles`.
-      channels_at: axis of a leaf → the channels that run through it.
+      traced: Computation of the model.
+      roles: Roles from :func:`read_roles`.
+      channels_at: Channels that run through each axis of a leaf.
     """
     found: dict[str, tuple[int, ...]] = {}
     for layer in traced.uses:
-        leaf, value = layer.kernel, layer.equation.inputs[layer.operand]
+        leaf, value = layer.kernel, layer.equation.operand(layer.operand)
         batched = layer.equation.primitive != "conv_general_dilated"
         batch = set(range(len(layer.axes))) - layer.roles.keys() if batched else set()
         rank = len(traced.shapes[traced.leaves[leaf]])
@@ -145,9 +152,9 @@ def _alike_stacks(
     roles: Roles,
     channels_at: Mapping[Slot, np.ndarray],
 ) -> dict[str, tuple[int, ...]]:
-    """Finds the experts of a layer that all experts' inputs are the same for.
+    """Finds stacked experts that all have the same inputs.
 
-    Its product is not one of batches, but that of the layer after it is.
+    Their product has no batch, but that of the layer after it has.
     """
     along = [channels_at[leaf, i] for leaf, found in stacked.items() for i in found]
     if not along:
@@ -166,18 +173,18 @@ def _alike_stacks(
 def read_filters(
     traced: Trace, roles: Roles, stacked: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Finds the axes of each kernel that index its filters together.
+    """Finds the axes of each kernel that together index its filters.
 
     Args:
-      traced: the computation.
-      roles: from :func:`read_roles`.
-      stacked: from :func:`read_stacks`.
+      traced: Computation of the model.
+      roles: Roles from :func:`read_roles`.
+      stacked: Axes of stacks from :func:`read_stacks`.
     """
     produced: dict[str, list[int]] = {}
     for (leaf, axis), role in sorted(roles.of.items()):
         if role == "produced" and axis not in stacked.get(leaf, ()):
             produced.setdefault(leaf, []).append(axis)
-    # The words of a table are no filters, even if an output layer produces them.
+    # The rows of a table are no filters, even if an output layer produces them.
     for lookup in traced.lookups:
         own = sorted(axis for leaf, axis in lookup.produced if leaf == lookup.table)
         produced[lookup.table] = own
@@ -187,9 +194,12 @@ def read_filters(
 def read_orders(traced: Trace) -> tuple[dict[str, int], dict[str, int]]:
     """Numbers every parameter leaf by its layer in order of execution.
 
+    Args:
+      traced: Computation of the model.
+
     Returns:
-      ``(leaf → number of its layer, leaf → number of the equation that first needs
-      it)``; a kernel is needed by its layer, wherever it was transposed or cast.
+      The number of each leaf's layer, and the number of the equation that first needs
+      the leaf; a kernel is needed by its layer, wherever it was transposed or cast.
     """
     orders: dict[str, int] = {}
     first_use: dict[str, int] = {}
@@ -197,7 +207,7 @@ def read_orders(traced: Trace) -> tuple[dict[str, int], dict[str, int]]:
     found = layers(traced)
     kernels = {layer.kernel for layer in found if not layer.inner}
     at = {layer.equation.outputs[0]: i for i, layer in enumerate(found)}
-    leaf_of = {value: leaf for leaf, value in traced.leaves.items()}
+    leaf_of: dict[int | None, str] = {n: leaf for leaf, n in traced.leaves.items()}
     current = 0
     for i, eqn in enumerate(traced.equations):
         for value in eqn.inputs:
@@ -219,9 +229,9 @@ def read_orders(traced: Trace) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _is_scale(traced: Trace, leaf: str, kernel: str) -> bool:
-    """Tells a factor for each channel from a matrix of filters.
+    """Reports whether a leaf is a factor for each channel, not a matrix of filters.
 
-    Zeros in it take its channels out, as those of a norm's scale do.
+    Zeros in such a factor remove its channels, as those of a norm's scale do.
     """
     shape = traced.shapes[traced.leaves[leaf]]
     if shape == traced.shapes[traced.leaves[kernel]]:
@@ -240,8 +250,8 @@ def _contracted_with(layer: Layer) -> Iterator[Slot]:
 def _lost_axes(traced: Trace, layer: Layer, roles: dict[Slot, str]) -> Iterator[Slot]:
     """Yields axes of a layer's leaves that should produce its channels.
 
-    It is for kernels of which nothing is known to do so: those that an operation
-    without a rule has gone over.
+    These are axes of kernels none of whose axes is known to produce channels, because
+    they are computed by an operation without a rule.
     """
     produced = [i for i, role in layer.roles.items() if role == "produced"]
     for leaf in layer.leaves:

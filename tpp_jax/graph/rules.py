@@ -1,331 +1,165 @@
 """How each primitive ties the positions of its operands' axes together.
 
-A rule takes the labels of a primitive's operands (see labels.py), gives labels to its
-results, and says which labels must be kept or removed together.
+A rule takes one operation with the labels of its operands (:class:`Context`), returns
+the labels of its results, and records which labels must be kept or removed together.
 
-Working on single positions rather than on whole axes makes padding, concatenation and
-flattening fall out without special cases: ``pad`` puts fixed labels beside the
-operand's, ``reshape`` of (h, w, c) into h·w·c repeats the labels of c, ``reshape`` of
-heads · size into (heads, size) makes each position a pair.
+Working on single positions rather than on entire axes makes padding, concatenation and
+flattening work without special cases: ``pad`` puts fixed labels around the operand's,
+``reshape`` of (h, w, c) into h·w·c repeats the labels of c, ``reshape`` of heads · size
+into (heads, size) makes each position a pair.
 
-A primitive that is not listed here is never guessed: every position of its operands is
+Nothing is guessed about a primitive without a rule: every position of its operands is
 fixed, with the primitive as the reason.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from tpp_jax.graph import rules_collective, rules_moving, rules_random
+from tpp_jax.errors import TPPError, TPPTypeError
+from tpp_jax.graph import (
+    rules_collective,
+    rules_computing,
+    rules_moving,
+    rules_random,
+)
+from tpp_jax.graph.context import Context
 from tpp_jax.graph.labels import Axes, Labels, NotUnderstood
-from tpp_jax.graph.unfolding import Equation
+from tpp_jax.graph.unfolding import ENTERED, Equation
 
-Rule = Callable[[Labels, Equation, list[Axes], list[tuple[int, ...]]], list[Axes]]
-"""``rule(labels, equation, operands' axes, results' shapes) -> results' axes``."""
+Rule = Callable[[Context], Sequence[Axes]]
+"""Function from an operation to the axes of each of its results."""
+
+R = TypeVar("R", bound=Rule)
 
 
 def apply_rule(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    """Gives labels to the results of one equation, by its rule or as unknown."""
-    rule = RULES.get(eqn.primitive, _unknown)
-    labels.source = eqn.source
-    return rule(labels, eqn, operands, shapes)
-
-
-def _unknown(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    reason = NotUnderstood(
-        f"the operation '{eqn.primitive}', which is not one that is understood"
-    )
-    labels.fix_all(operands, reason)
-    return [[labels.stuck(n, reason) for n in shape] for shape in shapes]
-
-
-def _elementwise(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    [shape, *_] = shapes
-    arrays = [axes for axes in operands if len(axes) == len(shape)]
-    out = []
-    for i, n in enumerate(shape):
-        # An axis of size one is broadcast: it does not couple with what it meets.
-        joint = None
-        for axes in arrays:
-            axis = axes[i]
-            if joint is None or axis is joint:
-                joint = axis if len(axis) == n else joint
-            elif len(axis) == n:
-                joint = labels.tie(joint, axis)
-        assert joint is not None
-        out.append(joint)
-    return [out for _ in shapes]
-
-
-def _convolution(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    images, kernel = operands
-    dims = eqn.params["dimension_numbers"]
-    batch, features, *window = dims.lhs_spec
-    produced, contracted, *kernel_window = dims.rhs_spec
-    for axis in window:
-        labels.fix(images[axis], "a spatial axis of a convolution")
-    for axis in kernel_window:
-        labels.fix(kernel[axis], "the window of a convolution")
-    out: Axes = [labels.stuck(n, "a spatial axis of a convolution") for n in shapes[0]]
-    out_batch, out_features, *_ = dims.out_spec
-    out[out_batch] = images[batch]
-    out[out_features] = kernel[produced]
-    groups = eqn.params["feature_group_count"]
-    kind = labels.kind
-    if kind is None and groups > 1:
-        kind = "depthwise" if len(kernel[contracted]) == 1 else "grouped"
-    if eqn.params["batch_group_count"] != 1:
-        for axis in (images[batch], images[features], kernel[contracted]):
-            labels.fix(axis, "a convolution in groups of the batch")
-        labels.fix(kernel[produced], "a convolution in groups of the batch")
-    elif kind == "depthwise":
-        # Each input channel makes its own one or more output channels.
-        several = len(kernel[produced]) // groups
-        labels.tie(np.repeat(images[features], several), kernel[produced])
-    elif groups == 1:
-        labels.tie(images[features], kernel[contracted])
-    else:
-        # Channels may go from all groups alike; the number of groups stays.
-        group = labels.stuck(groups, f"the {groups} groups of a convolution")
-        within = labels.product([group, kernel[contracted]])
-        labels.tie(images[features], within)
-        functools.reduce(labels.tie, np.split(kernel[produced], groups))
-    return [out]
-
-
-def _dot_general(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    left, right = operands
-    (left_sum, right_sum), (left_batch, right_batch) = eqn.params["dimension_numbers"]
-    for i, j in zip(left_sum, right_sum, strict=True):
-        labels.tie(left[i], right[j])
-    out = [
-        labels.tie(left[i], right[j])
-        for i, j in zip(left_batch, right_batch, strict=True)
-    ]
-    gone = {*left_sum, *left_batch}
-    out += [axis for i, axis in enumerate(left) if i not in gone]
-    gone = {*right_sum, *right_batch}
-    out += [axis for j, axis in enumerate(right) if j not in gone]
-    return [out]
-
-
-def _ragged_dot(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    """A product of rows with the matrix of their group: a mixture of experts."""
-    left, right, *sizes = operands
-    ragged = eqn.params["ragged_dot_dimension_numbers"]
-    dims, groups = ragged.dot_dimension_numbers, ragged.rhs_group_dimensions
-    (left_sum, right_sum), (left_batch, right_batch) = dims
-    reason = "the groups of a ragged product"
-    labels.fix_all(sizes, reason)
-    for j in groups:
-        labels.fix(right[j], reason)
-    for i in ragged.lhs_ragged_dimensions:
-        labels.fix(left[i], reason)
-    for i, j in zip(left_sum, right_sum, strict=True):
-        labels.tie(left[i], right[j])
-    out = [
-        labels.tie(left[i], right[j])
-        for i, j in zip(left_batch, right_batch, strict=True)
-    ]
-    if set(ragged.lhs_ragged_dimensions) <= set(left_sum):
-        out.insert(0, labels.stuck(shapes[0][0], reason))
-    gone = {*left_sum, *left_batch}
-    out += [axis for i, axis in enumerate(left) if i not in gone]
-    gone = {*right_sum, *right_batch, *groups}
-    out += [axis for j, axis in enumerate(right) if j not in gone]
-    return [out]
-
-
-def _reduce(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    gone = eqn.params["axes"]
-    for axis in gone:
-        labels.reduced.append(operands[0][axis][operands[0][axis] >= 0])
-    return [[a for i, a in enumerate(operands[0]) if i not in gone]]
-
-
-def _reduce_several(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    """A reduction by a function of the user's, of one array or of several at once."""
-    joint = _joint(labels, operands[: len(shapes)])
-    gone = eqn.params["dimensions"]
-    for axis in gone:
-        labels.reduced.append(joint[axis][joint[axis] >= 0])
-    out = [a for i, a in enumerate(joint) if i not in gone]
-    return [out for _ in shapes]
-
-
-def _joint(labels: Labels, operands: list[Axes]) -> Axes:
-    """Ties arrays of one shape to each other."""
-    return [functools.reduce(labels.tie, axes) for axes in zip(*operands, strict=True)]
-
-
-def _untouched(eqn: Equation, axis: int) -> bool:
-    """Tells whether a window leaves an axis as it is."""
-    return (
-        eqn.params["window_dimensions"][axis] == 1
-        and eqn.params["window_strides"][axis] == 1
-        and tuple(eqn.params["padding"][axis]) == (0, 0)
-        and eqn.params.get("base_dilation", {axis: 1})[axis] == 1
-    )
-
-
-def _reduce_window(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    reason = "an axis that pooling runs over"
-    out = []
-    for i, axis in enumerate(_joint(labels, operands[: len(shapes)])):
-        if not _untouched(eqn, i):
-            labels.fix(axis, reason)
-            axis = labels.stuck(shapes[0][i], reason)
-        out.append(axis)
-    return [out for _ in shapes]
-
-
-def _of_windows(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    """The gradient of pooling: what is pooled meets what was pooled."""
-    reason = "an axis that pooling runs over"
-    out = []
-    for i, n in enumerate(shapes[0]):
-        met = [axes[i] for axes in operands]
-        if _untouched(eqn, i):
-            out.append(functools.reduce(labels.tie, met))
-        else:
-            labels.fix_all([met], reason)
-            out.append(labels.stuck(n, reason))
-    return [out]
-
-
-def _fft(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    return _mixed(labels, eqn, operands, shapes, len(eqn.params["fft_lengths"]))
-
-
-def _of_matrices(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    """A decomposition: the last two axes are a matrix, those before them a batch."""
-    return _mixed(labels, eqn, operands, shapes, 2)
-
-
-def _mixed(
     labels: Labels,
     eqn: Equation,
     operands: list[Axes],
-    shapes: list[tuple[int, ...]],
-    rank: int,
-) -> list[Axes]:
-    """Passes the first axes of the one operand on; each of the others is mixed."""
-    [axes] = operands
-    reason = _mixing(eqn)
-    batch, rest = axes[: len(axes) - rank], axes[len(axes) - rank :]
-    labels.fix_all([rest], reason)
-    return [
-        [*batch, *(labels.stuck(n, reason) for n in shape[len(batch) :])]
-        for shape in shapes
-    ]
+    shapes: Sequence[tuple[int, ...]],
+    kind: str | None = None,
+) -> Sequence[Axes]:
+    """Returns the axes of the results of one equation, by its rule or as unknown.
+
+    Args:
+      labels: Labels of the computation, which the rule adds to.
+      eqn: Equation of the computation.
+      operands: Axes of each operand.
+      shapes: Shape of each result.
+      kind: Kind of a convolution; see :class:`Context`.
+    """
+    labels.source = eqn.source
+    rule = RULES.get(eqn.primitive, _unknown)
+    return rule(Context(eqn.primitive, eqn.params, operands, shapes, labels, kind))
 
 
-def _mixing(eqn: Equation) -> NotUnderstood:
-    return NotUnderstood(
-        f"the operation '{eqn.primitive}', which mixes the positions of an axis"
+def register_rule(primitive_name: str, *, override: bool = False) -> Callable[[R], R]:
+    """Returns a decorator that makes a function the rule of a primitive.
+
+    Channels are followed through a primitive by its rule. JAX's own primitives have
+    one; your own, and those of other libraries, keep all channels that meet them until
+    they are given one. FLOPs are not part of a rule: :func:`tpp_jax.count` lists a
+    primitive that it does not know under ``uncounted``.
+
+    Args:
+      primitive_name: Name of the primitive, ``primitive.name``.
+      override: Whether the rule replaces one that the primitive has already.
+
+    Returns:
+      A decorator for a function of one :class:`tpp_jax.Context`, which returns a list
+      of axes for each result. The function itself is not changed.
+
+    Raises:
+      TPPError: The primitive has a rule, and ``override`` is False; or it is a call, a
+        loop or a branch, whose inner operations are followed one by one.
+      TPPTypeError: The name is not a string.
+
+    Example:
+      >>> @register_rule("my_scaled_sum")
+      ... def my_scaled_sum(ctx):
+      ...     return [ctx.tie_arrays(ctx.operands)]  # shaped like both operands
+    """
+    if not isinstance(primitive_name, str):
+        raise TPPTypeError(
+            "register_rule takes the name of a primitive, not "
+            f"{type(primitive_name).__name__}: pass primitive.name"
+        )
+    if primitive_name in ENTERED:
+        raise TPPError(
+            f"the primitive {primitive_name!r} needs no rule: the operations inside it "
+            "are followed one by one"
+        )
+    if primitive_name in RULES and not override:
+        raise TPPError(
+            f"the primitive {primitive_name!r} has a rule already: pass override=True "
+            "to replace it"
+        )
+
+    def register(rule: R) -> R:
+        RULES[primitive_name] = _checked(rule)
+        return rule
+
+    return register
+
+
+def _checked(rule: Rule) -> Rule:
+    """Returns a rule that raises a TPPError if its results do not fit the shapes."""
+
+    @functools.wraps(rule)
+    def check(ctx: Context) -> Sequence[Axes]:
+        results = rule(ctx)
+        if problem := _problem(results, ctx):
+            name = getattr(rule, "__name__", repr(rule))
+            raise TPPError(
+                f"the rule {name!r} of the primitive {ctx.primitive!r} {problem}"
+            )
+        return results
+
+    return check
+
+
+def _problem(results: Sequence[Axes], ctx: Context) -> str:
+    """Returns what is wrong with the results of a rule, or an empty text."""
+    if not isinstance(results, list | tuple):
+        return f"returned {type(results).__name__}, must return a list of results"
+    if len(results) != len(ctx.shapes):
+        return (
+            f"returned {len(results)} results, but the operation has {len(ctx.shapes)}"
+        )
+    for i, (axes, shape) in enumerate(zip(results, ctx.shapes, strict=True)):
+        if not isinstance(axes, list | tuple) or not all(map(_is_axis, axes)):
+            return f"returned, as result {i}, what is no list of vectors of labels"
+        if (sizes := tuple(map(len, axes))) != tuple(shape):
+            return (
+                f"returned axes of lengths {sizes} for result {i}, whose shape is "
+                f"{tuple(shape)}"
+            )
+        if not all(map(ctx.labels.has, axes)):
+            return (
+                f"returned labels for result {i} that do not exist: take axes of the "
+                "operands, or new ones from fresh and fixed"
+            )
+    return ""
+
+
+def _is_axis(axis: object) -> bool:
+    return (
+        isinstance(axis, np.ndarray)
+        and axis.ndim == 1
+        and np.issubdtype(axis.dtype, np.integer)
     )
 
 
-def _triangular_solve(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    matrix, given = operands
-    reason = _mixing(eqn)
-    solved = len(given) - (2 if eqn.params["left_side"] else 1)
-    labels.fix_all([matrix[-2:], [given[solved]]], reason)
-    out = [
-        *(labels.tie(a, b) for a, b in zip(given[:-2], matrix[:-2], strict=True)),
-        *given[-2:],
-    ]
-    return [out]
-
-
-def _random_gamma(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    _, shape_parameter = operands
-    return [list(shape_parameter)]
-
-
-def _cumulative(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    along = eqn.params["axis"]
-    labels.fix(operands[0][along], f"the axis that '{eqn.primitive}' runs along")
-    return [list(operands[0])]
-
-
-def _top_k(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    reason = "an axis of which the largest entries are taken"
-    axis = eqn.params.get("reduction_dimension", eqn.params.get("axis", -1))
-    axis %= len(shapes[0])
-    labels.fix(operands[0][axis], reason)
-    out = list(operands[0])
-    out[axis] = labels.stuck(shapes[0][axis], reason)
-    return [out for _ in shapes]
-
-
-def _same(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    return [list(axes) for axes in operands]
-
-
-def _no_results(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    return []
-
-
-def _sort(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    along = eqn.params["dimension"]
-    joint = _joint(labels, operands)
-    labels.fix(joint[along], "an axis that is sorted")
-    return [joint for _ in shapes]
-
-
-def _arg_reduce(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    for axis in eqn.params["axes"]:
-        labels.fix(operands[0][axis], f"the axis that '{eqn.primitive}' runs over")
-    gone = eqn.params["axes"]
-    return [[a for i, a in enumerate(operands[0]) if i not in gone]]
-
-
-def _iota(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    return [[labels.stuck(n, "positions that are counted (iota)") for n in shapes[0]]]
+def _unknown(ctx: Context) -> list[Axes]:
+    reason = NotUnderstood(
+        f"the operation '{ctx.primitive}', which is not one that is understood"
+    )
+    for axes in ctx.operands:
+        ctx.fix_all(axes, reason)
+    return [[ctx.fixed(n, reason) for n in shape] for shape in ctx.shapes]
 
 
 _ELEMENTWISE = """
@@ -346,61 +180,62 @@ _SAME = """
 """.split()
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(_ELEMENTWISE, rules_computing.elementwise),
     "all_gather": rules_collective.all_gather,
     "all_gather_invariant": rules_collective.all_gather,
     "all_to_all": rules_collective.all_to_all,
-    "approx_top_k": _top_k,
-    "argmax": _arg_reduce,
-    "argmin": _arg_reduce,
+    "approx_top_k": rules_computing.top_k,
+    "argmax": rules_computing.arg_reduce,
+    "argmin": rules_computing.arg_reduce,
     "axis_index": rules_collective.axis_index,
     "bitcast_convert_type": rules_random.bitcast,
     "broadcast_in_dim": rules_moving.broadcast_in_dim,
-    "cholesky": _of_matrices,
+    "cholesky": rules_computing.of_matrices,
     "concatenate": rules_moving.concatenate,
-    "conv_general_dilated": _convolution,
+    "conv_general_dilated": rules_computing.convolution,
     **dict.fromkeys(
-        ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"), _cumulative
+        ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"),
+        rules_computing.cumulative,
     ),
-    "debug_callback": _no_results,
-    "debug_print": _no_results,
-    "dot_general": _dot_general,
+    "debug_callback": rules_computing.no_results,
+    "debug_print": rules_computing.no_results,
+    "dot_general": rules_computing.dot_general,
     "dynamic_slice": rules_moving.dynamic_slice,
     "dynamic_update_slice": rules_moving.dynamic_update_slice,
-    "eigh": _of_matrices,
-    "fft": _fft,
+    "eigh": rules_computing.of_matrices,
+    "fft": rules_computing.fft,
     "gather": rules_moving.gather,
-    "iota": _iota,
-    "join": _elementwise,
+    "iota": rules_computing.iota,
+    "join": rules_computing.elementwise,
     "loop_slice": rules_moving.loop_slice,
     "loop_stack": rules_moving.loop_stack,
-    "lu": _of_matrices,
+    "lu": rules_computing.of_matrices,
     "pad": rules_moving.pad,
-    "qr": _of_matrices,
-    "ragged_dot_general": _ragged_dot,
+    "qr": rules_computing.of_matrices,
+    "ragged_dot_general": rules_computing.ragged_dot,
     "random_bits": rules_random.random_bits,
-    "random_gamma": _random_gamma,
+    "random_gamma": rules_computing.random_gamma,
     "random_split": rules_random.random_split,
-    "random_unwrap": rules_random.random_unwrap,
+    "random_unwrap": rules_random.random_split,
     "random_wrap": rules_random.random_wrap,
-    "reduce": _reduce_several,
-    "reduce_and": _reduce,
-    "reduce_max": _reduce,
-    "reduce_min": _reduce,
-    "reduce_or": _reduce,
-    "reduce_prod": _reduce,
+    "reduce": rules_computing.reduce_several,
+    "reduce_and": rules_computing.reduce,
+    "reduce_max": rules_computing.reduce,
+    "reduce_min": rules_computing.reduce,
+    "reduce_or": rules_computing.reduce,
+    "reduce_prod": rules_computing.reduce,
     "reduce_scatter": rules_collective.reduce_scatter,
-    "reduce_sum": _reduce,
-    "reduce_window": _reduce_window,
-    "reduce_window_max": _reduce_window,
-    "reduce_window_min": _reduce_window,
-    "reduce_window_sum": _reduce_window,
-    "reduce_xor": _reduce,
+    "reduce_sum": rules_computing.reduce,
+    "reduce_window": rules_computing.reduce_window,
+    "reduce_window_max": rules_computing.reduce_window,
+    "reduce_window_min": rules_computing.reduce_window,
+    "reduce_window_sum": rules_computing.reduce_window,
+    "reduce_xor": rules_computing.reduce,
     "reshape": rules_moving.reshape,
-    "rev": rules_moving.reverse_rule,
+    "rev": rules_moving.reverse,
     "rng_bit_generator": rules_random.rng_bit_generator,
     "rng_uniform": rules_random.rng_uniform,
-    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(_SAME, rules_computing.same),
     "scatter": rules_moving.scatter,
     "scatter-add": rules_moving.scatter,
     "scatter-max": rules_moving.scatter,
@@ -411,20 +246,23 @@ RULES: dict[str, Rule] = {
     "scatter_max": rules_moving.scatter,
     "scatter_min": rules_moving.scatter,
     "scatter_mul": rules_moving.scatter,
-    "select_and_gather_add": _of_windows,
-    "select_and_scatter_add": _of_windows,
+    "select_and_gather_add": rules_computing.of_windows,
+    "select_and_scatter_add": rules_computing.of_windows,
     "shard": rules_collective.shard,
     "slice": rules_moving.slice_rule,
-    "sort": _sort,
+    "sort": rules_computing.sort,
     "split": rules_moving.split,
     "squeeze": rules_moving.squeeze,
     "stack": rules_moving.stack,
-    "svd": _of_matrices,
+    "svd": rules_computing.of_matrices,
     "threefry2x32": rules_random.threefry,
     "tile": rules_moving.tile,
-    "top_k": _top_k,
+    "top_k": rules_computing.top_k,
     "transpose": rules_moving.transpose,
-    "triangular_solve": _triangular_solve,
+    "triangular_solve": rules_computing.triangular_solve,
     "unshard": rules_collective.unshard,
     "unstack": rules_moving.unstack,
 }
+
+BUILT_IN = frozenset(RULES)
+"""Primitives whose rule comes with the package."""

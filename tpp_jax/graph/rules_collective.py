@@ -1,83 +1,74 @@
-"""How what devices exchange ties positions together; see rules.py.
+"""How the primitives by which devices exchange data tie positions; see rules.py.
 
-Inside of a ``shard_map`` every device has its part of an array. The positions of all
-parts that are at the same place go together: the devices keep equal shapes.
+Inside a ``shard_map`` every device has its part of an array. Positions at the same
+place of all parts are tied: the devices keep equal shapes.
 """
-
-import functools
 
 import numpy as np
 
-from tpp_jax.graph.labels import Axes, Labels
-from tpp_jax.graph.unfolding import Equation
+from tpp_jax.graph.context import Context
+from tpp_jax.graph.labels import Axes, Axis
 
 _ALONG = "an axis along which devices exchange their parts"
 
 
-def shard(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
+def shard(ctx: Context) -> list[Axes]:
     """One device's part of an array."""
-    shards = eqn.params["shards"]
-    axes = enumerate(zip(operands[0], shards, strict=True))
-    return [[_part(labels, axis, parts, i) for i, (axis, parts) in axes]]
+    pairs = zip(ctx.operands[0], ctx.params["shards"], strict=True)
+    return [[_part(ctx, axis, parts, i) for i, (axis, parts) in enumerate(pairs)]]
 
 
-def unshard(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
+def unshard(ctx: Context) -> list[Axes]:
     """The parts of all devices, put together."""
-    shards = eqn.params["shards"]
-    pairs = zip(operands[0], shards, strict=True)
+    pairs = zip(ctx.operands[0], ctx.params["shards"], strict=True)
     return [[np.tile(axis, n) if n > 1 else axis for axis, n in pairs]]
 
 
-def all_gather(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    out = list(operands[0])
-    along, parts = eqn.params["all_gather_dimension"], eqn.params["axis_size"]
-    if eqn.params["tiled"]:
+def all_gather(ctx: Context) -> list[Axes]:
+    """The arrays of all devices, concatenated or stacked."""
+    out = list(ctx.operands[0])
+    along, parts = ctx.params["all_gather_dimension"], ctx.params["axis_size"]
+    if ctx.params["tiled"]:
         out[along] = np.tile(out[along], parts)
-        labels.suppose(out[along])
+        ctx.suppose(out[along])
     else:
-        out.insert(along, labels.stuck(parts, _ALONG))
+        out.insert(along, ctx.fixed(parts, _ALONG))
     return [out]
 
 
-def reduce_scatter(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    out = list(operands[0])
-    along, parts = eqn.params["scatter_dimension"], eqn.params["axis_size"]
-    if eqn.params["tiled"]:
-        out[along] = _part(labels, out[along], parts, 0)
+def reduce_scatter(ctx: Context) -> list[Axes]:
+    """A sum over all devices, of which each keeps a part."""
+    out = list(ctx.operands[0])
+    along, parts = ctx.params["scatter_dimension"], ctx.params["axis_size"]
+    if ctx.params["tiled"]:
+        out[along] = _part(ctx, out[along], parts, 0)
     else:
-        labels.fix(out.pop(along), _ALONG)
+        ctx.fix(out.pop(along), _ALONG)
     return [out]
 
 
-def all_to_all(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
-    moved = {eqn.params["split_axis"], eqn.params["concat_axis"]}
+def all_to_all(ctx: Context) -> list[Axes]:
+    """Parts along one axis exchanged for parts along another."""
+    moved = {ctx.params["split_axis"], ctx.params["concat_axis"]}
     out = []
-    for i, (axis, n) in enumerate(zip(operands[0], shapes[0], strict=True)):
+    for i, (axis, n) in enumerate(zip(ctx.operands[0], ctx.shapes[0], strict=True)):
         if i in moved:
-            labels.fix(axis, _ALONG)
-            axis = labels.stuck(n, _ALONG)
-        out.append(axis)
+            ctx.fix(axis, _ALONG)
+            out.append(ctx.fixed(n, _ALONG))
+        else:
+            out.append(axis)
     return [out]
 
 
-def axis_index(
-    labels: Labels, eqn: Equation, operands: list[Axes], shapes: list[tuple[int, ...]]
-) -> list[Axes]:
+def axis_index(ctx: Context) -> list[Axes]:
+    """The number of a device, a scalar."""
+    del ctx
     return [[]]
 
 
-def _part(labels: Labels, axis: np.ndarray, parts: int, which: int) -> np.ndarray:
+def _part(ctx: Context, axis: Axis, parts: int, which: int) -> Axis:
+    """Returns one of several equal parts of an axis, all tied to each other."""
     if parts == 1:
         return axis
-    labels.suppose(axis, which)
-    return functools.reduce(labels.tie, np.split(axis, parts))
+    ctx.suppose(axis, which)
+    return ctx.tie_all(np.split(axis, parts))

@@ -1,7 +1,7 @@
 """A traced function as a flat list of equations over numbered values.
 
-Groups and FLOPs are both read off a jaxpr. Here the jaxpr is made, from abstract shapes
-alone; unfolding.py writes its nested calls, loops and branches out.
+Groups and FLOPs are both read from a jaxpr. It is made here, from abstract shapes
+alone; unfolding.py replaces nested calls, loops and branches by their operations.
 """
 
 import collections
@@ -23,7 +23,7 @@ from tpp_jax.graph.layers import Layer, Lookup, find_layers, find_lookups
 from tpp_jax.graph.naming import layer_name
 from tpp_jax.graph.unfolding import Builder, Equation, check_length
 
-# Libraries of layers: a line of theirs is named where there is none of the user's.
+# Libraries of layers: messages name a line of theirs if there is none of the user's.
 _LAYERS = ("flax", "equinox", "haiku", "einops")
 
 
@@ -32,23 +32,24 @@ class Trace:
     """A function's computation.
 
     Attributes:
-      leaves: parameter leaf name → value number.
-      trainable: names of the leaves that are trained (``nnx.Param``; all of a plain
-        parameter tree), the others being statistics.
-      inputs: value numbers of the other arguments' leaves.
-      constants: value numbers of the arrays that the function closed over.
-      outputs: value numbers of the results, ``None`` for scalar literals.
-      equations: the primitives in order of execution.
-      unread: value numbers of what layers compute for nothing: it is no part of the
-        outputs. XLA leaves it out, but the model's own code does it with any widths.
-      shapes: shape of every value, by number.
-      origin: for a value computed from parameter leaves alone (by casts, transposes,
-        a normalisation of the weight, a product with a mask…), these leaves' names.
-      input_names: where each of ``inputs`` stands among the arguments, ``[1]['mask']``.
-      output_names: where each of ``outputs`` stands in what the model returns.
-      literals: the numbers that are written into the computation, in order, with the
-        source of each (see :func:`source_line`) and the value number of what is
-        computed with it first, then the arrays that it closed over.
+      leaves: Value number of each parameter leaf, by name.
+      trainable: Names of the leaves that are trained (``nnx.Param``; all of a plain
+        parameter tree); the others are statistics.
+      inputs: Value numbers of the other arguments' leaves.
+      constants: Value numbers of the arrays that the function closed over.
+      outputs: Value numbers of the results, ``None`` for scalar literals.
+      equations: Primitives in order of execution.
+      unread: Value numbers of results of layers that no output depends on. XLA drops
+        them, but the model's own code computes them with any widths.
+      shapes: Shape of every value, by number.
+      origin: Names of the leaves that a value is computed from, for values computed
+        from parameter leaves alone (by casts, transposes, a normalisation of the
+        weight, a product with a mask…).
+      input_names: Path of each of ``inputs`` among the arguments, ``[1]['mask']``.
+      output_names: Path of each of ``outputs`` in what the model returns.
+      literals: Numbers that are literals in the code, in order, each with its source
+        (see :func:`source_line`) and the value number of the first result computed with
+        it; then the arrays that the function closed over.
     """
 
     leaves: dict[str, int]
@@ -87,12 +88,12 @@ def trace(
     """Traces a model abstractly; nothing is computed and nothing allocated.
 
     Args:
-      model: see :func:`as_function`.
-      *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; whatever else is
-        among them (``True``, a string) is handed to the model as it is.
-      params: the parameters of a plain function, the variables of a Linen module.
-      plan: if the variables of a Linen module were sliced, the plan of the cut.
-      **kwargs: keyword arguments of the model, like ``inputs``.
+      model: Model as in :func:`as_function`.
+      *inputs: Example inputs, arrays or ``jax.ShapeDtypeStruct``; other objects
+        (``True``, a string) are passed to the model unchanged.
+      params: Parameters of a plain function, or variables of a Linen module.
+      plan: Plan of the cut if the variables of a Linen module were sliced.
+      **kwargs: Keyword arguments of the model, like ``inputs``.
 
     Returns:
       The computation with all nested calls unfolded.
@@ -113,7 +114,7 @@ def trace_function(
         inputs, kwargs = jax.tree.unflatten(structure, whole)
         return function.call(jax.tree.unflatten(form, leaves), *inputs, **kwargs)
 
-    # As a flat list: every other pass through a model's state takes its time.
+    # As a flat list: each further pass through a model's state takes time.
     leaves, form = jax.tree.flatten(function.params)
     closed, returned = jax.make_jaxpr(call, return_shape=True)(leaves, arrays)
     jaxpr = closed.jaxpr
@@ -143,13 +144,13 @@ def trace_function(
         shapes=shapes,
         origin=origin,
         input_names=_places(inputs, is_array) + _places(dict(kwargs), is_array),
-        output_names=_places(returned, lambda leaf: True),
+        output_names=_places(returned, lambda _: True),
         literals=(*builder.literals, *((array, None, None) for array in closed.consts)),
     )
 
 
 def _places(tree: Any, wanted: Callable[[Any], bool]) -> tuple[str, ...]:
-    """Returns where each leaf of a tree stands in it, as one writes it in Python."""
+    """Returns the path of each wanted leaf of a tree, as Python code."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return tuple(jax.tree_util.keystr(path) for path, leaf in leaves if wanted(leaf))
 
@@ -159,7 +160,7 @@ def _origins(
     leaves: Mapping[str, int],
     own: Mapping[str, int],
 ) -> dict[int, tuple[str, ...]]:
-    """Returns the leaves that each value is computed from, by the names they keep."""
+    """Returns the kept names of the leaves that each value is computed from."""
     if len(own) == len(leaves):
         return {n: names for n, names in origin.items() if names}
     name_of = {value: name for name, value in own.items()}
@@ -177,11 +178,11 @@ def _without_copies(
     used: set[int | None],
     shapes: Sequence[tuple[int, ...]],
 ) -> dict[str, int]:
-    """Leaves out the copies of parameters that a model carries along and never reads.
+    """Leaves out copies of parameters that a model holds and never reads.
 
     A collection with the paths and shapes of the parameters (their moving averages)
-    holds such copies. They are cut as the parameter is, whose name their own ends in.
-    Where a model reads the copy alone, the parameter is left out, and the copy has its
+    holds such copies. They are cut like the parameter, whose name is the end of theirs.
+    If a model reads only the copy, the parameter is left out, and the copy gets its
     name.
     """
     kept = dict(leaves)
@@ -200,12 +201,18 @@ def _needed(
     outputs: list[int | None],
     origin: Mapping[int, tuple[str, ...] | None],
 ) -> tuple[tuple[Equation, ...], frozenset[int]]:
-    """Leaves out what is computed for nothing, as a slice of which only the shape is
-    asked for. What a loop carries from step to step is kept, and so is whatever
-    parameters do to activations.
+    """Leaves out equations whose results are not used.
+
+    One is a slice of which the model reads only the shape. Values that a loop carries
+    from step to step are kept, and so are operations of parameters on activations.
+
+    Args:
+      equations: All equations.
+      outputs: Value numbers of the outputs.
+      origin: Leaves that each value is computed from, or None if it depends on inputs.
 
     Returns:
-      The equations that are kept, and the results of those that lead to no output.
+      The kept equations, and the results among them that no output depends on.
     """
 
     def leading_to(ends: set[int]) -> set[int]:
@@ -236,14 +243,14 @@ def layers(traced: Trace, repeated: bool = False) -> list[Layer]:
     A layer is a product one of whose operands is computed from parameters alone.
 
     Args:
-      traced: the computation.
-      repeated: whether a layer that runs twice is listed twice, or at its first use.
+      traced: Computation of the model.
+      repeated: Whether a layer that runs twice is listed twice, or at its first use.
     """
     name_of = layer_names(traced)
     found: dict[Any, Layer] = {}
     for use in traced.uses:
         key = use.equation.outputs if repeated else use.kernel
-        # What a kernel does to activations says more than what it does to others.
+        # A use with activations says more about a kernel than one with parameters.
         if key not in found or (found[key].inner and not use.inner):
             found[key] = dataclasses.replace(use, name=name_of(use.kernel))
     return list(found.values())
@@ -252,8 +259,11 @@ def layers(traced: Trace, repeated: bool = False) -> list[Layer]:
 def layer_names(traced: Trace) -> Callable[[str], str]:
     """Returns a function from a leaf's name to that of its layer.
 
-    It is the leaf's without the last part, unless that would be the name of several
-    kernels, as in the tree ``{"layers": {"up": ..., "down": ...}}``.
+    It is the leaf's without the last part, unless several kernels would have that name,
+    as in the tree ``{"layers": {"up": ..., "down": ...}}``.
+
+    Args:
+      traced: Computation of the model.
     """
     kernels = {use.kernel for use in traced.uses}
     owners = collections.Counter(layer_name(kernel) for kernel in kernels)
@@ -269,12 +279,12 @@ def source_line(source: Any) -> str:
     """Returns the user's line that an equation comes from, as ``model.py:31``.
 
     Args:
-      source: :attr:`Equation.source`.
+      source: Source of an equation, :attr:`Equation.source`.
 
     Returns:
       The innermost line of the model that is not in JAX, in this package or in a
-      library of layers; if there is none, the innermost one of such a library that is
-      not Flax; ``""`` if there is none either.
+      library of layers; otherwise the innermost line of such a library other than Flax;
+      otherwise ``""``.
     """
     return next(source_lines(source), "")
 
@@ -285,7 +295,7 @@ def source_lines(source: Any) -> Iterator[str]:
     library = []
     for frame in traceback.frames if traceback is not None else ():
         name = frame.file_name
-        if name == __file__:  # what is further out called the model
+        if name == __file__:  # frames further out called the model
             break
         owner = _owner(name)
         line = f"{pathlib.Path(name).name}:{frame.line_num}"
@@ -301,7 +311,7 @@ def lines_of_error(error: BaseException) -> Iterator[str]:
     library = []
     for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
         name = frame.f_code.co_filename
-        if name == __file__:  # what is further out called the model
+        if name == __file__:  # frames further out called the model
             break
         owner = _owner(name)
         line = f"{pathlib.Path(name).name}:{number}"
@@ -330,9 +340,9 @@ _TRACERS = tuple(
 
 @functools.cache
 def _owner(file_name: str) -> str | None:
-    """Returns the library that a file is of, ``""`` for this one, None for the user's.
+    """Returns the library of a file, ``""`` for this one, None for the user's.
 
-    Whole names of folders are compared: ``site-packages/jaxfoo`` is not JAX.
+    Names of folders are compared in full: ``site-packages/jaxfoo`` is not JAX.
     """
     if file_name.startswith("<"):
         return ""

@@ -1,12 +1,11 @@
 """A jaxpr unfolded into a flat list of equations over numbered values.
 
 Nested calls (``jit``, ``custom_jvp``, ``remat``…), loops, branches and the bodies of
-``shard_map`` are entered, so that what reads the list is one loop over plain
-primitives.
+``shard_map`` are entered, so that readers of the list see plain primitives only.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,11 +28,14 @@ CALLS = {
     "composite": "jaxpr",
 }
 
+ENTERED = frozenset({*CALLS, "scan", "while", "cond", "shard_map"})
+"""Primitives in whose place the operations inside them are listed."""
+
 # A language model of a hundred unrolled layers has some ten thousand equations.
 MOST_EQUATIONS = 2_000_000
 
-# What becomes the same on all shards of some axes of the mesh: the parameter that names
-# these axes.
+# Primitives whose result is equal on all shards along some axes of the mesh: the
+# parameter that names these axes.
 _MADE_ALIKE = {
     "psum_invariant": "axes",
     "all_gather_invariant": "axis_name",
@@ -45,20 +47,25 @@ _MADE_ALIKE = {
 class Equation(NamedTuple):
     """One primitive applied to numbered values; ``None`` is a scalar literal.
 
-    Besides JAX's primitives there are five that come from unfolding: ``loop_slice``
-    takes one step's part of an array (its first axis goes), ``loop_stack`` puts the
-    parts together again, ``join`` is one value of several sources, ``shard`` is one
-    device's part of an array and ``unshard`` puts these parts together. Their parameter
-    ``shards`` is the number of parts along each axis.
+    In addition to JAX's primitives there are five that come from unfolding:
+    ``loop_slice`` takes one step's part of an array (without its first axis),
+    ``loop_stack`` puts the parts together again, ``join`` is one value of several
+    sources, ``shard`` is one device's part of an array and ``unshard`` puts these parts
+    together. Their parameter ``shards`` is the number of parts along each axis.
 
     Attributes:
-      source: where it was written, as JAX records it; see
+      primitive: Name of the primitive.
+      inputs: Value numbers of the operands.
+      outputs: Value numbers of the results.
+      params: Parameters of the primitive, as in the jaxpr.
+      source: Place in the source code, as JAX records it; see
         :func:`tpp_jax.graph.tracing.source_line`.
-      times: how often it runs: the steps of a ``scan``, the shards of a ``shard_map``.
-      branches: the branches of ``cond`` that it stands in, from the outermost inwards:
-        pairs of a number of the ``cond`` and one of the branch.
-      endless: whether it stands in a ``while``, whose number of steps is not known;
-        ``times`` is that of one step then.
+      times: Number of times that it runs: steps of a ``scan``, shards of a
+        ``shard_map``.
+      branches: Branches of ``cond`` that it is in, from the outermost inwards: pairs of
+        a number of the ``cond`` and a number of the branch.
+      endless: Whether it is in a ``while``, whose number of steps is not known;
+        ``times`` is then the number in one step.
     """
 
     primitive: str
@@ -70,16 +77,23 @@ class Equation(NamedTuple):
     branches: tuple[tuple[int, int], ...] = ()
     endless: bool = False
 
+    def operand(self, i: int) -> int:
+        """Returns the value number of an operand that is no literal."""
+        value = self.inputs[i]
+        assert value is not None
+        return value
+
 
 class Builder:
-    """Numbers values and unfolds calls while walking a jaxpr.
+    """Numbers values and unfolds calls while it goes through a jaxpr.
 
     Attributes:
-      shapes: shape of every value, by number.
-      equations: the primitives in order of execution.
-      constants: numbers of the arrays that inner functions closed over.
-      origin: for every value, the parameter leaves that it is computed from; None if
-        an input of the model has a part in it.
+      shapes: Shape of every value, by number.
+      equations: Primitives in order of execution.
+      constants: Value numbers of the arrays that inner functions closed over.
+      literals: Literals in the code; see :attr:`tpp_jax.graph.tracing.Trace.literals`.
+      origin: Parameter leaves that each value is computed from; None if it depends on
+        an input of the model.
     """
 
     def __init__(self) -> None:
@@ -95,7 +109,7 @@ class Builder:
         self._branches: tuple[tuple[int, int], ...] = ()
         self._endless = False
         self._conds = 0
-        # Inside of a shard_map: the sizes of the mesh's axes, and by which of them a
+        # Inside a shard_map: the sizes of the mesh's axes, and the axes along which a
         # value differs from shard to shard.
         self._mesh: dict[str, int] = {}
         self._varying: dict[int | None, frozenset[str]] = {}
@@ -109,21 +123,22 @@ class Builder:
         self.origin[n] = origin
         return n
 
-    def unfold(self, jaxpr: Any, env: dict[Any, int | None]) -> list[int | None]:
+    def unfold(self, jaxpr: Any, known: Mapping[Any, int | None]) -> list[int | None]:
         """Adds the equations of a jaxpr; returns the numbers of its results.
 
         Args:
-          jaxpr: what is entered.
-          env: the number of each of its variables so far; the others are added.
+          jaxpr: Jaxpr whose equations are added.
+          known: Value number of each variable that is no result of an equation.
         """
+        env = dict(known)
         for eqn in jaxpr.eqns:
             self._source = self._caller or eqn.source_info
             inputs = [self._read(var, env) for var in eqn.invars]
             match eqn.primitive.name:
                 case name if name in CALLS:
                     before = self._caller
-                    # JAX keeps what a jitted function does, with the lines of its
-                    # first call: all of it is put down to the line of this call.
+                    # JAX caches the jaxpr of a jitted function, with the lines of its
+                    # first call. So the line of this call is its source.
                     self._caller = self._source if name in ("jit", "pjit") else before
                     outputs = self._call(eqn.params[CALLS[name]], inputs)
                     self._caller = before
@@ -144,11 +159,11 @@ class Builder:
     def _equation(
         self,
         name: str,
-        inputs: list[int | None],
+        inputs: Sequence[int | None],
         shapes: list[tuple[int, ...]],
         params: dict[str, Any] | None = None,
     ) -> list[int]:
-        origin = self._origin_of(inputs)
+        origin, params = self._origin_of(inputs), params or {}
         outputs = [self.number(shape, origin) for shape in shapes]
         times = self._times
         if self._mesh:
@@ -164,7 +179,7 @@ class Builder:
                 name,
                 tuple(inputs),
                 tuple(outputs),
-                params or {},
+                params,
                 self._source,
                 times,
                 self._branches,
@@ -177,20 +192,20 @@ class Builder:
         inner = getattr(closed, "jaxpr", closed)
         scope = dict(zip(inner.invars, inputs, strict=True))
         for var in inner.constvars:
-            scope[var] = self.number(np.shape(var.aval), ())
-            self.constants.append(scope[var])
+            scope[var] = constant = self.number(np.shape(var.aval), ())
+            self.constants.append(constant)
         return self.unfold(inner, scope)
 
     def _join(self, sources: list[int | None]) -> int | None:
-        """Makes one value of several that must have the same channels."""
+        """Adds one value in place of several that must have the same channels."""
         known = [n for n in sources if n is not None]
         if len(known) < 2:
             return known[0] if known else None
         return self._equation("join", known, [self.shapes[known[0]]])[0]
 
     def _scan(self, eqn: Any, inputs: list[int | None]) -> list[int | None]:
-        # How the operands are counted differs between versions of JAX; what is stacked
-        # has one axis more outside the body than inside.
+        # Versions of JAX count the operands differently, but a stacked array always has
+        # one more axis outside the body than inside.
         body = eqn.params["jaxpr"].jaxpr
         n_stacked = _count_other_ranks(eqn.invars, body.invars)
         n_carry = len(eqn.outvars) - _count_other_ranks(eqn.outvars, body.outvars)
@@ -270,12 +285,12 @@ class Builder:
 
     def _read(self, var: Any, env: dict[Any, int | None]) -> int | None:
         if isinstance(var, jex_core.Literal):
-            # What is numbered next is the result, or in a call the first one.
+            # The next number is that of the result, or in a call of the first one.
             self.literals.append((var.val, self._source, len(self.shapes)))
             return None
         return env[var]
 
-    def _origin_of(self, inputs: list[int | None]) -> tuple[str, ...] | None:
+    def _origin_of(self, inputs: Sequence[int | None]) -> tuple[str, ...] | None:
         found: tuple[str, ...] = ()
         for n in inputs:
             if n is None:
@@ -296,11 +311,14 @@ class Builder:
 def check_length(jaxpr: Any) -> None:
     """Refuses a computation that would be too long when unfolded.
 
-    JAX writes a jitted function down once, however often it is called: two calls of a
+    A jaxpr holds a jitted function once, however often it is called: two calls of a
     function that calls another twice, and so on, are few lines, and 2^n equations.
 
+    Args:
+      jaxpr: Jaxpr of the computation.
+
     Raises:
-      TPPError: there are more than two million.
+      TPPError: It has more than two million equations.
     """
     length = _length(jaxpr, {})
     if length > MOST_EQUATIONS:
@@ -320,7 +338,7 @@ def _length(jaxpr: Any, known: dict[int, int]) -> int:
 
 
 def _entered(eqn: Any) -> Iterator[Any]:
-    """Yields the jaxprs inside of an equation that are unfolded."""
+    """Yields the jaxprs inside an equation that are unfolded."""
     name, params = eqn.primitive.name, eqn.params
     match name:
         case name if name in CALLS:
@@ -352,11 +370,12 @@ def _axis_names(entry: Any) -> tuple[str, ...]:
 def _shards(
     names: list[tuple[str, ...]], sizes: dict[str, int], rank: int
 ) -> tuple[int, ...]:
-    """Returns in how many parts each axis of an array is cut."""
+    """Returns the number of parts that each axis of an array is split into."""
     shards = [math.prod(sizes[name] for name in some) for some in names]
     return tuple([*shards, *[1] * rank][:rank])
 
 
 def _count_other_ranks(outside: list[Any], inside: list[Any]) -> int:
+    """Returns how many variables of two lists have different numbers of axes."""
     pairs = zip(outside, inside, strict=True)
     return sum(np.ndim(a.aval) != np.ndim(b.aval) for a, b in pairs)

@@ -1,7 +1,8 @@
-"""The parameters that no group runs through, and why: nothing is left unsaid."""
+"""The trained parameters that no group runs through, with the reasons."""
 
 import numpy as np
 
+from tpp_jax.graph.comparing import Reading
 from tpp_jax.graph.records import Groups
 from tpp_jax.graph.tracing import source_line
 
@@ -10,11 +11,11 @@ def ungrouped(groups: Groups) -> dict[str, str]:
     """Lists the trained parameters that are in no group.
 
     Args:
-      groups: from :func:`tpp_jax.channel_groups`.
+      groups: Groups from :func:`tpp_jax.channel_groups`.
 
     Returns:
-      Leaf name → why it is in none: it is not used, or a single number; its axes cannot
-      be pruned, and nothing produces channels along them.
+      Leaf name → reason: the parameter is not used, or is a single number; its axes
+      cannot be pruned, or no layer produces channels along them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -31,34 +32,36 @@ def ungrouped(groups: Groups) -> dict[str, str]:
     if not left:
         return {}
     if groups.reading is None:
-        return dict.fromkeys(left, "a pickle of groups does not say why")
+        return dict.fromkeys(left, "unknown: these groups were unpickled")
     traced = groups.traced
     used = {n for eqn in traced.equations for n in eqn.inputs} | {*traced.outputs}
-    reading = groups.reading
-    labels, axes, solution = reading.labels, reading.axes, reading.solution
     found = {}
     for leaf in left:
-        value = traced.leaves[leaf]
-        why: dict[str, list[int]] = {}
-        for axis, own in enumerate(axes[value]):
-            if len(own) == 1:
-                continue
-            codes = np.unique(solution.stuck[solution.of(own)[1]])
-            for code in codes.tolist():
-                reason = "no layer produces its channels"
-                if code >= 0:
-                    text, source = labels.reasons[code]
-                    line = source_line(source)
-                    reason = f"{text}, {line}" if line else str(text)
-                why.setdefault(reason, []).append(axis)
-        if value not in used:
+        if traced.leaves[leaf] not in used:
             found[leaf] = "not used"
-        elif not why:
-            found[leaf] = "a single number"
         else:
-            found[leaf] = "; ".join(
-                f"{reason} ({'axes' if len(on) > 1 else 'axis'} "
-                f"{', '.join(map(str, on))})"
-                for reason, on in why.items()
-            )
+            found[leaf] = _reasons(traced.leaves[leaf], groups.reading)
     return found
+
+
+def _reasons(value: int, reading: Reading) -> str:
+    """Returns the reasons why no group runs along any axis of a leaf."""
+    labels, solution = reading.labels, reading.solution
+    why: dict[str, list[int]] = {}
+    for axis, own in enumerate(reading.axes[value]):
+        if len(own) == 1:
+            continue
+        codes = np.unique(solution.stuck[solution.of(own)[1]])
+        for code in codes.tolist():
+            reason = "no layer produces its channels"
+            if code >= 0:
+                text, source = labels.reasons[code]
+                line = source_line(source)
+                reason = f"{text}, {line}" if line else str(text)
+            why.setdefault(reason, []).append(axis)
+    if not why:
+        return "a single number"
+    return "; ".join(
+        f"{reason} ({'axes' if len(on) > 1 else 'axis'} {', '.join(map(str, on))})"
+        for reason, on in why.items()
+    )

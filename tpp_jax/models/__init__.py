@@ -175,16 +175,16 @@ def create(
 
 
 def spec_of(model: nnx.Module) -> ModelSpec:
-    """Returns the spec of a network from `create`.
+    """Finds the spec of a network of this package.
 
     Args:
       model: Network that `create` made or that was loaded from a file.
 
     Returns:
-      The arguments of `create` that build the same architecture.
+      The arguments of `create` that made the network.
 
     Raises:
-      TPPError: If the network has no spec, since it is not one of this package.
+      TPPError: If the network has no spec, since it is not a network of this package.
 
     Example:
       >>> spec_of(create("lenet5", rngs=nnx.Rngs(0))).num_classes

@@ -1,4 +1,4 @@
-"""Where the channels of each group stand in each array, to be compared."""
+"""The positions of each group's channels in each array, to be compared."""
 
 import functools
 from collections.abc import Callable
@@ -6,39 +6,43 @@ from typing import Any
 
 import numpy as np
 
-from tpp_jax.graph.records import Group, Groups
+from tpp_jax.graph.records import Group, Groups, Slot
 from tpp_jax.pruning.masks import keep_masks
 from tpp_jax.pruning.plan import Plan
 
-# A leaf, an axis of it, positions along the axis: how many for a channel, and which.
 Place = tuple[str, int, int, bytes]
+"""A leaf, an axis, the number of positions of each channel, and the positions."""
 
 
 def arrangement(groups: Groups, plan: Plan | None = None) -> set[frozenset[Place]]:
-    """Tells where the channels of every group stand in each array, to be compared.
+    """Returns the positions of all groups' channels in each array, to be compared.
 
     Args:
-      groups: the groups.
-      plan: if given, the result is how slicing by it is to leave them.
+      groups: Groups.
+      plan: Plan; if given, the positions are those after slicing by it.
     """
-    masks = functools.cache(functools.partial(keep_masks, plan))
+
+    @functools.cache
+    def masks(leaf: str) -> dict[int, Any]:
+        return {} if plan is None else keep_masks(plan, leaf)
+
     return {_layout(group, plan, masks) for group in groups} - {frozenset()}
 
 
 def _layout(
     group: Group, plan: Plan | None, masks: Callable[[str], dict[int, Any]]
 ) -> frozenset[Place]:
-    """Tells where a group's channels stand in each array, as comparable values.
+    """Returns the positions of a group's channels in each array, as comparable values.
 
     Args:
-      group: the group.
-      plan: if given, the layout is the one that slicing by it is to give.
-      masks: the plan's :func:`keep_masks` of a leaf, which most groups share.
+      group: Group.
+      plan: Plan; if given, the positions are those after slicing by it.
+      masks: Function from a leaf to the plan's :func:`keep_masks`, shared by groups.
 
     Returns:
-      ``(leaf, axis, positions)`` of every member; nothing for a group that cannot be
-      pruned or is left with one channel: an axis of size one couples with nothing, so
-      there would be nothing to be found of it.
+      Place of every member. The result is empty for a group that cannot be pruned or
+      is left with one channel: an axis of size one is not coupled with any other, so
+      that such a group cannot be found again.
     """
     size = group.size if plan is None else plan.kept_count(group)
     if size <= 1 or group.reason is not None:
@@ -49,9 +53,9 @@ def _layout(
         if plan is not None:
             positions = positions[np.asarray(plan.kept[group.name])]
             if axis in masks(leaf):
-                stays = np.asarray(masks(leaf)[axis][0])
-                moved = np.cumsum(stays) - 1
-                positions = moved[positions[stays[positions]]].reshape(size, -1)
+                keep = np.asarray(masks(leaf)[axis][0])
+                moved = np.cumsum(keep) - 1
+                positions = moved[positions[keep[positions]]].reshape(size, -1)
         if positions.shape[1] == 1:
             positions = np.sort(positions, axis=0)
         else:
@@ -59,3 +63,37 @@ def _layout(
             positions = positions[np.argsort(positions[:, 0])]
         layout.add((leaf, axis, positions.shape[1], positions.tobytes()))
     return frozenset(layout)
+
+
+def alike_slots(groups: Groups, i: int, j: int) -> tuple[Slot, Slot] | None:
+    """Returns an axis that each of two groups produces, with the same layout.
+
+    Args:
+      groups: All groups.
+      i: Index of one group.
+      j: Index of the other group.
+
+    Returns:
+      The axis of each group; None if no two axes have the same layout.
+    """
+    for one in groups[i].members:
+        for other in groups[j].members:
+            slots = (one.leaf, one.axis), (other.leaf, other.axis)
+            if one.role == other.role == "produced" and (
+                _slot_layout(groups, slots[0], i) == _slot_layout(groups, slots[1], j)
+            ):
+                return slots
+    return None
+
+
+def _slot_layout(
+    groups: Groups, slot: Slot, i: int
+) -> tuple[int, dict[int | None, bytes]]:
+    """Returns the size of an axis and the positions of its groups, group i unnamed."""
+    leaf, axis = slot
+    return groups.shapes[leaf][axis], {
+        None if n == i else n: member.positions.tobytes()
+        for n, group in enumerate(groups)
+        for member in group.members
+        if (member.leaf, member.axis) == slot
+    }

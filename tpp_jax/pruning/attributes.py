@@ -1,7 +1,8 @@
-"""Which attributes of a model may follow the channels of some groups.
+"""Finding the attributes of a model that may follow the channels of some groups.
 
 An attribute is a candidate if it equals the size of an axis that the groups run along,
-in an array of the module that keeps it. Whether it has to follow is for a trial to say.
+in an array of the module that has the attribute. A trial decides whether it has to
+follow the groups.
 """
 
 import collections
@@ -12,14 +13,13 @@ import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from types import CodeType
-from typing import Any
 
-from tpp_jax.graph.comparing import Difference
+from tpp_jax.graph.comparing import Difference, Reading
 from tpp_jax.graph.fields import Field, FieldSize, Parts
 from tpp_jax.graph.records import Groups
 from tpp_jax.pruning.source import Source
 
-# Attempts to set attributes for a kind of groups.
+# Attempts to set attributes for a family of groups.
 _ATTEMPTS = 16
 
 
@@ -27,8 +27,8 @@ class Attributes:
     """The attributes of a model, and how they may follow its groups.
 
     Attributes:
-      source: the model.
-      groups: its groups.
+      source: Model.
+      groups: Groups of the model.
     """
 
     def __init__(self, source: Source, groups: Groups) -> None:
@@ -37,30 +37,31 @@ class Attributes:
 
     @functools.cached_property
     def fields(self) -> dict[Field, type]:
-        """Every attribute → the class of the module that keeps it."""
+        """Attribute → class of the module that has it."""
         return self.source.fields()
 
     def classes_at(self, line: str) -> set[type]:
-        """Returns the classes that a line of code is part of."""
+        """Returns the classes whose code contains a line."""
         return {one for one in set(self.fields.values()) if line in _lines(one)}
 
     def same_class(self, line: str, other: str) -> bool:
-        """Reports whether two lines of code are part of one class."""
+        """Reports whether two lines are part of the code of the same class."""
         return not self.classes_at(line).isdisjoint(self.classes_at(other))
 
     @functools.cached_property
     def of_path(self) -> dict[str, list[Field]]:
-        """Path of a module → its attributes."""
+        """Path of a module → attributes of the module."""
         found: dict[str, list[Field]] = {}
         for field in self.fields:
             found.setdefault(field.path, []).append(field)
         return found
 
-    @functools.cache  # noqa: B019  lives as long as a call of channel_groups
+    @functools.cache  # noqa: B019  lives as long as one call of channel_groups
     def around(self, path: str) -> str:
-        """Returns how the leaves of a module begin, or of the first around it with any.
+        """Returns the prefix of a module's leaves.
 
-        A module without arrays works on those of the module that it is part of.
+        A module without arrays works on those of the module that it is part of: the
+        prefix is then that of the innermost module around it with arrays.
         """
         while path and not any(
             leaf.startswith(f"{path}.") for leaf in self.groups.shapes
@@ -74,8 +75,8 @@ class Attributes:
         """Returns the attributes that may follow some groups.
 
         Args:
-          members: indices of the groups.
-          together: name of a group → that of the one that loses the same channels.
+          members: Indices of the groups.
+          together: Name of a group → name of a group that loses the same channels.
         """
         return Candidates(self, tuple(members), together or {})
 
@@ -85,9 +86,9 @@ class Candidates:
     """The attributes that may follow some groups.
 
     Attributes:
-      model: all attributes of the model.
-      members: indices of the groups.
-      together: name of a group → that of the one that loses the same channels.
+      model: All attributes of the model.
+      members: Indices of the groups.
+      together: Name of a group → name of a group that loses the same channels.
     """
 
     model: Attributes
@@ -97,15 +98,15 @@ class Candidates:
     def at(
         self, lines: Sequence[str], sizes: Sequence[FieldSize]
     ) -> Iterator[list[FieldSize]]:
-        """Yields the candidates of the classes that lines of code are part of.
+        """Yields the candidates of the classes whose code contains a line.
 
-        The innermost line that there are any for counts. First come the attributes
-        that the class's methods name and that follow channels of arrays that the module
-        makes, at last all.
+        The innermost line with any candidates counts. First come the attributes that
+        methods of the class refer to and that follow channels produced in the module;
+        last come all.
 
         Args:
-          lines: of code, the innermost first.
-          sizes: see :meth:`candidates`.
+          lines: Lines of code, innermost first.
+          sizes: See :meth:`candidates`.
         """
         for line in lines if self.model.fields else ():
             classes = self.model.classes_at(line)
@@ -126,14 +127,14 @@ class Candidates:
         named: bool = False,
         made: bool = False,
     ) -> list[FieldSize]:
-        """Lists attributes near the groups that equal a size of their channels.
+        """Lists attributes of modules near the groups that equal one of their sizes.
 
         Args:
-          sizes: attributes that follow already; one that may follow the members as well
-            is listed with all that it is to follow.
-          classes: if given, only the attributes of their modules are listed.
-          named: whether only what methods of the module name is listed.
-          made: whether channels that a module only takes in do not count.
+          sizes: Attributes that already follow channels; one that may also follow the
+            members is listed with all groups that it follows.
+          classes: Classes whose modules are considered; by default all.
+          named: Whether to list only attributes that methods of the module refer to.
+          made: Whether to ignore channels that the module contracts but does not make.
         """
         groups, model = self.model.groups, self.model
         if not model.fields:
@@ -175,70 +176,98 @@ def settle(
     known: tuple[FieldSize, ...],
     fault: Difference,
 ) -> tuple[FieldSize, ...] | None:
-    """Finds attributes with which a model holds, None if none are found.
+    """Finds attributes with which a model works, None if none are found.
 
-    Those of the class are tried whose code a fault is in, then, if the fault moves to
-    another place, those of the class there; at last those of any class.
+    First the attributes of the class are tried whose code has the fault; if the fault
+    moves to another place, those of the class there; and finally those of any class.
 
     Args:
-      near: what may be set.
-      attempt: attributes that follow → what goes wrong with them.
-      known: attributes that follow already.
-      fault: what goes wrong with these.
+      near: Attributes that may be set.
+      attempt: Function from attributes that follow to the fault with them.
+      known: Attributes that already follow.
+      fault: Fault with these.
     """
-    tried: set[frozenset[FieldSize]] = set()
+    attempts = _Attempts(near, attempt)
+    found = attempts.follow(known, fault, frozenset(fault.lines[:1]))
+    if found is not None:
+        return found
+    wide = (near.candidates(known, made=made) for made in (True, False))
+    outcomes = attempts.outcomes(known, wide)
+    return next((sizes for sizes, after in outcomes if after is None), None)
+
+
+@dataclasses.dataclass
+class _Attempts:
+    """Attempts to set attributes, each of which is made once.
+
+    Attributes:
+      near: Attributes that may be set.
+      attempt: Function from attributes that follow to the fault with them.
+      tried: Attributes that were set so far.
+    """
+
+    near: Candidates
+    attempt: Callable[[tuple[FieldSize, ...]], Difference | None]
+    tried: set[frozenset[FieldSize]] = dataclasses.field(default_factory=set)
 
     def outcomes(
-        sizes: tuple[FieldSize, ...], proposals: Iterable[list[FieldSize]]
+        self, sizes: tuple[FieldSize, ...], proposals: Iterable[list[FieldSize]]
     ) -> Iterator[tuple[tuple[FieldSize, ...], Difference | None]]:
+        """Yields attributes that were set, and the fault that is left with them.
+
+        Args:
+          sizes: Attributes that already follow.
+          proposals: Attributes that may be set in addition.
+        """
         for found in itertools.chain.from_iterable(map(_selections, proposals)):
             both = extended(sizes, found)
-            if len(tried) < _ATTEMPTS and frozenset(both) not in tried:
-                tried.add(frozenset(both))
-                yield both, attempt(both)
+            if len(self.tried) < _ATTEMPTS and frozenset(both) not in self.tried:
+                self.tried.add(frozenset(both))
+                yield both, self.attempt(both)
 
-    def descend(
-        sizes: tuple[FieldSize, ...], fault: Difference, seen: frozenset[str]
+    def follow(
+        self, sizes: tuple[FieldSize, ...], fault: Difference, seen: frozenset[str]
     ) -> tuple[FieldSize, ...] | None:
+        """Sets attributes of the class with the fault, as long as the fault moves.
+
+        Args:
+          sizes: Attributes that already follow.
+          fault: Fault with these.
+          seen: Lines that had a fault before.
+
+        Returns:
+          The attributes with which the model works, None if none are found.
+        """
         later = None
-        for both, after in outcomes(sizes, near.at(fault.lines, sizes)):
+        for both, after in self.outcomes(sizes, self.near.at(fault.lines, sizes)):
             if after is None:
                 return both
             if not after.lines or after.lines[0] in seen:
                 continue
             step = both, after, seen.union(after.lines[:1])
-            if near.model.same_class(fault.lines[0], after.lines[0]):
+            if self.near.model.same_class(fault.lines[0], after.lines[0]):
                 later = later or step
-            elif (found := descend(*step)) is not None:
+            elif (found := self.follow(*step)) is not None:
                 return found
-        return descend(*later) if later else None
-
-    found = descend(known, fault, frozenset(fault.lines[:1]))
-    if found is not None:
-        return found
-    wide = (near.candidates(known, made=made) for made in (True, False))
-    for both, after in outcomes(known, wide):
-        if after is None:
-            return both
-    return None
+        return self.follow(*later) if later else None
 
 
 class _Ways:
-    """In which ways a number may follow the channels of some groups.
+    """The ways in which a number may follow the channels of some groups.
 
     Attributes:
-      reading: the labels of the model.
-      here: indices of the groups.
-      names: of all groups.
+      reading: Labels of the model.
+      here: Indices of the groups.
+      names: Names of all groups.
     """
 
-    def __init__(self, reading: Any, here: set[int], names: list[str]) -> None:
+    def __init__(self, reading: Reading, here: set[int], names: list[str]) -> None:
         self.reading = reading
         self.here = here
         self.names = names
 
     def size(self, field: Field, before: FieldSize | None) -> FieldSize | None:
-        """Returns how an attribute may follow, None if not or if that is unclear."""
+        """Returns how an attribute may follow, None if it cannot or is unclear."""
         value = field.value if isinstance(field.value, tuple) else (field.value,)
         old = before.parts if before else (None,) * len(value)
         parts = tuple(map(self._parts, value, old))
@@ -266,21 +295,21 @@ class _Ways:
 def extended(
     sizes: Iterable[FieldSize], found: Iterable[FieldSize]
 ) -> tuple[FieldSize, ...]:
-    """Returns attributes that follow, others in place of those of the same name."""
+    """Returns attributes that follow, with some of them added or replaced."""
     return tuple({size.field: size for size in (*sizes, *found)}.values())
 
 
 def _selections(found: list[FieldSize]) -> Iterator[list[FieldSize]]:
-    """Yields all attributes, those of all kinds but one, and those of one kind."""
-    kinds = list(dict.fromkeys(size.field.kind for size in found))
+    """Yields all attributes, all but those of one declaration, and those of one."""
+    declarations = list(dict.fromkeys(size.field.declaration for size in found))
     if found:
         yield found
-    if len(kinds) > 2:  # one of them is equal by chance
-        for kind in kinds:
-            yield [s for s in found if s.field.kind != kind]
-    if len(kinds) > 1:
-        for kind in kinds:
-            yield [s for s in found if s.field.kind == kind]
+    if len(declarations) > 2:  # one of them may be equal by coincidence
+        for one in declarations:
+            yield [size for size in found if size.field.declaration != one]
+    if len(declarations) > 1:
+        for one in declarations:
+            yield [size for size in found if size.field.declaration == one]
 
 
 def _counts(role: str, made: bool) -> bool:
@@ -288,10 +317,10 @@ def _counts(role: str, made: bool) -> bool:
 
 
 def _way(ways: set[Parts], groups: set[int], names: list[str]) -> Parts | None:
-    """Returns the one way in which a number follows the channels, None if unclear.
+    """Returns the way in which a number follows the channels, None if unclear.
 
-    Axes of one size may differ in other groups that run along them, the dimensions of
-    queries and of values: then the number follows the groups in question alone.
+    Axes of the same size may differ in the other groups that run along them, such as
+    the dimensions of queries and of values. The number then follows ``groups`` alone.
     """
     own = {names[i] for i in groups}
     fitting = [
@@ -304,7 +333,7 @@ def _way(ways: set[Parts], groups: set[int], names: list[str]) -> Parts | None:
 
 
 def _onto(parts: Parts, own: set[str]) -> Parts:
-    """Leaves out of a size what does not belong to some groups."""
+    """Returns the parts of a size without the groups that are not in ``own``."""
     sums: collections.Counter[tuple[str, ...]] = collections.Counter()
     for positions, through in parts:
         sums[tuple(sorted(own.intersection(through)))] += positions
@@ -312,13 +341,13 @@ def _onto(parts: Parts, own: set[str]) -> Parts:
 
 
 def _merged(ways: set[Parts]) -> set[Parts]:
-    """Returns ways without those that groups of one name make twice."""
+    """Returns ways without those that are equal once groups share names."""
     return {_onto(parts, {n for _, t in parts for n in t}) for parts in ways}
 
 
 @functools.lru_cache(maxsize=256)
 def _lines(cls: type) -> frozenset[str]:
-    """Returns the lines of a class's code, as ``model.py:31``."""
+    """Returns the lines of a class's code, in the form ``model.py:31``."""
     return frozenset(
         f"{pathlib.Path(code.co_filename).name}:{line}"
         for code in _codes(cls)
@@ -329,7 +358,7 @@ def _lines(cls: type) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=256)
 def _words(cls: type) -> frozenset[str]:
-    """Returns what a class's methods name, those that build a module left out."""
+    """Returns the identifiers in a class's methods but those that build a module."""
     found: set[str] = set()
     for code in _codes(cls, without=("__init__", "__post_init__", "setup")):
         found.update(code.co_names)
@@ -343,7 +372,7 @@ def _codes(cls: type, without: Sequence[str] = ()) -> Iterator[CodeType]:
             continue
         try:
             function = inspect.unwrap(getattr(cls, name))
-        except Exception:  # a descriptor of the user's
+        except Exception:  # raised by a user's descriptor
             continue
         function = getattr(function, "fget", None) or function
         code = getattr(function, "__code__", None)

@@ -1,4 +1,4 @@
-"""The groups of a model, tried: ``channel_groups``."""
+"""``channel_groups``: the groups of a model, verified by trials."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +22,8 @@ def channel_groups(
     """Finds the coupled-channel groups of a model.
 
     The groups are read off the model's jaxpr, and every group that is reported as
-    prunable was tried: the model, traced again with fewer channels in all of them, does
-    the same on narrower arrays.
+    prunable was tried: traced again with fewer channels in all of them, the model
+    performs the same operations on narrower arrays.
 
     Args:
       model: NNX module (run in evaluation mode, not modified), Linen module or function
@@ -33,9 +33,8 @@ def channel_groups(
       params: Parameter pytree of a function, or variables of a Linen module; they may
         be abstract. Leaves that are not arrays (the functions and numbers of an Equinox
         module) are passed unchanged.
-      strict: Whether to raise where channels meet an operation without a rule or a size
-        that is written into the model, instead of reporting them as unprunable with the
-        reason.
+      strict: Whether to raise if channels meet an operation without a rule or a
+        hard-coded size, instead of reporting them as unprunable with the reason.
       **kwargs: Keyword arguments of the model, like ``inputs``.
 
     Returns:
@@ -62,7 +61,7 @@ def channel_groups(
     groups, suppositions = read_groups(traced, source.inputs, strict)
     verdict = try_groups(source, groups, suppositions)
     joined: tuple[tuple[Slot, Slot], ...] = ()
-    while verdict.joined:  # each time there are fewer groups
+    while verdict.joined:  # it ends, since each time there are fewer groups
         joined += verdict.joined
         groups, suppositions = read_groups(traced, source.inputs, strict, joined)
         verdict = try_groups(source, groups, suppositions)

@@ -11,7 +11,7 @@ from flax import linen, nnx
 from tpp_jax.graph.labels import Channels
 from tpp_jax.graph.layers import Layer, kernel_axes
 from tpp_jax.graph.records import Groups
-from tpp_jax.graph.rules import RULES
+from tpp_jax.graph.rules import BUILT_IN
 from tpp_jax.graph.tracing import Trace, layer_names, layers, source_line, trace
 
 # Operations with rules whose work may be large and is not counted.
@@ -142,7 +142,7 @@ def uncounted_work(traced: Trace) -> tuple[str, ...]:
             continue
         line = source_line(eqn.source)
         where = f" ({line})" if line else ""
-        if eqn.primitive not in RULES or eqn.primitive in _HEAVY:
+        if eqn.primitive not in BUILT_IN or eqn.primitive in _HEAVY:
             found[f"{eqn.primitive}{where}"] = None
         elif eqn.outputs in in_loops:
             found[f"{eqn.primitive} in a while loop{where}"] = None

@@ -1,8 +1,8 @@
-"""Numbers that are written into a computation and follow the widths of its arrays.
+"""Literal numbers in a computation that follow the widths of its arrays.
 
-A mean divides by the number of its terms, a product of queries and keys is scaled by
-the square root of theirs. Where only channels do so whose sums the model computes
-anyway, that is to be expected; any other number has to be the same in a cut model.
+A mean divides by the number of its terms; a product of queries and keys is scaled by
+the square root of their size. Such numbers are expected to change if the model sums
+over the channels that they count. Any other number has to be the same in a cut model.
 """
 
 import dataclasses
@@ -12,13 +12,15 @@ from collections.abc import Set
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from tpp_jax.graph.comparing import Difference, Reading, Stays
+from tpp_jax.graph.comparing import Difference, Kept, Reading
+from tpp_jax.graph.labels import Axis
 from tpp_jax.graph.tracing import Trace, source_line
 from tpp_jax.graph.unfolding import Equation
 
-# Operations between a sum and its division that leave the number of terms alone.
+# Operations between a sum and its division that do not change the number of terms.
 _MOVES = {"reshape", "broadcast_in_dim", "squeeze", "convert_element_type", "transpose"}
 # Powers of a width that networks scale by.
 _POWERS = (1, -1, 1 / 2, -1 / 2, 1 / 4, -1 / 4)
@@ -26,13 +28,13 @@ _POWERS = (1, -1, 1 / 2, -1 / 2, 1 / 4, -1 / 4)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OtherNumber:
-    """A number of the unpruned model in whose place a cut one has another.
+    """A literal number that differs between the unpruned model and a cut one.
 
     Attributes:
-      before: the number, or an array.
-      after: what stands in its place.
-      source: where it was written.
-      result: value number of what is computed with it first, if that is known.
+      before: Number in the unpruned model, or an array.
+      after: Number in the cut model, or an array.
+      source: Source of the number, see :func:`tracing.source_line`.
+      result: Value number of the first result computed with it, None if not known.
     """
 
     before: Any
@@ -41,25 +43,25 @@ class OtherNumber:
     result: int | None
 
     def difference(self) -> Difference:
-        """Describes it to the user."""
+        """Describes the number to the user."""
         if np.ndim(self.after):
-            return Difference("an array of other numbers enters its values")
+            return Difference("an array with other numbers appears in its computation")
         return Difference(
-            f"the number {_short(self.after)} enters its values in place of "
+            f"the number {_short(self.after)} appears in its computation in place of "
             f"{_short(self.before)}",
             line=source_line(self.source),
         )
 
 
 def other_numbers(old: Trace, new: Trace) -> list[OtherNumber]:
-    """Lists the numbers that are written into one computation and not into the other.
+    """Lists the literal numbers that differ between two computations.
 
-    A scale ``1 / sqrt(width)``, or a factor that depends on a width otherwise: the cut
-    network then computes something else than the masked one.
+    Examples are a scale ``1 / sqrt(width)`` and a factor that depends on a width in
+    some other way. The cut network then does not compute the same as the masked one.
 
     Args:
-      old: the trace of the whole model.
-      new: that of the cut one, which does the same operations.
+      old: Trace of the unpruned model.
+      new: Trace of the cut model, with the same operations.
     """
     return [
         OtherNumber(before, after, source, result)
@@ -71,31 +73,35 @@ def other_numbers(old: Trace, new: Trace) -> list[OtherNumber]:
 
 
 class Widths:
-    """The widths of two traces, by which their numbers are explained.
+    """The widths of two traces, which explain their literal numbers.
 
     Attributes:
-      old: the trace of the whole model.
-      new: that of the cut one, which does the same operations.
-      reading: the labels of the whole one.
-      stays: what is left of them in the cut one.
-      reduced: indices of the groups that sums run over.
+      old: Trace of the unpruned model.
+      new: Trace of the cut model, with the same operations.
+      reading: Labels of the unpruned model.
+      kept: Positions that the cut keeps.
+      reduced: Indices of the groups that sums run over.
     """
 
     def __init__(
-        self, old: Trace, new: Trace, reading: Reading, stays: Stays, reduced: Set[int]
+        self, old: Trace, new: Trace, reading: Reading, kept: Kept, reduced: Set[int]
     ) -> None:
         self.old, self.new = old, new
-        self.reading, self.stays = reading, stays
+        self.reading, self.kept = reading, kept
         self.reduced = reduced
 
     def followed(self, numbers: list[OtherNumber]) -> frozenset[int] | None:
-        """Returns the groups that numbers follow in a way that has to be tried.
+        """Returns the groups that numbers may follow, which are to be tried.
 
-        A number may be that of the terms of a sum which it divides, in both
-        computations, or a power of a width, in both. Reduced groups are left out.
+        In both computations, a number may be the number of terms of the sum that it
+        divides, which needs no trial, or a power of a width. Reduced groups are left
+        out.
+
+        Args:
+          numbers: Numbers from :func:`other_numbers`.
 
         Returns:
-          Indices of the groups; None if there may be others.
+          Indices of the groups; None if it may be any group.
         """
         found: set[int] = set()
         for number in numbers:
@@ -137,9 +143,9 @@ class Widths:
         return {n: eqn for eqn in self.old.equations for n in eqn.outputs}
 
     def _groups_of_power(self, number: OtherNumber) -> set[int]:
-        """Returns the groups along all axes of which a number is a power.
+        """Returns the groups along all axes of whose width a number is a power.
 
-        -1 stands for channels that are of no group.
+        -1 stands for channels that belong to no group.
         """
         found: set[int] = set()
         for (before, after), arrays in self._pairs.items():
@@ -154,35 +160,36 @@ class Widths:
         return found
 
     @functools.cached_property
-    def _pairs(self) -> dict[tuple[int, int], list[np.ndarray]]:
-        """Old and new width → the labels of the axes that have both."""
-        found: dict[tuple[int, int], list[np.ndarray]] = {}
-        for labels, width in self.stays.widths(self.reading):
+    def _pairs(self) -> dict[tuple[int, int], list[Axis]]:
+        """Old and new width → labels of the axes that have these widths."""
+        found: dict[tuple[int, int], list[Axis]] = {}
+        for labels, width in self.kept.widths(self.reading):
             if len(labels) != width:
                 found.setdefault((len(labels), width), []).append(labels)
         return found
 
 
 def _is_power(number: Any, width: int, power: float) -> bool:
-    """Reports whether a number is a power of a width, as exactly as its type can say.
+    """Reports whether a number is a power of a width, within the precision of its type.
 
-    Most are computed in Python or in float32.
+    Most numbers are computed in Python or in float32.
     """
     try:
         value = float(number)
     except (TypeError, ValueError):
         return False
-    kind = getattr(number, "dtype", None)
+    dtype = getattr(number, "dtype", None)
     exact = float(width) ** power
-    if kind is not None and kind.itemsize < 4:
-        return bool(np.asarray(exact, kind) == np.asarray(number))
+    if dtype is not None and dtype.itemsize < 4:
+        return bool(np.asarray(exact, dtype) == np.asarray(number))
     return math.isclose(value, exact, rel_tol=4e-7)
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Reports whether two numbers, or two arrays of one shape, are the same.
+    """Reports whether two numbers, or two arrays of the same shape, are equal.
 
-    What has another shape is compared as all arrays are; random keys are not.
+    Arrays of different shapes count as equal here, since shapes are compared
+    separately; so do random keys.
     """
     if isinstance(one, (int, float)) and isinstance(other, (int, float)):
         return one == other or (one != one and other != other)
@@ -193,8 +200,8 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _is_key(array: Any) -> bool:
-    kind = getattr(array, "dtype", None)
-    return kind is not None and jax.dtypes.issubdtype(kind, jax.dtypes.extended)
+    dtype = getattr(array, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
 def _short(number: Any) -> str:

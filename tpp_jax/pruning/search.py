@@ -1,14 +1,14 @@
-"""Which groups of a model it lets go, and what refuses to.
+"""Finding the groups of a model that can be pruned, by trials.
 
-The model is tried with fewer channels of all groups. Where that fails, the groups at
-fault are found with few more traces, by the line of code that fails.
+The model is tried with fewer channels of all groups. If this fails, the groups at fault
+are found with few more traces, by the line of code that fails.
 """
 
 import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,29 +16,30 @@ from tpp_jax.graph.comparing import Difference
 from tpp_jax.graph.fields import FieldSize
 from tpp_jax.graph.records import Groups, Slot, Supposition
 from tpp_jax.graph.tracing import source_line
+from tpp_jax.pruning.arrangement import alike_slots
 from tpp_jax.pruning.attributes import Attributes, extended, settle
 from tpp_jax.pruning.literals import OtherNumber
 from tpp_jax.pruning.source import Source
 from tpp_jax.pruning.trial import HAIKU, Trial
-from tpp_jax.pruning.widths import kinds_of, other_size, trial_sizes
+from tpp_jax.pruning.widths import families_of, other_size, trial_sizes
 
-# Attempts to join two kinds of groups that the model refuses one by one.
+# Attempts to join two families of groups neither of which can be pruned alone.
 _PAIRS = 12
-# Searches for kinds that only hold together since they lose as many channels.
+# Searches for families that work together only because they lose as many channels.
 _ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What became of the groups of a model.
+    """The result of trying the groups of a model.
 
     Attributes:
-      wrong: index of a group → why it cannot be pruned.
-      joined: pairs of axes that can be pruned, but only together; then the groups have
-        to be read and tried again.
-      sizes: attributes that have to follow the channels.
-      scaled: indices of groups whose number of channels enters the model's values, as
-        that of a mean does.
+      wrong: Index of a group → reason why it cannot be pruned.
+      joined: Pairs of axes that can be pruned, but only together; if there are any, the
+        groups have to be read and tried again.
+      sizes: Attributes that have to follow the channels.
+      scaled: Indices of groups whose number of channels is part of the computation, as
+        with a mean over them.
     """
 
     wrong: dict[int, str]
@@ -53,15 +54,23 @@ def try_groups(
     """Tries all groups that may be prunable.
 
     Args:
-      source: the model.
-      groups: what was read off its trace.
-      suppositions: the sizes that operations are given, which helps to find faults.
+      source: Model.
+      groups: Groups read off its trace.
+      suppositions: Sizes in operations that may follow the groups, which help to find
+        groups at fault.
     """
     return _Search(source, groups, suppositions).verdict()
 
 
-class _Attempt(NamedTuple):
-    """What came of a trial: see :class:`Trial`."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Attempt:
+    """The result of a trial.
+
+    Attributes:
+      fault: First difference, None if there is none.
+      numbers: Literal numbers that differ, see :class:`Trial`.
+      suspects: Groups that these numbers may follow, see :class:`Trial`.
+    """
 
     fault: Difference | None
     numbers: list[OtherNumber]
@@ -69,13 +78,24 @@ class _Attempt(NamedTuple):
 
 
 class _Search:
-    """Finds the groups of a model that cannot lose channels.
+    """Finds the groups of a model that cannot be pruned.
+
+    Some groups *hold* if the model works with fewer channels of all of them.
 
     Attributes:
-      fewer: index of a group → how many channels it has in a trial.
-      rest: the groups that are tried; in the end, those that hold together.
-      wrong: index of a group → why it does not hold.
-      sizes: attributes that follow the channels.
+      source: Model.
+      groups: Groups of the model.
+      trial: Trial of the model.
+      supposed: Index of a group → lines of code with sizes that may follow it.
+      families: Families of groups, see :func:`families_of`.
+      family_of: Index of a group → index of its family.
+      fewer: Index of a group → its number of channels in a trial.
+      rest: Groups that are being tried; in the end, those that hold.
+      wrong: Index of a group → reason why it does not hold.
+      failed: Groups of families that failed as they were tried.
+      sizes: Attributes that follow the channels.
+      attributes: All attributes of the model.
+      known: Results of the trials so far.
     """
 
     def __init__(
@@ -90,9 +110,9 @@ class _Search:
             line = source_line(one.source)
             lines[one.group].add((line, one.part))
             self.supposed[one.group][line] = None
-        self.kinds = kinds_of(groups, lines)
-        self.kind_of = {i: n for n, kind in enumerate(self.kinds) for i in kind}
-        self.fewer = trial_sizes(groups, self.kinds)
+        self.families = families_of(groups, lines)
+        self.family_of = {i: n for n, own in enumerate(self.families) for i in own}
+        self.fewer = trial_sizes(groups, self.families)
         self.rest = set(self.fewer)
         self.wrong: dict[int, str] = {}
         self.failed: list[list[int]] = []
@@ -101,17 +121,18 @@ class _Search:
         self.known: dict[Any, _Attempt] = {}
 
     def verdict(self) -> Verdict:
+        """Searches for the groups that hold."""
         if not self.rest:
             return Verdict({})
         self._search(self.rest)
-        for _ in range(_ROUNDS):  # kinds that make up for each other, found one by one
-            together = self._made_up()
+        for _ in range(_ROUNDS):  # families that compensate, found one after another
+            together = self._compensating()
             if together is None:
                 break
             self._search(self.rest, together)
         else:
-            doubt = Difference("with other numbers of channels it does not hold")
-            self._refuse(self._made_up() or (), doubt)
+            doubt = Difference("the model fails with other numbers of channels")
+            self._refuse(self._compensating() or (), doubt)
             self.rest.difference_update(self.wrong)
         joined = self._only_together()
         if joined:
@@ -121,39 +142,39 @@ class _Search:
         return Verdict(self.wrong, (), self.sizes, frozenset(scaled))
 
     def _search(self, chosen: Set[int], suspects: Set[int] = frozenset()) -> None:
-        """Parts groups into those that hold together and those that do not.
+        """Sets ``rest`` to the groups of a choice that hold.
 
         Args:
-          chosen: the groups; ``rest`` becomes those of them that hold.
-          suspects: groups among them that are to be tried kind by kind in any case.
+          chosen: Groups to be tried.
+          suspects: Groups among them to be tried one family at a time in any case.
         """
         self.rest, suspects = set(chosen) - suspects, set(suspects)
         fault = self.attempt(self.rest) if self.rest else None
         while fault is not None:
-            blamed = self._kinds_of(fault.groups & self.rest) or self._culprit()
+            blamed = self._families_of(fault.groups & self.rest) or self._culprit()
             helped, fault = self._with_fields(blamed, fault)
             if not helped:
                 self.rest -= blamed
                 suspects |= blamed
                 fault = self.attempt(self.rest) if self.rest else None
-        for kind in self.kinds:
-            members = [i for i in kind if i in suspects]
+        for family in self.families:
+            members = [i for i in family if i in suspects]
             if members:
                 self._admit(members)
 
-    def _made_up(self) -> set[int] | None:
-        """Returns kinds that hold together and not apart, None if there are none."""
+    def _compensating(self) -> set[int] | None:
+        """Returns families that hold together but not separately, None if none do."""
         for some in self._apart(self.rest):
             fault = self.attempt(some)
             if fault is not None:
-                blamed = self._kinds_of(fault.groups & some)
-                return blamed or self._kinds_of(some - self._alone(some))
+                blamed = self._families_of(fault.groups & some)
+                return blamed or self._families_of(some - self._alone(some))
         return None
 
     def _alone(self, chosen: set[int]) -> set[int]:
-        """Returns groups of which no other kind loses as many channels."""
+        """Returns groups with sizes and trial sizes that no other family has."""
         numbers = collections.Counter(
-            (self.groups[kind[0]].size, self.fewer[kind[0]]) for kind in self.kinds
+            (self.groups[own[0]].size, self.fewer[own[0]]) for own in self.families
         )
         return {i for i in chosen if numbers[self.groups[i].size, self.fewer[i]] == 1}
 
@@ -163,13 +184,13 @@ class _Search:
         sizes: tuple[FieldSize, ...] | None = None,
         values: bool = False,
     ) -> Difference | None:
-        """Returns what goes wrong with fewer channels of the chosen groups.
+        """Returns the fault of the model with fewer channels, None if there is none.
 
         Args:
-          chosen: indices of the groups.
-          sizes: attributes that follow; those found so far if not given.
-          values: whether the numbers that enter the computation must be the same. (They
-            are not where a mean is taken over the channels.)
+          chosen: Indices of the groups that have fewer channels.
+          sizes: Attributes that follow; by default those found so far.
+          values: Whether the literal numbers must be the same, which does not hold for
+            a mean over the channels.
         """
         attempt = self._attempt(chosen, self.sizes if sizes is None else sizes)
         if attempt.fault is None and values and attempt.numbers:
@@ -189,42 +210,42 @@ class _Search:
         return self.known[key]
 
     def _apart(self, chosen: set[int]) -> Iterator[set[int]]:
-        """Yields choices that tell kinds apart which lose as many channels."""
+        """Yields choices that separate the families with equal trial sizes."""
         alike: dict[tuple[int, int], list[int]] = {}
         for i in sorted(chosen):
-            kinds = alike.setdefault((self.groups[i].size, self.fewer[i]), [])
-            if self.kind_of[i] not in kinds:
-                kinds.append(self.kind_of[i])
-        place = {kind: n for kinds in alike.values() for n, kind in enumerate(kinds)}
+            families = alike.setdefault((self.groups[i].size, self.fewer[i]), [])
+            if self.family_of[i] not in families:
+                families.append(self.family_of[i])
+        place = {own: n for found in alike.values() for n, own in enumerate(found)}
         most = max(map(len, alike.values()), default=1)
         for bit in range((most - 1).bit_length()):
             yield {
                 i
                 for i in chosen
                 if len(alike[self.groups[i].size, self.fewer[i]]) == 1
-                or place[self.kind_of[i]] >> bit & 1
+                or place[self.family_of[i]] >> bit & 1
             }
 
-    def _kinds_of(self, groups: Set[int]) -> set[int]:
-        """Returns some groups and all others of their kinds that are tried."""
-        kinds = {self.kind_of[i] for i in groups}
-        return {i for kind in kinds for i in self.kinds[kind]} & self.rest
+    def _families_of(self, groups: Set[int]) -> set[int]:
+        """Returns the families of some groups, without those that are not tried."""
+        families = {self.family_of[i] for i in groups}
+        return {i for own in families for i in self.families[own]} & self.rest
 
     def _culprit(self) -> set[int]:
-        """Returns a kind of groups that fails after those before it do not."""
-        kinds = [{i for i in kind if i in self.rest} for kind in self.kinds]
-        kinds = [kind for kind in kinds if kind]
-        low, high = 0, len(kinds)
+        """Returns the first family that fails together with those before it."""
+        families = [{i for i in own if i in self.rest} for own in self.families]
+        families = [own for own in families if own]
+        low, high = 0, len(families)
         while high - low > 1:
             middle = (low + high) // 2
-            if self.attempt(set().union(*kinds[:middle])):
+            if self.attempt(set().union(*families[:middle])):
                 high = middle
             else:
                 low = middle
-        return kinds[high - 1]
+        return families[high - 1]
 
     def _admit(self, members: list[int]) -> None:
-        """Takes groups of one kind back if the model holds with them."""
+        """Adds groups of one family to ``rest`` if they hold with it."""
         fault = self.attempt(self.rest.union(members))
         if fault is None:
             self.rest.update(members)
@@ -235,7 +256,7 @@ class _Search:
             return
         if len(members) > 1:
             # If neither the first nor the last holds, most likely none does: a size of
-            # heads that is written into every block of a transformer.
+            # heads that is hard-coded in every block of a transformer.
             ends = [self.attempt(self.rest | {i}) for i in (members[0], members[-1])]
             if not all(ends):
                 middle = len(members) // 2
@@ -275,9 +296,9 @@ class _Search:
     # Attributes that follow the channels.
 
     def _following(self) -> tuple[FieldSize, ...]:
-        """Returns the attributes that follow a group of those that hold together.
+        """Returns the attributes that follow a group that holds.
 
-        What others were to follow, which were given up since, may follow anything.
+        Attributes that follow only groups given up since are free to follow others.
         """
         names = {self.groups[i].name for i in self.rest}
         return tuple(size for size in self.sizes if size.groups & names)
@@ -288,7 +309,7 @@ class _Search:
         """Tries to set attributes for the blamed groups.
 
         Returns:
-          Whether that helps, and what goes wrong elsewhere then.
+          Whether this helps, and the fault that is then left elsewhere.
         """
         near, known = self.attributes.of(sorted(blamed)), self._following()
         for found in near.at(fault.lines, known):
@@ -323,12 +344,12 @@ class _Search:
         fault: Difference,
         together: Mapping[str, str] | None = None,
     ) -> tuple[FieldSize, ...] | None:
-        """Returns attributes with which the model holds, None if none are found.
+        """Returns attributes with which the groups hold, None if none are found.
 
         Args:
-          members: indices of groups to be cut with those that hold.
-          fault: what goes wrong so far.
-          together: name of a group → that of the one that loses the same channels.
+          members: Indices of groups to be cut with those that hold.
+          fault: Fault so far.
+          together: Name of a group → name of a group that loses the same channels.
         """
         chosen = self.rest.union(members)
         return settle(
@@ -339,50 +360,52 @@ class _Search:
         )
 
     def _drop_idle_fields(self) -> None:
-        """Forgets attributes that the model holds without."""
-        # Most likely it is the innermost module that computes with its own.
+        """Drops attributes that the model does not need."""
+        # The innermost module is the most likely to compute with its attributes.
         sizes = sorted(self.sizes, key=lambda size: size.field.path.count("."))
-        kinds = list(dict.fromkeys(size.field.kind for size in sizes))
-        self._drop_idle(kinds[:-1])
-        self._drop_idle(kinds[-1:])
+        found = list(dict.fromkeys(size.field.declaration for size in sizes))
+        self._drop_idle(found[:-1])
+        self._drop_idle(found[-1:])
 
-    def _drop_idle(self, kinds: list[tuple[str, str]]) -> None:
-        """Forgets attributes of some kinds, found by halving."""
-        if not kinds:
+    def _drop_idle(self, declarations: list[tuple[str, str]]) -> None:
+        """Drops the idle ones among some attributes, found by bisection."""
+        if not declarations:
             return
-        without = tuple(s for s in self.sizes if s.field.kind not in kinds)
+        without = tuple(
+            size for size in self.sizes if size.field.declaration not in declarations
+        )
         if not self.attempt(self.rest, without):
             self.sizes = without
-        elif len(kinds) > 1:
-            self._drop_idle(kinds[: len(kinds) // 2])
-            self._drop_idle(kinds[len(kinds) // 2 :])
+        elif len(declarations) > 1:
+            self._drop_idle(declarations[: len(declarations) // 2])
+            self._drop_idle(declarations[len(declarations) // 2 :])
 
-    # Numbers of channels that enter the values.
+    # Numbers of channels that are part of the computation.
 
     def _with_other_numbers(self) -> set[int]:
         """Finds groups whose cut changes a number that the model computes with.
 
-        Where such a number is an attribute that was to follow the channels, the groups
-        are refused. Where the code takes it from an array's shape, it is as with a
-        mean: zeros in place of channels are not the same as their absence.
+        If such a number is an attribute that follows the channels, the groups are
+        refused. If the code reads it from an array's shape, it is like the number in a
+        mean: setting channels to zero is then not equivalent to removing them.
 
         Returns:
-          The groups of the second kind.
+          The groups whose number is read from a shape.
         """
-        whole = self._attempt(self.rest, self.sizes)
-        suspects = whole.suspects if whole.fault is None else None
+        full = self._attempt(self.rest, self.sizes)
+        suspects = full.suspects if full.fault is None else None
         if suspects is not None and not suspects:
             return set()
         plain = [
-            [i for i in kind if i in self.rest and not self.groups[i].reduced]
-            for kind in self.kinds
-            if suspects is None or not suspects.isdisjoint(kind)
+            [i for i in family if i in self.rest and not self.groups[i].reduced]
+            for family in self.families
+            if suspects is None or not suspects.isdisjoint(family)
         ]
         follow = set().union(*(size.groups for size in self.sizes))
         follow = {i for i in self.rest if self.groups[i].name in follow}
         parts = (
-            [kind for kind in plain if kind and follow.isdisjoint(kind)],
-            [kind for kind in plain if not follow.isdisjoint(kind)],
+            [family for family in plain if family and follow.isdisjoint(family)],
+            [family for family in plain if not follow.isdisjoint(family)],
         )
         scaled: set[int] = set()
         for members, fault in itertools.chain(*map(self._numbered, parts)):
@@ -397,74 +420,58 @@ class _Search:
         return scaled
 
     def _numbered(
-        self, kinds: list[list[int]]
+        self, families: list[list[int]]
     ) -> Iterator[tuple[list[int], Difference]]:
-        """Yields the kinds whose cut changes a number, found by halving."""
-        fault = self.attempt(itertools.chain(*kinds), values=True) if kinds else None
+        """Yields the families whose cut changes a number, found by bisection."""
+        if not families:
+            return
+        fault = self.attempt(itertools.chain(*families), values=True)
         if fault is None:
             return
-        if len(kinds) == 1:
-            yield kinds[0], fault
+        if len(families) == 1:
+            yield families[0], fault
             return
-        middle = len(kinds) // 2
-        yield from self._numbered(kinds[:middle])
-        yield from self._numbered(kinds[middle:])
+        middle = len(families) // 2
+        yield from self._numbered(families[:middle])
+        yield from self._numbered(families[middle:])
 
     # Groups that hold only together.
 
     def _only_together(self) -> tuple[tuple[Slot, Slot], ...]:
-        """Pairs groups of two kinds that are wrong alone and right together.
+        """Pairs the groups of two families that hold only together.
 
-        The dimensions of queries and of values are such, for a function of attention
-        that refuses to run unless there are as many of both.
+        Examples are the dimensions of queries and of values, if a function that
+        computes attention requires equal numbers of both.
         """
         pairs = itertools.combinations(self.failed, 2)
         alike = [
-            (kind, other)
-            for kind, other in pairs
-            if [self.groups[i].size for i in kind]
+            (one, other)
+            for one, other in pairs
+            if [self.groups[i].size for i in one]
             == [self.groups[i].size for i in other]
         ]
         found: list[tuple[Slot, Slot]] = []
         done: set[int] = set()
-        for kind, other in alike[:_PAIRS]:
-            if not done.isdisjoint((*kind, *other)):
+        for one, other in alike[:_PAIRS]:
+            if not done.isdisjoint((*one, *other)):
                 continue
-            slots = [self._alike_slots(i, j) for i, j in zip(kind, other, strict=True)]
-            if None not in slots and self._hold_together(kind, other):
+            members = zip(one, other, strict=True)
+            maybe = [alike_slots(self.groups, i, j) for i, j in members]
+            slots = [pair for pair in maybe if pair is not None]
+            if len(slots) == len(maybe) and self._hold_together(one, other):
                 found += slots
-                done.update(kind, other)
+                done.update(one, other)
         return tuple(found)
 
-    def _alike_slots(self, i: int, j: int) -> tuple[Slot, Slot] | None:
-        """Returns an axis of each of two groups, which are alike but for the groups."""
-        for one in self.groups[i].members:
-            for other in self.groups[j].members:
-                slots = (one.leaf, one.axis), (other.leaf, other.axis)
-                if one.role == other.role == "produced" and self._layout(
-                    slots[0], i
-                ) == self._layout(slots[1], j):
-                    return slots
-        return None
-
-    def _layout(self, slot: Slot, i: int) -> tuple[int, dict[int | None, bytes]]:
-        """Returns how long an axis is and where the groups are, one of them unnamed."""
-        leaf, axis = slot
-        return self.groups.shapes[leaf][axis], {
-            None if n == i else n: member.positions.tobytes()
-            for n, group in enumerate(self.groups)
-            for member in group.members
-            if (member.leaf, member.axis) == slot
-        }
-
-    def _hold_together(self, kind: list[int], other: list[int]) -> bool:
-        """Reports whether the model holds if groups lose as many channels, by pairs."""
+    def _hold_together(self, one: list[int], other: list[int]) -> bool:
+        """Reports whether groups hold if pairs of them lose as many channels."""
         before = dict(self.fewer)
-        pairs = list(zip(kind, other, strict=True))
+        pairs = list(zip(one, other, strict=True))
         self.fewer |= {j: before[i] for i, j in pairs}
-        fault = self.attempt(self.rest.union(kind, other))
+        fault = self.attempt(self.rest.union(one, other))
+        holds = fault is None
         if fault is not None:
             names = {self.groups[j].name: self.groups[i].name for i, j in pairs}
-            holds = self._settled([*kind, *other], fault, names) is not None
+            holds = self._settled([*one, *other], fault, names) is not None
         self.fewer = before
-        return fault is None or holds
+        return holds

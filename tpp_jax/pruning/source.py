@@ -1,7 +1,7 @@
-"""A model as it was given, remembered so that it can be traced again, cut.
+"""A model without its arrays, kept so that it can be traced again with narrower ones.
 
-Groups are read off one trace. What they claim is tried on the model itself: it is
-traced once more with the narrower arrays that a plan leaves.
+Groups are read off a first trace. To verify them, the model is traced again with the
+narrower arrays that a plan leaves.
 """
 
 import dataclasses
@@ -39,16 +39,15 @@ class Source:
     """A model and the inputs that it is traced with.
 
     Attributes:
-      model: the NNX module's structure, the Linen module or the function.
-      function: the model as a pure function of a flat list of its parameters, which are
-        abstract.
-      form: the structure of its parameter tree.
-      tree: the parameter tree of a function as its user gave it, abstract; None for
-        Flax modules.
-      inputs: abstract example inputs; what is no array is there as it is.
-      kwargs: keyword arguments, like the inputs.
-      met: Attributes of the Linen modules met when the model was traced, with the
-        classes of the modules.
+      model: Structure of an NNX module, Linen module, or function.
+      function: Model as a pure function of a flat list of its abstract parameters.
+      form: Structure of the parameter tree.
+      tree: Abstract parameter tree of a function, as the user passed it; None for Flax
+        modules.
+      inputs: Abstract example inputs; those that are not arrays are unchanged.
+      kwargs: Keyword arguments, like the inputs.
+      met: Attributes of the Linen modules that were called when the model was traced,
+        with the classes of the modules.
     """
 
     model: Any
@@ -63,32 +62,38 @@ class Source:
     def of(
         cls, model: Any, params: Any, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> "Source":
-        """Remembers a model, without its arrays."""
+        """Creates the source of a model.
+
+        Args:
+          model: Model, as in :func:`tpp_jax.channel_groups`.
+          params: Its parameters, or None for an NNX module.
+          inputs: Example inputs.
+          kwargs: Keyword arguments.
+        """
         function = as_function(model, params)
         leaves, form = jax.tree.flatten(function.params)
         function = dataclasses.replace(
             function, params=abstract(leaves), call=_of_leaves(function.call, form)
         )
-        inputs, kwargs = abstract((inputs, dict(kwargs)))
+        inputs, given = abstract((inputs, dict(kwargs)))
         if isinstance(model, nnx.Module):
-            return cls(function.graphdef, function, form, None, inputs, kwargs)
+            return cls(function.graphdef, function, form, None, inputs, given)
         tree = None if isinstance(model, linen.Module) else abstract(params)
-        return cls(model, function, form, tree, inputs, kwargs)
+        return cls(model, function, form, tree, inputs, given)
 
     @property
     def given(self) -> Any:
-        """The parameter tree as the user gave it, abstract."""
+        """Abstract parameter tree, as the user passed it."""
         if self.tree is not None:
             return self.tree
         return jax.tree.unflatten(self.form, self.function.params)
 
     def trace(self) -> Trace:
-        """Traces the model as it is."""
+        """Traces the unpruned model."""
         if not isinstance(self.model, linen.Module):
             return trace_function(self.function, self.inputs, self.kwargs)
         made: list[Trace] = []
         found = linen_fields(
-            self.model,
             lambda: made.append(
                 trace_function(self.function, self.inputs, self.kwargs)
             ),
@@ -101,11 +106,11 @@ class Source:
         """Traces the model with narrower arrays.
 
         Args:
-          plan: what is pruned.
-          shapes: parameter leaf name → its shape after the cut.
+          plan: Plan of the cut.
+          shapes: Name of a parameter leaf → its shape after the cut.
 
         Raises:
-          Exception: whatever the model raises of arrays of these shapes.
+          Exception: Any exception that the model raises with arrays of these shapes.
         """
         # A copy of a parameter in another collection is cut as the parameter is.
         copies = self.function.namesakes
@@ -121,10 +126,10 @@ class Source:
         return trace_function(function, self.inputs, self.kwargs)
 
     def fields(self) -> dict[Field, type]:
-        """Finds the whole numbers that the model's own classes keep as attributes.
+        """Finds the integer attributes of the model's modules.
 
         Returns:
-          Attribute → class of the module that keeps it.
+          Attribute → class of the module that has it.
         """
         if isinstance(self.model, nnx.GraphDef):
             return _fields_of_nnx(nnx.merge(self.model, self.given))
@@ -147,7 +152,7 @@ class Source:
 
 
 def _of_leaves(call: Callable[..., Any], form: Any) -> Callable[..., Any]:
-    """Returns a function of a flat list of parameters from one of their tree."""
+    """Converts a function of a parameter tree to one of a flat list of its leaves."""
 
     def flat(leaves: list[Any], *inputs: Any, **kwargs: Any) -> Any:
         return call(jax.tree.unflatten(form, leaves), *inputs, **kwargs)
@@ -156,7 +161,7 @@ def _of_leaves(call: Callable[..., Any], form: Any) -> Callable[..., Any]:
 
 
 def adapt(module: nnx.Module, plan: Any) -> None:
-    """Sets all static sizes of a cut NNX module, in place."""
+    """Sets all attributes of a cut NNX module that are sizes, in place."""
     follow_arrays(module, plan.kept_blocks, plan.groups.shapes)
     values = plan.field_values()
     if values:
@@ -170,14 +175,14 @@ def _fields_of_nnx(root: nnx.Module) -> dict[Field, type]:
     for path, module in modules(root):
         if type(module).__module__.partition(".")[0] != "flax":
             found |= own_fields(module, path, vars(module))
-    return found  # the layers of Flax follow their arrays
+    return found  # Flax's layers follow their arrays
 
 
 def abstract(tree: Any) -> Any:
-    """Returns a tree's shapes and dtypes, and what else it holds as it is.
+    """Returns a tree with the shapes and dtypes of its arrays in their place.
 
-    Arrays on a mesh with explicit axes keep their sharding, which is part of their type
-    there. An int64 of NumPy becomes what JAX makes of it.
+    Other leaves are unchanged. Arrays on a mesh with explicit axes keep their sharding,
+    which is part of their type. A NumPy dtype becomes the one that JAX converts it to.
     """
 
     def describe(leaf: Any) -> Any:
@@ -185,9 +190,9 @@ def abstract(tree: Any) -> Any:
             return leaf
         sharding = getattr(leaf, "sharding", None)
         explicit = isinstance(sharding, NamedSharding) and any(
-            kind == AxisType.Explicit for kind in sharding.mesh.axis_types
+            axis_type == AxisType.Explicit for axis_type in sharding.mesh.axis_types
         )
-        # A random key has the sharding of its numbers, which have an axis more.
+        # A random key has the sharding of its data, which has one axis more.
         explicit &= not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return jax.ShapeDtypeStruct(
             leaf.shape,

@@ -1,8 +1,7 @@
-"""Trying a cut on the model: it is traced once more, and compared.
+"""Trying a cut on a model, by tracing the cut model and comparing the traces.
 
-A jaxpr tells that an axis of 32 was reshaped to (4, 8), but not whether the model would
-make it (2, 8) or (4, 4) if 16 were left, nor that the code asks elsewhere whether two
-widths are equal.
+A jaxpr shows that an axis of 32 was reshaped to (4, 8), but not whether the model would
+reshape an axis of 16 to (2, 8) or (4, 4), nor that its code compares two widths.
 """
 
 import collections
@@ -11,12 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tpp_jax.graph.comparing import (
-    Difference,
-    Stays,
-    difference,
-    lines_of,
-)
+from tpp_jax.graph.comparing import Difference, Kept, difference, lines_of
 from tpp_jax.graph.groups import read_groups
 from tpp_jax.graph.records import Groups
 from tpp_jax.graph.tracing import Trace, lines_of_error, raised_in
@@ -34,12 +28,12 @@ def blamed(source: Source, plan: Plan) -> tuple[Difference, list[str]] | None:
     """Finds what is wrong with a plan.
 
     Args:
-      source: the model.
-      plan: what is pruned.
+      source: Model.
+      plan: Plan to be tried.
 
     Returns:
-      The first difference and the names of groups at fault, as few as could be found;
-      None if the model holds.
+      The first difference and the names of the groups at fault, as few as could be
+      found; None if the model works with the plan.
     """
     trial = Trial(source, plan.groups)
     kept = {g.name: np.asarray(plan.kept[g.name]) for g in plan.pruned_groups}
@@ -55,7 +49,7 @@ def blamed(source: Source, plan: Plan) -> tuple[Difference, list[str]] | None:
     fault = fault_of(kept)
     values = fault is None and trial.suspects != frozenset()
     if values:
-        # Where a mean runs over the channels, other numbers are to be expected.
+        # A mean over channels divides by their number, which is expected to change.
         kept = {g.name: kept[g.name] for g in plan.pruned_groups if not g.reduced}
         fault = fault_of(kept) if kept else None
     if fault is None:
@@ -63,7 +57,7 @@ def blamed(source: Source, plan: Plan) -> tuple[Difference, list[str]] | None:
     names = [name for name in kept if index[name] in fault.groups]
     if names:
         return fault, names
-    # Halving finds one group that fails alone, or a few that fail together.
+    # Bisection finds one group that fails alone, or a few that fail together.
     rest = list(kept)
     while len(rest) > 1:
         for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
@@ -76,13 +70,15 @@ def blamed(source: Source, plan: Plan) -> tuple[Difference, list[str]] | None:
 
 
 class Trial:
-    """Traces a model with fewer channels of some groups, and compares.
+    """Traces a model with fewer channels of some groups, and compares the traces.
 
     Attributes:
-      numbers: after a trial that went well, the numbers that enter the values of the
-        cut model in place of others.
-      suspects: groups that these numbers may follow, but for reduced ones; None if it
-        may be any.
+      source: Model.
+      groups: Groups of the model.
+      numbers: Numbers in the computation of the cut model that differ from those of the
+        unpruned one, after a trial that found no other difference.
+      suspects: Indices of groups that these numbers may follow, without reduced ones;
+        None if it may be any group.
     """
 
     def __init__(self, source: Source, groups: Groups) -> None:
@@ -92,10 +88,10 @@ class Trial:
         self.suspects: frozenset[int] | None = frozenset()
 
     def of(self, kept: dict[int, np.ndarray]) -> Difference | None:
-        """Returns what goes wrong, None if nothing.
+        """Returns the first difference, None if there is none.
 
         Args:
-          kept: index of a group → the channels that stay; other groups keep all.
+          kept: Index of a group → channels that are kept; other groups keep all.
         """
         groups = self.groups
         masks: list[np.ndarray | None] = [None] * len(groups)
@@ -106,24 +102,24 @@ class Trial:
                 masks[i] = mask = np.zeros(group.size, bool)
                 mask[indices] = True
             if group.reason is None:
-                whole = np.arange(group.size, dtype=np.int32)
-                everything[group.name] = whole if indices is None else indices
+                every = np.arange(group.size, dtype=np.int32)
+                everything[group.name] = every if indices is None else indices
         old, reading = groups.traced, groups.reading
-        stays = reading.stays(masks)
-        shapes = {leaf: stays.shape(value) for leaf, value in old.leaves.items()}
+        positions = reading.kept(masks)
+        shapes = {leaf: positions.shape(value) for leaf, value in old.leaves.items()}
         self.numbers, self.suspects = [], frozenset()
         try:
             new = self.source.trace_cut(Plan(everything, groups), shapes)
-        except Exception as error:  # whatever the user's code raises of odd shapes
+        except Exception as error:  # any that the user's code raises for odd shapes
             return self._raised(error, kept)
-        found = difference(old, new, reading, stays)
-        if found and found.order and self._rearranged(new, everything, stays):
+        found = difference(old, new, reading, positions)
+        if found and found.order and self._rearranged(new, everything, positions):
             return None
         if found is not None:
             return found
         self.numbers = other_numbers(old, new)
         if self.numbers:
-            widths = Widths(old, new, reading, stays, self._reduced)
+            widths = Widths(old, new, reading, positions, self._reduced)
             self.suspects = widths.followed(self.numbers)
         return None
 
@@ -132,12 +128,12 @@ class Trial:
         return frozenset(i for i, group in enumerate(self.groups) if group.reduced)
 
     def _rearranged(
-        self, new: Trace, kept: dict[str, np.ndarray], stays: Stays
+        self, new: Trace, kept: dict[str, np.ndarray], positions: Kept
     ) -> bool:
         """Reports whether a trace does the same work in another order.
 
-        The order of a product of three arrays depends on their sizes. Then the groups
-        are read off the trace once more, and must stand where they are to stand.
+        The order of a product of three arrays depends on their sizes. In this case the
+        groups are read off the new trace, and must be where slicing leaves them.
         """
         old = self.groups.traced
         outputs = zip(old.outputs, new.outputs, strict=False)
@@ -145,7 +141,8 @@ class Trial:
             _work(old) != _work(new)
             or len(old.outputs) != len(new.outputs)
             or any(
-                a is not None and stays.shape(a) != new.shapes[b] for a, b in outputs
+                a is not None and (b is None or positions.shape(a) != new.shapes[b])
+                for a, b in outputs
             )
         ):
             return False
@@ -176,7 +173,7 @@ class Trial:
             for line, eqns in lines_of(self.groups.traced).items()
         }
 
-    @functools.cache  # noqa: B019  a trial lives as long as a call of channel_groups
+    @functools.cache  # noqa: B019  a trial lives as long as one call of channel_groups
     def _groups_at(self, line: str) -> frozenset[int]:
         """Returns the groups that run through the operations of a line of code."""
         reading, shapes = self.groups.reading, self.groups.traced.shapes
@@ -187,7 +184,7 @@ class Trial:
         return frozenset(found)
 
 
-# Operations that only move data: how many there are depends on the order of the others.
+# Operations that only move data; their number depends on the order of the others.
 _MOVES = {"transpose", "reshape", "broadcast_in_dim", "squeeze", "convert_element_type"}
 
 

@@ -59,7 +59,7 @@ def test_pictures_of_a_run_show_names_as_they_are(tmp_path, name):
     assert any(text.startswith(f"{name} on {name}: 1.00×") for text in texts)
     assert name in texts  # the layer's bar
     assert any(text.startswith(f"{name}: mean 1") for text in texts)
-    assert any(text.startswith(f"W Wᵀ of {name}: 1 filters") for text in texts)
+    assert any(text.startswith(f"W Wᵀ of {name}: 1 kept filters") for text in texts)
 
 
 def grid_of(names, columns=("0.5",)):

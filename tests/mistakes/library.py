@@ -1,0 +1,123 @@
+"""Mistakes in calls of the library."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+import tpp_jax as tpp
+from tests.mistakes.runs import Cases
+from tpp_jax.method.gram import gram_penalty
+
+
+def _even(params: Any, x: Any) -> Any:
+    hidden = x @ params["w1"]
+    if hidden.shape[-1] % 2:
+        raise ValueError("the width must be even")
+    return hidden @ params["w2"]
+
+
+def _mlp(name: str = "mlp7_relu") -> nnx.Module:
+    return tpp.models.create(name, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+
+
+def _mlp_and_plan() -> tuple[nnx.Module, tpp.Groups, tpp.Plan]:
+    model = _mlp()
+    groups = tpp.channel_groups(model, jnp.ones((2, 8, 8, 1)))
+    return model, groups, tpp.make_plan(groups, model, "*net*:0.5", skip="net.12")
+
+
+def library() -> Cases:
+    yield from _plans()
+    yield from _transforms()
+
+
+def _plans() -> Cases:
+    model, groups, plan = _mlp_and_plan()
+    other = _mlp("mlp20_linear")
+    yield from (
+        (
+            "`tpp.models.create('resnet51', …)`",
+            lambda f: tpp.models.create("resnet51", rngs=nnx.Rngs(0)),
+        ),
+        (
+            "`tpp.make_plan(groups, model, 1.5)`",
+            lambda f: tpp.make_plan(groups, model, 1.5),
+        ),
+        (
+            "`tpp.make_plan(groups, model)` with neither ratios nor a target",
+            lambda f: tpp.make_plan(groups, model),
+        ),
+        (
+            "`tpp.make_plan(…, criterion='taylor')` without statistics",
+            lambda f: tpp.make_plan(groups, model, 0.5, criterion="taylor"),
+        ),
+        (
+            "`tpp.prune` with the plan of another model",
+            lambda f: tpp.prune(other, plan),
+        ),
+        (
+            "`Plan.from_dict` of another model",
+            lambda f: tpp.Plan.from_dict({"net.0": [0, 1]}, groups),
+        ),
+        (
+            "`Plan.from_dict` with indices out of range",
+            lambda f: tpp.Plan.from_dict(plan.to_dict() | {"net.0": [0, 999]}, groups),
+        ),
+        (
+            "`tpp.slice_tree` of a tree that is no parameters'",
+            lambda f: tpp.slice_tree(
+                plan, {"net": {"0": {"kernel": jnp.ones((3, 3))}}}
+            ),
+        ),
+    )
+
+
+def _transforms() -> Cases:
+    model, _, plan = _mlp_and_plan()
+    kernel = jnp.ones((4, 8))
+    params = nnx.state(model, nnx.Param)
+    picky_params = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+    picky_groups = tpp.channel_groups(_even, jnp.ones((1, 4)), params=picky_params)
+    yield from (
+        (
+            "`tpp.growing_schedule(granularity=0)`",
+            lambda f: tpp.growing_schedule(granularity=0),
+        ),
+        (
+            "`gram_penalty` with a mask of the wrong length",
+            lambda f: gram_penalty(kernel, jnp.zeros(5, bool)),
+        ),
+        (
+            "`tpp.reinitialize` by an unknown recipe",
+            lambda f: tpp.reinitialize(model, "orthop"),
+        ),
+        (
+            "`tpp.jacobian_singular_values` without a batch axis",
+            lambda f: tpp.jacobian_singular_values(model, jnp.ones((8, 8, 1))),
+        ),
+        (
+            "`tpp.add_tpp_penalties` updated without parameters",
+            lambda f: tpp.add_tpp_penalties(plan, tpp.growing_schedule()).update(
+                params, tpp.add_tpp_penalties(plan, tpp.growing_schedule()).init(params)
+            ),
+        ),
+        (
+            "`tpp.add_tpp_penalties` with a tree that is named otherwise",
+            lambda f: tpp.add_tpp_penalties(plan, tpp.growing_schedule()).init(
+                {"weights": jnp.ones(3)}
+            ),
+        ),
+        (
+            "`tpp.make_plan` with a width that the model's code does not allow",
+            lambda f: tpp.make_plan(picky_groups, picky_params, counts={"w1": 5}),
+        ),
+        (
+            "`tpp.register_rule` for a primitive that has a rule",
+            lambda f: tpp.register_rule("add"),
+        ),
+        (
+            "`tpp.zero_pruned` with a stabilize phase that is too short",
+            lambda f: tpp.zero_pruned(plan, tpp.growing_schedule(stabilize=10)),
+        ),
+    )

@@ -1,0 +1,62 @@
+"""Mistakes in files of PyTorch's weights."""
+
+import pathlib
+import pickle
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file
+
+import tpp_jax as tpp
+from tests.interop.tensors import FILES
+from tests.mistakes.runs import Cases
+
+
+class _Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("executed",)
+
+
+def weights() -> Cases:
+
+    def resnet() -> nnx.Module:
+        return tpp.models.create("resnet18", rngs=nnx.Rngs(0))
+
+    def file(folder: pathlib.Path, content: bytes, name: str = "weights.pth") -> Any:
+        (folder / name).write_bytes(content)
+        return tpp.load_torch(folder / name, resnet())
+
+    def state(change: Callable[[dict[str, Any]], None]) -> Any:
+        model = tpp.models.create("mlp7_relu", image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "weights.safetensors"
+            tpp.save_torch(model, path)
+            tensors = load_file(path)
+        change(tensors)
+        return tpp.load_torch(tensors, model)
+
+    index = b'{"weight_map": {"w": "model-00001-of-00002.safetensors"}}'
+    whole = (FILES / "state_dict.pth").read_bytes()
+    tensors = (FILES / "state_dict.safetensors").read_bytes()
+    transposed = lambda d: d.update({"net.0.weight": d["net.0.weight"].T[:3]})  # noqa: E731
+    yield from (
+        ("a file that does not exist", lambda f: tpp.load_torch(f / "w.pth", resnet())),
+        ("a file cut short", lambda f: file(f, whole[:1000])),
+        ("a file that is text", lambda f: file(f, b"hello, world")),
+        ("a pickle that would run code", lambda f: file(f, pickle.dumps(_Malicious()))),
+        (
+            "safetensors cut short",
+            lambda f: file(f, tensors[:300], "weights.safetensors"),
+        ),
+        (
+            "an index whose files are not there",
+            lambda f: file(f, index, "model.safetensors.index.json"),
+        ),
+        ("weights of another network", lambda f: file(f, whole)),
+        ("a tensor is missing", lambda f: state(lambda d: d.pop("net.0.weight"))),
+        ("a tensor too many", lambda f: state(lambda d: d.update(x=np.ones(3)))),
+        ("a tensor of another shape", lambda f: state(transposed)),
+    )
