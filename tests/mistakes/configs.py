@@ -94,7 +94,7 @@ def fields() -> Cases:
         "more rounds than there are steps of fine-tuning",
         lambda f: train(f, **{"prune.method": "iterative", "prune.rounds": 500}),
     )
-    yield ("a field that nothing reads", _odd_field)
+    yield ("a misspelt field", _odd_field)
     yield ("a field is missing", _missing_field)
 
 
