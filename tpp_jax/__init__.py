@@ -23,6 +23,7 @@ from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.checking import Checks, GroupCheck, check_groups
 from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
 from tpp_jax.pruning.flops import Count, LayerCount, count
+from tpp_jax.pruning.moments import Bias, ConsumerMoments, Moments, input_moments
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
@@ -32,7 +33,9 @@ from tpp_jax.saving import load_model, load_model_info, save_model
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bias",
     "Checks",
+    "ConsumerMoments",
     "Count",
     "Group",
     "GroupCheck",
@@ -40,6 +43,7 @@ __all__ = [
     "GrowingSchedule",
     "LayerCount",
     "Member",
+    "Moments",
     "OrthogonalityState",
     "Plan",
     "Status",
@@ -61,6 +65,7 @@ __all__ = [
     "gram_penalty_grad",
     "growing_schedule",
     "hessian_diagonal",
+    "input_moments",
     "jacobian_singular_values",
     "linen_apply",
     "load_model",

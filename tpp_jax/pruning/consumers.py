@@ -8,9 +8,9 @@ its product whatever was done to its layout, and so is the bias that is added be
 
 import dataclasses
 import math
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -47,8 +47,8 @@ class Reading(NamedTuple):
     Attributes:
       rows: Operand of the product, ``[stacks, rows, features]``, one stack for each
         matrix of a batched product or group of a convolution.
-      index: Flat index into the kernel's parameter of the weight that takes a feature to
-        an output, int ``[*steps, stacks, features, outputs]``.
+      index: Flat index into the kernel's parameter of the weight that takes a feature
+        to an output, int ``[*steps, stacks, features, outputs]``.
       made: Number of the output that each entry of the product's result is, int
         ``[*steps, *shape]``; outputs are numbered through all steps and stacks.
     """
@@ -64,8 +64,8 @@ _UNCHANGED = frozenset(
 )
 
 
-def moved(eqn: Any, tag: Tag) -> Tag | None:
-    """Returns the tag of a result; None if an operation does more than move entries.
+def moved(eqn: Any, tag: Tag) -> list[Tag]:
+    """Returns the tags of results; none if an operation does more than move entries.
 
     Args:
       eqn: Equation.
@@ -98,9 +98,13 @@ def moved(eqn: Any, tag: Tag) -> Tag | None:
             strides = params["strides"] or [1] * len(starts)
             cuts = map(slice, starts, limits, strides)
             index = index[(..., *cuts)]
+        case "split":
+            ends = np.cumsum(params["sizes"])[:-1]
+            parts = np.split(index, ends, n + params["axis"])
+            return [dataclasses.replace(tag, index=part) for part in parts]
         case _:
-            return None
-    return dataclasses.replace(tag, index=index)
+            return []
+    return [dataclasses.replace(tag, index=index)]
 
 
 def paired(product: Tag, other: Tag) -> np.ndarray | None:
@@ -229,48 +233,59 @@ def _patches(
     return jnp.stack(taps, axis=-2)
 
 
-class Sums(NamedTuple):
-    """Sums over rows from which moments follow; float, on the device or the host.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weights:
+    """The weights of a parameter that are used as one kernel.
+
+    The weight that takes feature f to output o in stack s has the flat index
+    ``stacks[s] + features[f] + outputs[o]``.
 
     Attributes:
-      rows: Number of rows, ``[stacks]``.
-      mean: Mean of each feature, ``[stacks, features]``.
-      scatter: Sum of the products of the centred features, ``[stacks, features,
-        features]``, or that of their squares, ``[stacks, features]``.
+      leaf: Name of the parameter.
+      stacks: Flat indices of the first weights of the stacks.
+      features: Offsets of the features, ascending.
+      outputs: Offsets of the outputs.
+      positions: Axis of the parameter that channels run along → the position of each
+        feature along it.
+      order: Order of the features among those of a row.
     """
 
-    rows: Any
-    mean: Any
-    scatter: Any
+    leaf: str
+    stacks: np.ndarray
+    features: np.ndarray
+    outputs: np.ndarray
+    positions: Mapping[int, np.ndarray]
+    order: np.ndarray
 
 
-def sums_of(rows: Float[Array, "stacks rows features"], diagonal: bool) -> Sums:
-    """Returns the sums of some rows; centred, so that float32 is enough for products."""
-    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
-    stacks, count, _ = rows.shape
-    mean = rows.sum(1) / max(count, 1)
-    centred = rows - mean[:, None]
-    if diagonal:
-        scatter = jnp.sum(jnp.square(centred), axis=1)
-    else:
-        product = "srf,srg->sfg"
-        highest = jax.lax.Precision.HIGHEST
-        scatter = jnp.einsum(product, centred, centred, precision=highest)
-    return Sums(jnp.full(stacks, count, rows.dtype), mean, scatter)
+def weights_of(
+    leaf: str,
+    shape: tuple[int, ...],
+    index: Int[np.ndarray, "..."],
+    axes: Collection[int],
+) -> Weights | None:
+    """Returns the weights of a kernel; None if they lie in no regular pattern.
 
-
-def merge(one: Sums, other: Sums) -> Sums:
-    """Returns the sums over the rows of both (Chan et al. 1979)."""
-    rows = one.rows + other.rows
-    share = other.rows / (rows + (rows == 0))
-    apart = other.mean - one.mean
-    weight = one.rows * share
-    if one.scatter.ndim == one.mean.ndim:
-        between = weight[:, None] * apart**2
-    else:
-        between = weight[:, None, None] * (apart[:, :, None] * apart[:, None, :])
-    return Sums(
-        rows,
-        one.mean + share[:, None] * apart,
-        one.scatter + other.scatter + between,
-    )
+    Args:
+      leaf: Name of the parameter.
+      shape: Shape of the parameter.
+      index: Flat index of each weight, ``[*steps, stacks, features, outputs]``.
+      axes: Axes of the parameter that channels of interest run along.
+    """
+    flat = index.reshape(-1, *index.shape[-2:])
+    if not flat.size:
+        return None
+    first = flat[0, 0, 0]
+    stacks, features, outputs = flat[:, 0, 0], flat[0, :, 0], flat[0, 0]
+    features, outputs = features - first, outputs - first
+    if (stacks[:, None, None] + features[:, None] + outputs != flat).any():
+        return None
+    order = np.argsort(features)
+    positions = {}
+    for axis in axes:
+        at = flat // math.prod(shape[axis + 1 :]) % shape[axis]
+        one = at[0, :, 0]
+        # Other axes are those of outputs, or of the stacks.
+        if (at == one[:, None]).all() and (one != one[0]).any():
+            positions[axis] = one[order]
+    return Weights(leaf, stacks, features[order], outputs, positions, order)

@@ -17,7 +17,7 @@ def replay(
     built_in: Callable[[Any], ValueT],
     step: Callable[[Any, list[ValueT]], list[ValueT]],
 ) -> list[ValueT]:
-    """Returns the outputs of a jaxpr; calls of jitted functions and the like are entered.
+    """Returns the outputs of a jaxpr; calls (of jitted functions…) are entered.
 
     Args:
       jaxpr: Computation, not closed.
