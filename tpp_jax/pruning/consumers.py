@@ -118,11 +118,10 @@ def paired(product: Tag, other: Tag) -> np.ndarray | None:
       Flat index into the parameter for each output, int ``[outputs]``; None if two
       outputs share an entry, or an output meets several.
     """
-    if product.loops != other.loops or product.index.shape != other.index.shape:
-        return None
     made, at = product.index, other.index
-    if not made.size:
+    if product.loops != other.loops or made.ndim != at.ndim or not made.size:
         return None
+    made, at = np.broadcast_arrays(made, at)
     # Along the axes that both are repeated along, one position says it all.
     repeated = [a == b == 0 for a, b in zip(made.strides, at.strides, strict=True)]
     cuts = tuple(slice(0, 1) if same else slice(None) for same in repeated)
