@@ -226,8 +226,8 @@ class PruneConfig:
     )
     batches: int = field(
         4,
-        "Training batches that `taylor`, `taylor_fo`, `hessian` and `activation` "
-        "measure.",
+        "Training batches that `taylor`, `taylor_fo`, `hessian`, `activation`, `wanda` "
+        "and `variance` measure.",
         least=1,
     )
     scope: str = field(
