@@ -21,6 +21,7 @@ from tpp_jax.method.transforms import (
 from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.checking import Checks, GroupCheck, check_groups
+from tpp_jax.pruning.compensation import compensate
 from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
 from tpp_jax.pruning.flops import Count, LayerCount, count
 from tpp_jax.pruning.moments import Bias, ConsumerMoments, Moments, input_moments
@@ -57,6 +58,7 @@ __all__ = [
     "channel_groups",
     "check_groups",
     "check_plan",
+    "compensate",
     "count",
     "data",
     "describe_groups",
