@@ -27,6 +27,7 @@ from tpp_jax.pruning.flops import Count, LayerCount, count
 from tpp_jax.pruning.moments import Bias, ConsumerMoments, Moments, input_moments
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import make_plan
+from tpp_jax.pruning.recalibration import recalibrate
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
 from tpp_jax.saving import load_model, load_model_info, save_model
@@ -78,6 +79,7 @@ __all__ = [
     "mask_tree",
     "models",
     "prune",
+    "recalibrate",
     "reinitialize",
     "save_model",
     "save_torch",

@@ -1,7 +1,7 @@
 """Removal of channels with a refit of the kernels that read them: ``compensate``."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from flax import linen, nnx
 from jaxtyping import Bool, Float
 
 from tpp_jax.errors import TPPError
-from tpp_jax.graph.functions import as_function, is_array
+from tpp_jax.graph.functions import Function, as_function, is_array
 from tpp_jax.graph.naming import some
 from tpp_jax.pruning.cutting import check_plan, prune
 from tpp_jax.pruning.masks import keep_masks
@@ -101,14 +101,31 @@ def compensate(
     function = as_function(model, params)
     leaves = dict(zip(function.names, jax.tree.leaves(function.params), strict=True))
     leaves.update(_refit_all(plan, moments, leaves, damping))
+    refit = with_leaves(model, function, params, leaves)
+    if isinstance(model, nnx.Module):
+        return prune(refit, plan)
+    return prune(model, plan, refit)
+
+
+def with_leaves(
+    model: Any, function: Function, params: Any, leaves: Mapping[str, Any]
+) -> Any:
+    """Returns an NNX module, or a tree of parameters, with other arrays.
+
+    Args:
+      model: Model as the user gave it.
+      function: The model as a function of its parameters.
+      params: Parameters as the user gave them.
+      leaves: All arrays by name, in order.
+    """
     if isinstance(model, nnx.Module):
         structure = jax.tree.structure(function.params)
         state = jax.tree.unflatten(structure, list(leaves.values()))
-        return prune(nnx.merge(function.graphdef, state), plan)
+        return nnx.merge(function.graphdef, state)
     own, structure = jax.tree.flatten(params)
     arrays = iter(leaves.values())
-    refit = [next(arrays) if is_array(leaf) else leaf for leaf in own]
-    return prune(model, plan, jax.tree.unflatten(structure, refit))
+    changed = [next(arrays) if is_array(leaf) else leaf for leaf in own]
+    return jax.tree.unflatten(structure, changed)
 
 
 def _check_groups(plan: Plan, moments: Moments) -> None:
@@ -160,7 +177,7 @@ def _refit_all(
             f"that is refit in {some(few)}: the refit follows the calibration data "
             "more than the network. Give more batches, or a larger damping"
         )
-    return {leaf: _like(leaves[leaf], values) for leaf, values in exact.items()}
+    return {leaf: like_leaf(leaves[leaf], values) for leaf, values in exact.items()}
 
 
 def _warn(message: str) -> None:
@@ -227,7 +244,7 @@ def _ridge(
     return np.linalg.solve(moments + damping * size * np.eye(len(moments)), target)
 
 
-def _like(leaf: Any, values: np.ndarray) -> Any:
+def like_leaf(leaf: Any, values: np.ndarray) -> Any:
     """Returns values as an array of a leaf's shape, type, and place."""
     array = values.reshape(leaf.shape).astype(leaf.dtype)
     if not isinstance(leaf, jax.Array):
