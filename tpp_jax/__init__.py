@@ -23,10 +23,13 @@ from tpp_jax.method.transforms import (
 from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.checking import Checks, GroupCheck, check_groups
+from tpp_jax.pruning.compensation import compensate
 from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
 from tpp_jax.pruning.flops import Count, LayerCount, count
+from tpp_jax.pruning.moments import Bias, ConsumerMoments, Moments, input_moments
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import make_plan
+from tpp_jax.pruning.recalibration import recalibrate
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
 from tpp_jax.saving import load_model, load_model_info, save_model
@@ -34,7 +37,9 @@ from tpp_jax.saving import load_model, load_model_info, save_model
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bias",
     "Checks",
+    "ConsumerMoments",
     "Context",
     "Count",
     "Group",
@@ -43,6 +48,7 @@ __all__ = [
     "GrowingSchedule",
     "LayerCount",
     "Member",
+    "Moments",
     "OrthogonalityState",
     "Plan",
     "Status",
@@ -56,6 +62,7 @@ __all__ = [
     "channel_groups",
     "check_groups",
     "check_plan",
+    "compensate",
     "count",
     "data",
     "describe_groups",
@@ -64,6 +71,7 @@ __all__ = [
     "gram_penalty_grad",
     "growing_schedule",
     "hessian_diagonal",
+    "input_moments",
     "jacobian_singular_values",
     "linen_apply",
     "load_model",
@@ -74,6 +82,7 @@ __all__ = [
     "mask_tree",
     "models",
     "prune",
+    "recalibrate",
     "register_rule",
     "reinitialize",
     "save_model",

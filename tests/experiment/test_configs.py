@@ -80,7 +80,9 @@ def test_fields_are_handed_to_make_plan(fields, options):
     assert plan.to_dict() == tpp.make_plan(groups, model, **options).to_dict()
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "taylor_fo", "hessian", "activation"])
+@pytest.mark.parametrize(
+    "criterion", ["taylor", "taylor_fo", "hessian", "activation", "wanda"]
+)
 def test_criteria_that_need_data_see_the_first_training_batches(criterion):
     dataset, model, groups = digits()
     config = small_config(criterion=criterion, batches=2)

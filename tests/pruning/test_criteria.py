@@ -6,10 +6,11 @@ import pytest
 from flax import nnx
 
 import tpp_jax as tpp
+from tests.pruning.consumers import KINDS, example, jacobian
 from tests.reference import GOLDEN, filled
 from tpp_jax.errors import TPPError
 from tpp_jax.pruning import criteria
-from tpp_jax.pruning.criteria import CRITERIA, Criterion
+from tpp_jax.pruning.criteria import CRITERIA, Criterion, group_scores
 
 FILTERS = np.array([[3, -4], [0, 1], [0, 0], [-6, 8]], np.float32)
 OTHERS = np.array([[1, 1], [2, -3], [9, 9], [0.5, -0.25]], np.float32)
@@ -380,3 +381,61 @@ def test_a_custom_criterion_may_score_norms():
     own = Criterion(lambda scales: -np.abs(scales[:, 0]), of="norms")
     plan = tpp.make_plan(groups, model, "conv:0.5", criterion=own)
     np.testing.assert_array_equal(plan.pruned("conv"), [0, 2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["wanda", "variance"])
+def test_criteria_of_consumers_are_the_energy_that_a_channel_adds(name, kind):
+    """The score is the mean square (or variance) of what each weight adds, summed."""
+    fn, params, batches, reader = example(kind)
+    groups = tpp.channel_groups(fn, batches[0], params=params)
+    moments = tpp.input_moments(fn, batches, params, diagonal=True)
+    [group, *_] = [g for g in groups if g.reason is None and not g.inner]
+    flat = {"first.kernel": None, "second.kernel": params["second"]["kernel"]}
+    got = group_scores(group, flat, CRITERIA[name], statistics=moments)
+    rows = jacobian(params, batches, reader)
+    outputs = sum(len(e.stacks) * len(e.outputs) for e in moments.consumers)
+    mean, square = (x.sum(0) * outputs / len(rows) for x in (rows, rows**2))
+    energy = square - (mean**2 if name == "variance" else 0)
+    cost = energy * np.square(np.asarray(params["second"]["kernel"]).reshape(-1))
+    [member] = [m for m in group.members if m.role == "contracted"]
+    cost = np.moveaxis(cost.reshape(params["second"]["kernel"].shape), member.axis, 0)
+    expected = [cost[positions].sum() for positions in member.positions]
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_costs_of_several_consumers_are_added():
+    params = {name: np.eye(3, dtype=np.float32) for name in ("w1", "w2", "w3")}
+    params["w3"] = params["w3"] * np.array([[1], [2], [3]], np.float32)
+
+    def fn(p, x):
+        z = x @ p["w1"]
+        return z @ p["w2"], z @ p["w3"]
+
+    x = jnp.array([[1.0, 2.0, 3.0], [1.0, 0.0, 3.0]])
+    groups = tpp.channel_groups(fn, x, params=params)
+    moments = tpp.input_moments(fn, [x], params)
+    scores = group_scores(groups["w1"], params, CRITERIA["wanda"], statistics=moments)
+    np.testing.assert_allclose(scores, [1 * 2, 2 * 5, 9 * 10], rtol=1e-6)
+    plan = tpp.make_plan(
+        groups, params, counts={"w1": 1}, criterion="variance", statistics=moments
+    )
+    assert plan.to_dict()["w1"] == [1]
+
+
+def test_a_criterion_of_consumers_needs_moments_of_the_group():
+    params, groups = chain(a=np.ones((2, 3)), b=np.ones((3, 4)), c=np.ones((4, 1)))
+    x = jnp.ones((1, 2))
+    with pytest.raises(TPPError, match="input_moments"):
+        tpp.make_plan(groups, params, 0.5, criterion="wanda")
+    with pytest.raises(TPPError, match="input_moments"):
+        tpp.make_plan(groups, params, 0.5, criterion="wanda", statistics=params)
+
+    def fn(p, x):
+        return x @ p["a"]["kernel"] @ p["b"]["kernel"] @ p["c"]["kernel"]
+
+    moments = tpp.input_moments(fn, [x], params, [groups["a"]])
+    with pytest.raises(TPPError, match="channels of b was measured"):
+        tpp.make_plan(groups, params, 0.5, criterion="wanda", statistics=moments)
+    with pytest.raises(TPPError, match="input moments are for criteria of consumers"):
+        tpp.make_plan(groups, params, 0.5, criterion="taylor", statistics=moments)

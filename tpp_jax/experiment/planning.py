@@ -13,6 +13,7 @@ from tpp_jax.experiment.sections import PruneConfig
 from tpp_jax.graph.groups import Groups
 from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.criteria import CRITERIA, Criterion
+from tpp_jax.pruning.moments import input_moments
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
@@ -93,7 +94,12 @@ def _criterion(name: str) -> Criterion | str:
     return found
 
 
-_MEASURED = ("loss_gradient", "hessian_diagonal", "activation_means")
+_MEASURED = (
+    "loss_gradient",
+    "hessian_diagonal",
+    "activation_means",
+    "input_moments",
+)
 """Statistics that :func:`_statistics` measures."""
 
 
@@ -122,4 +128,6 @@ def _statistics(
             return hessian_diagonal(loss, model, batches, seed=seed)
         case "activation_means":
             return activation_means(model, map(task.inputs, batches))
+        case "input_moments":
+            return input_moments(model, map(task.inputs, batches), diagonal=True)
     raise ValueError(needed)

@@ -231,8 +231,8 @@ class PruneConfig:
     )
     batches: int = field(
         4,
-        "Number of training batches on which `taylor`, `taylor_fo`, `hessian` and "
-        "`activation` measure.",
+        "Number of training batches on which `taylor`, `taylor_fo`, `hessian`, "
+        "`activation`, `wanda` and `variance` measure.",
         least=1,
     )
     scope: str = field(

@@ -204,12 +204,7 @@ class Builder:
         return self._equation("join", known, [self.shapes[known[0]]])[0]
 
     def _scan(self, eqn: Any, inputs: list[int | None]) -> list[int | None]:
-        # Versions of JAX count the operands differently, but a stacked array always has
-        # one more axis outside the body than inside.
-        body = eqn.params["jaxpr"].jaxpr
-        n_stacked = _count_other_ranks(eqn.invars, body.invars)
-        n_carry = len(eqn.outvars) - _count_other_ranks(eqn.outvars, body.outvars)
-        n_consts = len(inputs) - n_carry - n_stacked
+        n_consts, n_carry = scan_parts(eqn)
         carry, stacked = inputs[n_consts:][:n_carry], inputs[n_consts + n_carry :]
         parts = [
             None
@@ -306,6 +301,18 @@ class Builder:
             else:
                 found = found or origin
         return found
+
+
+def scan_parts(eqn: Any) -> tuple[int, int]:
+    """Returns how many operands of a ``scan`` are constant, and how many it carries.
+
+    The others are stacked. How the operands are counted differs between versions of
+    JAX; what is stacked has one axis more outside the body than inside.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+    n_stacked = _count_other_ranks(eqn.invars, body.invars)
+    n_carry = len(eqn.outvars) - _count_other_ranks(eqn.outvars, body.outvars)
+    return len(eqn.invars) - n_carry - n_stacked, n_carry
 
 
 def check_length(jaxpr: Any) -> None:

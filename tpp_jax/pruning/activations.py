@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen, nnx
-from jax.extend import core as jex_core
 from jaxtyping import Array, Float
 
 from tpp_jax.graph.functions import as_function
-from tpp_jax.graph.unfolding import CALLS, check_length
+from tpp_jax.graph.unfolding import check_length
+from tpp_jax.pruning.replay import evaluate, replay
 from tpp_jax.pruning.statistics import mean_of
 
 Means = dict[str, Float[Array, "..."]]
@@ -139,30 +139,12 @@ class _Meter:
         self, jaxpr: Any, constants: Sequence[Any], arguments: list[_Value]
     ) -> list[_Value]:
         """Returns the outputs of a jaxpr."""
-        built_in = [_Value(constant, {}) for constant in constants]
-        env = dict(zip(jaxpr.constvars, built_in, strict=True))
-        env |= zip(jaxpr.invars, arguments, strict=True)
-
-        def read(var: Any) -> _Value:
-            literal = isinstance(var, jex_core.Literal)
-            return _Value(var.val, {}) if literal else env[var]
-
-        for eqn in jaxpr.eqns:
-            values = [read(var) for var in eqn.invars]
-            if eqn.primitive.name in CALLS:
-                inner = eqn.params[CALLS[eqn.primitive.name]]
-                inside = getattr(inner, "jaxpr", inner)
-                outputs = self.run(inside, getattr(inner, "consts", ()), values)
-            else:
-                outputs = self._equation(eqn, values)
-            env |= zip(eqn.outvars, outputs, strict=True)
-        return [read(var) for var in jaxpr.outvars]
+        return replay(
+            jaxpr, constants, arguments, lambda array: _Value(array, {}), self._equation
+        )
 
     def _equation(self, eqn: Any, values: list[_Value]) -> list[_Value]:
-        arrays = [value.array for value in values]
-        results = eqn.primitive.bind(*arrays, **eqn.params)
-        if not eqn.primitive.multiple_results:
-            results = [results]
+        results = evaluate(eqn, [value.array for value in values])
         match eqn.primitive.name:
             case "conv_general_dilated":
                 self._convolution(eqn, values, results[0])

@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.groups import Group, Member
+from tpp_jax.pruning.moments import Moments
 
 Filters = Float[np.ndarray, "n d"]
 Scores = Float[np.ndarray, " n"]
@@ -28,12 +29,15 @@ class Criterion:
 
     Attributes:
       score: Function ``(filters) -> scores``, from float ``[n, d]`` to float ``[n]``;
-        with statistics ``(filters, statistics) -> scores``, both float ``[n, d]``.
+        with statistics ``(filters, statistics) -> scores``, both float ``[n, d]``. Of
+        consumers ``(weights, means, variances) -> scores``, all float ``[n, d]``: the
+        weights that read a channel, and the moments of what they are multiplied with.
       statistics: Name of the function of :mod:`tpp_jax` that measures the statistics;
         None if the weights are enough. A user's own function of two arguments needs no
         name: it is called with the statistics that ``make_plan`` receives.
-      of: Arrays that are scored: the ``"kernels"`` that produce the channels, or the
-        scales of the ``"norms"`` that the channels run through.
+      of: Arrays that are scored: the ``"kernels"`` that produce the channels, the
+        scales of the ``"norms"`` that the channels run through, or the kernels of the
+        ``"consumers"`` that read them; scores of several consumers are added.
 
     Example:
       >>> widest = Criterion(lambda filters: np.ptp(filters, axis=1))
@@ -43,7 +47,7 @@ class Criterion:
 
     score: Score
     statistics: str | None = None
-    of: Literal["kernels", "norms"] = "kernels"
+    of: Literal["kernels", "norms", "consumers"] = "kernels"
 
 
 # Names that libraries give to the scale of a norm.
@@ -132,6 +136,25 @@ def activation(filters: Filters, means: Filters) -> Scores:
     return np.mean(means, axis=1)
 
 
+def wanda(weights: Filters, means: Filters, variances: Filters) -> Scores:
+    """Mean square of what the channel adds to its readers: ``E[h²]·‖w‖²``.
+
+    Sun et al. 2023 for weights, An et al. 2024 for channels; ``w`` are the weights that
+    read the channel ``h``.
+    """
+    return np.sum(np.square(weights) * (variances + np.square(means)), axis=1)
+
+
+def variance(weights: Filters, means: Filters, variances: Filters) -> Scores:
+    """Variance of what the channel adds to its readers: ``Var[h]·‖w‖²`` (FLAP).
+
+    An et al. 2024. The mean of a channel is lost with it, unless it is moved into a
+    bias, as :func:`tpp_jax.compensate` does.
+    """
+    del means
+    return np.sum(np.square(weights) * variances, axis=1)
+
+
 CRITERIA: dict[str, Criterion] = {
     "l1": Criterion(l1),
     "l2": Criterion(l2),
@@ -142,6 +165,8 @@ CRITERIA: dict[str, Criterion] = {
     "taylor_fo": Criterion(taylor_fo, statistics="loss_gradient"),
     "hessian": Criterion(hessian, statistics="hessian_diagonal"),
     "activation": Criterion(activation, statistics="activation_means"),
+    "wanda": Criterion(wanda, statistics="input_moments", of="consumers"),
+    "variance": Criterion(variance, statistics="input_moments", of="consumers"),
 }
 """Criteria by name, in the order in which messages list them."""
 
@@ -222,7 +247,7 @@ def group_scores(
     leaves: Mapping[str, Any],
     criterion: Criterion,
     reduce: str = "mean",
-    statistics: Mapping[str, Any] | None = None,
+    statistics: Mapping[str, Any] | Moments | None = None,
 ) -> Scores:
     """Returns the score of each of a group's channels, float ``[group.size]``.
 
@@ -232,13 +257,20 @@ def group_scores(
       criterion: Criterion that scores the filters of one layer.
       reduce: Name in :data:`REDUCTIONS` of the function that combines the scores of a
         channel in the layers that produce it; ``"first"`` takes that of the first.
-      statistics: Arrays by dotted name that can be broadcast to the parameters; the
-        second argument of the criterion.
+      statistics: Arrays by dotted name that can be broadcast to the parameters, the
+        second argument of the criterion; or input moments.
 
     Raises:
       TPPError: There is nothing to score, a statistic is missing or has the wrong
         shape, or the criterion did not return one number per filter.
     """
+    if criterion.of == "consumers":
+        return _consumers_score(group, leaves, criterion, statistics)
+    if isinstance(statistics, Moments):
+        raise TPPError(
+            "input moments are for criteria of consumers: wanda, variance. Other "
+            "criteria need statistics named like the parameters"
+        )
     members = [m for m in group.members if m.role == "produced"]
     if criterion.of == "norms":
         members = _scales(group)
@@ -248,20 +280,69 @@ def group_scores(
         if statistics is not None:
             array = _statistic(member, leaves, statistics)
             arguments.append(filters_of(member, array))
-        score = np.asarray(criterion.score(*arguments))
-        if score.shape != (group.size,):
-            raise TPPError(
-                f"the criterion returned an array of shape {score.shape} for "
-                f"{member.leaf}; expected one score for each of its "
-                f"{group.size} filters"
-            )
-        if np.isnan(score).any():
-            raise TPPError(
-                f"the criterion returned nan for filters of {member.leaf}: check that "
-                "its weights and their statistics are finite"
-            )
-        scores.append(score)
+        scores.append(_checked(criterion.score(*arguments), member.leaf, group))
     return REDUCTIONS[reduce](np.stack(scores))
+
+
+def _checked(score: Any, leaf: str, group: Group) -> Scores:
+    """Returns scores of a group's channels in one parameter, if they are such."""
+    score = np.asarray(score)
+    if score.shape != (group.size,):
+        raise TPPError(
+            f"the criterion returned an array of shape {score.shape} for "
+            f"{leaf}; expected one score for each of its "
+            f"{group.size} filters"
+        )
+    if np.isnan(score).any():
+        raise TPPError(
+            f"the criterion returned nan for filters of {leaf}: check that "
+            "its weights and their statistics are finite"
+        )
+    return score
+
+
+def _consumers_score(
+    group: Group,
+    leaves: Mapping[str, Any],
+    criterion: Criterion,
+    moments: Mapping[str, Any] | Moments | None,
+) -> Scores:
+    """Returns the scores of a group's channels, summed over the kernels that read them.
+
+    Raises:
+      TPPError: There are no moments, or none of a kernel that reads the channels.
+    """
+    if not isinstance(moments, Moments):
+        raise TPPError(
+            "a criterion of consumers needs the moments of what they read: pass "
+            "statistics=tpp_jax.input_moments(...)"
+        )
+    found = [
+        (member, entry)
+        for member in group.members
+        for entry in moments.of(member.leaf)
+        if member.axis in entry.positions
+    ]
+    if not found:
+        readers = [m.leaf for m in group.members if m.role == "contracted"]
+        known = [f"{x}: {moments.skipped[x]}" for x in readers if x in moments.skipped]
+        raise TPPError(
+            f"no kernel that reads the channels of {group.name} was measured "
+            f"({'; '.join(known) or 'the moments are of other groups'}): skip that "
+            "layer, or choose another criterion"
+        )
+    total = np.zeros(group.size)
+    for member, entry in found:
+        leaf = np.asarray(leaves[member.leaf])
+        index = entry.weight_index()
+        moments_of_rows = entry.mean[:, :, None], entry.variance[:, :, None]
+        arguments = []
+        for array in (leaf.reshape(-1)[index], *moments_of_rows):
+            placed = np.zeros(leaf.size)  # weights that are not read here have no part
+            placed[index] = array
+            arguments.append(filters_of(member, placed.reshape(leaf.shape)))
+        total += _checked(criterion.score(*arguments), member.leaf, group)
+    return total
 
 
 def _scales(group: Group) -> list[Member]:

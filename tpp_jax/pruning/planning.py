@@ -25,6 +25,7 @@ from tpp_jax.pruning.criteria import (
     group_scores,
 )
 from tpp_jax.pruning.cutting import check_plan
+from tpp_jax.pruning.moments import Moments
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.targets import Limits, kept_by_ratios, kept_for_target, pools_of
 
@@ -80,7 +81,8 @@ def make_plan(
         scores ``[n]``, or a :class:`~tpp_jax.pruning.criteria.Criterion`. The lowest
         scores are pruned.
       statistics: Pytree with the names of the parameters, from
-        :mod:`tpp_jax.pruning.statistics`, for a criterion that needs more than weights.
+        :mod:`tpp_jax.pruning.statistics`, for a criterion that needs more than weights;
+        the result of :func:`tpp_jax.input_moments` for ``wanda`` and ``variance``.
       scores: Group name → the user's own scores, float ``[group.size]``. They replace
         those of the criterion in the groups that they name.
       scope: Set of groups whose scores compete. ``"local"``: each group loses its own
@@ -146,7 +148,9 @@ def make_plan(
     _check_leaves(groups, leaves, unscored)
     if unscored or not ranks:
         scorer = find_criterion(criterion, seed, statistics is not None)
-        extra = None if statistics is None else _by_parameter(statistics, groups)
+        extra = statistics
+        if statistics is not None and not isinstance(statistics, Moments):
+            extra = _by_parameter(statistics, groups)
         for group in unscored:
             ranks[group.name] = group_scores(group, leaves, scorer, reduce, extra)
     elif isinstance(criterion, str) and criterion not in (*CRITERIA, "random"):

@@ -1,0 +1,254 @@
+"""Removal of channels with a refit of the kernels that read them: ``compensate``."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from jaxtyping import Bool, Float
+
+from tpp_jax.errors import TPPError
+from tpp_jax.graph.functions import Function, as_function, is_array
+from tpp_jax.graph.naming import some
+from tpp_jax.pruning.cutting import check_plan, prune
+from tpp_jax.pruning.masks import keep_masks
+from tpp_jax.pruning.moments import ConsumerMoments, Moments, input_moments
+from tpp_jax.pruning.plan import Plan, expect_plan
+
+# Dead channels make covariances singular, however many rows there are.
+_LEAST_DAMPING = 1e-4
+# With fewer rows the fit follows the calibration data more than the network.
+_ROWS_PER_FEATURE = 3
+
+
+def compensate(
+    model: nnx.Module | linen.Module | Callable[..., Any],
+    plan: Plan,
+    batches: Iterable[Any] | None = None,
+    params: Any = None,
+    *,
+    moments: Moments | None = None,
+    damping: float | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Prunes a model and refits the layers that read the pruned channels.
+
+    Each consumer of a pruned channel is refit in closed form, so that with the kept
+    inputs K alone its outputs are as near as possible to those with all inputs. Around
+    the weights that are there, ridge regression gives
+
+        ``W_K += (C_KK + δ·mean(diag C_KK)·I)⁻¹ C_KP W_P``
+
+    where C are covariances of what the layer reads in the unpruned network and P the
+    pruned inputs. The shift of the mean, ``W_Pᵀμ_P - ΔW_Kᵀμ_K``, is added to the bias
+    of the layer, or subtracted from the running mean of the batch norm behind it. If
+    there is neither, C are second moments about zero. No labels are needed.
+
+    Args:
+      model: Model that the plan was made for: NNX module, Linen module or function
+        ``fn(params, *inputs)``; not modified.
+      plan: Plan of the channels to keep; not traced.
+      batches: Batches for :func:`tpp_jax.input_moments`; may be left out with
+        ``moments``.
+      params: Variables of a Linen module, or parameter pytree of a function.
+      moments: Moments measured before on the same model, of all groups that are pruned.
+      damping: Share δ of the mean variance that is added to all variances. By default
+        it grows with the number of kept features for each row of data:
+        ``max(0.1·features/rows, 1e-4)``. Zero gives the least-squares solution.
+      **kwargs: Keyword arguments of the model when moments are measured.
+
+    Returns:
+      The result of :func:`tpp_jax.prune`: a new NNX module, or the smaller tree.
+
+    Raises:
+      TPPError: The plan does not fit the model, there are neither batches nor moments,
+        the moments are of other groups, or the damping is negative.
+
+    Warns:
+      UserWarning: A layer that reads pruned channels is not refit (the message says
+        why), or there are fewer than 3 rows of data for each feature of a layer.
+
+    References:
+      An et al. 2024, "Fluctuation-based adaptive structured pruning for large language
+      models"; Frantar and Alistarh 2022, "Optimal brain compression".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import tpp_jax as tpp
+      >>> def net(p, x):
+      ...     return x @ p["w1"] @ p["w2"]
+      >>> p = {"w1": jnp.array([[1.0, 2.0, 2.0]]), "w2": jnp.ones((3, 1))}
+      >>> x = jnp.array([[1.0], [2.0], [3.0]])
+      >>> groups = tpp.channel_groups(net, x, params=p)
+      >>> plan = tpp.make_plan(groups, p, counts={"w1": 1})
+      >>> small = tpp.compensate(net, plan, [x], p, damping=0)
+      >>> net(p, x).ravel().tolist(), net(small, x).ravel().round(4).tolist()
+      ([5.0, 10.0, 15.0], [5.0, 10.0, 15.0])
+    """
+    expect_plan(plan)
+    if damping is not None and not damping >= 0:
+        raise TPPError(f"the damping is {damping}, must be at least 0")
+    check_plan(plan, model, params)
+    if moments is None:
+        if batches is None:
+            raise TPPError("a refit needs data: pass batches, or moments")
+        pruned = plan.pruned_groups
+        moments = input_moments(model, batches, params, pruned, **kwargs)
+    _check_groups(plan, moments)
+    function = as_function(model, params)
+    leaves = dict(zip(function.names, jax.tree.leaves(function.params), strict=True))
+    leaves.update(_refit_all(plan, moments, leaves, damping))
+    refit = with_leaves(model, function, params, leaves)
+    if isinstance(model, nnx.Module):
+        return prune(refit, plan)
+    return prune(model, plan, refit)
+
+
+def with_leaves(
+    model: Any, function: Function, params: Any, leaves: Mapping[str, Any]
+) -> Any:
+    """Returns an NNX module, or a tree of parameters, with other arrays.
+
+    Args:
+      model: Model as the user gave it.
+      function: The model as a function of its parameters.
+      params: Parameters as the user gave them.
+      leaves: All arrays by name, in order.
+    """
+    if isinstance(model, nnx.Module):
+        structure = jax.tree.structure(function.params)
+        state = jax.tree.unflatten(structure, list(leaves.values()))
+        return nnx.merge(function.graphdef, state)
+    own, structure = jax.tree.flatten(params)
+    arrays = iter(leaves.values())
+    changed = [next(arrays) if is_array(leaf) else leaf for leaf in own]
+    return jax.tree.unflatten(structure, changed)
+
+
+def _check_groups(plan: Plan, moments: Moments) -> None:
+    """Raises if moments are not those of the groups that a plan prunes."""
+    for group in plan.pruned_groups:
+        for member in group.members:
+            entries = moments.of(member.leaf)
+            known = any(member.axis in entry.positions for entry in entries)
+            known = known or member.leaf in moments.skipped
+            if member.role == "contracted" and not known:
+                raise TPPError(
+                    f"the moments are not those of {member.leaf}, which reads the "
+                    f"channels of {group.name}: measure them for all groups that "
+                    "are pruned"
+                )
+
+
+def _refit_all(
+    plan: Plan, moments: Moments, leaves: dict[str, Any], damping: float | None
+) -> dict[str, Any]:
+    """Returns the refit kernels and biases by name, unpruned."""
+    exact: dict[str, np.ndarray] = {}
+    not_refit = {
+        leaf: why for leaf, why in moments.skipped.items() if keep_masks(plan, leaf)
+    }
+    few = []
+
+    def flat(leaf: str) -> np.ndarray:
+        if leaf not in exact:
+            exact[leaf] = np.asarray(leaves[leaf], np.float64).reshape(-1)
+        return exact[leaf]
+
+    for entry in moments.consumers:
+        keep = _kept_features(plan, entry)
+        if keep.all():
+            continue
+        if entry.fixed is not None:
+            not_refit[entry.leaf] = entry.fixed
+        elif (entry.rows < _ROWS_PER_FEATURE * keep.sum()).any():
+            few.append(entry.leaf)
+        bias = None if entry.bias is None else flat(entry.bias.leaf)
+        _refit(entry, keep, flat(entry.leaf), bias, damping)
+    if not_refit:
+        reasons = [f"{leaf} ({why})" for leaf, why in not_refit.items()]
+        _warn(f"layers that read pruned channels are not refit: {some(reasons)}")
+    if few:
+        _warn(
+            f"there are fewer than {_ROWS_PER_FEATURE} rows of data for each feature "
+            f"that is refit in {some(few)}: the refit follows the calibration data "
+            "more than the network. Give more batches, or a larger damping"
+        )
+    return {leaf: like_leaf(leaves[leaf], values) for leaf, values in exact.items()}
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _kept_features(plan: Plan, entry: ConsumerMoments) -> Bool[np.ndarray, " features"]:
+    """Returns which features of a consumer a plan keeps."""
+    masks = keep_masks(plan, entry.leaf)
+    keep = np.ones(len(entry.features), bool)
+    for axis, positions in entry.positions.items():
+        if axis in masks:
+            keep &= np.asarray(masks[axis][0])[positions]
+    return keep
+
+
+def _refit(
+    entry: ConsumerMoments,
+    keep: Bool[np.ndarray, " features"],
+    weights: Float[np.ndarray, " n"],
+    bias: Float[np.ndarray, " m"] | None,
+    damping: float | None,
+) -> None:
+    """Refits a consumer, in place.
+
+    Args:
+      entry: Moments of what it reads.
+      keep: Features that are kept.
+      weights: All weights of its parameter, flat.
+      bias: All entries of the parameter that takes up a shift, flat.
+      damping: Share of the mean variance that is added; None for the default.
+    """
+    index = entry.weight_index()
+    for s, rows in enumerate(entry.rows):
+        if not rows:  # an expert that no example was sent to
+            continue
+        mean, lost = entry.mean[s], weights[index[s][~keep]]
+        shift = lost.T @ mean[~keep]
+        if entry.fixed is None and entry.covariance is not None:
+            moments = entry.covariance[s]
+            if bias is None:
+                moments = moments + np.outer(mean, mean)
+            delta = damping
+            if delta is None:
+                delta = max(0.1 * keep.sum() / rows, _LEAST_DAMPING)
+            change = _ridge(
+                moments[keep][:, keep], moments[keep][:, ~keep] @ lost, delta
+            )
+            weights[index[s][keep]] += change
+            shift -= change.T @ mean[keep]
+        if bias is not None and entry.bias is not None:
+            bias[entry.bias.index[s]] += entry.bias.sign * shift
+
+
+def _ridge(
+    moments: Float[np.ndarray, "k k"], target: Float[np.ndarray, "k o"], damping: float
+) -> Float[np.ndarray, "k o"]:
+    """Returns ``(moments + damping · mean(diag) · I)⁻¹ target``."""
+    size = np.trace(moments) / len(moments)
+    if size <= 0:  # dead channels alone
+        return np.zeros_like(target)
+    if damping == 0:
+        return np.linalg.lstsq(moments, target, rcond=None)[0]
+    return np.linalg.solve(moments + damping * size * np.eye(len(moments)), target)
+
+
+def like_leaf(leaf: Any, values: np.ndarray) -> Any:
+    """Returns values as an array of a leaf's shape, type, and place."""
+    array = values.reshape(leaf.shape).astype(leaf.dtype)
+    if not isinstance(leaf, jax.Array):
+        return array
+    return (
+        jax.device_put(array, leaf.sharding) if leaf.committed else jnp.asarray(array)
+    )

@@ -1,0 +1,271 @@
+"""Moments of what kernels read along the channels of groups: ``input_moments``."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen, nnx
+from jaxtyping import Float, Int
+
+from tpp_jax.errors import TPPError
+from tpp_jax.graph.functions import as_function
+from tpp_jax.graph.records import Group
+from tpp_jax.pruning.channels import channel_groups
+from tpp_jax.pruning.consumers import Weights
+from tpp_jax.pruning.probe import Findings, run
+from tpp_jax.pruning.sums import Sums, merge
+
+_NOT_FOLLOWED = (
+    "its kernel is computed by more than moves of the parameter's entries, or is used "
+    "by an operation that is not measured"
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bias:
+    """The entries of a parameter that are added to the outputs of a kernel.
+
+    Attributes:
+      leaf: Name of the parameter: a bias, or the mean of a batch norm.
+      sign: Sign of the sum: -1 for a mean, which is subtracted.
+      index: Flat index of the entry of each output, int ``[stacks, outputs]``.
+    """
+
+    leaf: str
+    sign: int
+    index: Int[np.ndarray, "stacks outputs"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConsumerMoments:
+    """What one kernel reads: means and covariances of its features.
+
+    A *feature* is what one weight of each output is multiplied with: a channel, at one
+    tap of a window for a convolution. A *stack* is a matrix of its own: a step of a
+    loop over layers, an expert, a group of a grouped convolution; most kernels have
+    one. Of the parameter, the weight that takes feature f to output o in stack s has
+    the flat index ``stacks[s] + features[f] + outputs[o]``.
+
+    Attributes:
+      leaf: Name of the parameter that is the kernel.
+      stacks: Flat index of the first weight of each stack, int ``[stacks]``.
+      features: Offset of each feature, int ``[features]``.
+      outputs: Offset of each output, int ``[outputs]``.
+      positions: Axis of the parameter that channels run along → position of each
+        feature along it, int ``[features]``.
+      rows: Number of rows that were averaged over (examples, times positions), float
+        ``[stacks]``.
+      mean: Mean of each feature, float64 ``[stacks, features]``.
+      variance: Variance of each feature, float64 ``[stacks, features]``.
+      covariance: Covariances, float64 ``[stacks, features, features]``; None in
+        diagonal mode and for more than ``max_features`` features.
+      bias: Bias (or mean of a norm) that takes up a shift of the outputs; None if
+        nothing does.
+      fixed: Reason why the weights cannot be refit; None if they can.
+    """
+
+    leaf: str
+    stacks: Int[np.ndarray, " stacks"]
+    features: Int[np.ndarray, " features"]
+    outputs: Int[np.ndarray, " outputs"]
+    positions: Mapping[int, Int[np.ndarray, " features"]]
+    rows: Float[np.ndarray, " stacks"]
+    mean: Float[np.ndarray, "stacks features"]
+    variance: Float[np.ndarray, "stacks features"]
+    covariance: Float[np.ndarray, "stacks features features"] | None
+    bias: Bias | None
+    fixed: str | None
+
+    @property
+    def second_moment(self) -> Float[np.ndarray, "stacks features"]:
+        """Mean square of each feature."""
+        return self.variance + self.mean**2
+
+    def weight_index(self) -> Int[np.ndarray, "stacks features outputs"]:
+        """Returns the flat index of each weight."""
+        return self.stacks[:, None, None] + self.features[:, None] + self.outputs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of what all consumers of some groups read.
+
+    Attributes:
+      consumers: Moments of each use of a kernel, in order of execution. A kernel that
+        is used several times in the same way has one entry for all of its uses.
+      skipped: Name of a kernel that reads channels of the groups and was not measured →
+        the reason.
+    """
+
+    consumers: tuple[ConsumerMoments, ...]
+    skipped: Mapping[str, str]
+
+    def of(self, leaf: str) -> tuple[ConsumerMoments, ...]:
+        """Returns the entries of one kernel."""
+        return tuple(entry for entry in self.consumers if entry.leaf == leaf)
+
+
+def input_moments(
+    model: nnx.Module | linen.Module | Callable[..., Any],
+    batches: Iterable[Any],
+    params: Any = None,
+    groups: Iterable[Group] | None = None,
+    *,
+    diagonal: bool = False,
+    max_features: int = 4096,
+    **kwargs: Any,
+) -> Moments:
+    """Measures what kernels read along the channels that can be pruned.
+
+    For the criteria ``wanda`` and ``variance`` and for :func:`tpp_jax.compensate`. A
+    consumer is a convolution or dense layer whose input channels are those of a group,
+    in any network that can be traced: with windows, strides, dilation, groups; products
+    with several axes; inside loops and branches. Nothing is measured of depthwise
+    convolutions and of products of activations, through which channels pass.
+
+    Args:
+      model: NNX module (runs in evaluation mode, not modified), Linen module or
+        function ``fn(params, *inputs)``.
+      batches: Batches; each an array, or a tuple if the model has several inputs. Sums
+        of a batch are float32 with exact centring, those over batches float64.
+      params: Variables of a Linen module, or parameter pytree of a function.
+      groups: Groups whose consumers are measured, those that will be pruned; by default
+        all groups of the model that can be pruned.
+      diagonal: Whether only means and variances are measured, which is enough for
+        criteria and takes little memory.
+      max_features: Largest number of features of a consumer whose covariances are
+        measured; of those with more (taps of a window count) only the variances are.
+      **kwargs: Keyword arguments of the model, the same for all batches.
+
+    Returns:
+      The moments of each consumer. The patches of one convolution and one batch are in
+      memory at once: smaller batches need less.
+
+    Raises:
+      TPPError: There is no batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import tpp_jax as tpp
+      >>> def mlp(p, x):
+      ...     return x @ p["w1"] @ p["w2"]
+      >>> p = {"w1": jnp.eye(2), "w2": jnp.ones((2, 1))}
+      >>> batches = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 2.0]])]
+      >>> [entry] = tpp.input_moments(mlp, batches, p).consumers
+      >>> entry.leaf, entry.mean.tolist(), entry.covariance.tolist()
+      ('w2', [[2.0, 2.0]], [[[1.0, 0.0], [0.0, 0.0]]])
+    """
+    runs = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
+    first = next(runs, None)
+    if first is None:
+        raise TPPError("there is no batch to measure moments on")
+    if groups is None:
+        groups = channel_groups(model, *first, params=params, **kwargs)
+    prunable = [g for g in groups if g.reason is None]
+    function = as_function(model, params)
+    findings = Findings()
+    measure = jax.jit(
+        functools.partial(
+            run,
+            functools.partial(function.call, **kwargs),
+            function.names,
+            _axes_read(prunable),
+            lambda features: diagonal or features > max_features,
+            findings,
+        )
+    )
+    total: dict[str, Sums] = {}
+    for inputs in itertools.chain([first], runs):
+        sums = jax.device_get(measure(function.params, inputs))
+        exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
+        for key, one in exact.items():
+            total[key] = merge(total[key], one) if key in total else one
+    entries = tuple(
+        _entry(key, weights, total[key], findings)
+        for key, weights in findings.weights.items()
+    )
+    measured = {entry.leaf for entry in entries}
+    readers = {m.leaf for g in prunable for m in g.members if m.role == "contracted"}
+    skipped = dict.fromkeys(sorted(readers - measured), _NOT_FOLLOWED)
+    return Moments(_fixed_where_shared(entries), skipped)
+
+
+def _axes_read(groups: Sequence[Group]) -> dict[str, frozenset[int]]:
+    """Returns the axes of kernels that channels run along, by name.
+
+    An axis along which one use of a kernel produces channels may be read by another.
+    """
+    axes: dict[str, set[int]] = {}
+    for group in groups:
+        for member in group.members:
+            if member.role in ("contracted", "produced"):
+                axes.setdefault(member.leaf, set()).add(member.axis)
+    return {leaf: frozenset(found) for leaf, found in axes.items()}
+
+
+def _entry(
+    key: str, weights: Weights, sums: Sums, findings: Findings
+) -> ConsumerMoments:
+    rows = np.maximum(sums.rows, 1)[:, None]
+    full = sums.scatter.ndim == 3
+    covariance = sums.scatter / rows[:, :, None] if full else None
+    squares = np.diagonal(sums.scatter, axis1=1, axis2=2) if full else sums.scatter
+    variance = squares / rows
+    fixed = None
+    if ("parameter", weights.leaf) in findings.spent:
+        fixed = "its weights are used for something else too"
+    elif not full:
+        fixed = f"of its {len(weights.features):,} features only variances are known"
+    return ConsumerMoments(
+        weights.leaf,
+        weights.stacks,
+        weights.features,
+        weights.outputs,
+        weights.positions,
+        sums.rows,
+        sums.mean,
+        variance,
+        covariance,
+        _bias_of(key, weights, findings),
+        fixed,
+    )
+
+
+def _bias_of(key: str, weights: Weights, findings: Findings) -> Bias | None:
+    """Returns what alone is added to the outputs of a consumer, and to no others."""
+    users = collections.defaultdict(set)
+    for user, added in findings.added.items():
+        for leaf, sign, index in added:
+            users[leaf].add((user, sign, index.tobytes()))
+    added = {leaf for leaf, _, _ in findings.added.get(key, ())}
+    if ("product", key) in findings.spent or len(added) != 1:
+        return None
+    [(leaf, sign, index), *_] = findings.added[key]
+    if ("parameter", leaf) in findings.spent or len(users[leaf]) != 1:
+        return None
+    return Bias(leaf, sign, index.reshape(len(weights.stacks), len(weights.outputs)))
+
+
+def _fixed_where_shared(
+    entries: tuple[ConsumerMoments, ...],
+) -> tuple[ConsumerMoments, ...]:
+    """Marks kernels whose weights are read in several ways: none of these has a say."""
+    by_leaf: dict[str, list[ConsumerMoments]] = {}
+    for entry in entries:
+        by_leaf.setdefault(entry.leaf, []).append(entry)
+    shared = set()
+    for leaf, found in by_leaf.items():
+        if len(found) > 1:
+            index = np.concatenate([e.weight_index().reshape(-1) for e in found])
+            if np.unique(index).size < index.size:
+                shared.add(leaf)
+    reason = "its weights are used for something else too"
+    return tuple(
+        dataclasses.replace(entry, fixed=reason) if entry.leaf in shared else entry
+        for entry in entries
+    )

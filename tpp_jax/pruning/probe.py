@@ -1,0 +1,382 @@
+"""A run of a model that sums up what its kernels read along the channels of groups."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core as jex_core
+
+from tpp_jax.graph.unfolding import check_length, scan_parts
+from tpp_jax.pruning.consumers import (
+    Reading,
+    Tag,
+    Weights,
+    moved,
+    paired,
+    read_convolution,
+    read_dot,
+    weights_of,
+)
+from tpp_jax.pruning.replay import evaluate, replay
+from tpp_jax.pruning.sums import Sums, merge, sums_of
+
+# Larger parameters are no biases; they are followed only if they are kernels.
+_LARGEST_BIAS = 1 << 20
+
+
+class _Value(NamedTuple):
+    """An array with the origin of its entries, and whether it depends on the inputs."""
+
+    array: Any
+    tag: Tag | None
+    varies: bool
+
+
+@dataclasses.dataclass
+class Findings:
+    """What a probe learns of a model while it is traced.
+
+    Attributes:
+      weights: Key of a consumer → its weights.
+      spent: Kinds and names of tags that were read in a way that is not understood.
+      added: Key of a consumer → what is added to its outputs: the parameter, 1 or -1,
+        and its entry for each output.
+    """
+
+    weights: dict[str, Weights] = dataclasses.field(default_factory=dict)
+    spent: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    added: dict[str, list[tuple[str, int, np.ndarray]]] = dataclasses.field(
+        default_factory=dict
+    )
+
+
+def run(
+    call: Callable[..., Any],
+    names: Sequence[str],
+    wanted: Mapping[str, Collection[int]],
+    is_diagonal: Callable[[int], bool],
+    findings: Findings,
+    params: Any,
+    inputs: tuple[Any, ...],
+) -> dict[str, Sums]:
+    """Returns the sums of what each consumer reads in one call.
+
+    Args:
+      call: Function ``call(params, *inputs)``.
+      names: Names of the parameters' leaves.
+      wanted: Name of a parameter → axes that channels of interest run along.
+      is_diagonal: Function of a number of features that says whether only the variances
+        are summed up.
+      findings: Record of what is found on the way; modified.
+      params: Parameters.
+      inputs: Inputs.
+    """
+    closed = jax.make_jaxpr(call)(params, *inputs)
+    check_length(closed.jaxpr)
+    leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
+    shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
+    probe = _Probe(shapes, wanted, is_diagonal, findings, itertools.count(), {}, {})
+    arguments = []
+    for name, leaf in leaves.items():
+        small = jnp.size(leaf) <= _LARGEST_BIAS or name in wanted
+        tag = None
+        if small and jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            index = np.arange(jnp.size(leaf), dtype=_dtype(jnp.size(leaf)))
+            tag = Tag("parameter", name, index.reshape(jnp.shape(leaf)))
+        arguments.append(_Value(leaf, tag, False))
+    arguments += [_Value(leaf, None, True) for leaf in jax.tree.leaves(inputs)]
+    for value in probe.replay(closed.jaxpr, closed.consts, arguments):
+        probe.spend(value)
+    return probe.sums
+
+
+def _dtype(size: int) -> Any:
+    return np.int32 if size < 1 << 31 else np.int64
+
+
+@dataclasses.dataclass
+class _Probe:
+    """Runs a jaxpr and sums up what kernels read; one for each level of loops.
+
+    Attributes:
+      shapes: Name of a parameter → its shape.
+      wanted, is_diagonal, findings: See :func:`run`.
+      numbers: Numbers of loops, shared by all levels.
+      sums: Key of a consumer → its sums.
+      loops: Key of a consumer → the loops whose steps its stacks are, those of this
+        level and outside of it.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    wanted: Mapping[str, Collection[int]]
+    is_diagonal: Callable[[int], bool]
+    findings: Findings
+    numbers: Any
+    sums: dict[str, Sums]
+    loops: dict[str, tuple[int, ...]]
+
+    def inside(self) -> "_Probe":
+        """Returns a probe for the body of a loop or branch."""
+        return dataclasses.replace(self, sums={}, loops={})
+
+    def replay(
+        self, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[_Value]
+    ) -> list[_Value]:
+        """Returns the outputs of a jaxpr."""
+        return replay(jaxpr, constants, arguments, _built_in, self._step)
+
+    def spend(self, value: _Value) -> None:
+        """Notes that a value is read in a way that is not understood."""
+        if value.tag is not None:
+            self.findings.spent.add((value.tag.kind, value.tag.name))
+
+    def _step(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+        match eqn.primitive.name:
+            case "scan":
+                return self._scan(eqn, values)
+            case "while":
+                return self._while(eqn, values)
+            case "cond":
+                return self._cond(eqn, values)
+            case "dot_general" | "conv_general_dilated":
+                product = self._product(eqn, values)
+                if product is not None:
+                    return [product]
+            case "add" | "sub":
+                if self._added(eqn, values):
+                    return self._plain(eqn, values, ())
+        if len(values) == 1 and values[0].tag is not None:
+            tags = moved(eqn, values[0].tag)
+            if tags:
+                results = self._plain(eqn, values, ())
+                pairs = zip(results, tags, strict=True)
+                return [value._replace(tag=tag) for value, tag in pairs]
+        return self._plain(eqn, values, values)
+
+    def _plain(
+        self, eqn: Any, values: list[_Value], spent: Sequence[_Value]
+    ) -> list[_Value]:
+        for value in spent:
+            self.spend(value)
+        results = evaluate(eqn, [value.array for value in values])
+        varies = any(value.varies for value in values)
+        return [_Value(result, None, varies) for result in results]
+
+    def _product(self, eqn: Any, values: list[_Value]) -> _Value | None:
+        """Returns the result of a product with a kernel of interest."""
+        for operand in (1, 0):
+            tag, other = values[operand].tag, values[1 - operand]
+            if tag is None or tag.kind != "parameter" or tag.name not in self.wanted:
+                continue
+            floats = jnp.issubdtype(other.array.dtype, jnp.floating)
+            if not other.varies or not floats:
+                continue
+            if eqn.primitive.name == "dot_general":
+                reading = read_dot(eqn, operand, tag, other.array)
+            elif operand == 1 and eqn.params["batch_group_count"] == 1:
+                reading = read_convolution(eqn, tag, other.array)
+            else:
+                continue
+            key = self._note(tag, reading)
+            if key is not None:
+                self.spend(other)
+                [result] = self._plain(eqn, values, ())
+                return result._replace(tag=Tag("product", key, reading.made, tag.loops))
+        return None
+
+    def _note(self, tag: Tag, reading: Reading) -> str | None:
+        """Sums up what a kernel reads; returns the consumer's key."""
+        shape, axes = self.shapes[tag.name], self.wanted[tag.name]
+        weights = weights_of(tag.name, shape, reading.index, axes)
+        if weights is None or not weights.positions:
+            return None
+        digest = hashlib.sha256()
+        for part in (weights.stacks, weights.features, weights.outputs):
+            digest.update(np.ascontiguousarray(part, np.int64).tobytes() + b"|")
+        key = f"{tag.name}|{digest.hexdigest()[:16]}"
+        self.findings.weights[key] = weights
+        sums = sums_of(reading.rows, self.is_diagonal(len(weights.features)))
+        self._add(key, _in_order(sums, weights.order), tag.loops)
+        return key
+
+    def _add(self, key: str, sums: Sums, loops: tuple[int, ...]) -> None:
+        known = self.sums.get(key)
+        self.sums[key] = sums if known is None else merge(known, sums)
+        self.loops[key] = loops
+
+    def _added(self, eqn: Any, values: list[_Value]) -> bool:
+        """Notes a parameter that is added to the outputs of a kernel."""
+        pairs = [(values[0], values[1], -1 if eqn.primitive.name == "sub" else 1)]
+        if eqn.primitive.name == "add":
+            pairs.append((values[1], values[0], 1))
+        for product, other, sign in pairs:
+            kinds = [value.tag and value.tag.kind for value in (product, other)]
+            if kinds == ["product", "parameter"]:
+                at = paired(product.tag, other.tag)
+                if at is not None:
+                    found = self.findings.added.setdefault(product.tag.name, [])
+                    found.append((other.tag.name, sign, at))
+                    return True
+        return False
+
+    def _scan(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+        n_consts, n_carry = scan_parts(eqn)
+        consts, carry = values[:n_consts], values[n_consts:][:n_carry]
+        stacked = values[n_consts + n_carry :]
+        body, varies = eqn.params["jaxpr"], any(value.varies for value in values)
+        loop = next(self.numbers)
+        slices = [value.tag and _sliced(value.tag, loop) for value in stacked]
+
+        def step(carried: Any, parts: Any) -> tuple[Any, dict[str, Sums], "_Probe"]:
+            probe = self.inside()
+            arguments = [
+                *consts,
+                *(_Value(array, None, varies) for array in carried),
+                *map(_Value, parts, slices, [value.varies for value in stacked]),
+            ]
+            outputs = probe.replay(body.jaxpr, body.consts, arguments)
+            for value in outputs:
+                probe.spend(value)
+            return [value.array for value in outputs], probe.sums, probe
+
+        arrays = [value.array for value in carry], [value.array for value in stacked]
+        one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays[1]]
+        found, zero, loops = _sums_within(step, arrays[0], one)
+        if not found:
+            return self._plain(eqn, values, values)
+        for value in carry:
+            self.spend(value)
+        each = {key for key in found if loops[key][-1:] == (loop,)}
+        zero = {key: sums for key, sums in zero.items() if key not in each}
+
+        def body_function(state: Any, parts: Any) -> Any:
+            carried, total = state
+            outputs, sums, _ = step(carried, parts)
+            total = {key: merge(total[key], sums[key]) for key in total}
+            apart = {key: sums[key] for key in each}
+            return (outputs[:n_carry], total), (outputs[n_carry:], apart)
+
+        (last, total), (more, apart) = lax.scan(
+            body_function,
+            (arrays[0], zero),
+            arrays[1],
+            length=eqn.params["length"],
+            reverse=eqn.params["reverse"],
+        )
+        for key, sums in total.items():
+            self._add(key, sums, loops[key])
+        for key, sums in apart.items():  # the steps become stacks
+            flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sums)
+            self._add(key, flat, loops[key][:-1])
+        return [_Value(array, None, varies) for array in (*last, *more)]
+
+    def _while(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        consts, carry = values[n_cond:][:n_body], values[n_cond + n_body :]
+        body, varies = eqn.params["body_jaxpr"], any(value.varies for value in values)
+        test = jex_core.jaxpr_as_fun(eqn.params["cond_jaxpr"])
+        test_consts = [value.array for value in values[:n_cond]]
+
+        def step(carried: Any) -> tuple[Any, dict[str, Sums], "_Probe"]:
+            probe = self.inside()
+            arguments = [*consts, *(_Value(array, None, varies) for array in carried)]
+            outputs = probe.replay(body.jaxpr, body.consts, arguments)
+            for value in outputs:
+                probe.spend(value)
+            return [value.array for value in outputs], probe.sums, probe
+
+        arrays = [value.array for value in carry]
+        found, zero, loops = _sums_within(step, arrays)
+        if not found:
+            return self._plain(eqn, values, values)
+        for value in (*values[:n_cond], *carry):
+            self.spend(value)
+
+        def body_function(state: Any) -> Any:
+            outputs, sums, _ = step(state[0])
+            return outputs, {key: merge(state[1][key], sums[key]) for key in sums}
+
+        last, total = lax.while_loop(
+            lambda state: test(*test_consts, *state[0])[0],
+            body_function,
+            (arrays, zero),
+        )
+        for key, sums in total.items():
+            self._add(key, sums, loops[key])
+        return [_Value(array, None, varies) for array in last]
+
+    def _cond(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+        varies = any(value.varies for value in values)
+
+        def step(branch: Any, arrays: Any) -> tuple[Any, dict[str, Sums], "_Probe"]:
+            probe = self.inside()
+            pairs = zip(arrays, values[1:], strict=True)
+            arguments = [value._replace(array=array) for array, value in pairs]
+            outputs = probe.replay(branch.jaxpr, branch.consts, arguments)
+            for value in outputs:
+                probe.spend(value)
+            return [value.array for value in outputs], probe.sums, probe
+
+        arrays = [value.array for value in values[1:]]
+        zero: dict[str, Sums] = {}
+        loops: dict[str, tuple[int, ...]] = {}
+        for branch in eqn.params["branches"]:
+            _, none, own = _sums_within(functools.partial(step, branch), arrays)
+            zero, loops = zero | none, loops | own
+        if not zero:
+            return self._plain(eqn, values, values)
+
+        def branch_function(branch: Any) -> Callable[[Any], Any]:
+            def function(arrays: Any) -> Any:
+                outputs, sums, _ = step(branch, arrays)
+                return outputs, zero | sums
+
+            return function
+
+        branches = [branch_function(branch) for branch in eqn.params["branches"]]
+        outputs, total = lax.switch(values[0].array, branches, arrays)
+        for key, sums in total.items():
+            self._add(key, sums, loops[key])
+        return [_Value(array, None, varies) for array in outputs]
+
+
+def _built_in(array: Any) -> _Value:
+    return _Value(array, None, False)
+
+
+def _sliced(tag: Tag, loop: int) -> Tag:
+    """Returns the tag of one step's part of a stacked array."""
+    return dataclasses.replace(tag, loops=(*tag.loops, loop))
+
+
+def _sums_within(
+    step: Callable[..., tuple[Any, dict[str, Sums], _Probe]], *arguments: Any
+) -> tuple[dict[str, Any], dict[str, Sums], dict[str, tuple[int, ...]]]:
+    """Returns the sums that a body makes: their shapes, zeros, and their loops."""
+    loops: dict[str, tuple[int, ...]] = {}
+
+    def sums_of_body(*arguments: Any) -> dict[str, Sums]:
+        _, sums, probe = step(*arguments)
+        loops.update(probe.loops)
+        return sums
+
+    shapes = jax.eval_shape(sums_of_body, *arguments)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return shapes, zeros, loops
+
+
+def _in_order(sums: Sums, order: np.ndarray) -> Sums:
+    """Returns sums whose features are in another order."""
+    if np.array_equal(order, np.arange(order.size)):
+        return sums
+    scatter = sums.scatter[:, order]
+    if scatter.ndim == 3:
+        scatter = scatter[:, :, order]
+    return Sums(sums.rows, sums.mean[:, order], scatter)

@@ -1,0 +1,50 @@
+"""A jaxpr run equation by equation, so that what happens on the way can be seen."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from jax.extend import core as jex_core
+
+from tpp_jax.graph.unfolding import CALLS
+
+ValueT = TypeVar("ValueT")
+
+
+def replay(
+    jaxpr: Any,
+    constants: Sequence[Any],
+    arguments: Sequence[ValueT],
+    built_in: Callable[[Any], ValueT],
+    step: Callable[[Any, list[ValueT]], list[ValueT]],
+) -> list[ValueT]:
+    """Returns the outputs of a jaxpr; calls (of jitted functions…) are entered.
+
+    Args:
+      jaxpr: Computation, not closed.
+      constants: Arrays that it closed over.
+      arguments: Its arguments: arrays with what is known of them.
+      built_in: Function that makes such a value of a constant or a literal.
+      step: Function of an equation and its operands that returns the results.
+    """
+    env = dict(zip(jaxpr.constvars, map(built_in, constants), strict=True))
+    env |= zip(jaxpr.invars, arguments, strict=True)
+
+    def read(var: Any) -> ValueT:
+        return built_in(var.val) if isinstance(var, jex_core.Literal) else env[var]
+
+    for eqn in jaxpr.eqns:
+        values = [read(var) for var in eqn.invars]
+        if eqn.primitive.name in CALLS:
+            inner = eqn.params[CALLS[eqn.primitive.name]]
+            inside, own = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+            outputs = replay(inside, own, values, built_in, step)
+        else:
+            outputs = step(eqn, values)
+        env |= zip(eqn.outvars, outputs, strict=True)
+    return [read(var) for var in jaxpr.outvars]
+
+
+def evaluate(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
+    """Returns the results of an equation."""
+    results = eqn.primitive.bind(*arrays, **eqn.params)
+    return list(results) if eqn.primitive.multiple_results else [results]
