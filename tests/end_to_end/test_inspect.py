@@ -77,4 +77,4 @@ def test_a_config_is_not_asked_for_where_a_run_has_one(tmp_path):
 def test_training_does_need_a_folder():
     done = launch()
     assert done.returncode == 1
-    assert done.stderr == "error: --workdir is missing: give a folder for the run\n"
+    assert done.stderr == "error: --workdir is missing: set a folder for the run\n"
