@@ -8,7 +8,7 @@ import pytest
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
-PAGES = "guide.md", "plans.md", "trainability.md", "config.md"
+PAGES = "guide.md", "plans.md", "recovery.md", "trainability.md", "config.md"
 
 
 @pytest.mark.parametrize("name", PAGES)
