@@ -8,7 +8,14 @@ import pytest
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
-PAGES = "guide.md", "plans.md", "trainability.md", "config.md", "extend.md"
+PAGES = (
+    "guide.md",
+    "plans.md",
+    "recovery.md",
+    "trainability.md",
+    "config.md",
+    "extend.md",
+)
 
 
 @pytest.mark.parametrize("name", PAGES)

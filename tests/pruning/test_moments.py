@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tpp_jax as tpp
 from tests.pruning.consumers import KINDS, example, jacobian, repeated
@@ -226,14 +226,36 @@ def test_linen_modules_and_several_inputs_are_measured():
     np.testing.assert_allclose(entry.mean[0], hidden.mean(0), rtol=1e-5)
 
 
-def test_batches_that_are_sharded_over_devices_have_the_same_moments():
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_batches_that_are_sharded_over_devices_have_the_same_moments(axes):
     fn, params, batches, _ = example("window")
     x = jnp.concatenate(batches + batches[:1])
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(getattr(AxisType, axes),))
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
+    copies = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     [one] = tpp.input_moments(fn, [x], params).consumers
-    [other] = tpp.input_moments(fn, [sharded], params).consumers
+    [other] = tpp.input_moments(fn, [sharded], copies).consumers
     np.testing.assert_allclose(one.covariance, other.covariance, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_outside_of_a_shard_map_are_measured():
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    params = {"w1": draw(3, 6), "w2": draw(6, 4), "w3": draw(4, 2)}
+    split, same = PartitionSpec("batch"), PartitionSpec()
+
+    @jax.shard_map(mesh=mesh, in_specs=(split, same, same), out_specs=split)
+    def two_layers(x, w1, w2):
+        return jnp.tanh(jnp.tanh(x @ w1) @ w2)
+
+    def fn(p, x):
+        return two_layers(x, p["w1"], p["w2"]) @ p["w3"]
+
+    moments = tpp.input_moments(fn, [draw(16, 3)], params)
+    [entry] = moments.consumers
+    read = jnp.tanh(jnp.tanh(draw(16, 3) @ params["w1"]) @ params["w2"])
+    assert entry.leaf == "w3"
+    np.testing.assert_allclose(entry.mean[0], read.mean(0), rtol=1e-5, atol=1e-6)
+    assert "not measured" in moments.skipped["w2"]
 
 
 def test_without_batches_there_are_no_moments():

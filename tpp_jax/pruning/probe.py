@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core as jex_core
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tpp_jax.graph.unfolding import check_length, scan_parts
 from tpp_jax.pruning.consumers import (
@@ -179,9 +180,9 @@ class _Probe:
             if not other.varies or not floats:
                 continue
             if eqn.primitive.name == "dot_general":
-                reading = read_dot(eqn, operand, tag, other.array)
+                reading = read_dot(eqn, operand, tag, _replicated(other.array))
             elif operand == 1 and eqn.params["batch_group_count"] == 1:
-                reading = read_convolution(eqn, tag, other.array)
+                reading = read_convolution(eqn, tag, _replicated(other.array))
             else:
                 continue
             key = self._note(tag, reading)
@@ -345,6 +346,19 @@ class _Probe:
         for key, sums in total.items():
             self._add(key, sums, loops[key])
         return [_Value(array, None, varies) for array in outputs]
+
+
+def _replicated(array: Any) -> Any:
+    """Returns an array that explicit axes of a mesh do not divide.
+
+    Sums over such axes would need to be written for each of the ways to divide them;
+    the compiler does it by itself for all other meshes.
+    """
+    sharding = jax.typeof(array).sharding
+    if not any(sharding.spec):
+        return array
+    everywhere = PartitionSpec(*[None] * array.ndim)
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, everywhere))
 
 
 def _built_in(array: Any) -> _Value:

@@ -78,7 +78,11 @@ def recalibrate(
             "there are no batch norms: no statistics called mean and var are next to "
             "each other"
         )
-    leaves, kept, dense = _leaves(small), {}, small
+    kept, dense = {}, small
+    leaves = {  # either network may be donated later on
+        name: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
+        for name, leaf in _leaves(small).items()
+    }
     if like is not None:
         own = isinstance(model, nnx.Module)
         dense = as_function(like) if own else as_function(model, like)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import jax
 from jax.extend import core as jex_core
 
 from tpp_jax.graph.unfolding import CALLS
@@ -46,5 +47,17 @@ def replay(
 
 def evaluate(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
     """Returns the results of an equation."""
+    params = eqn.params
+    if eqn.primitive.name == "shard_map":
+        body = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(params["jaxpr"], ()))
+        over_shards = jax.shard_map(
+            lambda *shards: tuple(body(*shards)),
+            mesh=params["mesh"],
+            in_specs=tuple(params["in_specs"]),
+            out_specs=tuple(params["out_specs"]),
+            axis_names=set(params.get("newly_manual_axes", params["mesh"].axis_names)),
+            check_vma=params["check_vma"],
+        )
+        return list(over_shards(*arrays))
     results = eqn.primitive.bind(*arrays, **eqn.params)
     return list(results) if eqn.primitive.multiple_results else [results]
