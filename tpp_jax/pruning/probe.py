@@ -218,12 +218,14 @@ class _Probe:
         if eqn.primitive.name == "add":
             pairs.append((values[1], values[0], 1))
         for product, other, sign in pairs:
-            kinds = [value.tag and value.tag.kind for value in (product, other)]
-            if kinds == ["product", "parameter"]:
-                at = paired(product.tag, other.tag)
+            of_product, of_other = product.tag, other.tag
+            if of_product is None or of_other is None:
+                continue
+            if (of_product.kind, of_other.kind) == ("product", "parameter"):
+                at = paired(of_product, of_other)
                 if at is not None:
-                    found = self.findings.added.setdefault(product.tag.name, [])
-                    found.append((other.tag.name, sign, at))
+                    found = self.findings.added.setdefault(of_product.name, [])
+                    found.append((of_other.name, sign, at))
                     return True
         return False
 
