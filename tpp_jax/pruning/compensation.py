@@ -101,24 +101,21 @@ def compensate(
     function = as_function(model, params)
     leaves = dict(zip(function.names, jax.tree.leaves(function.params), strict=True))
     leaves.update(_refit_all(plan, moments, leaves, damping))
-    refit = with_leaves(model, function, params, leaves)
+    refit = with_leaves(function, params, leaves)
     if isinstance(model, nnx.Module):
         return prune(refit, plan)
     return prune(model, plan, refit)
 
 
-def with_leaves(
-    model: Any, function: Function, params: Any, leaves: Mapping[str, Any]
-) -> Any:
+def with_leaves(function: Function, params: Any, leaves: Mapping[str, Any]) -> Any:
     """Returns an NNX module, or a tree of parameters, with other arrays.
 
     Args:
-      model: Model as the user gave it.
       function: The model as a function of its parameters.
       params: Parameters as the user gave them.
       leaves: All arrays by name, in order.
     """
-    if isinstance(model, nnx.Module):
+    if function.graphdef is not None:
         structure = jax.tree.structure(function.params)
         state = jax.tree.unflatten(structure, list(leaves.values()))
         return nnx.merge(function.graphdef, state)

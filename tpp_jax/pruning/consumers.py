@@ -9,7 +9,7 @@ its product whatever was done to its layout, and so is the bias that is added be
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +41,8 @@ class Tag:
         return self.index.shape[: len(self.loops)]
 
 
-class Reading(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
     """What a product reads with a kernel.
 
     Attributes:
@@ -95,7 +96,7 @@ def moved(eqn: Any, tag: Tag) -> list[Tag]:
                 index.reshape(*tag.steps, *own), (*tag.steps, *shape)
             )
         case "rev":
-            index = np.flip(index, [n + i for i in params["dimensions"]])
+            index = np.flip(index, tuple(n + i for i in params["dimensions"]))
         case "slice":
             starts, limits = params["start_indices"], params["limit_indices"]
             strides = params["strides"] or [1] * len(starts)

@@ -225,13 +225,16 @@ class _Probe:
         if eqn.primitive.name == "add":
             pairs.append((values[1], values[0], 1))
         for product, other, sign in pairs:
-            kinds = [value.tag and value.tag.kind for value in (product, other)]
-            if kinds == ["product", "parameter"]:
-                at = paired(product.tag, other.tag)
-                if at is not None:
-                    found = self.findings.added.setdefault(product.tag.name, [])
-                    found.append((other.tag.name, sign, at))
-                    return True
+            made, added = product.tag, other.tag
+            if made is None or added is None:
+                continue
+            if (made.kind, added.kind) != ("product", "parameter"):
+                continue
+            at = paired(made, added)
+            if at is not None:
+                found = self.findings.added.setdefault(made.name, [])
+                found.append((added.name, sign, at))
+                return True
         return False
 
     def _scan(self, eqn: Any, values: list[_Value]) -> list[_Value]:

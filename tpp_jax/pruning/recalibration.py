@@ -118,7 +118,7 @@ def recalibrate(
             seen = references[mean].rebased(*seen, epsilons.get(var, 0.0))
         for name, values in zip((mean, var), seen, strict=True):
             leaves[name] = like_leaf(leaves[name], np.asarray(values))
-    return with_leaves(model, small, params, leaves)
+    return with_leaves(small, params, leaves)
 
 
 def _leaves(function: Function) -> dict[str, Any]:
@@ -317,12 +317,12 @@ class _Meter:
 
     def step(self, eqn: Any, values: list[_Value]) -> list[_Value]:
         """Returns the results of an equation."""
-        tags = [value.tag for value in values]
-        if eqn.primitive.name == "sub" and tags[1] and tags[1].name in self.norms:
-            mean = self._measure(values[0].array, *values[1])
+        last = values[-1].tag if values else None
+        if eqn.primitive.name == "sub" and last and last.name in self.norms:
+            mean = self._measure(values[0].array, values[1].array, last)
             values = [values[0], _Value(mean, None)]
-        elif len(values) == 1 and tags[0]:
-            moves = moved(eqn, tags[0])
+        elif len(values) == 1 and last:
+            moves = moved(eqn, last)
             if moves:
                 results = evaluate(eqn, [values[0].array])
                 return list(map(_Value, results, moves))
@@ -355,9 +355,9 @@ class _Meter:
 
     def _replaced(self, eqn: Any, value: _Value) -> _Value:
         """Returns a value with new variances in place of running ones."""
-        name = value.tag and value.tag.name
-        if name not in self.norms.values():
+        if value.tag is None or value.tag.name not in self.norms.values():
             return value
+        name = value.tag.name
         literals = [v.val for v in eqn.invars if isinstance(v, jex_core.Literal)]
         if eqn.primitive.name == "add" and literals:
             self.epsilons[name] = float(literals[0])
