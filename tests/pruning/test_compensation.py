@@ -13,6 +13,7 @@ from tests.pruning.consumers import KINDS, example, jacobian
 from tests.pruning.test_moments import (
     Block,
     draw,
+    sorted_experts,
     stacked_layers,
     stacked_parameters,
 )
@@ -141,6 +142,20 @@ def test_every_layer_of_a_stack_is_refit_by_itself():
         best = np.linalg.lstsq(read[:, plan.kept["up"]], target, rcond=None)[0]
         np.testing.assert_allclose(small["down"][i], best, rtol=1e-4, atol=1e-4)
         h = h + target + params["c"][i]
+
+
+@pytest.mark.filterwarnings(FEW_ROWS)
+def test_an_expert_is_refit_to_its_own_rows_and_left_alone_without_any():
+    params = {"up": draw(3, 4, 6), "down": draw(3, 6, 2, seed=1)}
+    x = draw(40, 4, seed=2)
+    plan = half(sorted_experts, params, [x])
+    small = tpp.compensate(sorted_experts, plan, [x], params, damping=0)
+    kept = plan.kept["up"]
+    for e, own in enumerate((x[:25], x[25:])):
+        read = np.asarray(jax.nn.relu(own @ params["up"][e]))
+        best = np.linalg.lstsq(read[:, kept], read @ params["down"][e], rcond=None)[0]
+        np.testing.assert_allclose(small["down"][e], best, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(small["down"][2], params["down"][2][kept])
 
 
 def test_linen_variables_are_refit():

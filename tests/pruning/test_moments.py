@@ -125,6 +125,30 @@ def test_a_while_loop_adds_what_all_its_steps_read():
     np.testing.assert_allclose(entry.covariance[0], cov, rtol=1e-5, atol=1e-6)
 
 
+def sorted_experts(params, x):
+    """Each expert reads the rows that are sorted to it; the third has none."""
+    sizes = jnp.array([len(x) - 15, 15, 0], jnp.int32)
+    hidden = jax.nn.relu(lax.ragged_dot(x, params["up"], sizes))
+    return lax.ragged_dot(hidden, params["down"], sizes)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_experts_of_a_ragged_product_have_moments_of_their_rows(diagonal):
+    params = {"up": draw(3, 4, 6), "down": draw(3, 6, 2, seed=1)}
+    x = draw(40, 4, seed=2)
+    moments = tpp.input_moments(sorted_experts, [x], params, diagonal=diagonal)
+    [entry] = moments.of("down")
+    np.testing.assert_array_equal(entry.rows, [25, 15, 0])
+    for e, own in enumerate((x[:25], x[25:])):
+        read = np.asarray(jax.nn.relu(own @ params["up"][e]))
+        np.testing.assert_allclose(entry.mean[e], read.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(entry.variance[e], read.var(0), rtol=1e-4)
+        if entry.covariance is not None:
+            cov = np.cov(read.T, bias=True)
+            np.testing.assert_allclose(entry.covariance[e], cov, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(entry.variance[2], 0)
+
+
 class Block(nnx.Module):
     """Convolutions with a bias, with a norm behind them, and with neither."""
 

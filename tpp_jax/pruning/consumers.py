@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,12 +51,15 @@ class Reading:
       index: Flat index into the kernel's parameter of the weight that takes a feature
         to an output, int ``[*steps, stacks, features, outputs]``.
       made: Number of the output that each entry of the product's result is, int
-        ``[*steps, *shape]``; outputs are numbered through all steps and stacks.
+        ``[*steps, *shape]``; outputs are numbered through all steps and stacks. None
+        if that depends on the data.
+      used: Whether a row is read by a stack, where the rows are those of all stacks.
     """
 
     rows: Float[Array, "stacks rows features"]
     index: Int[np.ndarray, "..."]
-    made: Int[np.ndarray, "..."]
+    made: Int[np.ndarray, "..."] | None
+    used: Bool[Array, "stacks rows"] | None = None
 
 
 _UNCHANGED = frozenset(
@@ -167,6 +170,33 @@ def read_dot(eqn: Any, operand: int, tag: Tag, other: Array) -> Reading:
     return Reading(
         rows, index.reshape(*steps, *sizes), np.broadcast_to(made, (*steps, *shape))
     )
+
+
+def read_ragged(eqn: Any, tag: Tag, rows: Array, sizes: Array) -> Reading | None:
+    """Returns what a ``ragged_dot_general`` reads: rows that are sorted by expert.
+
+    Args:
+      eqn: Equation.
+      tag: Tag of the kernel.
+      rows: Rows of all experts.
+      sizes: Number of rows of each expert.
+
+    Returns:
+      None if the product is not one of rows with the kernels of experts.
+    """
+    dims = eqn.params["ragged_dot_dimension_numbers"]
+    (summed, kernel_summed), batches = dims.dot_dimension_numbers
+    n, groups = len(tag.loops), tuple(dims.rhs_group_dimensions)
+    plain = rows.ndim == 2 and tuple(dims.lhs_ragged_dimensions) == (1 - summed[0],)
+    if any(batches) or len(summed) != 1 or len(groups) != 1 or not plain:
+        return None
+    [free] = {0, 1, 2} - {*groups, *kernel_summed}
+    order = (*groups, *kernel_summed, free)
+    index = tag.index.transpose(*range(n), *(n + i for i in order))
+    ends = jnp.cumsum(sizes)[:, None]
+    at = jnp.arange(rows.shape[1 - summed[0]])
+    used = (at < ends) & (at >= ends - sizes[:, None])
+    return Reading(rows.transpose(1 - summed[0], summed[0])[None], index, None, used)
 
 
 def read_convolution(eqn: Any, tag: Tag, images: Array) -> Reading:

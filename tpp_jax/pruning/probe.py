@@ -23,6 +23,7 @@ from tpp_jax.pruning.consumers import (
     paired,
     read_convolution,
     read_dot,
+    read_ragged,
     weights_of,
 )
 from tpp_jax.pruning.replay import evaluate, replay
@@ -146,7 +147,7 @@ class _Probe:
                 return self._while(eqn, values)
             case "cond":
                 return self._cond(eqn, values)
-            case "dot_general" | "conv_general_dilated":
+            case "dot_general" | "conv_general_dilated" | "ragged_dot_general":
                 product = self._product(eqn, values)
                 if product is not None:
                     return [product]
@@ -179,16 +180,21 @@ class _Probe:
             floats = jnp.issubdtype(other.array.dtype, jnp.floating)
             if not other.varies or not floats:
                 continue
-            if eqn.primitive.name == "dot_general":
-                reading = read_dot(eqn, operand, tag, _replicated(other.array))
-            elif operand == 1 and eqn.params["batch_group_count"] == 1:
-                reading = read_convolution(eqn, tag, _replicated(other.array))
-            else:
-                continue
-            key = self._note(tag, reading)
-            if key is not None:
+            array, reading = _replicated(other.array), None
+            match eqn.primitive.name:
+                case "dot_general":
+                    reading = read_dot(eqn, operand, tag, array)
+                case "ragged_dot_general" if operand == 1:
+                    reading = read_ragged(eqn, tag, array, values[2].array)
+                case "conv_general_dilated" if operand == 1:
+                    if eqn.params["batch_group_count"] == 1:
+                        reading = read_convolution(eqn, tag, array)
+            key = reading and self._note(tag, reading)
+            if reading and key:
                 self.spend(other)
                 [result] = self._plain(eqn, values, ())
+                if reading.made is None:
+                    return result
                 return result._replace(tag=Tag("product", key, reading.made, tag.loops))
         return None
 
@@ -203,7 +209,8 @@ class _Probe:
             digest.update(np.ascontiguousarray(part, np.int64).tobytes() + b"|")
         key = f"{tag.name}|{digest.hexdigest()[:16]}"
         self.findings.weights[key] = weights
-        sums = sums_of(reading.rows, self.is_diagonal(len(weights.features)))
+        diagonal = self.is_diagonal(len(weights.features))
+        sums = sums_of(reading.rows, diagonal, reading.used)
         self._add(key, _in_order(sums, weights.order), tag.loops)
         return key
 
@@ -218,15 +225,16 @@ class _Probe:
         if eqn.primitive.name == "add":
             pairs.append((values[1], values[0], 1))
         for product, other, sign in pairs:
-            of_product, of_other = product.tag, other.tag
-            if of_product is None or of_other is None:
+            made, added = product.tag, other.tag
+            if made is None or added is None:
                 continue
-            if (of_product.kind, of_other.kind) == ("product", "parameter"):
-                at = paired(of_product, of_other)
-                if at is not None:
-                    found = self.findings.added.setdefault(of_product.name, [])
-                    found.append((of_other.name, sign, at))
-                    return True
+            if (made.kind, added.kind) != ("product", "parameter"):
+                continue
+            at = paired(made, added)
+            if at is not None:
+                found = self.findings.added.setdefault(made.name, [])
+                found.append((added.name, sign, at))
+                return True
         return False
 
     def _scan(self, eqn: Any, values: list[_Value]) -> list[_Value]:

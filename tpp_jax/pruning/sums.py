@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class Sums(NamedTuple):
@@ -22,19 +22,39 @@ class Sums(NamedTuple):
     scatter: Any
 
 
-def sums_of(rows: Float[Array, "stacks rows features"], diagonal: bool) -> Sums:
-    """Returns the sums of rows; products are centred, so that float32 is enough."""
+def sums_of(
+    rows: Float[Array, "stacks rows features"],
+    diagonal: bool,
+    used: Bool[Array, "stacks rows"] | None = None,
+) -> Sums:
+    """Returns the sums of rows; products are centred, so that float32 is enough.
+
+    Args:
+      rows: Rows of features.
+      diagonal: Whether only squares are summed up.
+      used: Whether a row is one of a stack; the same rows are then offered to all.
+    """
     rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
-    stacks, count, _ = rows.shape
-    mean = rows.sum(1) / max(count, 1)
-    centred = rows - mean[:, None]
+    if used is None:
+        used = jnp.ones(rows.shape[1], rows.dtype)
+        return jax.vmap(lambda own: _sums(own, used, diagonal))(rows)
+    # One stack at a time: all experts' rows at once may not fit.
+    return jax.lax.map(
+        lambda own: _sums(rows[0], own.astype(rows.dtype), diagonal), used
+    )
+
+
+def _sums(
+    rows: Float[Array, "rows features"], used: Float[Array, " rows"], diagonal: bool
+) -> Sums:
+    """Returns the sums of the used rows of one stack."""
+    count = used.sum()
+    mean = jnp.sum(rows * used[:, None], axis=0) / jnp.maximum(count, 1)
+    centred = (rows - mean) * used[:, None]
     if diagonal:
-        scatter = jnp.sum(jnp.square(centred), axis=1)
-    else:
-        product = "srf,srg->sfg"
-        highest = jax.lax.Precision.HIGHEST
-        scatter = jnp.einsum(product, centred, centred, precision=highest)
-    return Sums(jnp.full(stacks, count, rows.dtype), mean, scatter)
+        return Sums(count, mean, jnp.sum(jnp.square(centred), axis=0))
+    highest = jax.lax.Precision.HIGHEST
+    return Sums(count, mean, jnp.matmul(centred.T, centred, precision=highest))
 
 
 def merge(one: Sums, other: Sums) -> Sums:
