@@ -151,6 +151,6 @@ def test_an_installed_package_runs_a_table_from_an_empty_folder(installed, tmp_p
         "--config.base.prune.schedule.stabilize=60",
         cwd=tmp_path,
     )
-    assert "report.html shows it" in said
+    assert "The report is table/report.html" in said
     [summary] = tmp_path.glob("table/cells/*/summary.json")
     assert json.loads(summary.read_text())["status"] == "done"

@@ -90,7 +90,7 @@ def as_function(
 
 
 def _nnx_function(model: nnx.Module) -> Function:
-    graphdef, state = nnx.split(model)
+    graphdef, state = _split(model)
     variables = jax.tree_util.tree_leaves_with_path(
         state, is_leaf=lambda node: isinstance(node, nnx.Variable)
     )
@@ -102,6 +102,14 @@ def _nnx_function(model: nnx.Module) -> Function:
         trained = _names(nnx.filter_state(state, nnx.Param))
     call = merged_call(graphdef)
     return Function(call, state, names, frozenset(trained), graphdef=graphdef)
+
+
+def _split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
+    """Splits a module as a tree, which takes a quarter of the time, or as a graph."""
+    try:
+        return nnx.split(model, graph=False)
+    except (TypeError, ValueError):  # parts of it are shared
+        return nnx.split(model, graph=True)
 
 
 def merged_call(
