@@ -90,7 +90,7 @@ def as_function(
 
 
 def _nnx_function(model: nnx.Module) -> Function:
-    graphdef, state = _split(model)
+    graphdef, state = split_module(model)
     variables = jax.tree_util.tree_leaves_with_path(
         state, is_leaf=lambda node: isinstance(node, nnx.Variable)
     )
@@ -104,8 +104,12 @@ def _nnx_function(model: nnx.Module) -> Function:
     return Function(call, state, names, frozenset(trained), graphdef=graphdef)
 
 
-def _split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
-    """Splits a module as a tree, which takes a quarter of the time, or as a graph."""
+def split_module(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
+    """Splits a module as a tree, which takes a quarter of the time, or as a graph.
+
+    Structures are equal only if they were made in the same way, so that all structures
+    that are compared come from here.
+    """
     try:
         return nnx.split(model, graph=False)
     except (TypeError, ValueError):  # parts of it are shared

@@ -20,6 +20,7 @@ from tpp_jax.errors import TPPError
 from tpp_jax.graph import linen as linen_modules
 from tpp_jax.graph.bridge import follow_inputs
 from tpp_jax.graph.comparing import Difference
+from tpp_jax.graph.functions import split_module
 from tpp_jax.graph.groups import read_groups
 from tpp_jax.graph.naming import longest_known_suffix, named_leaves
 from tpp_jax.graph.records import Group, Groups
@@ -209,7 +210,7 @@ def _source(groups: Groups, model: Any, params: Any) -> Source | None:
     known = groups.source
     if model is None:
         return known
-    given = nnx.graphdef(model) if isinstance(model, nnx.Module) else model
+    given = split_module(model)[0] if isinstance(model, nnx.Module) else model
     if known is not None and known.model == given:
         return known
     if params is None and not isinstance(model, nnx.Module):
