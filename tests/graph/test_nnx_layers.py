@@ -18,6 +18,7 @@ EXCUSED = {
     "List": "holds layers, and no sizes",
     "Dict": "holds layers, and no sizes",
     "Dropout": "knows a rate, and no sizes",
+    "RoPE": "tables of the user's own attention, in Flax 0.12.12 and later",
     "RNNCellBase": "the base of the cells",
     "LiftedModule": "the base of transformed modules",
     "ToNNX": "holds a Linen module: see test_bridge.py",
@@ -429,7 +430,7 @@ def test_a_pruned_layer_has_its_new_sizes_and_computes_the_same_as_the_masked_on
     expected = jax.jit(lambda state: nnx.merge(graphdef, state)(x))(masked)
     graphdef, state = nnx.split(tpp.prune(network, plan))
     found = jax.jit(lambda state: nnx.merge(graphdef, state)(x))(state)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_in_two_places_follows_its_arrays():

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 
@@ -417,3 +418,35 @@ def test_a_number_that_is_no_attribute_is_refused_with_its_line():
     assert own
     for group in own:
         assert "a size written into the model (test_attributes.py:" in group.reason
+
+
+class Sized(eqx.Module):
+    """A width that is a leaf of the tree here, and a static field in its norm."""
+
+    first: eqx.nn.Linear
+    norm: eqx.nn.LayerNorm
+    last: eqx.nn.Linear
+    width: int
+
+    def __init__(self, key):
+        keys = jax.random.split(key)
+        self.first = eqx.nn.Linear(4, 12, key=keys[0])
+        self.norm = eqx.nn.LayerNorm(12)
+        self.last = eqx.nn.Linear(12, 3, key=keys[1])
+        self.width = 12
+
+    def __call__(self, x):
+        h = self.norm(jax.nn.relu(self.first(x))).reshape(1, self.width)
+        return self.last(h[0])
+
+
+def test_an_optimizer_of_arrays_alone_follows_the_static_fields():
+    net, tx = Sized(jax.random.key(0)), optax.adam(1e-3)
+    groups = tpp.channel_groups(lambda net, x: net(x), jnp.ones(4), params=net)
+    assert {size.field.name for size in groups.sizes} == {"width", "shape"}
+    plan = tpp.make_plan(groups, net, 0.5)
+    small = tpp.slice_tree(plan, net)
+    assert (small.width, small.norm.shape) == (6, (6,))
+    state = tpp.slice_tree(plan, tx.init(eqx.filter(net, eqx.is_array)))
+    expected = tx.init(eqx.filter(small, eqx.is_array))
+    assert jax.tree.structure(state) == jax.tree.structure(expected)

@@ -190,6 +190,9 @@ def fields_of_tree(tree: Any, path: str = "") -> dict[Field, type]:
     return found
 
 
+_MISSING = object()
+
+
 def follow_fields(tree: Any, sizes: Sequence[FieldSize], values: Values) -> Any:
     """Sets attributes of a model in a tree that contains it at any depth.
 
@@ -200,12 +203,20 @@ def follow_fields(tree: Any, sizes: Sequence[FieldSize], values: Values) -> Any:
 
     Returns:
       The tree with a changed copy of every model in it. A model is recognized by having
-      all of the attributes, with the values of the unpruned model.
+      all of the attributes, with the values of the unpruned model. Attributes that are
+      None are left alone: a model without anything but arrays, as optimizers have it,
+      has such.
     """
     if not sizes:
         return tree
-    if all(_find(tree, size.field) == size.field.value for size in sizes):
-        return set_fields_of_tree(tree, values)
+    found = {size.field: _find(tree, size.field) for size in sizes}
+    own = [field for field, value in found.items() if value == field.value]
+    if own and all(found[f] is None or f in own for f in found):
+        chosen: dict[str, dict[str, Any]] = {}
+        for field in own:
+            new = values[field.path][field.name]
+            chosen.setdefault(field.path, {})[field.name] = new
+        return set_fields_of_tree(tree, chosen)
     changes = {}
     for name, value in _items(tree):
         changed = follow_fields(value, sizes, values)
@@ -215,11 +226,11 @@ def follow_fields(tree: Any, sizes: Sequence[FieldSize], values: Values) -> Any:
 
 
 def _find(tree: Any, field: Field) -> Any:
-    """Returns the value of an attribute, None if the tree does not have it."""
+    """Returns the value of an attribute, ``_MISSING`` if the tree does not have it."""
     for key in f"{field.path}.{field.name}".strip(".").split("."):
         found = [value for name, value in _entries(tree) if str(name) == key]
         if not found:
-            return None
+            return _MISSING
         tree = found[0]
     return tuple(tree) if isinstance(tree, list) else tree
 
