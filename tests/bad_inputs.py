@@ -18,10 +18,10 @@ from collections.abc import Callable
 import tests.conftest  # noqa: F401  # isort: skip  simulates devices: before jax
 
 from tests.end_to_end.runs import ROOT
+from tests.mistakes.calls import library
 from tests.mistakes.configs import command_lines, fields, patterns, tables
 from tests.mistakes.data import data
 from tests.mistakes.folders import folders
-from tests.mistakes.library import library
 from tests.mistakes.runs import Cases, Make
 from tests.mistakes.weights import weights
 from tpp_jax.errors import TPPError
