@@ -32,6 +32,7 @@ from tpp_jax.models import (
 from tpp_jax.models.cifar_resnet import CifarResNet
 from tpp_jax.models.cifar_vgg import CifarVGG
 from tpp_jax.models.cifar_wrn import CifarWRN
+from tpp_jax.models.efficientnet import EfficientNetLite
 from tpp_jax.models.layers import BatchNorm
 from tpp_jax.models.lenet import LeNet5
 from tpp_jax.models.mlp import MLP
@@ -47,6 +48,7 @@ __all__ = [
     "CifarResNet",
     "CifarVGG",
     "CifarWRN",
+    "EfficientNetLite",
     "LeNet5",
     "MobileNetV2",
     "ModelSpec",
@@ -101,6 +103,7 @@ _NETWORKS: dict[str, partial[nnx.Module]] = {
     },
     **{name: partial(VGG, stages) for name, stages in vgg.STAGES.items()},
     "mobilenet_v2": partial(MobileNetV2),
+    "efficientnet_lite0": partial(EfficientNetLite),
     **{
         name: partial(VisionTransformer, architecture)
         for name, architecture in vit.ARCHITECTURES.items()

@@ -10,7 +10,7 @@ arrays decide, so the same graph definition also runs with fewer channels.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def conv(
     kernel_size: int,
     *,
     stride: int = 1,
-    padding: int = 0,
+    padding: int | Literal["SAME"] = 0,
     groups: int = 1,
     bias: bool = False,
     kernel_init: nnx.Initializer = torch_default_init,
@@ -71,9 +71,9 @@ def conv(
       out_features: Number of channels of the output.
       kernel_size: Height and width of the kernel, [k, k, in_features/groups, out].
       stride: Stride in both directions.
-      padding: Number of rows or columns of zeros on each of the four sides. It is
-        explicit because "SAME" with stride 2 pads one side only, which shifts the image
-        by a pixel compared with PyTorch.
+      padding: Number of rows or columns of zeros on each of the four sides, or
+        TensorFlow's "SAME". They differ: "SAME" with stride 2 pads one side more than
+        the other, or only one, which shifts the image by a pixel compared with PyTorch.
       groups: Number of groups of channels that are convolved separately.
       bias: Whether to add one value per output channel.
       kernel_init: Initialiser of the kernel; U(±1/√fan_in) by default.
@@ -90,7 +90,7 @@ def conv(
         out_features,
         (kernel_size, kernel_size),
         strides=(stride, stride),
-        padding=((padding, padding), (padding, padding)),
+        padding=padding if padding == "SAME" else ((padding, padding),) * 2,
         feature_group_count=groups,
         use_bias=bias,
         kernel_init=kernel_init,
