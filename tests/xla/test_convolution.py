@@ -40,13 +40,18 @@ CASES = {
     "pairs valid": ((6, 34, 3, 3, 5, 6), (1, 1), "VALID"),
     "odd width": ((4, 33, 3, 3, 5, 6), (1, 1), ((1, 1), (1, 1))),
     "1x1 padded": ((4, 4, 1, 1, 5, 6), (1, 1), ((1, 1), (0, 1))),
+    "depthwise": ((6, 7, 3, 3, 1, 5), (1, 1), ((1, 1), (1, 1))),
+    "depthwise uneven": ((7, 9, 5, 2, 1, 5), (2, 1), ((0, 2), (1, 0))),
+    "depthwise same": ((7, 8, 5, 5, 1, 5), (2, 2), "SAME"),
+    "depthwise pixel": ((1, 1, 3, 3, 1, 5), (1, 1), ((1, 1), (1, 1))),
 }
 
 
 def _arrays(name: str) -> tuple[np.ndarray, np.ndarray]:
     h, w, kh, kw, c, n = CASES[name][0]
     draws = np.random.default_rng(0)
-    return draws.normal(size=(4, h, w, c)), draws.normal(size=(kh, kw, c, n))
+    channels = n if "depthwise" in name else c
+    return draws.normal(size=(4, h, w, channels)), draws.normal(size=(kh, kw, c, n))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -56,7 +61,14 @@ def test_values_and_gradients_are_those_of_lax(name: str) -> None:
 
     def results(conv):
         def loss(images, kernel):
-            y = conv(images, kernel, strides, padding, dimension_numbers=CHANNELS_LAST)
+            y = conv(
+                images,
+                kernel,
+                strides,
+                padding,
+                dimension_numbers=CHANNELS_LAST,
+                feature_group_count=images.shape[-1] // kernel.shape[2],
+            )
             return jnp.sin(y).sum(), y
 
         differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -82,7 +94,7 @@ def test_values_and_gradients_are_those_of_lax(name: str) -> None:
 def test_what_is_not_plain_is_left_to_lax(options: dict) -> None:
     images, kernel = map(jnp.float32, _arrays("3x3"))
     if "feature_group_count" in options:
-        kernel = kernel[:, :, :1, :5]
+        kernel = jnp.tile(kernel[:, :, :1, :5], 2)  # two outputs of each channel
     arguments = images, kernel, (1, 1), ((1, 1), (1, 1))
     options |= {"dimension_numbers": CHANNELS_LAST}
     with jax.enable_x64(True):
@@ -109,14 +121,18 @@ def test_a_second_derivative_backwards() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["3x3", "widening", "four pixels"])
+@pytest.mark.parametrize("name", ["3x3", "widening", "four pixels", "depthwise"])
 def test_what_made_the_images_is_not_computed_again(name: str) -> None:
     images, kernel = map(jnp.float32, _arrays(name))
     _, strides, padding = CASES[name]
+    options = {
+        "dimension_numbers": CHANNELS_LAST,
+        "feature_group_count": images.shape[-1] // kernel.shape[2],
+    }
 
     def loss(kernel, images):
         made = jnp.abs(images)
-        y = conv_on_cpu(made, kernel, strides, padding, dimension_numbers=CHANNELS_LAST)
+        y = conv_on_cpu(made, kernel, strides, padding, **options)
         return (y**2).sum()
 
     for fn in (loss, jax.grad(loss)):
