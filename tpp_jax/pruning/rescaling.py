@@ -8,31 +8,29 @@ are found for any computation, as the solution of a few linear equations.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
 from jaxtyping import Float
 from scipy.optimize import linprog
-from scipy.sparse import coo_array
+from scipy.sparse import csr_array, eye_array, hstack
 
-from tpp_jax.errors import TPPError
-from tpp_jax.graph.functions import as_function
-from tpp_jax.graph.naming import longest_known_suffix
-from tpp_jax.graph.tracing import source_line
+from tpp_jax.graph.functions import is_array
+from tpp_jax.graph.naming import longest_known_suffix, map_named
+from tpp_jax.graph.tracing import Trace, source_line
 from tpp_jax.graph.unfolding import Equation
 from tpp_jax.pruning.filters import pruned_filters
 from tpp_jax.pruning.literals import other_numbers
 from tpp_jax.pruning.masks import cut_shapes
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.scales import NotZero, Row, compare
+from tpp_jax.pruning.scale_rules import literal, results
+from tpp_jax.pruning.scales import NOTHING, Comparison, NotZero, Row, Scaled
 from tpp_jax.pruning.source import Source
 
-# Costs of the linear programme: of a factor, of an epsilon that does not follow, and of
-# an equation that does not hold. Each is paid only if the ones before it do not suffice.
+# Costs of an epsilon that does not follow and of an equation that does not hold, to a
+# factor's cost of one: each is paid only if nothing cheaper suffices.
 _EPSILON, _BROKEN = 1e3, 1e6
 # A kernel is rescaled if no scale or bias can be.
 _KERNEL = 1.1
@@ -54,9 +52,26 @@ class Rescaling:
     epsilons: tuple[str, ...] = ()
 
     @property
-    def exact(self) -> bool:
-        """Whether the cut changes nothing."""
-        return self.reason is None and not self.epsilons
+    def problem(self) -> str | None:
+        """What is different after the cut; None if nothing is."""
+        if self.reason is not None:
+            return self.reason
+        if self.epsilons:
+            which = ", ".join(self.epsilons)
+            return f"{which} would have to follow the number of channels too"
+        return None
+
+    def apply(self, plan: Plan, tree: Any) -> Any:
+        """Returns a tree of parameters, pruned or not, multiplied by the factors."""
+
+        def scaled(name: str, leaf: Any) -> Any:
+            known = longest_known_suffix(name, plan.groups.shapes)
+            if known not in self.factors or not is_array(leaf):
+                return leaf
+            exact = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+            return (exact * self.factors[known]).astype(leaf.dtype)
+
+        return map_named(scaled, tree) if self.factors else tree
 
 
 def find_rescaling(plan: Plan, source: Source) -> Rescaling:
@@ -89,10 +104,58 @@ def _found(plan: Plan, source: Source) -> Rescaling:
     }
     costs = _costs(plan, source)
     try:
-        rows = compare(old, new, zero, costs)
+        rows = _compared(old, new, zero, costs)
     except NotZero as error:
         return Rescaling({}, f"{_place(error.equation)} runs over zeros and is changed")
     return _solved(rows, costs)
+
+
+def _compared(
+    old: Trace,
+    new: Trace,
+    zero: Mapping[str, Collection[int]],
+    unknown: Collection[str],
+) -> list[Row]:
+    """Compares a cut network with the masked one.
+
+    Args:
+      old: Trace of the unpruned network.
+      new: Trace of the cut network, with the same operations.
+      zero: Parameter → axes along which the masked network has zeros at pruned
+        positions.
+      unknown: Parameters that may be rescaled.
+
+    Returns:
+      Sums that are zero if both networks give the same outputs.
+
+    Raises:
+      NotZero: The networks differ whatever the factors are.
+    """
+    comparison = Comparison(old, new)
+    values: dict[int, Scaled] = {}
+    for n in (*old.inputs, *old.constants):
+        values[n] = Scaled(NOTHING)
+    for name, n in old.leaves.items():
+        log = {name: 1.0} if name in unknown else NOTHING
+        values[n] = Scaled(log, comparison.lost(n) & frozenset(zero.get(name, ())))
+    # What a loop starts from may be zero, what it goes on with is not.
+    sources = {n for e in old.equations if e.primitive == "join" for n in e.inputs}
+    for before, after in zip(old.equations, new.equations, strict=True):
+        pairs = zip(before.inputs, before.scalars, after.scalars, strict=True)
+        operands = [
+            values[n] if n is not None else literal(number, other)
+            for n, number, other in pairs
+        ]
+        found = results(comparison, before, operands)
+        for n, one in zip(before.outputs, found, strict=True):
+            lost = comparison.lost(n)
+            if one.log is None and n in sources:
+                one = Scaled({f"?{n}": 1.0}, lost if one.empty else frozenset())
+            values[n] = one._replace(zero=lost if one.empty else one.zero & lost)
+    for n in old.outputs:
+        if n is not None and values[n].log:
+            comparison.rows.append(Row(values[n].log or NOTHING, None))
+    return comparison.rows
 
 
 def _costs(plan: Plan, source: Source) -> dict[str, float]:
@@ -117,7 +180,9 @@ def _costs(plan: Plan, source: Source) -> dict[str, float]:
 
 def _solved(rows: Sequence[Row], costs: Mapping[str, float]) -> Rescaling:
     """Solves for the factors, as few as possible."""
-    rows = list({tuple(sorted(row.log.items())): row for row in reversed(rows)}.values())
+    rows = list(
+        {tuple(sorted(row.log.items())): row for row in reversed(rows)}.values()
+    )
     numbers = np.array([-row.log.get("", 0.0) for row in rows])
     if not np.isfinite(numbers).all():
         row = rows[int(np.flatnonzero(~np.isfinite(numbers))[0])]
@@ -126,16 +191,13 @@ def _solved(rows: Sequence[Row], costs: Mapping[str, float]) -> Rescaling:
         return Rescaling({})
     names = sorted({name for row in rows for name in row.log} - {""})
     at = {name: i for i, name in enumerate(names)}
-    entries = [
-        (i, at[name], value)
-        for i, row in enumerate(rows)
-        for name, value in row.log.items()
-        if name
-    ]
-    i, j, values = zip(*entries, strict=True) if entries else ((), (), ())
-    matrix = coo_array((values, (i, j)), shape=(len(rows), len(names))).toarray()
-    relaxed = np.array([_BROKEN if row.epsilon is None else _EPSILON for row in rows])
-    logs, slack = _least(matrix, numbers, [costs.get(name, 0.0) for name in names], relaxed)
+    matrix = np.zeros((len(rows), len(names)))
+    for i, row in enumerate(rows):
+        for name in row.log.keys() - {""}:
+            matrix[i, at[name]] = row.log[name]
+    relaxed = [_BROKEN if row.epsilon is None else _EPSILON for row in rows]
+    of_names = [costs.get(name, 0.0) for name in names]
+    logs, slack = _least(matrix, numbers, of_names, relaxed)
     loose = np.flatnonzero(np.abs(slack) > 1e-6)
     for row in (rows[k] for k in loose):
         if row.epsilon is None:
@@ -153,19 +215,20 @@ def _least(
     matrix: Float[np.ndarray, "rows names"],
     numbers: Float[np.ndarray, " rows"],
     costs: Sequence[float],
-    relaxed: Float[np.ndarray, " rows"],
+    relaxed: Sequence[float],
 ) -> tuple[Float[np.ndarray, " names"], Float[np.ndarray, " rows"]]:
     """Returns the cheapest solution of equations, and by how much each is not met.
 
     Args:
-      matrix, numbers: Equations ``matrix @ x = numbers``.
+      matrix: Coefficients of the unknowns.
+      numbers: Right-hand sides.
       costs: Cost of the absolute value of each unknown.
       relaxed: Cost of the amount by which each equation is not met.
     """
     rows, names = matrix.shape
-    one = np.eye(rows)
+    one, sparse = eye_array(rows), csr_array(matrix)
     cost = np.concatenate([costs, costs, relaxed, relaxed])
-    wide = np.hstack([matrix, -matrix, one, -one])
+    wide = hstack([sparse, -sparse, one, -one])
     found = linprog(cost, A_eq=wide, b_eq=numbers, bounds=(0, None)).x
     x = found[:names] - found[names : 2 * names]
     slack = found[2 * names :][:rows] - found[2 * names + rows :]
