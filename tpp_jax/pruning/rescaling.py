@@ -18,14 +18,14 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array, eye_array, hstack
 
 from tpp_jax.graph.functions import is_array
-from tpp_jax.graph.naming import longest_known_suffix, map_named
-from tpp_jax.graph.tracing import Trace, source_line
+from tpp_jax.graph.naming import longest_known_suffix, map_named, some
+from tpp_jax.graph.tracing import source_line
 from tpp_jax.graph.unfolding import Equation
 from tpp_jax.pruning.filters import pruned_filters
 from tpp_jax.pruning.literals import other_numbers
 from tpp_jax.pruning.masks import cut_shapes
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.scale_rules import literal, results
+from tpp_jax.pruning.scale_rules import centrings, literal, results
 from tpp_jax.pruning.scales import NOTHING, Comparison, NotZero, Row, Scaled
 from tpp_jax.pruning.source import Source
 
@@ -45,20 +45,30 @@ class Rescaling:
       reason: Reason why no factors do; None if these do.
       epsilons: Numbers in the code, with their lines, that would have to follow the
         number of channels too; the factors are exact up to them.
+      means: Lines at which a mean over the channels is subtracted; the factors are
+        exact if it is zero.
     """
 
     factors: dict[str, float]
     reason: str | None = None
     epsilons: tuple[str, ...] = ()
+    means: tuple[str, ...] = ()
 
     @property
     def problem(self) -> str | None:
         """What is different after the cut; None if nothing is."""
         if self.reason is not None:
             return self.reason
+        if self.means:
+            return (
+                f"{some(self.means)} subtracts a mean over the channels, which zeros "
+                "change unless it is zero"
+            )
         if self.epsilons:
-            which = ", ".join(self.epsilons)
-            return f"{which} would have to follow the number of channels too"
+            return (
+                f"the epsilon {some(self.epsilons)} would have to follow the number of "
+                "channels too"
+            )
         return None
 
     def apply(self, plan: Plan, tree: Any) -> Any:
@@ -103,35 +113,48 @@ def _found(plan: Plan, source: Source) -> Rescaling:
         for leaf, filters in pruned_filters(plan).items()
     }
     costs = _costs(plan, source)
-    try:
-        rows = _compared(old, new, zero, costs)
-    except NotZero as error:
-        return Rescaling({}, f"{_place(error.equation)} runs over zeros and is changed")
-    return _solved(rows, costs)
+    found = _compared(Comparison(old, new), zero, costs)
+    subtracted = centrings(Comparison(old, new)) if found.reason is not None else {}
+    if subtracted:
+        known = Comparison(old, new, frozenset(subtracted))
+        nearly = _compared(known, zero, costs)
+        if nearly.reason is None:
+            lines = dict.fromkeys(map(_place, subtracted.values()))
+            return dataclasses.replace(nearly, means=tuple(lines))
+    return found
 
 
 def _compared(
-    old: Trace,
-    new: Trace,
-    zero: Mapping[str, Collection[int]],
-    unknown: Collection[str],
-) -> list[Row]:
-    """Compares a cut network with the masked one.
+    comparison: Comparison,
+    zero: Mapping[str, Sequence[int]],
+    costs: Mapping[str, float],
+) -> Rescaling:
+    """Finds factors that make a cut network the same as the masked one.
 
     Args:
-      old: Trace of the unpruned network.
-      new: Trace of the cut network, with the same operations.
+      comparison: Traces of the unpruned and of the cut network.
       zero: Parameter → axes along which the masked network has zeros at pruned
         positions.
-      unknown: Parameters that may be rescaled.
+      costs: Parameters that may be rescaled, and the cost of each factor.
+    """
+    try:
+        _follow(comparison, zero, costs)
+    except NotZero as error:
+        return Rescaling({}, f"{_place(error.equation)} runs over zeros and is changed")
+    return _solved(comparison.rows, costs)
 
-    Returns:
-      Sums that are zero if both networks give the same outputs.
+
+def _follow(
+    comparison: Comparison,
+    zero: Mapping[str, Sequence[int]],
+    unknown: Collection[str],
+) -> None:
+    """Applies the rules to all operations, see :func:`_compared`.
 
     Raises:
       NotZero: The networks differ whatever the factors are.
     """
-    comparison = Comparison(old, new)
+    old, new = comparison.old, comparison.new
     values: dict[int, Scaled] = {}
     for n in (*old.inputs, *old.constants):
         values[n] = Scaled(NOTHING)
@@ -155,7 +178,6 @@ def _compared(
     for n in old.outputs:
         if n is not None and values[n].log:
             comparison.rows.append(Row(values[n].log or NOTHING, None))
-    return comparison.rows
 
 
 def _costs(plan: Plan, source: Source) -> dict[str, float]:
@@ -180,9 +202,9 @@ def _costs(plan: Plan, source: Source) -> dict[str, float]:
 
 def _solved(rows: Sequence[Row], costs: Mapping[str, float]) -> Rescaling:
     """Solves for the factors, as few as possible."""
-    rows = list(
-        {tuple(sorted(row.log.items())): row for row in reversed(rows)}.values()
-    )
+    # Equal rows are one, which may be relaxed if all of them may.
+    strict = sorted(reversed(rows), key=lambda row: row.epsilon is None)
+    rows = [*{tuple(sorted(row.log.items())): row for row in strict}.values()]
     numbers = np.array([-row.log.get("", 0.0) for row in rows])
     if not np.isfinite(numbers).all():
         row = rows[int(np.flatnonzero(~np.isfinite(numbers))[0])]
@@ -234,7 +256,8 @@ def _least(
     slack = found[2 * names :][:rows] - found[2 * names + rows :]
     used, met = np.abs(x) > 1e-9, np.abs(slack) <= 1e-6
     # The programme is solved to 1e-7 only.
-    x[used] = np.linalg.lstsq(matrix[met][:, used], numbers[met], rcond=None)[0]
+    if used.any():
+        x[used] = np.linalg.lstsq(matrix[met][:, used], numbers[met], rcond=None)[0]
     return x, slack
 
 

@@ -205,6 +205,8 @@ def _along(eqn: Equation) -> set[int]:
 def _reduce(run: Comparison, eqn: Equation, operands: list[Scaled]) -> list[Scaled]:
     [x] = operands
     gone = run.lost(eqn.inputs[0]) & _along(eqn)
+    if eqn.outputs[0] in run.means:
+        return [Scaled(None, empty=True)]
     summed = eqn.primitive == "reduce_sum"
     if gone and not x.empty and not (summed and gone <= x.zero):
         raise NotZero(eqn)
@@ -212,6 +214,33 @@ def _reduce(run: Comparison, eqn: Equation, operands: list[Scaled]) -> list[Scal
     if eqn.primitive in ("argmax", "argmin"):
         return [Scaled(NOTHING, zero)]
     return [Scaled(x.log, zero, x.empty)]
+
+
+def centrings(run: Comparison) -> dict[int, Equation]:
+    """Finds sums over pruned channels whose mean is subtracted from the channels.
+
+    Returns:
+      Value number of a sum → the subtraction.
+    """
+    made_by: dict[int | None, Equation] = {
+        n: eqn for eqn in run.old.equations for n in eqn.outputs
+    }
+    found = {}
+    for eqn in run.old.equations:
+        if eqn.primitive != "sub" or not run.lost(eqn.inputs[0]):
+            continue
+        made = made_by.get(eqn.inputs[1])
+        while made is not None and made.primitive in _BETWEEN:
+            made = made_by.get(made.inputs[0])
+        if made is None or made.primitive != "reduce_sum":
+            continue
+        if run.lost(made.inputs[0]) & _along(made):
+            found[made.outputs[0]] = eqn
+    return found
+
+
+# Operations between a sum and the subtraction of the mean.
+_BETWEEN = set("broadcast_in_dim convert_element_type div mul reshape squeeze".split())
 
 
 def _in_order(run: Comparison, eqn: Equation, operands: list[Scaled]) -> list[Scaled]:

@@ -86,11 +86,14 @@ class Comparison:
     Attributes:
       old: Trace of the unpruned network.
       new: Trace of the cut network.
-      rows: Sums that have to be zero.
+      means: Value numbers of sums over channels that are taken to be zero.
+      rows: Sums of logarithms that have to be zero.
     """
 
-    def __init__(self, old: Trace, new: Trace) -> None:
-        self.old, self.new = old, new
+    def __init__(
+        self, old: Trace, new: Trace, means: frozenset[int] = frozenset()
+    ) -> None:
+        self.old, self.new, self.means = old, new, means
         self.rows: list[Row] = []
 
     def lost(self, value: int | None) -> frozenset[int]:
