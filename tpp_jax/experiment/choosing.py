@@ -29,8 +29,10 @@ from tpp_jax.storage import processes
 
 
 def keep_dense(run: Run, stage: Stage, tools: Tools) -> Run:
-    """Saves and measures the dense network, before pruning."""
+    """Saves and measures the dense network, before pruning, and keeps it to distil."""
     del stage
+    if run.teacher is None and tools.setup.distils("finetune"):
+        run = run.but(teacher=run.model)
     if run.position.dense is not None:
         return run
     folder = tools.workdir / "dense"

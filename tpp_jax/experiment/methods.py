@@ -23,13 +23,14 @@ from tpp_jax.experiment.phases import (
     growing_l2_phase,
     tpp_phases,
 )
+from tpp_jax.experiment.sections import PruneConfig
 from tpp_jax.method.orthogonality import OrthogonalityState
 from tpp_jax.method.rivals import GroupLassoState, GrowingState
 from tpp_jax.method.schedule import GrowingSchedule
 from tpp_jax.method.transforms import TPPState
 from tpp_jax.pruning.plan import Plan
 
-MakePhases = Callable[[Any, Plan, GrowingSchedule], tuple[Phase, ...]]
+MakePhases = Callable[[PruneConfig, Plan, GrowingSchedule], tuple[Phase, ...]]
 """Makes phases from the config's section ``prune``, a plan and the schedule of λ."""
 
 Scalars = Mapping[type, Mapping[str, str]]
@@ -94,7 +95,8 @@ METHODS = {
     ),
     "none": Method("pretrain dense"),
 }
-"""Row of each method, by name."""
+"""Row of each method, by name; :data:`tpp_jax.experiment.sections.METHOD_NAMES` lists
+the names."""
 
 
 def find_method(name: str) -> Method:

@@ -244,12 +244,14 @@ def _resumed(
     progress.say(
         f"Continuing the run in {workdir} from {position.phase}, step {position.step}."
     )
+    taught = unprefixed(arrays, "teacher.")
     return Run(
         dataclasses.replace(position, config=config),
         with_arrays(model, unprefixed(arrays, "model.")),
         tuple(plans),
         setup.phases(plans[-1]) if plans else run.phases,
         arrays,
+        teacher=with_arrays(setup.model, taught) if taught else None,
     )
 
 

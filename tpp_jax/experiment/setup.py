@@ -87,6 +87,10 @@ class Setup:
             found += make(config.prune, plan, self.schedule)
         return {phase.kind: phase for phase in found}
 
+    def distils(self, section: str) -> bool:
+        """Returns whether the dense network teaches in phases of a section."""
+        return section == "finetune" and self.config.finetune.distillation.weight > 0
+
     def groups_of(self, model: nnx.Module, plans: Sequence[Plan]) -> Groups:
         """Returns the groups of a network that was cut by some plans."""
         return channel_groups(model, *self.groups.inputs) if plans else self.groups
