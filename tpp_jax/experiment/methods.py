@@ -43,8 +43,8 @@ class Method:
 
     Attributes:
       stages: Kinds of the stages in order, separated by spaces. ``dense`` saves the
-        network before pruning, ``choose`` makes the plan, ``slice`` cuts; all others
-        train.
+        network before pruning, ``choose`` makes the plan, ``refit`` makes the network
+        independent of what it prunes, ``slice`` cuts; all others train.
       phases: Functions that make the method's phases, except ``pretrain`` and
         ``finetune``, which are made from the config's sections of these names.
       scalars: Numbers in the states of its optax transforms to log.
@@ -52,6 +52,8 @@ class Method:
       penalizes_first: Whether a phase before the choice penalizes all groups that the
         choice may prune.
       random_weights: Whether the cut network starts from random weights.
+      repairs: Whether every cut is followed by a refit and new batch statistics, as
+        with ``prune.compensate`` and ``prune.recalibrate``.
     """
 
     stages: str
@@ -60,6 +62,7 @@ class Method:
     repeated: str = ""
     penalizes_first: bool = False
     random_weights: bool = False
+    repairs: bool = False
 
 
 _TPP = {TPPState: {"strength": "strength", "gram": "gram"}}
@@ -93,6 +96,14 @@ METHODS = {
     "iterative": Method(
         "pretrain dense choose slice finetune", repeated="choose slice finetune"
     ),
+    # The layers behind the cut are refit in closed form, on data without labels.
+    "compensated": Method("pretrain dense choose slice finetune", repairs=True),
+    # The same refit, but of the unpruned network: a start for TPP.
+    "compensated_tpp": Method(
+        "pretrain dense choose refit regularize stabilize slice finetune",
+        (tpp_phases,),
+        _TPP,
+    ),
     "none": Method("pretrain dense"),
 }
 """Row of each method, by name; :data:`tpp_jax.experiment.sections.METHOD_NAMES` lists
@@ -125,7 +136,7 @@ def find_method(name: str) -> Method:
     return found
 
 
-UNTRAINED = ("dense", "choose", "slice")
+UNTRAINED = ("dense", "choose", "refit", "slice")
 """Kinds of the stages that do not train."""
 
 # The plain phases of any method may have a penalty of orthogonality.

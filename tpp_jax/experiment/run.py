@@ -139,6 +139,8 @@ def _perform(run: Run, stage: Stage, tools: Tools) -> Run:
             return choosing.keep_dense(run, stage, tools)
         case "choose":
             return choosing.choose(run, stage, tools)
+        case "refit":
+            return choosing.refit(run, stage, tools)
         case "slice":
             return choosing.cut(run, stage, tools)
         case _:
