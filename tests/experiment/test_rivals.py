@@ -44,6 +44,8 @@ METHODS = {
         ["slice", "finetune", "slice_2", "finetune_2", "slice_3", "finetune_3"],
         7 + 6,
     ),
+    "compensated": (["slice", "finetune"], 8),
+    "compensated_tpp": (["refit", *GREG2[1:]], 7),
 }
 
 

@@ -111,12 +111,13 @@ def _mean_distance(
     total = jnp.zeros(())
     for args, kwargs, outputs in calls:
         targets = jax.lax.stop_gradient(teacher(*args, **kwargs))
-        shapes = [getattr(x, "shape", None) for x in (outputs, targets)]
-        if shapes[0] is None or shapes[0] != shapes[1]:
+        ours, theirs = (getattr(x, "shape", ()) for x in (outputs, targets))
+        if len(ours) < 2 or ours != theirs:
             raise TPPError(
-                f"the network and its teacher return {shapes[0]} and {shapes[1]}, but "
-                "distillation needs arrays of the same shape, logits along the last "
-                "axis: set config.finetune.distillation.weight to 0"
+                f"the outputs of the network and its teacher have the shapes {ours} "
+                f"and {theirs}, but distillation needs the same logits of both, with "
+                "the classes along the last of two or more axes: set "
+                "config.finetune.distillation.weight to 0"
             )
         total += distillation_loss(outputs, targets, temperature)
     return total / len(calls)
