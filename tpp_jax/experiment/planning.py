@@ -46,11 +46,11 @@ def plan_for(
     """
     target = prune.flops or prune.params
     statistics, criterion = None, _criterion(prune.criterion)
-    if isinstance(criterion, Criterion) and (needed := criterion.statistics):
+    if isinstance(criterion, Criterion) and criterion.statistics:
         if task is None:
             criterion = "l1"
         else:
-            statistics = _statistics(needed, groups, model, task, prune, seed)
+            statistics = _statistics(criterion, groups, model, task, prune, seed)
     amount: dict[str, Any] = {"counts": counts}
     if counts is None:
         amount = dict(
@@ -105,7 +105,7 @@ _MEASURED = (
 
 
 def _statistics(
-    needed: str,
+    criterion: Criterion,
     groups: Groups,
     model: nnx.Module,
     task: Task,
@@ -115,7 +115,7 @@ def _statistics(
     """Measures what a criterion needs on the first training examples.
 
     Args:
-      needed: Name of the statistics.
+      criterion: Criterion that needs statistics.
       groups: Groups of the model.
       model: Network with its weights.
       task: Task whose data and loss are used.
@@ -128,7 +128,7 @@ def _statistics(
     def loss(model: nnx.Module, batch: Any) -> Any:
         return task.loss(model, batch, key)[0]
 
-    match needed:
+    match criterion.statistics:
         case "loss_gradient":
             return loss_gradient(loss, model, batches)
         case "hessian_diagonal":
@@ -138,4 +138,4 @@ def _statistics(
         case "input_moments":
             inputs = calibration_inputs(task, prune.calibration_examples, seed)
             return input_moments(model, inputs, groups=groups, diagonal=True)
-    raise ValueError(needed)
+    raise ValueError(criterion.statistics)
