@@ -133,28 +133,45 @@ class Builder:
         env = dict(known)
         for eqn in jaxpr.eqns:
             self._source = self._caller or eqn.source_info
-            inputs = [self._read(var, env) for var in eqn.invars]
-            match eqn.primitive.name:
-                case name if name in CALLS:
-                    before = self._caller
-                    # JAX caches the jaxpr of a jitted function, with the lines of its
-                    # first call. So the line of this call is its source.
-                    self._caller = self._source if name in ("jit", "pjit") else before
-                    outputs = self._call(eqn.params[CALLS[name]], inputs)
-                    self._caller = before
-                case "scan":
-                    outputs = self._scan(eqn, inputs)
-                case "while":
-                    outputs = self._while(eqn, inputs)
-                case "cond":
-                    outputs = self._cond(eqn, inputs)
-                case "shard_map" if "in_specs" in eqn.params:
-                    outputs = self._shard_map(eqn, inputs)
-                case name:
-                    shapes = [np.shape(var.aval) for var in eqn.outvars]
-                    outputs = self._equation(name, inputs, shapes, eqn.params)
-            env.update(zip(eqn.outvars, outputs, strict=True))
-        return [self._read(var, env) for var in jaxpr.outvars]
+            inputs = [
+                self._literal(var) if isinstance(var, jex_core.Literal) else env[var]
+                for var in eqn.invars
+            ]
+            name = eqn.primitive.name
+            enter = self._enter if name in ENTERED else self._plain
+            env.update(zip(eqn.outvars, enter(name, eqn, inputs), strict=True))
+        return [
+            self._literal(var) if isinstance(var, jex_core.Literal) else env[var]
+            for var in jaxpr.outvars
+        ]
+
+    def _plain(
+        self, name: str, eqn: Any, inputs: list[int | None]
+    ) -> Sequence[int | None]:
+        shapes = [_shape(var) for var in eqn.outvars]
+        return self._equation(name, inputs, shapes, eqn.params)
+
+    def _enter(
+        self, name: str, eqn: Any, inputs: list[int | None]
+    ) -> Sequence[int | None]:
+        match name:
+            case "scan":
+                return self._scan(eqn, inputs)
+            case "while":
+                return self._while(eqn, inputs)
+            case "cond":
+                return self._cond(eqn, inputs)
+            case "shard_map" if "in_specs" in eqn.params:
+                return self._shard_map(eqn, inputs)
+            case "shard_map":
+                return self._plain(name, eqn, inputs)
+        before = self._caller
+        # JAX caches the jaxpr of a jitted function, with the lines of its first call.
+        # So the line of this call is its source.
+        self._caller = self._source if name in ("jit", "pjit") else before
+        outputs = self._call(eqn.params[CALLS[name]], inputs)
+        self._caller = before
+        return outputs
 
     def _equation(
         self,
@@ -164,7 +181,10 @@ class Builder:
         params: dict[str, Any] | None = None,
     ) -> list[int]:
         origin, params = self._origin_of(inputs), params or {}
-        outputs = [self.number(shape, origin) for shape in shapes]
+        first = len(self.shapes)
+        self.shapes += shapes
+        outputs = list(range(first, len(self.shapes)))
+        self.origin.update(dict.fromkeys(outputs, origin))
         times = self._times
         if self._mesh:
             varying = frozenset().union(*(self._varying.get(n, ()) for n in inputs))
@@ -192,7 +212,7 @@ class Builder:
         inner = getattr(closed, "jaxpr", closed)
         scope = dict(zip(inner.invars, inputs, strict=True))
         for var in inner.constvars:
-            scope[var] = constant = self.number(np.shape(var.aval), ())
+            scope[var] = constant = self.number(_shape(var), ())
             self.constants.append(constant)
         return self.unfold(inner, scope)
 
@@ -222,7 +242,7 @@ class Builder:
             for first, last in zip(carry, results[:n_carry], strict=True)
         ]
         for result, var in zip(results[n_carry:], eqn.outvars[n_carry:], strict=True):
-            shape = np.shape(var.aval)
+            shape = _shape(var)
             sources = [] if result is None else [result]
             outputs += self._equation("loop_stack", sources, [shape])
         return outputs
@@ -272,18 +292,15 @@ class Builder:
         ):
             names = _axes_of(spec)
             if n is not None and any(names):
-                shape = np.shape(var.aval)
+                shape = _shape(var)
                 shards = _shards(names, sizes, len(shape))
                 [n] = self._equation("unshard", [n], [shape], {"shards": shards})
             outputs.append(n)
         return outputs
 
-    def _read(self, var: Any, env: dict[Any, int | None]) -> int | None:
-        if isinstance(var, jex_core.Literal):
-            # The next number is that of the result, or in a call of the first one.
-            self.literals.append((var.val, self._source, len(self.shapes)))
-            return None
-        return env[var]
+    def _literal(self, var: Any) -> None:
+        # The next number is that of the result, or in a call of the first one.
+        self.literals.append((var.val, self._source, len(self.shapes)))
 
     def _origin_of(self, inputs: Sequence[int | None]) -> tuple[str, ...] | None:
         found: tuple[str, ...] = ()
@@ -301,6 +318,10 @@ class Builder:
             else:
                 found = found or origin
         return found
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return getattr(var.aval, "shape", ())
 
 
 def scan_parts(eqn: Any) -> tuple[int, int]:
