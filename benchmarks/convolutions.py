@@ -10,7 +10,7 @@ from a batch norm, which XLA repeats inside the gradient of a kernel
 """
 
 import argparse
-import json
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +23,7 @@ from flax import nnx
 from benchmarks import machine
 from tpp_jax.xla.convolution import compiler_options, use_fast_convolutions
 
-# Batch, side of the images, side of the kernel, channels in and out; as many groups as
-# channels if these are equal and the name says depthwise.
+# Batch, side of the images, side of the kernel, channels in and out, groups if any.
 LAYERS = {
     "ResNet-56, stage 1": (128, 32, 3, 16, 16),
     "ResNet-56, stage 3": (128, 8, 3, 64, 64),
@@ -32,35 +31,26 @@ LAYERS = {
     "VGG-19, 2 × 2 pixels": (128, 2, 3, 512, 512),
     "ResNet-50, 1 × 1, narrowing": (16, 28, 1, 512, 128),
     "ResNet-50, 1 × 1, widening": (16, 28, 1, 128, 512),
-    "MobileNetV2, depthwise": (16, 28, 3, 192, 192),
-    "EfficientNet-Lite0, depthwise": (16, 14, 5, 672, 672),
     "ResNet-56 at 0.9, to 1 of 16": (128, 32, 3, 16, 1),
     "ResNet-56 at 0.9, from 1 of 16": (128, 32, 3, 1, 16),
     "ResNet-56 at 0.9, to 6 of 64": (128, 8, 3, 64, 6),
     "ResNet-56 at 0.9, from 6 of 64": (128, 8, 3, 6, 64),
+    "MobileNetV2, depthwise, 56 × 56": (16, 56, 3, 144, 144, 144),
+    "MobileNetV2, depthwise, 7 × 7": (16, 7, 3, 960, 960, 960),
+    "EfficientNet, depthwise 5 × 5": (16, 14, 5, 672, 672, 672),
+    "ConvNeXt, depthwise 7 × 7": (16, 28, 7, 192, 192, 192),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--layers", nargs="*", help="only those whose name has a word")
-    options = parser.parse_args()
+    rounds = parser.parse_args().rounds
     columns = "forward, ms", "XLA's own", "ratio", "gradients, ms", "XLA's own", "ratio"
     print(f"{'':<32}" + "".join(f"{column:>15}" for column in columns))
     load, rows = machine.load(), {}
-    file = machine.RESULTS / "convolutions_cpu.json"
-    if options.layers and file.exists():  # the others stay as they are
-        record = json.loads(file.read_text())
-        load, rows = record["load"], record["layers"]
     for name, sizes in LAYERS.items():
-        if options.layers and not any(word in name for word in options.layers):
-            continue
-        groups = sizes[3] if "depthwise" in name else 1
-        rows[name] = {
-            job: _measure(sizes, groups, job, options.rounds)
-            for job in ("call", "grad")
-        }
+        rows[name] = {job: _measure(sizes, job, rounds) for job in ("call", "grad")}
         shown = ""
         for found in rows[name].values():
             shown += f"{1e3 * found['ours']:>15.2f}{1e3 * found['lax']:>15.2f}"
@@ -69,17 +59,15 @@ def main() -> None:
     print(machine.write("convolutions", {"load": load, "layers": rows}))
 
 
-def _measure(
-    sizes: tuple[int, ...], groups: int, job: str, rounds: int
-) -> dict[str, Any]:
-    batch, side, window, inputs, outputs = sizes
+def _measure(sizes: tuple[int, ...], job: str, rounds: int) -> dict[str, Any]:
+    batch, side, window, inputs, outputs, *groups = sizes
     draws = np.random.default_rng(0)
     images = jnp.asarray(draws.normal(size=(batch, side, side, inputs)), jnp.float32)
     layer = nnx.Conv(
         inputs,
         outputs,
         (window, window),
-        feature_group_count=groups,
+        feature_group_count=math.prod(groups),
         use_bias=False,
         rngs=nnx.Rngs(0),
     )

@@ -17,8 +17,8 @@ training step slow on a CPU, none of which is arithmetic:
 - *Thin layers*, as pruning leaves them, from or to few channels: two to six times
   slower than one product of all patches with the kernel, or of all pixels with all taps
   of the kernel.
-- *Depthwise convolutions*: ten times slower than a sum over the taps of the kernel,
-  each times a shifted image (four times slower in YNNPACK).
+- *Depthwise convolutions*: ten to fifty times slower than the same arithmetic as sums
+  of shifted images (:mod:`tpp_jax.xla.depthwise`).
 - *One thread*: XLA passes convolutions to a library, YNNPACK, that it runs on a single
   core, whereas its own kernels use all cores. See :func:`compiler_options`.
 
@@ -36,8 +36,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float
+
+from tpp_jax.xla.depthwise import depthwise
+from tpp_jax.xla.holding import held
 
 Images = Float[Array, "b h w c"]
 Kernel = Float[Array, "kh kw c n"]
@@ -56,8 +58,7 @@ _CPU_OPTIONS = {
     )
 }
 # Options of ``lax`` that only some convolutions set.
-_SCALARS = "feature_group_count", "batch_group_count"
-_SCALARS += "out_sharding", "preferred_element_type"
+_SCALARS = "batch_group_count", "out_sharding", "preferred_element_type"
 _DILATIONS = "lhs_dilation", "rhs_dilation"
 
 
@@ -97,22 +98,6 @@ def compiler_options() -> dict[str, str]:
     return dict(_CPU_OPTIONS)
 
 
-def held(x: Array) -> Array:
-    """Returns the same array, which XLA then computes once and keeps.
-
-    Otherwise XLA may fuse the computation of the array into each of its uses and repeat
-    it there. The CPU backend does not fuse across a call that is not inlined; it drops
-    ``lax.optimization_barrier`` before fusion.
-    """
-    with set_xla_metadata(inlineable="false"):
-        return _same(x)
-
-
-@jax.jit
-def _same(x: Array) -> Array:
-    return jnp.copy(x)  # JAX removes the call of a function that does nothing
-
-
 def conv_on_cpu(
     images: Images,
     kernel: Kernel,
@@ -129,21 +114,23 @@ def conv_on_cpu(
       kernel: Kernel, ``[kh, kw, c, n]``.
       window_strides: Strides, as for ``lax``.
       padding: Padding, as for ``lax``.
-      **options: Other options of ``lax.conv_general_dilated``. Dilation, half precision
-        and groups of several channels are left to ``lax``.
+      **options: Other options of ``lax.conv_general_dilated``. Dilation, groups of
+        several channels, several filters for each channel, and half precision are left
+        to ``lax``.
 
     Returns:
       Output of the convolution, ``[b, h', w', n]``.
     """
+    groups = options.get("feature_group_count", 1)
+    apart = 1 < groups == images.shape[-1] == kernel.shape[-1]
     plain = (
         options.get("dimension_numbers") == _CHANNELS_LAST
         and images.dtype in (jnp.float32, jnp.float64)
-        and all(options.get(name) in (None, 1) for name in _SCALARS[1:])
+        and all(options.get(name) in (None, 1) for name in _SCALARS)
+        and (groups == 1 or apart)
         and all(d == 1 for name in _DILATIONS for d in options.get(name) or ())
     )
-    groups, channels = options.get("feature_group_count") or 1, images.shape[-1]
-    depthwise = groups == channels == kernel.shape[-1]
-    if not plain or not (depthwise or groups == 1):
+    if not plain:
         return lax.conv_general_dilated(
             images, kernel, window_strides, padding, **options
         )
@@ -151,9 +138,9 @@ def conv_on_cpu(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(sides, window, strides, padding)
     pads = tuple((low, high) for low, high in padding)
+    if apart:
+        return depthwise(images, kernel, strides, pads)
     case = _Case(strides, pads, options.get("precision"))
-    if depthwise:
-        return _added_up(images, kernel, case)
     taps = math.prod(window)
     pixels = math.prod(case.output_sides(sides, window))
     inputs, outputs = kernel.shape[2:]
@@ -213,23 +200,6 @@ def _scattered(images: Images, kernel: Kernel, case: _Case) -> Images:
         for j in range(kw)
     ]
     return functools.reduce(operator.add, shifted)
-
-
-def _added_up(images: Images, kernel: Kernel, case: _Case) -> Images:
-    """Convolves each channel on its own: a sum over taps, times shifted images."""
-    kh, kw = kernel.shape[:2]
-    h, w = case.output_sides(images.shape[1:3], (kh, kw))
-    zero = jnp.zeros((), images.dtype)
-    around = [(0, 0, 0), *((*pad, 0) for pad in case.padding), (0, 0, 0)]
-    # Computed once, and not for each tap.
-    padded = held(lax.pad(images, zero, around))
-    inside = case._replace(padding=((0, 0), (0, 0)))
-    shifted = [
-        _shifted(padded, i, j, h, w, inside) * kernel[i, j, 0]
-        for i in range(kh)
-        for j in range(kw)
-    ]
-    return held(functools.reduce(operator.add, shifted))
 
 
 def _shifted(images: Images, i: int, j: int, h: int, w: int, case: _Case) -> Images:
