@@ -1,5 +1,6 @@
 """Groups of equal size that a model can only cut together are found, and joined."""
 
+import itertools
 import math
 import types
 
@@ -135,12 +136,14 @@ def test_independent_groups_take_one_trial(monkeypatch):
 
 
 def test_groups_with_equal_numbers_are_separated():
-    sizes, fewer = [8, 8, 8, 4, 8], {0: 5, 1: 5, 2: 5, 3: 2, 4: 3}
+    sizes, fewer = [8] * 5 + [4, 8], dict.fromkeys(range(5), 5) | {5: 2, 6: 3}
     groups = [types.SimpleNamespace(size=size) for size in sizes]
-    choices = list(apart(groups, set(fewer), fewer))
-    assert all({3, 4} <= chosen for chosen in choices), "these differ from all others"
-    for pair in ({0, 1}, {0, 2}, {1, 2}):
-        assert any(len(pair & chosen) == 1 for chosen in choices)
+    family_of = {0: 0, 1: 1, 2: 0, 3: 1, 4: 2, 5: 3, 6: 3}
+    choices = list(apart(groups, set(fewer), fewer, family_of))
+    assert len(choices) == 3
+    assert all({5, 6} <= chosen for chosen in choices), "these differ from all others"
+    for pair in itertools.combinations(range(5), 2):
+        assert any(len({*pair} & chosen) == 1 for chosen in choices)
 
 
 @pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[0], [1, 2, 3], [4]], [[0, 1]]])
