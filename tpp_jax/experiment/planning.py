@@ -137,5 +137,6 @@ def _statistics(
             return activation_means(model, map(task.inputs, batches))
         case "input_moments":
             inputs = calibration_inputs(task, prune.calibration_examples, seed)
-            return input_moments(model, inputs, groups=groups, diagonal=True)
+            diagonal = criterion.of == "consumers"
+            return input_moments(model, inputs, groups=groups, diagonal=diagonal)
     raise ValueError(criterion.statistics)

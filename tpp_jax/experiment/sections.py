@@ -282,7 +282,7 @@ class PruneConfig:
     calibration_examples: int = field(
         1024,
         "Number of training examples, not augmented, on which `compensate`, "
-        "`recalibrate` and the criteria `wanda` and `variance` measure.",
+        "`recalibrate` and the criteria `wanda`, `variance` and `obs` measure.",
         least=1,
     )
     scope: str = field(

@@ -146,7 +146,8 @@ def trace_function(
     builder.origin.update({n: (name,) for name, n in places.items()})
     variables = [*jaxpr.invars, *jaxpr.constvars]
     scope = dict(zip(variables, [*numbers, *constants], strict=True))
-    outputs = builder.unfold(jaxpr, scope)
+    found = builder.unfold(jaxpr, scope)
+    outputs = [n if isinstance(n, int) else None for n in found]
     others = tuple(numbers[len(places) :])
     equations, unread = _needed(builder.equations, outputs, builder.origin)
     shapes = tuple(builder.shapes)

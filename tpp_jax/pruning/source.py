@@ -50,6 +50,7 @@ class Source:
       kwargs: Keyword arguments, like the inputs.
       met: Attributes of the Linen modules that were called when the model was traced,
         with the classes of the modules.
+      rescalings: Plan → what :func:`rescaling.find_rescaling` found for it.
     """
 
     model: Any
@@ -59,6 +60,7 @@ class Source:
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
     met: dict[Field, type] = dataclasses.field(default_factory=dict)
+    rescalings: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
