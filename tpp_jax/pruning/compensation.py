@@ -33,7 +33,7 @@ def compensate(
     *,
     moments: Moments | None = None,
     damping: Damping = None,
-    sequential: bool = False,
+    sequential: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Prunes a model and refits the layers that read the pruned channels.
@@ -66,7 +66,9 @@ def compensate(
       sequential: Whether the layers are refit once more in order of execution, from
         what they read in the pruned network, with the layers before them refit, to what
         they gave in the unpruned one. All batches are in memory. Layers that are read
-        in loops or several times keep their first refit.
+        in loops or several times keep their first refit. By default, if batches are
+        given and a norm or softmax runs over pruned channels, which changes what the
+        layers behind it read.
       **kwargs: Keyword arguments of the model when moments are measured.
 
     Returns:
@@ -99,24 +101,19 @@ def compensate(
       ([5.0, 10.0, 15.0], [5.0, 10.0, 15.0])
     """
     expect_plan(plan)
-    chosen = damping == "held-out"
-    if not chosen and damping is not None and not damping >= 0:
-        raise TPPError(f"the damping is {damping}, must be at least 0")
+    _check_damping(damping)
     check_plan(plan, model, params)
+    if sequential is None:
+        reduced = any(group.reduced for group in plan.pruned_groups)
+        sequential = reduced and batches is not None
     kept_back = 0
-    if sequential or chosen:
-        batches = list(batches or ())
-        kept_back = max(len(batches) // 5, 1) * chosen
-        if len(batches) <= kept_back:
-            raise TPPError(
-                f"there are {len(batches)} batches: a refit in sequence needs them, "
-                "and a damping that is chosen on held-out batches at least two"
-            )
+    if sequential or damping == "held-out":
+        batches, kept_back = _split(batches, damping)
     held = None
     measure = functools.partial(
         input_moments, model, params=params, groups=plan.pruned_groups, **kwargs
     )
-    if chosen and isinstance(batches, list):
+    if kept_back and isinstance(batches, list):
         moments = measure(batches[:-kept_back])
         held = measure(batches[-kept_back:])
     elif moments is None:
@@ -125,7 +122,7 @@ def compensate(
         moments = measure(batches)
     _check_groups(plan, moments)
     function = as_function(model, params)
-    leaves = dict(zip(function.names, jax.tree.leaves(function.params), strict=True))
+    leaves = _leaves(function)
     leaves.update(_refit_all(plan, moments, held, leaves, damping))
     full = with_leaves(function, params, leaves)
     own = isinstance(model, nnx.Module)
@@ -136,9 +133,32 @@ def compensate(
     exact = refit_in_order(
         function, pruned, plan, moments, list(batches or ()), kept_back, damping, kwargs
     )
-    leaves = dict(zip(pruned.names, jax.tree.leaves(pruned.params), strict=True))
+    leaves = _leaves(pruned)
     leaves |= {leaf: like_leaf(leaves[leaf], x) for leaf, x in exact.items()}
     return with_leaves(pruned, small, leaves)
+
+
+def _leaves(function: Function) -> dict[str, Any]:
+    return dict(zip(function.names, jax.tree.leaves(function.params), strict=True))
+
+
+def _check_damping(damping: Damping) -> None:
+    if damping in (None, "held-out"):
+        return
+    if not isinstance(damping, int | float | np.number) or not damping >= 0:
+        raise TPPError(f"the damping is {damping!r}, must be at least 0, or 'held-out'")
+
+
+def _split(batches: Iterable[Any] | None, damping: Damping) -> tuple[list[Any], int]:
+    """Returns all batches, and how many of the last ones the damping is chosen on."""
+    found = list(batches or ())
+    kept_back = max(len(found) // 5, 1) if damping == "held-out" else 0
+    if len(found) <= kept_back:
+        raise TPPError(
+            f"there are {len(found)} batches: a refit in sequence needs them, and a "
+            "damping that is chosen on held-out batches at least two"
+        )
+    return found, kept_back
 
 
 def with_leaves(function: Function, params: Any, leaves: Mapping[str, Any]) -> Any:

@@ -234,15 +234,17 @@ def _refit_layer(
         if exact:
             totals.append(functools.reduce(merge, exact))
     weights = _flat(dense.leaf, current, new)
+    before = np.asarray(originals[dense.leaf], np.float64).reshape(-1)
+    before = before[_kept_entries(plan, dense.leaf)]
     for s, index in enumerate(small.reading.index):
         lack, bias, at = np.zeros(index.shape[1]), None, None
         if entry.bias is not None:
             at, bias, old = _bias_of(entry, columns[s], plan, originals, current, new)
             lack = entry.bias.sign * (old - bias[at])
-        errors = [_errors(total, s, weights[index], lack) for total in totals]
+        errors = [_errors(total, s, before[index], lack) for total in totals]
         held = errors[1] if len(errors) > 1 else None
         change, shift = refit(errors[0], held, damping, entry.bias is not None)
-        weights[index] += change
+        weights[index] = before[index] + change
         if bias is not None and entry.bias is not None:
             bias[at] += entry.bias.sign * shift
 
