@@ -9,6 +9,7 @@ from flax import nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.dotted import is_dotted, load_object
+from tpp_jax.experiment.refitting import calibration_inputs
 from tpp_jax.experiment.sections import PruneConfig
 from tpp_jax.graph.groups import Groups
 from tpp_jax.pruning.activations import activation_means
@@ -49,7 +50,7 @@ def plan_for(
         if task is None:
             criterion = "l1"
         else:
-            statistics = _statistics(criterion, model, task, prune.batches, seed)
+            statistics = _statistics(criterion, groups, model, task, prune, seed)
     amount: dict[str, Any] = {"counts": counts}
     if counts is None:
         amount = dict(
@@ -104,18 +105,24 @@ _MEASURED = (
 
 
 def _statistics(
-    criterion: Criterion, model: nnx.Module, task: Task, number: int, seed: int
+    criterion: Criterion,
+    groups: Groups,
+    model: nnx.Module,
+    task: Task,
+    prune: PruneConfig,
+    seed: int,
 ) -> Any:
-    """Measures what a criterion needs on the first training batches.
+    """Measures what a criterion needs on the first training examples.
 
     Args:
       criterion: Criterion that needs statistics.
+      groups: Groups of the model.
       model: Network with its weights.
       task: Task whose data and loss are used.
-      number: Number of batches, or all of an epoch if it has fewer.
+      prune: Section ``prune`` of the config, with the amount of data.
       seed: Seed of the order of the data and of random vectors.
     """
-    batches = itertools.islice(task.samples(seed), number)
+    batches = itertools.islice(task.samples(seed), prune.batches)
     key = jax.random.key(seed)
 
     def loss(model: nnx.Module, batch: Any) -> Any:
@@ -129,6 +136,7 @@ def _statistics(
         case "activation_means":
             return activation_means(model, map(task.inputs, batches))
         case "input_moments":
+            inputs = calibration_inputs(task, prune.calibration_examples, seed)
             diagonal = criterion.of == "consumers"
-            return input_moments(model, map(task.inputs, batches), diagonal=diagonal)
+            return input_moments(model, inputs, groups=groups, diagonal=diagonal)
     raise ValueError(criterion.statistics)
