@@ -194,3 +194,20 @@ def test_what_cannot_be_done_without_batches_is_refused():
             tpp.compensate(fn, plan, params=params, moments=moments, **options)
     with pytest.raises(tpp.TPPError, match="at least two"):
         tpp.compensate(fn, plan, batches[:1], params, damping="held-out")
+
+
+def test_a_cut_of_zeros_is_left_as_it_is():
+    """It is free already: a norm over the channels was rescaled."""
+    params = {"in": draw(3, 8), "scale": draw(8, seed=1), "out": draw(8, 2, seed=2)}
+    params["in"] = params["in"].at[:, 4:].set(0)
+
+    def fn(p, x):
+        x = x @ p["in"]
+        size = jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 0.1)
+        return (x / size * p["scale"]) @ p["out"]
+
+    x = draw(40, 3, seed=3)
+    groups = tpp.channel_groups(fn, x, params=params)
+    plan = tpp.make_plan(groups, params, 0.5)
+    small = tpp.compensate(fn, plan, [x], params, sequential=True)
+    np.testing.assert_allclose(fn(small, x), fn(params, x), rtol=1e-5, atol=1e-5)

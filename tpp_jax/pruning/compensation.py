@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.functions import Function, as_function, is_array
 from tpp_jax.graph.naming import some
+from tpp_jax.pruning import readiness
 from tpp_jax.pruning.cutting import check_plan, prune
 from tpp_jax.pruning.masks import keep_masks
 from tpp_jax.pruning.moments import ConsumerMoments, Moments, input_moments
@@ -127,7 +128,8 @@ def compensate(
     full = with_leaves(function, params, leaves)
     own = isinstance(model, nnx.Module)
     small = prune(full, plan) if own else prune(model, plan, full)
-    if not sequential:
+    # Filters of zeros leave nothing to refit, and their cut may rescale the others.
+    if not sequential or readiness.measure(plan, function.params).all_zero:
         return small
     pruned = as_function(small) if own else as_function(model, small, plan)
     exact = refit_in_order(
