@@ -200,6 +200,7 @@ def test_a_cut_of_zeros_is_left_as_it_is():
     """It is free already: a norm over the channels was rescaled."""
     params = {"in": draw(3, 8), "scale": draw(8, seed=1), "out": draw(8, 2, seed=2)}
     params["in"] = params["in"].at[:, 4:].set(0)
+    params["scale"] = params["scale"].at[4:].set(0)
 
     def fn(p, x):
         x = x @ p["in"]
