@@ -75,6 +75,7 @@ class ConsumerMoments:
         they are added to nothing.
       steps: Number of steps of loops whose kernels are the stacks, one after the other;
         1 outside of loops.
+      once: Whether the weights are read by one product, outside of loops and branches.
     """
 
     leaf: str
@@ -91,6 +92,7 @@ class ConsumerMoments:
     gain: Float[np.ndarray, "stacks outputs"]
     stream: Float[np.ndarray, "stacks 2"] | None
     steps: int
+    once: bool
 
     @property
     def second_moment(self) -> Float[np.ndarray, "stacks features"]:
@@ -284,6 +286,7 @@ def _entry(
         _gain(weights, total.get(GAIN + key)),
         _stream(total.get(STREAM + key)),
         findings.steps[key],
+        findings.uses[key] == 1,
     )
 
 

@@ -65,6 +65,8 @@ class Findings:
       weights: Key of a consumer → its weights.
       spent: Kinds and names of tags that were read in a way that is not understood.
       steps: Key of a consumer → number of steps of loops that its stacks are those of.
+      uses: Key of a consumer → number of products that were traced; inside of loops and
+        branches at least two.
       added: Key of a consumer → what is added to its outputs: the parameter, 1 or -1,
         and its entry for each output.
     """
@@ -72,6 +74,7 @@ class Findings:
     weights: dict[str, Weights] = dataclasses.field(default_factory=dict)
     spent: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    uses: dict[str, int] = dataclasses.field(default_factory=dict)
     added: dict[str, list[tuple[str, int, np.ndarray]]] = dataclasses.field(
         default_factory=dict
     )
@@ -100,6 +103,7 @@ def run(
     """
     closed = jax.make_jaxpr(call)(params, *inputs)
     check_length(closed.jaxpr)
+    findings.uses.clear()  # batches of another shape are traced too
     leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
     shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
     probe = _Probe(shapes, wanted, is_diagonal, findings, itertools.count(), {}, {})
@@ -237,6 +241,7 @@ class _Probe:
             digest.update(np.ascontiguousarray(part, np.int64).tobytes() + b"|")
         key = f"{tag.name}|{digest.hexdigest()[:16]}"
         self.findings.weights[key] = weights
+        self.findings.uses[key] = self.findings.uses.get(key, 0) + 1
         self.findings.steps[key] = math.prod(tag.steps)
         diagonal = self.is_diagonal(len(weights.features))
         sums = sums_of(reading.rows, diagonal, reading.used)
