@@ -97,14 +97,15 @@ def compensate(
             raise TPPError("a refit needs data: pass batches, or moments")
         pruned = plan.pruned_groups
         moments = input_moments(model, batches, params, pruned, **kwargs)
-    _check_groups(plan, moments)
     function = as_function(model, params)
     leaves = dict(zip(function.names, jax.tree.leaves(function.params), strict=True))
-    leaves.update(_refit_all(plan, moments, leaves, damping))
-    refit = with_leaves(function, params, leaves)
+    changed, cautions = refit(plan, moments, leaves, damping)
+    for caution in cautions:
+        warnings.warn(caution, UserWarning, stacklevel=2)
+    full = with_leaves(function, params, leaves | changed)
     if isinstance(model, nnx.Module):
-        return prune(refit, plan)
-    return prune(model, plan, refit)
+        return prune(full, plan)
+    return prune(model, plan, full)
 
 
 def with_leaves(function: Function, params: Any, leaves: Mapping[str, Any]) -> Any:
@@ -140,10 +141,24 @@ def _check_groups(plan: Plan, moments: Moments) -> None:
                 )
 
 
-def _refit_all(
-    plan: Plan, moments: Moments, leaves: dict[str, Any], damping: float | None
-) -> dict[str, Any]:
-    """Returns the refit kernels and biases by name, unpruned."""
+def refit(
+    plan: Plan,
+    moments: Moments,
+    leaves: Mapping[str, Any],
+    damping: float | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the refit kernels and biases by name, unpruned, and texts of warnings.
+
+    Args:
+      plan: Plan of the channels to keep; not traced.
+      moments: Moments of all groups that are pruned.
+      leaves: Parameters of the unpruned model by name.
+      damping: Share of the mean variance that is added; None for the default.
+
+    Raises:
+      TPPError: The moments are of other groups.
+    """
+    _check_groups(plan, moments)
     exact: dict[str, np.ndarray] = {}
     not_refit = {
         leaf: why for leaf, why in moments.skipped.items() if keep_masks(plan, leaf)
@@ -165,20 +180,20 @@ def _refit_all(
             few.append(entry.leaf)
         bias = None if entry.bias is None else flat(entry.bias.leaf)
         _refit(entry, keep, flat(entry.leaf), bias, damping)
+    cautions = []
     if not_refit:
         reasons = [f"{leaf} ({why})" for leaf, why in not_refit.items()]
-        _warn(f"layers that read pruned channels are not refit: {some(reasons)}")
+        cautions.append(
+            f"layers that read pruned channels are not refit: {some(reasons)}"
+        )
     if few:
-        _warn(
+        cautions.append(
             f"there are fewer than {_ROWS_PER_FEATURE} rows of data for each feature "
             f"that is refit in {some(few)}: the refit follows the calibration data "
             "more than the network. Give more batches, or a larger damping"
         )
-    return {leaf: like_leaf(leaves[leaf], values) for leaf, values in exact.items()}
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)
+    changed = {leaf: like_leaf(leaves[leaf], values) for leaf, values in exact.items()}
+    return changed, cautions
 
 
 def _kept_features(plan: Plan, entry: ConsumerMoments) -> Bool[np.ndarray, " features"]:
