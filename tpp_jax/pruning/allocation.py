@@ -123,7 +123,7 @@ def _put_back(problem: Problem, levels: list[int]) -> list[int]:
         gains = (curve[start] - curve[ends]) / (removed[start] - removed[ends])
         level = int(ends[np.argmax(gains)])
         change = problem.shares(_with(levels, group, level)) - problem.shares(levels)
-        room = max(change.sum(), np.finfo(float).tiny)
+        room = max(change.sum(), 1e-12)
         return _Step((curve[level] - curve[start]) / room, level)
 
     _greedy(levels, best)

@@ -106,9 +106,8 @@ def check_measured(sensitivity: Sensitivity, groups: Groups) -> None:
     sizes = {g.name: g.size for g in groups if g.reason is None}
     for name, size in zip(sensitivity.groups, sensitivity.sizes, strict=True):
         if sizes.get(name) != size:
-            here = f"has {sizes[name]}" if name in sizes else "is no prunable group"
+            here = f"it has {sizes[name]}" if name in sizes else "none can be pruned"
             raise TPPError(
-                f"the sensitivity is that of other groups: it was measured for {name} "
-                f"with {size} channels, which {here} here. Measure it with the groups "
-                "that are planned"
+                f"the sensitivity is that of other groups: there {name} has {size} "
+                f"channels, here {here}. Measure it with the groups that are planned"
             )

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from tpp_jax.errors import TPPError, TPPTypeError
-from tpp_jax.graph.functions import Function, as_function, set_evaluation
+from tpp_jax.graph.functions import Function, as_function, is_array, set_evaluation
 from tpp_jax.graph.records import Group, Groups
 from tpp_jax.pruning.compensation import refit
 from tpp_jax.pruning.criteria import Criterion, Score
@@ -220,10 +220,11 @@ def _mean_loss(
                 leaf = jnp.where(whole, leaf, jnp.zeros_like(leaf))
             arrays.append(leaf)
         value = run(jax.tree.unflatten(structure, arrays), batch)
-        if not jax.tree_util.all_leaves([value]) or jnp.shape(value):
+        if not is_array(value) or value.shape:
+            what = f"an array of shape {value.shape}" if is_array(value) else "no array"
             raise TPPError(
-                f"the loss is {jax.tree.map(jnp.shape, value)}, must be one number: "
-                "return the mean over the examples of the batch"
+                f"the loss is {what}, must be one number: return the mean over the "
+                "examples of the batch"
             )
         return value
 

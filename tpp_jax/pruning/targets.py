@@ -213,7 +213,7 @@ def kept_by_costs(
             for group, own, level in zip(matched, levels, chosen, strict=True)
         }
 
-    more = "measure larger ratios, measure more groups"
+    more = "measure larger ratios or more groups"
     target.check_reachable(kept_at([-1] * len(levels)), limits, more)
     asked = [i for i, want in enumerate(target.wanted) if want is not None]
     problem = Problem(
