@@ -2,7 +2,7 @@
 
 Pruned channels are multiplied by zero, so that every plan has the same shapes and one
 compiled program serves all of them. The plans run one after the other: vmapped weights
-make a grouped convolution, which a CPU computes 2 to 6 times slower.
+would make grouped convolutions, which are slower on a CPU.
 """
 
 import functools
