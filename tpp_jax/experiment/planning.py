@@ -45,11 +45,11 @@ def plan_for(
     """
     target = prune.flops or prune.params
     statistics, criterion = None, _criterion(prune.criterion)
-    if isinstance(criterion, Criterion) and (needed := criterion.statistics):
+    if isinstance(criterion, Criterion) and criterion.statistics:
         if task is None:
             criterion = "l1"
         else:
-            statistics = _statistics(needed, model, task, prune.batches, seed)
+            statistics = _statistics(criterion, model, task, prune.batches, seed)
     amount: dict[str, Any] = {"counts": counts}
     if counts is None:
         amount = dict(
@@ -104,12 +104,12 @@ _MEASURED = (
 
 
 def _statistics(
-    needed: str, model: nnx.Module, task: Task, number: int, seed: int
+    criterion: Criterion, model: nnx.Module, task: Task, number: int, seed: int
 ) -> Any:
     """Measures what a criterion needs on the first training batches.
 
     Args:
-      needed: Name of the statistics.
+      criterion: Criterion that needs statistics.
       model: Network with its weights.
       task: Task whose data and loss are used.
       number: Number of batches, or all of an epoch if it has fewer.
@@ -121,7 +121,7 @@ def _statistics(
     def loss(model: nnx.Module, batch: Any) -> Any:
         return task.loss(model, batch, key)[0]
 
-    match needed:
+    match criterion.statistics:
         case "loss_gradient":
             return loss_gradient(loss, model, batches)
         case "hessian_diagonal":
@@ -129,5 +129,6 @@ def _statistics(
         case "activation_means":
             return activation_means(model, map(task.inputs, batches))
         case "input_moments":
-            return input_moments(model, map(task.inputs, batches), diagonal=True)
-    raise ValueError(needed)
+            diagonal = criterion.of == "consumers"
+            return input_moments(model, map(task.inputs, batches), diagonal=diagonal)
+    raise ValueError(criterion.statistics)

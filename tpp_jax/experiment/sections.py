@@ -232,7 +232,7 @@ class PruneConfig:
     batches: int = field(
         4,
         "Number of training batches on which `taylor`, `taylor_fo`, `hessian`, "
-        "`activation`, `wanda` and `variance` measure.",
+        "`activation`, `wanda`, `variance` and `obs` measure.",
         least=1,
     )
     scope: str = field(

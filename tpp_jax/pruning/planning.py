@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from tpp_jax.errors import TPPError, TPPTypeError
 from tpp_jax.graph.records import Group, Groups
-from tpp_jax.pruning.criteria import Criterion, Score, Scores
+from tpp_jax.pruning.criteria import Criterion, Score, Scores, is_additive
 from tpp_jax.pruning.curves import Sensitivity, check_measured
 from tpp_jax.pruning.cutting import check_plan
 from tpp_jax.pruning.plan import Plan
@@ -24,6 +24,7 @@ from tpp_jax.pruning.targets import (
     kept_by_ratios,
     kept_for_target,
     pools_of,
+    saved_by_channels,
 )
 
 Ratios = Mapping[str, float] | str | float
@@ -84,12 +85,14 @@ def make_plan(
         scores are pruned.
       statistics: Pytree with the names of the parameters, from
         :mod:`tpp_jax.pruning.statistics`, for a criterion that needs more than weights;
-        the result of :func:`tpp_jax.input_moments` for ``wanda`` and ``variance``.
+        the result of :func:`tpp_jax.input_moments` for ``wanda``, ``variance`` and
+        ``obs``.
       scores: Group name → the user's own scores, float ``[group.size]``. They replace
         those of the criterion in the groups that they name.
       scope: Set of groups whose scores compete. ``"local"``: each group loses its own
         share; ``"global"``: the same total, but the lowest scores among all matched
-        groups; ``"isomorphic"``: the same total among groups of equal shape.
+        groups; ``"isomorphic"``: the same total among groups of equal shape. With a
+        target, scores of ``obs`` are divided by the share of it that a channel is.
       reduce: Function that combines the scores of a channel in the layers that produce
         it: ``"mean"``, ``"sum"``, ``"max"``, or ``"first"``, the score in the first.
       seed: Seed of the random criterion.
@@ -155,6 +158,10 @@ def make_plan(
         reduce=reduce,
         seed=seed,
     )
+    if scope != "local" and is_additive(criterion):
+        others = [g for g in matched if g.name not in (scores or {})]
+        saved = saved_by_channels(groups, others, flops=flops, params=params)
+        ranks |= {name: ranks[name] / share for name, share in saved.items()}
     if counts is None and flops is None and params is None:
         counts = kept_by_ratios(pools, asked, ranks, limits)
     elif counts is None:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from tpp_jax.errors import TPPError, TPPTypeError
 from tpp_jax.graph.functions import Function, as_function, is_array, set_evaluation
 from tpp_jax.graph.records import Group, Groups
-from tpp_jax.pruning.compensation import refit
+from tpp_jax.pruning.compensation import refit_all
 from tpp_jax.pruning.criteria import Criterion, Score
 from tpp_jax.pruning.curves import Sensitivity
 from tpp_jax.pruning.masks import keep_masks
@@ -137,7 +137,7 @@ def sensitivity(
     def cost(name: str, removed: int) -> float:
         counts = {name: groups[name].size - removed}
         plan = Plan(best_channels(groups, counts, ranks), groups)
-        changed = {} if moments is None else refit(plan, moments, leaves)[0]
+        changed = {} if moments is None else refit_all(plan, moments, leaves)[0]
         value = loss_of(leaves | changed, _masks(plan, all_kept))
         if not math.isfinite(value):
             raise TPPError(
