@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from tests.end_to_end.runs import ROOT, assert_same_end, history_of
+from tests.end_to_end.runs import assert_same_end, history_of
+from tests.end_to_end.starts import ROOT
 from tests.experiment.records.test_checkpoints import cut_short
 from tests.experiment.test_errors import small_config
 from tpp_jax.errors import TPPError
