@@ -139,6 +139,8 @@ def _perform(run: Run, stage: Stage, tools: Tools) -> Run:
             return choosing.keep_dense(run, stage, tools)
         case "choose":
             return choosing.choose(run, stage, tools)
+        case "refit":
+            return choosing.refit(run, stage, tools)
         case "slice":
             return choosing.cut(run, stage, tools)
         case _:
@@ -244,12 +246,14 @@ def _resumed(
     progress.say(
         f"Continuing the run in {workdir} from {position.phase}, step {position.step}."
     )
+    taught = unprefixed(arrays, "teacher.")
     return Run(
         dataclasses.replace(position, config=config),
         with_arrays(model, unprefixed(arrays, "model.")),
         tuple(plans),
         setup.phases(plans[-1]) if plans else run.phases,
         arrays,
+        teacher=with_arrays(setup.model, taught) if taught else None,
     )
 
 

@@ -66,6 +66,8 @@ class Equation(NamedTuple):
         a number of the ``cond`` and a number of the branch.
       endless: Whether it is in a ``while``, whose number of steps is not known;
         ``times`` is then the number in one step.
+      scalars: For each operand that is a literal, its value; None for the others, and
+        for a literal that a loop carries on from.
     """
 
     primitive: str
@@ -76,12 +78,23 @@ class Equation(NamedTuple):
     times: int = 1
     branches: tuple[tuple[int, int], ...] = ()
     endless: bool = False
+    scalars: tuple[Any, ...] = ()
 
     def operand(self, i: int) -> int:
         """Returns the value number of an operand that is no literal."""
         value = self.inputs[i]
         assert value is not None
         return value
+
+
+class Scalar(NamedTuple):
+    """A literal in the code, in place of the number of a value."""
+
+    value: Any
+
+
+Value = int | Scalar | None
+"""Number of a value, or a literal; None for a literal that is not known."""
 
 
 class Builder:
@@ -123,48 +136,66 @@ class Builder:
         self.origin[n] = origin
         return n
 
-    def unfold(self, jaxpr: Any, known: Mapping[Any, int | None]) -> list[int | None]:
+    def unfold(self, jaxpr: Any, known: Mapping[Any, Value]) -> list[Value]:
         """Adds the equations of a jaxpr; returns the numbers of its results.
 
         Args:
           jaxpr: Jaxpr whose equations are added.
           known: Value number of each variable that is no result of an equation.
         """
-        env = dict(known)
+        env: dict[Any, Value] = dict(known)
         for eqn in jaxpr.eqns:
             self._source = self._caller or eqn.source_info
-            inputs = [self._read(var, env) for var in eqn.invars]
-            match eqn.primitive.name:
-                case name if name in CALLS:
-                    before = self._caller
-                    # JAX caches the jaxpr of a jitted function, with the lines of its
-                    # first call. So the line of this call is its source.
-                    self._caller = self._source if name in ("jit", "pjit") else before
-                    outputs = self._call(eqn.params[CALLS[name]], inputs)
-                    self._caller = before
-                case "scan":
-                    outputs = self._scan(eqn, inputs)
-                case "while":
-                    outputs = self._while(eqn, inputs)
-                case "cond":
-                    outputs = self._cond(eqn, inputs)
-                case "shard_map" if "in_specs" in eqn.params:
-                    outputs = self._shard_map(eqn, inputs)
-                case name:
-                    shapes = [np.shape(var.aval) for var in eqn.outvars]
-                    outputs = self._equation(name, inputs, shapes, eqn.params)
-            env.update(zip(eqn.outvars, outputs, strict=True))
-        return [self._read(var, env) for var in jaxpr.outvars]
+            inputs = [
+                self._literal(var) if isinstance(var, jex_core.Literal) else env[var]
+                for var in eqn.invars
+            ]
+            name = eqn.primitive.name
+            enter = self._enter if name in ENTERED else self._plain
+            env.update(zip(eqn.outvars, enter(name, eqn, inputs), strict=True))
+        return [
+            self._literal(var) if isinstance(var, jex_core.Literal) else env[var]
+            for var in jaxpr.outvars
+        ]
+
+    def _plain(self, name: str, eqn: Any, inputs: list[Value]) -> Sequence[Value]:
+        shapes = [_shape(var) for var in eqn.outvars]
+        return self._equation(name, inputs, shapes, eqn.params)
+
+    def _enter(self, name: str, eqn: Any, inputs: list[Value]) -> Sequence[Value]:
+        match name:
+            case "scan":
+                return self._scan(eqn, inputs)
+            case "while":
+                return self._while(eqn, inputs)
+            case "cond":
+                return self._cond(eqn, inputs)
+            case "shard_map" if "in_specs" in eqn.params:
+                return self._shard_map(eqn, inputs)
+            case "shard_map":
+                return self._plain(name, eqn, inputs)
+        before = self._caller
+        # JAX caches the jaxpr of a jitted function, with the lines of its first call.
+        # So the line of this call is its source.
+        self._caller = self._source if name in ("jit", "pjit") else before
+        outputs = self._call(eqn.params[CALLS[name]], inputs)
+        self._caller = before
+        return outputs
 
     def _equation(
         self,
         name: str,
-        inputs: Sequence[int | None],
+        operands: Sequence[Value],
         shapes: list[tuple[int, ...]],
         params: dict[str, Any] | None = None,
     ) -> list[int]:
+        inputs = [n if isinstance(n, int) else None for n in operands]
+        scalars = [n.value if isinstance(n, Scalar) else None for n in operands]
         origin, params = self._origin_of(inputs), params or {}
-        outputs = [self.number(shape, origin) for shape in shapes]
+        first = len(self.shapes)
+        self.shapes += shapes
+        outputs = list(range(first, len(self.shapes)))
+        self.origin.update(dict.fromkeys(outputs, origin))
         times = self._times
         if self._mesh:
             varying = frozenset().union(*(self._varying.get(n, ()) for n in inputs))
@@ -184,62 +215,68 @@ class Builder:
                 times,
                 self._branches,
                 self._endless,
+                tuple(scalars),
             )
         )
         return outputs
 
-    def _call(self, closed: Any, inputs: list[int | None]) -> list[int | None]:
+    def _call(self, closed: Any, inputs: list[Value]) -> list[Value]:
         inner = getattr(closed, "jaxpr", closed)
-        scope = dict(zip(inner.invars, inputs, strict=True))
+        scope: dict[Any, Value] = dict(zip(inner.invars, inputs, strict=True))
         for var in inner.constvars:
-            scope[var] = constant = self.number(np.shape(var.aval), ())
+            scope[var] = constant = self.number(_shape(var), ())
             self.constants.append(constant)
         return self.unfold(inner, scope)
 
-    def _join(self, sources: list[int | None]) -> int | None:
+    def _join(self, sources: Sequence[Value]) -> Value:
         """Adds one value in place of several that must have the same channels."""
-        known = [n for n in sources if n is not None]
-        if len(known) < 2:
+        known = [n for n in sources if isinstance(n, int)]
+        if not known or len(sources) < 2:
             return known[0] if known else None
-        return self._equation("join", known, [self.shapes[known[0]]])[0]
+        return self._equation("join", sources, [self.shapes[known[0]]])[0]
 
-    def _scan(self, eqn: Any, inputs: list[int | None]) -> list[int | None]:
+    def _carried(self, first: list[Value], last: list[Value]) -> list[Value]:
+        """Returns what a loop carries, from its operands and results.
+
+        A literal is only where the loop starts, and is not known inside of it.
+        """
+        pairs = zip(first, last, strict=True)
+        return [self._join([n for n in pair if isinstance(n, int)]) for pair in pairs]
+
+    def _scan(self, eqn: Any, inputs: list[Value]) -> list[Value]:
         n_consts, n_carry = scan_parts(eqn)
         carry, stacked = inputs[n_consts:][:n_carry], inputs[n_consts + n_carry :]
         parts = [
-            None
-            if n is None
-            else self._equation("loop_slice", [n], [self.shapes[n][1:]])[0]
+            self._equation("loop_slice", [n], [self.shapes[n][1:]])[0]
+            if isinstance(n, int)
+            else None
             for n in stacked
         ]
         before = self._times
         self._times *= eqn.params["length"]
-        arguments = [*inputs[:n_consts], *carry, *parts]
+        arguments = [*inputs[:n_consts], *_unknown(carry), *parts]
         results = self._call(eqn.params["jaxpr"], arguments)
         self._times = before
-        outputs = [
-            self._join([first, last])
-            for first, last in zip(carry, results[:n_carry], strict=True)
-        ]
+        outputs = self._carried(carry, results[:n_carry])
         for result, var in zip(results[n_carry:], eqn.outvars[n_carry:], strict=True):
-            shape = np.shape(var.aval)
-            sources = [] if result is None else [result]
+            shape = _shape(var)
+            sources = [result] if isinstance(result, int) else []
             outputs += self._equation("loop_stack", sources, [shape])
         return outputs
 
-    def _while(self, eqn: Any, inputs: list[int | None]) -> list[int | None]:
+    def _while(self, eqn: Any, inputs: list[Value]) -> list[Value]:
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         carry = inputs[n_cond + n_body :]
+        inside = _unknown(carry)
         before = self._endless
         self._endless = True
-        self._call(eqn.params["cond_jaxpr"], [*inputs[:n_cond], *carry])
-        body = [*inputs[n_cond:][:n_body], *carry]
+        self._call(eqn.params["cond_jaxpr"], [*inputs[:n_cond], *inside])
+        body = [*inputs[n_cond:][:n_body], *inside]
         results = self._call(eqn.params["body_jaxpr"], body)
         self._endless = before
-        pairs = zip(carry, results, strict=True)
-        return [self._join([first, last]) for first, last in pairs]
+        return self._carried(carry, results)
 
-    def _cond(self, eqn: Any, inputs: list[int | None]) -> list[int | None]:
+    def _cond(self, eqn: Any, inputs: list[Value]) -> list[Value]:
         before, number = self._branches, self._conds
         self._conds += 1
         found = []
@@ -249,7 +286,7 @@ class Builder:
         self._branches = before
         return [self._join(list(sources)) for sources in zip(*found, strict=True)]
 
-    def _shard_map(self, eqn: Any, inputs: list[int | None]) -> list[int | None]:
+    def _shard_map(self, eqn: Any, inputs: list[Value]) -> list[Value]:
         before = self._mesh
         sizes = dict(eqn.params["mesh"].shape)
         self._mesh = before | sizes
@@ -257,7 +294,7 @@ class Builder:
         parts = []
         for n, spec in zip(inputs, eqn.params["in_specs"], strict=True):
             names = _axes_of(spec)
-            if n is not None and any(names):
+            if isinstance(n, int) and any(names):
                 shape = self.shapes[n]
                 shards = _shards(names, sizes, len(shape))
                 shape = tuple(a // b for a, b in zip(shape, shards, strict=True))
@@ -266,24 +303,22 @@ class Builder:
             parts.append(n)
         results = self._call(body, parts)
         self._mesh = before
-        outputs: list[int | None] = []
+        outputs: list[Value] = []
         for n, spec, var in zip(
             results, eqn.params["out_specs"], eqn.outvars, strict=True
         ):
             names = _axes_of(spec)
-            if n is not None and any(names):
-                shape = np.shape(var.aval)
+            if isinstance(n, int) and any(names):
+                shape = _shape(var)
                 shards = _shards(names, sizes, len(shape))
                 [n] = self._equation("unshard", [n], [shape], {"shards": shards})
             outputs.append(n)
         return outputs
 
-    def _read(self, var: Any, env: dict[Any, int | None]) -> int | None:
-        if isinstance(var, jex_core.Literal):
-            # The next number is that of the result, or in a call of the first one.
-            self.literals.append((var.val, self._source, len(self.shapes)))
-            return None
-        return env[var]
+    def _literal(self, var: Any) -> Scalar:
+        # The next number is that of the result, or in a call of the first one.
+        self.literals.append((var.val, self._source, len(self.shapes)))
+        return Scalar(var.val)
 
     def _origin_of(self, inputs: Sequence[int | None]) -> tuple[str, ...] | None:
         found: tuple[str, ...] = ()
@@ -301,6 +336,15 @@ class Builder:
             else:
                 found = found or origin
         return found
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return getattr(var.aval, "shape", ())
+
+
+def _unknown(carry: list[Value]) -> list[Value]:
+    """Returns what a loop carries, without the literals that it starts from."""
+    return [n if isinstance(n, int) else None for n in carry]
 
 
 def scan_parts(eqn: Any) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from tpp_jax.errors import TPPError
 from tpp_jax.graph.naming import named_leaves
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.readiness import UNDONE, at, find_states, measure
+from tpp_jax.pruning.rescaling import find_rescaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +27,10 @@ class Status:
         biases of the norms after them.
       zeroed: Number of layers whose pruned filters are exactly zero.
       layers: Number of layers of which filters are pruned.
-      ready: Whether the cut changes nothing: everything that it removes is exactly zero
-        where it is produced, and no norm or softmax runs over removed channels. (No
-        activation that is nonzero at zero, such as a sigmoid, may follow.)
+      ready: Whether :func:`tpp_jax.prune` changes nothing: all that it removes is zero
+        where it is produced, and a norm or other reduction over the channels is the
+        same without them once some parameters are rescaled. (No activation that is
+        nonzero at zero, such as a sigmoid, may follow, unless such a reduction does.)
       reason: Reason why the run is not ready; None if it is.
     """
 
@@ -105,10 +107,10 @@ def status(opt_state: Any, plan: Plan, params: optax.Params) -> Status:
             f"the pruned filters are not zero: {progress.zeroed} of {progress.layers} "
             "layers are"
         )
-    elif reduced and not progress.cut:
+    elif reduced and not progress.cut and (problem := _problem(plan)):
         reason = (
-            f"a norm, softmax or other reduction runs over channels of {reduced[0]}: "
-            "with zeros in their place it gives another result than without them"
+            f"a norm, softmax or other reduction runs over channels of {reduced[0]}, "
+            f"and the cut changes what the network computes: {problem}"
         )
     return Status(
         step=int(numbers["step"]),
@@ -120,3 +122,11 @@ def status(opt_state: Any, plan: Plan, params: optax.Params) -> Status:
         ready=reason is None,
         reason=reason,
     )
+
+
+def _problem(plan: Plan) -> str | None:
+    """Returns what a cut of zeros changes; None if it changes nothing."""
+    source = plan.groups.source
+    if source is None:
+        return "the plan comes from a pickle, which does not contain its model"
+    return find_rescaling(plan, source).problem

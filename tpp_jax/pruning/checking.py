@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +17,10 @@ from tpp_jax.graph.groups import Group, Groups
 from tpp_jax.graph.naming import longest_known_suffix
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
+from tpp_jax.pruning.filters import pruned_filters
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.slicing import mask_tree, slice_tree
+from tpp_jax.pruning.rescaling import find_rescaling
+from tpp_jax.pruning.slicing import mask_tree
 
 Outputs = Float[np.ndarray, " entries"]
 
@@ -50,12 +52,14 @@ class Checks(NamedTuple):
     Attributes:
       groups: Measurements of each prunable group of at least two channels.
       masked: Largest difference of an output between masking half of the channels and
-        removing them, in all groups that no reduction runs over; nan if the masked
-        network divides by zero (weights divided by their norm, for example).
+        removing them; nan if the masked network divides by zero (weights divided by
+        their norm, for example). Groups that a reduction runs over are among them if
+        rescaling makes both the same for all of them, see :func:`tpp_jax.rescale`.
       unprunable: Group name → reason why it cannot be pruned.
       unproved: Names of the groups that are only partly proved: they do not influence
-        the outputs (a dead unit, a bias before a softmax), or a reduction other than a
-        mean runs over them, so that no weights make masking and removing the same.
+        the outputs (a dead unit, a bias before a softmax), or a reduction runs over
+        them and no weights make masking and removing the same (a softmax over channels,
+        an activation that is not zero at zero before a norm).
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,10 +94,12 @@ def check_groups(
     - If the channels of a group are permuted, the outputs must not change.
     - If half of the channels of all groups that no reduction runs over are masked, the
       outputs must be the same as without them.
-    - If half of the channels of a group that a reduction runs over are copies of the
-      other half (6 of 9 channels are copies of 3), and no layer reads the copies, the
-      outputs must be the same as without them. Otherwise the reduction is not a mean
-      (a softmax, a product of queries and keys), and the group is listed as unproved.
+    - The same holds for a group that a reduction runs over (a root mean square, a
+      product of queries and keys) once the other parameters are rescaled, if
+      :func:`tpp_jax.rescale` finds factors.
+    - Without such factors (a layer norm subtracts a mean), half of the channels are
+      made copies of the other half (6 of 9 are copies of 3), which no layer reads. If
+      the outputs are not the same as without them, the group is listed as unproved.
     - The model must run without half of all channels, see :func:`tpp_jax.check_plan`.
 
     Args:
@@ -127,11 +133,18 @@ def check_groups(
     rng = np.random.default_rng(seed)
     network = _Network.of(model, params, groups, inputs, kwargs, rng)
     checks = _check_permuting(network, groups, tolerance, rng)
-    masked = _check_masking(network, groups, tolerance, rng)
-    check_plan(_half(groups, rng, lambda _: True), model, params)
-    unproved = _unproved(network, groups, checks, tolerance, rng)
+    plan, proved = _half(groups, rng, lambda _: True), True
+    check_plan(plan, model, params)
+    if not network.is_free(plan):
+        plan, proved = _half(groups, rng, lambda group: not group.reduced), False
+    masked = _check_masking(network, plan, tolerance)
+    proved &= bool(np.isfinite(masked))
+    unproved = [one.name for one in checks if one.influence <= tolerance]
+    unproved += [groups[i].name for i in _noisy(groups) if groups[i].reason is None]
+    if not proved:
+        unproved += _unproved(network, groups, tolerance, rng)
     reasons = {group.name: group.reason for group in groups if group.reason}
-    return Checks(checks, masked, reasons, unproved)
+    return Checks(checks, masked, reasons, tuple(dict.fromkeys(unproved)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +200,21 @@ class _Network:
         """Returns the outputs of the unpruned network."""
         return np.asarray(self._run(weights))
 
+    def is_free(self, plan: Plan) -> bool:
+        """Reports whether a cut of zeros changes nothing, as far as is known."""
+        source = plan.groups.source
+        return source is not None and find_rescaling(plan, source).problem is None
+
+    def zeroed(self, plan: Plan) -> Any:
+        """Returns weights whose pruned filters are zero."""
+        filters = pruned_filters(plan)
+        leaves, structure = jax.tree.flatten(self.weights)
+        for i, name in enumerate(self.names):
+            if name in filters:
+                mask = np.asarray(filters[name].mask(np.ndim(leaves[i])))
+                leaves[i] = np.where(mask, np.zeros((), leaves[i].dtype), leaves[i])
+        return jax.tree.unflatten(structure, leaves)
+
     def run_cut(self, plan: Plan, weights: Any) -> Outputs:
         """Returns the outputs of the network that :func:`prune` returns."""
         if isinstance(self.model, nnx.Module):
@@ -196,7 +224,7 @@ class _Network:
             small = dataclasses.replace(
                 self.function,
                 call=linen_apply(self.model, plan),
-                params=slice_tree(plan, weights),
+                params=prune(self.model, plan, weights),
             )
         else:
             drawn = iter(jax.tree.leaves(weights))
@@ -243,14 +271,12 @@ def _check_permuting(
     return tuple(checks)
 
 
-def _check_masking(
-    network: _Network, groups: Groups, tolerance: float, rng: np.random.Generator
-) -> float:
+def _check_masking(network: _Network, plan: Plan, tolerance: float) -> float:
     """Checks that masked and removed channels give the same, and returns how nearly."""
-    plan = _half(groups, rng, lambda group: not group.reduced)
     mask = mask_tree(plan, network.weights)
-    expected = network.run(jax.tree.map(_masked, network.weights, mask))
-    masked = _distance(network.run_cut(plan, network.weights), expected)
+    weights = jax.tree.map(_masked, network.weights, mask)
+    expected = network.run(weights)
+    masked = _distance(network.run_cut(plan, weights), expected)
     if np.isfinite(expected).all() and not masked <= tolerance:
         raise TPPError(
             f"masking half of the channels differs from removing them by "
@@ -260,23 +286,32 @@ def _check_masking(
 
 
 def _unproved(
-    network: _Network,
-    groups: Groups,
-    checks: Sequence[GroupCheck],
-    tolerance: float,
-    rng: np.random.Generator,
-) -> tuple[str, ...]:
-    """Returns the groups that permuting, or removing copies, cannot prove."""
-    unproved = [one.name for one in checks if one.influence <= tolerance]
-    unproved += [groups[i].name for i in _noisy(groups) if groups[i].reason is None]
+    network: _Network, groups: Groups, tolerance: float, rng: np.random.Generator
+) -> list[str]:
+    """Returns the reduced groups that neither zeros nor copies of channels prove."""
+    unproved = []
     for group in groups:
-        if group.reduced and group.reason is None and group.size > 1:
-            plan = _share(groups, rng, group)
-            weights = _with_copies(network, group, plan)
-            found = network.run_cut(plan, weights)
-            if not _distance(found, network.run(weights)) <= tolerance:
-                unproved.append(group.name)
-    return tuple(dict.fromkeys(unproved))
+        if not group.reduced or group.reason is not None or group.size < 2:
+            continue
+        plan = _share(groups, rng, group)
+        if network.is_free(plan):
+            weights = network.zeroed(plan)
+            expected = network.run(weights)
+            if np.isfinite(expected).all():
+                zeros = _distance(network.run_cut(plan, weights), expected)
+                if not zeros <= tolerance:
+                    raise TPPError(
+                        f"removing zeros from the group {group.name} changes an "
+                        f"output by {zeros:.2g} standard deviations, though the other "
+                        "weights are rescaled. Please report the model; until then, "
+                        "skip this group"
+                    )
+                continue
+        weights = _with_copies(network, group, plan)
+        found = network.run_cut(plan, weights)
+        if not _distance(found, network.run(weights)) <= tolerance:
+            unproved.append(group.name)
+    return unproved
 
 
 def _noisy(groups: Groups) -> frozenset[int]:

@@ -17,9 +17,8 @@ from tpp_jax.pruning.cutting import check_plan, prune
 from tpp_jax.pruning.masks import keep_masks
 from tpp_jax.pruning.moments import ConsumerMoments, Moments, input_moments
 from tpp_jax.pruning.plan import Plan, expect_plan
+from tpp_jax.pruning.ridge import default_damping, ridge
 
-# Dead channels make covariances singular, however many rows there are.
-_LEAST_DAMPING = 1e-4
 # With fewer rows the fit follows the calibration data more than the network.
 _ROWS_PER_FEATURE = 3
 
@@ -214,31 +213,17 @@ def _refit(
         mean, lost = entry.mean[s], weights[index[s][~keep]]
         shift = lost.T @ mean[~keep]
         if entry.fixed is None and entry.covariance is not None:
-            moments = entry.covariance[s]
-            if bias is None:
-                moments = moments + np.outer(mean, mean)
+            moments = entry.moments_about(s)
             delta = damping
             if delta is None:
-                delta = max(0.1 * keep.sum() / rows, _LEAST_DAMPING)
-            change = _ridge(
+                delta = default_damping(int(keep.sum()), rows)
+            change = ridge(
                 moments[keep][:, keep], moments[keep][:, ~keep] @ lost, delta
             )
             weights[index[s][keep]] += change
             shift -= change.T @ mean[keep]
         if bias is not None and entry.bias is not None:
             bias[entry.bias.index[s]] += entry.bias.sign * shift
-
-
-def _ridge(
-    moments: Float[np.ndarray, "k k"], target: Float[np.ndarray, "k o"], damping: float
-) -> Float[np.ndarray, "k o"]:
-    """Returns ``(moments + damping · mean(diag) · I)⁻¹ target``."""
-    size = np.trace(moments) / len(moments)
-    if size <= 0:  # dead channels alone
-        return np.zeros_like(target)
-    if damping == 0:
-        return np.linalg.lstsq(moments, target, rcond=None)[0]
-    return np.linalg.solve(moments + damping * size * np.eye(len(moments)), target)
 
 
 def like_leaf(leaf: Any, values: np.ndarray) -> Any:

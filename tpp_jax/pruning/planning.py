@@ -27,7 +27,13 @@ from tpp_jax.pruning.criteria import (
 from tpp_jax.pruning.cutting import check_plan
 from tpp_jax.pruning.moments import Moments
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.targets import Limits, kept_by_ratios, kept_for_target, pools_of
+from tpp_jax.pruning.targets import (
+    Limits,
+    kept_by_ratios,
+    kept_for_target,
+    pools_of,
+    saved_by_channels,
+)
 
 Ratios = Mapping[str, float] | str | float
 
@@ -82,12 +88,14 @@ def make_plan(
         scores are pruned.
       statistics: Pytree with the names of the parameters, from
         :mod:`tpp_jax.pruning.statistics`, for a criterion that needs more than weights;
-        the result of :func:`tpp_jax.input_moments` for ``wanda`` and ``variance``.
+        the result of :func:`tpp_jax.input_moments` for ``wanda``, ``variance`` and
+        ``obs``.
       scores: Group name → the user's own scores, float ``[group.size]``. They replace
         those of the criterion in the groups that they name.
       scope: Set of groups whose scores compete. ``"local"``: each group loses its own
         share; ``"global"``: the same total, but the lowest scores among all matched
-        groups; ``"isomorphic"``: the same total among groups of equal shape.
+        groups; ``"isomorphic"``: the same total among groups of equal shape. With a
+        target, scores of ``obs`` are divided by the share of it that a channel is.
       reduce: Function that combines the scores of a channel in the layers that produce
         it: ``"mean"``, ``"sum"``, ``"max"``, or ``"first"``, the score in the first.
       seed: Seed of the random criterion.
@@ -153,6 +161,9 @@ def make_plan(
             extra = _by_parameter(statistics, groups)
         for group in unscored:
             ranks[group.name] = group_scores(group, leaves, scorer, reduce, extra)
+        if scorer.additive and scope != "local":
+            saved = saved_by_channels(groups, unscored, flops=flops, params=params)
+            ranks |= {name: ranks[name] / share for name, share in saved.items()}
     elif isinstance(criterion, str) and criterion not in (*CRITERIA, "random"):
         find_criterion(criterion, seed)  # not needed, but an unknown name is a mistake
     if counts is None and flops is None and params is None:

@@ -137,6 +137,35 @@ def kept_for_target(
     return kept(bisect.bisect_left(range(len(order)), True, key=small_enough))
 
 
+def saved_by_channels(
+    groups: Groups,
+    scored: Sequence[Group],
+    *,
+    flops: float | None,
+    params: float | None,
+) -> dict[str, float]:
+    """Returns the share of the model that one channel of each group is.
+
+    Args:
+      groups: All groups of the model.
+      scored: Groups of interest.
+      flops: Target of FLOPs; None if they are of no interest.
+      params: Target of parameters, like the FLOPs. Of two targets shares are added.
+    """
+    if flops is None and params is None:
+        return {}
+    costs = Costs(groups)
+    unpruned, saved = costs({}), {}
+    for group in scored:
+        without = costs({group.name: group.size - 1})
+        saved[group.name] = sum(
+            1 - a / b
+            for a, b, target in zip(without, unpruned, (params, flops), strict=True)
+            if target is not None and b
+        )
+    return {name: share for name, share in saved.items() if share > 0}
+
+
 def pools_of(groups: Groups, matched: Sequence[Group], scope: str) -> list[list[Group]]:
     """Returns the pools of the groups that are pruned.
 
