@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import tpp_jax as tpp
-from tests.end_to_end.runs import ROOT
+from tests.end_to_end.starts import ROOT
 from tests.experiment.records.test_checkpoints import cut_short
 from tests.small_net import Net, filled, number_of
 from tpp_jax.errors import TPPError

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from tests.end_to_end.runs import ROOT, assert_same_end, history_of
+from tests.end_to_end.runs import assert_same_end, history_of
+from tests.end_to_end.starts import ROOT
 from tests.experiment.records.test_checkpoints import cut_short
 from tests.experiment.test_errors import small_config
 from tpp_jax.errors import TPPError
@@ -40,6 +41,7 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(feeds.Resident, "train_data", train_data)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("step", [7, 44, 48, 71, 80])
 def test_a_run_that_is_asked_to_end_saves_where_it_is(
     tmp_path, monkeypatch, undisturbed, step
@@ -55,6 +57,7 @@ def test_a_run_that_is_asked_to_end_saves_where_it_is(
     assert_same_end(tmp_path, undisturbed)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_a_run_of_eight_devices_goes_on_with_fewer(
     tmp_path, monkeypatch, undisturbed, num_devices
@@ -81,6 +84,7 @@ def test_a_second_signal_is_not_waited_for():
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     tmp_path, monkeypatch, undisturbed, capsys
 ):
@@ -172,6 +176,7 @@ def test_a_report_layer_that_the_first_round_leaves_whole_is_no_mistake(tmp_path
     assert summary["layers"]["net.2"] == {"kept": 99, "total": 100}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_full_disk_is_told_and_the_last_checkpoint_survives(tmp_path):
     """A limit on the size of a file simulates a full disk."""
     code = f"""
