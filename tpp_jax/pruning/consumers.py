@@ -7,14 +7,18 @@ its product whatever was done to its layout, and so is the bias that is added be
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
+
+from tpp_jax.pruning.sums import Sums, sums_of
+from tpp_jax.pruning.windows import Line, sums_of_windows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,20 +50,19 @@ class Reading:
     """What a product reads with a kernel.
 
     Attributes:
-      rows: Operand of the product, ``[stacks, rows, features]``, one stack for each
-        matrix of a batched product or group of a convolution.
+      sums: Function of whether only squares are summed up that returns the sums of
+        what is read. There is one stack for each matrix of a batched product or group
+        of a convolution.
       index: Flat index into the kernel's parameter of the weight that takes a feature
         to an output, int ``[*steps, stacks, features, outputs]``.
       made: Number of the output that each entry of the product's result is, int
         ``[*steps, *shape]``; outputs are numbered through all steps and stacks. None
         if that depends on the data.
-      used: Whether a row is read by a stack, where the rows are those of all stacks.
     """
 
-    rows: Float[Array, "stacks rows features"]
+    sums: Callable[[bool], Sums]
     index: Int[np.ndarray, "..."]
     made: Int[np.ndarray, "..."] | None
-    used: Bool[Array, "stacks rows"] | None = None
 
 
 _UNCHANGED = frozenset(
@@ -168,7 +171,9 @@ def read_dot(eqn: Any, operand: int, tag: Tag, other: Array) -> Reading:
     made = np.arange(count).reshape(*steps, *place)
     shape = eqn.outvars[0].aval.shape
     return Reading(
-        rows, index.reshape(*steps, *sizes), np.broadcast_to(made, (*steps, *shape))
+        functools.partial(sums_of, rows),
+        index.reshape(*steps, *sizes),
+        np.broadcast_to(made, (*steps, *shape)),
     )
 
 
@@ -196,7 +201,8 @@ def read_ragged(eqn: Any, tag: Tag, rows: Array, sizes: Array) -> Reading | None
     ends = jnp.cumsum(sizes)[:, None]
     at = jnp.arange(rows.shape[1 - summed[0]])
     used = (at < ends) & (at >= ends - sizes[:, None])
-    return Reading(rows.transpose(1 - summed[0], summed[0])[None], index, None, used)
+    rows = rows.transpose(1 - summed[0], summed[0])[None]
+    return Reading(functools.partial(sums_of, rows, used=used), index, None)
 
 
 def read_convolution(eqn: Any, tag: Tag, images: Array) -> Reading:
@@ -222,45 +228,30 @@ def read_convolution(eqn: Any, tag: Tag, images: Array) -> Reading:
     place[dims.out_spec[1]] = outputs
     count = math.prod(steps) * outputs
     made = np.arange(count).reshape(*steps, *place)
-    patches = _patches(params, images, window, [out_shape[i] for i in dims.out_spec])
-    rows = patches.reshape(-1, taps, groups, width).transpose(2, 0, 1, 3)
+    batch, channels, *axes = dims.lhs_spec
+    images = images.transpose(batch, *axes, channels)
+    between = [(0, 0, dilation - 1) for dilation in params["lhs_dilation"]]
+    spread = [(0, 0, 0), *between, (0, 0, 0)]
+    if any(params["lhs_dilation"][i] > 1 for i in range(len(axes))):
+        images = lax.pad(images, jnp.zeros((), images.dtype), spread)
+    lines = [
+        Line(size, window[i], out_shape[axis], low, stride, dilation)
+        for i, (size, axis, (low, _), stride, dilation) in enumerate(
+            zip(
+                images.shape[1:-1],
+                dims.out_spec[2:],
+                params["padding"],
+                params["window_strides"],
+                params["rhs_dilation"],
+                strict=True,
+            )
+        )
+    ]
     return Reading(
-        rows.reshape(groups, -1, taps * width),
+        functools.partial(sums_of_windows, images, lines, groups),
         index,
         np.broadcast_to(made, (*steps, *out_shape)),
     )
-
-
-def _patches(
-    params: dict[str, Any], images: Array, window: list[int], out_shape: list[int]
-) -> Array:
-    """Returns the patches of images, ``[examples, *positions, taps, channels]``.
-
-    By slices: a convolution with unit kernels would round on some devices.
-    """
-    dims = params["dimension_numbers"]
-    batch, channels, *spatial = dims.lhs_spec
-    x = images.transpose(batch, *spatial, channels)
-    borders = zip(params["padding"], params["lhs_dilation"], strict=True)
-    around = [(low, high, dilation - 1) for (low, high), dilation in borders]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
-    strides, sizes = params["window_strides"], out_shape[2:]
-    taps = []
-    for tap in np.ndindex(*window):
-        first = [i * d for i, d in zip(tap, params["rhs_dilation"], strict=True)]
-        last = [
-            i + (size - 1) * stride + 1
-            for i, size, stride in zip(first, sizes, strides, strict=True)
-        ]
-        taps.append(
-            lax.slice(
-                x,
-                [0, *first, 0],
-                [x.shape[0], *last, x.shape[-1]],
-                [1, *strides, 1],
-            )
-        )
-    return jnp.stack(taps, axis=-2)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from tpp_jax.pruning.consumers import (
     weights_of,
 )
 from tpp_jax.pruning.replay import evaluate, replay
-from tpp_jax.pruning.sums import Sums, merge, sums_of
+from tpp_jax.pruning.sums import Sums, merge
 
 # Larger parameters are no biases; they are followed only if they are kernels.
 _LARGEST_BIAS = 1 << 20
@@ -210,7 +210,7 @@ class _Probe:
         key = f"{tag.name}|{digest.hexdigest()[:16]}"
         self.findings.weights[key] = weights
         diagonal = self.is_diagonal(len(weights.features))
-        sums = sums_of(reading.rows, diagonal, reading.used)
+        sums = reading.sums(diagonal)
         self._add(key, _in_order(sums, weights.order), tag.loops)
         return key
 
