@@ -9,16 +9,16 @@ its product whatever was done to its layout, and so is the bias that is added be
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from tpp_jax.pruning.sums import Sums, sums_of
-from tpp_jax.pruning.windows import Line, sums_of_windows
+from tpp_jax.pruning.windows import Line, patch_rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +45,14 @@ class Tag:
         return self.index.shape[: len(self.loops)]
 
 
+class Patches(NamedTuple):
+    """What a convolution reads: images, with the window along each spatial axis."""
+
+    images: Float[Array, "examples *spatial channels"]
+    lines: tuple[Line, ...]
+    groups: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
     """What a product reads with a kernel.
@@ -58,11 +66,13 @@ class Reading:
       made: Number of the output that each entry of the product's result is, int
         ``[*steps, *shape]``; outputs are numbered through all steps and stacks. None
         if that depends on the data.
+      patches: Images that a window of several taps reads; None for other products.
     """
 
     sums: Callable[[bool], Sums]
     index: Int[np.ndarray, "..."]
     made: Int[np.ndarray, "..."] | None
+    patches: Patches | None = None
 
 
 _UNCHANGED = frozenset(
@@ -228,30 +238,38 @@ def read_convolution(eqn: Any, tag: Tag, images: Array) -> Reading:
     place[dims.out_spec[1]] = outputs
     count = math.prod(steps) * outputs
     made = np.arange(count).reshape(*steps, *place)
-    batch, channels, *axes = dims.lhs_spec
-    images = images.transpose(batch, *axes, channels)
-    between = [(0, 0, dilation - 1) for dilation in params["lhs_dilation"]]
-    spread = [(0, 0, 0), *between, (0, 0, 0)]
-    if any(params["lhs_dilation"][i] > 1 for i in range(len(axes))):
-        images = lax.pad(images, jnp.zeros((), images.dtype), spread)
-    lines = [
-        Line(size, window[i], out_shape[axis], low, stride, dilation)
-        for i, (size, axis, (low, _), stride, dilation) in enumerate(
-            zip(
-                images.shape[1:-1],
-                dims.out_spec[2:],
-                params["padding"],
-                params["window_strides"],
-                params["rhs_dilation"],
-                strict=True,
-            )
-        )
-    ]
+    images, lines = _seen_by_window(eqn, images, window)
     return Reading(
-        functools.partial(sums_of_windows, images, lines, groups),
+        lambda diagonal: sums_of(patch_rows(images, lines, groups), diagonal),
         index,
         np.broadcast_to(made, (*steps, *out_shape)),
+        Patches(images, lines, groups) if taps > 1 else None,
     )
+
+
+def _seen_by_window(
+    eqn: Any, images: Array, window: Sequence[int]
+) -> tuple[Array, tuple[Line, ...]]:
+    """Returns images with channels last, and the window along each of their axes."""
+    params = eqn.params
+    dims, shape = params["dimension_numbers"], eqn.outvars[0].aval.shape
+    batch, channels, *axes = dims.lhs_spec
+    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+    images = images.transpose(batch, *axes, channels)
+    between = [(0, 0, dilation - 1) for dilation in params["lhs_dilation"]]
+    if any(dilation > 1 for dilation in params["lhs_dilation"]):
+        around = [(0, 0, 0), *between, (0, 0, 0)]
+        images = lax.pad(images, jnp.zeros((), images.dtype), around)
+    lines = map(
+        Line,
+        images.shape[1:-1],
+        window,
+        [shape[axis] for axis in dims.out_spec[2:]],
+        [low for low, _ in params["padding"]],
+        params["window_strides"],
+        params["rhs_dilation"],
+    )
+    return images, tuple(lines)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -28,9 +28,18 @@ from tpp_jax.pruning.consumers import (
 )
 from tpp_jax.pruning.replay import evaluate, replay
 from tpp_jax.pruning.sums import Sums, merge
+from tpp_jax.pruning.windows import Line, PatchSums, patch_sums
 
 # Larger parameters are no biases; they are followed only if they are kernels.
 _LARGEST_BIAS = 1 << 20
+
+
+class Place(NamedTuple):
+    """The key of a consumer, and the window with which images are read, if they are."""
+
+    key: str
+    lines: tuple[Line, ...] = ()
+    groups: int = 1
 
 
 class _Value(NamedTuple):
@@ -67,7 +76,9 @@ def run(
     findings: Findings,
     params: Any,
     inputs: tuple[Any, ...],
-) -> dict[str, Sums]:
+    centres: Mapping[Place, Any],
+    first: Any = True,
+) -> dict[Place, Sums | PatchSums]:
     """Returns the sums of what each consumer reads in one call.
 
     Args:
@@ -79,12 +90,16 @@ def run(
       findings: Record of what is found on the way; modified.
       params: Parameters.
       inputs: Inputs.
+      centres: Means of the channels of what windows read in the first call.
+      first: Whether this call is the first; a traced boolean.
     """
     closed = jax.make_jaxpr(call)(params, *inputs)
     check_length(closed.jaxpr)
     leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
     shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
-    probe = _Probe(shapes, wanted, is_diagonal, findings, itertools.count(), {}, {})
+    windows = _Windows(centres, first, {})
+    numbers = itertools.count()
+    probe = _Probe(shapes, wanted, is_diagonal, findings, numbers, {}, {}, windows)
     arguments = []
     for name, leaf in leaves.items():
         small = jnp.size(leaf) <= _LARGEST_BIAS or name in wanted
@@ -96,11 +111,35 @@ def run(
     arguments += [_Value(leaf, None, True) for leaf in jax.tree.leaves(inputs)]
     for value in probe.replay(closed.jaxpr, closed.consts, arguments):
         probe.spend(value)
-    return probe.sums
+    sums = {Place(key): sums for key, sums in probe.sums.items()}
+    return sums | windows.sums
 
 
 def _dtype(size: int) -> Any:
     return np.int32 if size < 1 << 31 else np.int64
+
+
+@dataclasses.dataclass
+class _Windows:
+    """Sums over the patches of convolutions, outside of loops.
+
+    Attributes:
+      centres, first: See :func:`run`.
+      sums: Where patches are read → sums over them.
+    """
+
+    centres: Mapping[Place, Any]
+    first: Any
+    sums: dict[Place, PatchSums]
+
+    def note(self, place: Place, images: Any, diagonal: bool) -> None:
+        """Sums up the patches of images."""
+        centre = images.mean(range(images.ndim - 1))
+        if place in self.centres:
+            centre = jnp.where(self.first, centre, self.centres[place])
+        self.sums[place] = patch_sums(
+            images, centre, place.lines, place.groups, diagonal
+        )
 
 
 @dataclasses.dataclass
@@ -114,6 +153,7 @@ class _Probe:
       sums: Key of a consumer → its sums.
       loops: Key of a consumer → the loops whose steps its stacks are, those of this
         level and outside of it.
+      windows: Sums over patches; None in a loop or branch.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -123,10 +163,11 @@ class _Probe:
     numbers: Any
     sums: dict[str, Sums]
     loops: dict[str, tuple[int, ...]]
+    windows: _Windows | None
 
     def inside(self) -> "_Probe":
         """Returns a probe for the body of a loop or branch."""
-        return dataclasses.replace(self, sums={}, loops={})
+        return dataclasses.replace(self, sums={}, loops={}, windows=None)
 
     def replay(
         self, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[_Value]
@@ -210,8 +251,14 @@ class _Probe:
         key = f"{tag.name}|{digest.hexdigest()[:16]}"
         self.findings.weights[key] = weights
         diagonal = self.is_diagonal(len(weights.features))
+        if reading.patches is not None and self.windows is not None:
+            images, lines, groups = reading.patches
+            place = Place(key, lines, groups)
+            if place not in self.windows.sums:
+                self.windows.note(place, images, diagonal)
+                return key
         sums = reading.sums(diagonal)
-        self._add(key, _in_order(sums, weights.order), tag.loops)
+        self._add(key, sums, tag.loops)
         return key
 
     def _add(self, key: str, sums: Sums, loops: tuple[int, ...]) -> None:
@@ -394,13 +441,3 @@ def _sums_within(
     shapes = jax.eval_shape(sums_of_body, *arguments)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return shapes, zeros, loops
-
-
-def _in_order(sums: Sums, order: np.ndarray) -> Sums:
-    """Returns sums whose features are in another order."""
-    if np.array_equal(order, np.arange(order.size)):
-        return sums
-    scatter = sums.scatter[:, order]
-    if scatter.ndim == 3:
-        scatter = scatter[:, :, order]
-    return Sums(sums.rows, sums.mean[:, order], scatter)
