@@ -119,7 +119,8 @@ def input_moments(
     groups: Iterable[Group] | None = None,
     *,
     diagonal: bool = False,
-    max_features: int = 4096,
+    max_features: int = 8192,
+    rows: int | None = 64,
     **kwargs: Any,
 ) -> Moments:
     """Measures what kernels read along the channels that can be pruned.
@@ -142,11 +143,14 @@ def input_moments(
         criteria and takes little memory.
       max_features: Largest number of features of a consumer whose covariances are
         measured; of those with more (taps of a window count) only the variances are.
+      rows: Number of rows for each feature of a window that are enough: where a
+        convolution of several taps reads more in a batch, its covariances and means are
+        those of fewer examples, at equal distances in the batch and at least a quarter
+        of them. None for all examples. Nothing is left out with ``diagonal``.
       **kwargs: Keyword arguments of the model, the same for all batches.
 
     Returns:
-      The moments of each consumer. The patches of one convolution and one batch are in
-      memory at once: smaller batches need less.
+      The moments of each consumer. The matrices of all are on the device, float64.
 
     Raises:
       TPPError: There is no batch.
@@ -175,6 +179,7 @@ def input_moments(
         itertools.chain([first], runs),
         _axes_read(prunable),
         lambda features: diagonal or features > max_features,
+        rows,
     )
     entries = tuple(
         _entry(key, weights, total.pop(key), findings)
@@ -192,10 +197,11 @@ def _total(
     runs: Iterable[tuple[Any, ...]],
     wanted: Mapping[str, frozenset[int]],
     is_diagonal: Callable[[int], bool],
+    enough: int | None,
 ) -> tuple[dict[str, Sums], Findings]:
     """Returns the sums over all batches by key of a consumer, float64 on the host."""
     call = functools.partial(function.call, **kwargs)
-    probe = functools.partial(run, call, function.names, wanted, is_diagonal)
+    probe = functools.partial(run, call, function.names, wanted, is_diagonal, enough)
     findings, total, centres = Findings(), {}, {}
     measure = jax.jit(functools.partial(probe, findings))
     for inputs in runs:

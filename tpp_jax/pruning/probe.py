@@ -28,7 +28,7 @@ from tpp_jax.pruning.consumers import (
 )
 from tpp_jax.pruning.replay import evaluate, replay
 from tpp_jax.pruning.sums import Sums, merge
-from tpp_jax.pruning.windows import Line, PatchSums, patch_sums
+from tpp_jax.pruning.windows import Line, PatchSums, patch_sums, some_of
 
 # Larger parameters are no biases; they are followed only if they are kernels.
 _LARGEST_BIAS = 1 << 20
@@ -73,6 +73,7 @@ def run(
     names: Sequence[str],
     wanted: Mapping[str, Collection[int]],
     is_diagonal: Callable[[int], bool],
+    enough: int | None,
     findings: Findings,
     params: Any,
     inputs: tuple[Any, ...],
@@ -87,6 +88,7 @@ def run(
       wanted: Name of a parameter → axes that channels of interest run along.
       is_diagonal: Function of a number of features that says whether only the variances
         are summed up.
+      enough: Number of rows for each feature of a window that are enough.
       findings: Record of what is found on the way; modified.
       params: Parameters.
       inputs: Inputs.
@@ -97,7 +99,7 @@ def run(
     check_length(closed.jaxpr)
     leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
     shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
-    windows = _Windows(centres, first, {})
+    windows = _Windows(centres, first, enough, {})
     numbers = itertools.count()
     probe = _Probe(shapes, wanted, is_diagonal, findings, numbers, {}, {}, windows)
     arguments = []
@@ -124,22 +126,26 @@ class _Windows:
     """Sums over the patches of convolutions, outside of loops.
 
     Attributes:
-      centres, first: See :func:`run`.
+      centres, first, enough: See :func:`run`.
       sums: Where patches are read → sums over them.
     """
 
     centres: Mapping[Place, Any]
     first: Any
+    enough: int | None
     sums: dict[Place, PatchSums]
 
     def note(self, place: Place, images: Any, diagonal: bool) -> None:
         """Sums up the patches of images."""
-        centre = images.mean(range(images.ndim - 1))
-        if place in self.centres:
-            centre = jnp.where(self.first, centre, self.centres[place])
-        self.sums[place] = patch_sums(
-            images, centre, place.lines, place.groups, diagonal
-        )
+
+        def centre_of(mean: Any) -> Any:
+            known = self.centres.get(place)
+            return mean if known is None else jnp.where(self.first, mean, known)
+
+        _, lines, groups = place
+        if not diagonal and self.enough is not None:
+            images = some_of(images, lines, groups, self.enough)
+        self.sums[place] = patch_sums(images, lines, groups, diagonal, centre_of)
 
 
 @dataclasses.dataclass

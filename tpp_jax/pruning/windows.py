@@ -11,7 +11,7 @@ common is therefore added up in this form, and the matrix is built once, at the 
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -95,25 +95,25 @@ class PatchSums(NamedTuple):
 
 def patch_sums(
     images: Float[Array, "examples *spatial channels"],
-    centre: Float[Array, " channels"],
     lines: Sequence[Line],
     groups: int,
     diagonal: bool,
+    centre_of: Callable[[Float[Array, " channels"]], Float[Array, " channels"]],
 ) -> PatchSums:
     """Returns the sums over the patches of a batch.
 
     Args:
       images: Input of a convolution.
-      centre: Value near the mean of each channel, so that float32 is enough; the same
-        for all batches.
       lines: Window along each spatial axis.
       groups: Number of groups of channels.
       diagonal: Whether only squares are summed up.
+      centre_of: Function of the mean of each channel that returns a value near it, so
+        that float32 is enough; the same for all batches.
     """
-    # In memory: what follows reads it in several orders.
-    z = lax.optimization_barrier(images - centre)
+    pixels = images.sum(0)
+    centre = centre_of(pixels.mean(range(len(lines))) / len(images))
+    z, pixels, borders = images - centre, pixels - len(images) * centre, ()
     n = jnp.asarray(len(z) * math.prod(line.outputs for line in lines), z.dtype)
-    pixels, borders = z.sum(0), ()
     if diagonal:
         products = jnp.square(z).sum(0)
     elif _overlap(lines, groups):
@@ -161,6 +161,28 @@ def as_sums(sums: PatchSums, lines: Sequence[Line], groups: int) -> Sums:
         scatter += border
         scatter += border.swapaxes(1, 2)
     return Sums(rows, mean, scatter)
+
+
+def some_of(
+    images: Float[Array, "examples *spatial channels"],
+    lines: Sequence[Line],
+    groups: int,
+    enough: int,
+) -> Float[Array, "some *spatial channels"]:
+    """Returns examples at equal distances, at least a quarter of them.
+
+    Args:
+      images: Input of a convolution.
+      lines: Window along each spatial axis.
+      groups: Number of groups of channels.
+      enough: Number of rows for each feature that the examples shall give.
+    """
+    features = math.prod(line.taps for line in lines) * images.shape[-1] // groups
+    each = math.prod(line.outputs for line in lines)
+    n = max(-(-enough * features // each), -(-len(images) // 4))
+    if n >= len(images):
+        return images
+    return images[np.arange(n) * len(images) // n]
 
 
 def patch_rows(
@@ -315,12 +337,14 @@ def _patches(
       positions: Positions of the window along each axis.
       taps: Taps along each axis that are part of a patch.
     """
-    around = []
+    seen, around = [slice(None)], [(0, 0, 0)]
     for line, at, some in zip(lines, positions, taps, strict=True):
         first = line.stride * at[0] + line.dilation * some[0] - line.low
-        last = line.stride * at[-1] + line.dilation * some[-1] - line.low
-        around.append((-first, last + 1 - line.size, 0))
-    x = lax.pad(z, jnp.zeros((), z.dtype), [(0, 0, 0), *around, (0, 0, 0)])
+        end = line.stride * at[-1] + line.dilation * some[-1] - line.low + 1
+        # First cut, so that a few rows of an image cost no copy of it.
+        seen.append(slice(max(first, 0), max(end, 0)))
+        around.append((max(-first, 0), max(end - line.size, 0), 0))
+    x = lax.pad(z[tuple(seen)], jnp.zeros((), z.dtype), [*around, (0, 0, 0)])
     strides = [1, *(line.stride for line in lines), 1]
     parts = []
     for tap in np.ndindex(*map(len, taps)):
