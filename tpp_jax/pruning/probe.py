@@ -26,8 +26,8 @@ from tpp_jax.pruning.consumers import (
     read_ragged,
     weights_of,
 )
-from tpp_jax.pruning.replay import evaluate, replay
-from tpp_jax.pruning.sums import Sums, merge
+from tpp_jax.pruning.replay import evaluate, over_shards, replay
+from tpp_jax.pruning.sums import Sums, combined, merge
 from tpp_jax.pruning.windows import Line, PatchSums, patch_sums, some_of
 
 # Larger parameters are no biases; they are followed only if they are kernels.
@@ -194,6 +194,8 @@ class _Probe:
                 return self._while(eqn, values)
             case "cond":
                 return self._cond(eqn, values)
+            case "shard_map":
+                return self._shard_map(eqn, values)
             case "dot_general" | "conv_general_dilated" | "ragged_dot_general":
                 product = self._product(eqn, values)
                 if product is not None:
@@ -311,7 +313,7 @@ class _Probe:
             return [value.array for value in outputs], probe.sums, probe
 
         arrays = [value.array for value in carry], [value.array for value in stacked]
-        one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays[1]]
+        one = jax.eval_shape(lambda parts: [part[0] for part in parts], arrays[1])
         found, zero, loops = _sums_within(step, arrays[0], one)
         if not found:
             return self._plain(eqn, values, values)
@@ -410,6 +412,49 @@ class _Probe:
             self._add(key, sums, loops[key])
         return [_Value(array, None, varies) for array in outputs]
 
+    def _shard_map(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+        """Enters the program of a shard, if its batch alone is divided."""
+        specs = eqn.params["in_specs"]
+        pairs = list(zip(values, specs, strict=True))
+        divided = {bool(value.varies): set() for value in values}
+        for value, spec in pairs:
+            divided[value.varies] |= set(_axes(spec))
+        axes = divided.get(True, set())
+        # Along other axes all shards may see the same rows, which count once.
+        if not axes or divided.get(False, set()) - axes:
+            return self._plain(eqn, values, values)
+        for value, spec in pairs:
+            if any(_axes(spec)):
+                self.spend(value)
+        loops: dict[str, tuple[int, ...]] = {}
+
+        def body(*shards: Any) -> tuple[tuple[Any, ...], dict[str, Sums]]:
+            probe = self.inside()
+            arguments = [
+                _Value(array, None if any(_axes(spec)) else value.tag, value.varies)
+                for array, (value, spec) in zip(shards, pairs, strict=True)
+            ]
+            outputs = probe.replay(eqn.params["jaxpr"], (), arguments)
+            for value in outputs:
+                probe.spend(value)
+            loops.update(probe.loops)
+            sums = jax.tree.map(lambda leaf: leaf[None], probe.sums)
+            return tuple(value.array for value in outputs), sums
+
+        out_specs = tuple(eqn.params["out_specs"]), PartitionSpec(tuple(sorted(axes)))
+        arrays = [value.array for value in values]
+        outputs, sums = over_shards(eqn, body, out_specs, arrays)
+        for key, parts in sums.items():
+            self._add(key, combined(parts), loops[key])
+        varies = any(value.varies for value in values)
+        return [_Value(array, None, varies) for array in outputs]
+
+
+def _axes(spec: PartitionSpec) -> list[Any]:
+    """Returns the axes of a mesh along which an array is divided."""
+    parts = [part if isinstance(part, tuple) else (part,) for part in spec]
+    return [axis for part in parts for axis in part if axis is not None]
+
 
 def _replicated(array: Any) -> Any:
     """Returns an array that explicit axes of a mesh do not divide.
@@ -445,5 +490,4 @@ def _sums_within(
         return sums
 
     shapes = jax.eval_shape(sums_of_body, *arguments)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return shapes, zeros, loops
+    return shapes, jax.tree.map(jnp.zeros_like, shapes), loops

@@ -91,3 +91,16 @@ def merge(one: Sums, other: Sums) -> Sums:
         one.mean + share[:, None] * apart,
         one.scatter + other.scatter + between,
     )
+
+
+def combined(parts: Sums) -> Sums:
+    """Returns the sums over the rows of all parts, which the first axis numbers."""
+    share = parts.rows / jnp.maximum(parts.rows.sum(0), 1)
+    mean = jnp.sum(share[..., None] * parts.mean, axis=0)
+    apart = parts.mean - mean
+    weighted = parts.rows[..., None] * apart
+    if parts.scatter.ndim == parts.mean.ndim:
+        between = jnp.sum(weighted * apart, axis=0)
+    else:
+        between = jnp.einsum("psf,psg->sfg", weighted, apart, precision=_EXACT)
+    return Sums(parts.rows.sum(0), mean, parts.scatter.sum(0) + between)
