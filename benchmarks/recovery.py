@@ -20,6 +20,7 @@ import ctypes
 import functools
 import gc
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -85,7 +86,9 @@ def main() -> None:
             results[name][mode] = found = _apart(name, mode, options.batches)
             _show(name, mode, found)
     if set(results) == set(CASES):
+        cores = len(os.sched_getaffinity(0))
         record = {"batches": options.batches, "load": [load, machine.load()]}
+        record["cores_used"] = cores
         print(machine.write("recovery", record | {"networks": results}))
 
 

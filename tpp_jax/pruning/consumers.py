@@ -18,7 +18,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from tpp_jax.pruning.sums import Sums, sums_of
-from tpp_jax.pruning.windows import Line, patch_rows
+from tpp_jax.pruning.windows import (
+    Line,
+    PatchSums,
+    patch_rows,
+    patch_sums,
+    some_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -270,6 +276,43 @@ def _seen_by_window(
         params["rhs_dilation"],
     )
     return images, tuple(lines)
+
+
+class Place(NamedTuple):
+    """The key of a consumer, and the window with which images are read, if they are."""
+
+    key: str
+    lines: tuple[Line, ...] = ()
+    groups: int = 1
+
+
+@dataclasses.dataclass
+class Windows:
+    """Sums over the patches of convolutions, outside of loops.
+
+    Attributes:
+      centres: Means of the channels of what windows read in the first call.
+      first: Whether this call is the first; a traced boolean.
+      enough: Number of rows for each feature that are enough; None for all.
+      sums: Where patches are read → sums over them.
+    """
+
+    centres: Mapping[Place, Any]
+    first: Any
+    enough: int | None
+    sums: dict[Place, PatchSums]
+
+    def note(self, place: Place, images: Any, diagonal: bool) -> None:
+        """Sums up the patches of images."""
+
+        def centre_of(mean: Any) -> Any:
+            known = self.centres.get(place)
+            return mean if known is None else jnp.where(self.first, mean, known)
+
+        _, lines, groups = place
+        if not diagonal and self.enough is not None:
+            images = some_of(images, lines, groups, self.enough)
+        self.sums[place] = patch_sums(images, lines, groups, diagonal, centre_of)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ from tpp_jax.errors import TPPError
 from tpp_jax.graph.functions import Function, as_function
 from tpp_jax.graph.records import Group
 from tpp_jax.pruning.channels import channel_groups
-from tpp_jax.pruning.consumers import Weights
-from tpp_jax.pruning.probe import Findings, Place, run
+from tpp_jax.pruning.consumers import Place, Weights
+from tpp_jax.pruning.probe import Findings, run
 from tpp_jax.pruning.sums import Sums, merge
 from tpp_jax.pruning.windows import PatchSums, as_sums
 

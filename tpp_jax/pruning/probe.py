@@ -16,9 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tpp_jax.graph.unfolding import check_length, scan_parts
 from tpp_jax.pruning.consumers import (
+    Place,
     Reading,
     Tag,
     Weights,
+    Windows,
     moved,
     paired,
     read_convolution,
@@ -28,18 +30,10 @@ from tpp_jax.pruning.consumers import (
 )
 from tpp_jax.pruning.replay import evaluate, over_shards, replay
 from tpp_jax.pruning.sums import Sums, combined, merge
-from tpp_jax.pruning.windows import Line, PatchSums, patch_sums, some_of
+from tpp_jax.pruning.windows import PatchSums
 
 # Larger parameters are no biases; they are followed only if they are kernels.
 _LARGEST_BIAS = 1 << 20
-
-
-class Place(NamedTuple):
-    """The key of a consumer, and the window with which images are read, if they are."""
-
-    key: str
-    lines: tuple[Line, ...] = ()
-    groups: int = 1
 
 
 class _Value(NamedTuple):
@@ -99,7 +93,7 @@ def run(
     check_length(closed.jaxpr)
     leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
     shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
-    windows = _Windows(centres, first, enough, {})
+    windows = Windows(centres, first, enough, {})
     numbers = itertools.count()
     probe = _Probe(shapes, wanted, is_diagonal, findings, numbers, {}, {}, windows)
     arguments = []
@@ -119,33 +113,6 @@ def run(
 
 def _dtype(size: int) -> Any:
     return np.int32 if size < 1 << 31 else np.int64
-
-
-@dataclasses.dataclass
-class _Windows:
-    """Sums over the patches of convolutions, outside of loops.
-
-    Attributes:
-      centres, first, enough: See :func:`run`.
-      sums: Where patches are read → sums over them.
-    """
-
-    centres: Mapping[Place, Any]
-    first: Any
-    enough: int | None
-    sums: dict[Place, PatchSums]
-
-    def note(self, place: Place, images: Any, diagonal: bool) -> None:
-        """Sums up the patches of images."""
-
-        def centre_of(mean: Any) -> Any:
-            known = self.centres.get(place)
-            return mean if known is None else jnp.where(self.first, mean, known)
-
-        _, lines, groups = place
-        if not diagonal and self.enough is not None:
-            images = some_of(images, lines, groups, self.enough)
-        self.sums[place] = patch_sums(images, lines, groups, diagonal, centre_of)
 
 
 @dataclasses.dataclass
@@ -169,7 +136,7 @@ class _Probe:
     numbers: Any
     sums: dict[str, Sums]
     loops: dict[str, tuple[int, ...]]
-    windows: _Windows | None
+    windows: Windows | None
 
     def inside(self) -> "_Probe":
         """Returns a probe for the body of a loop or branch."""

@@ -236,7 +236,7 @@ def _by_taps(
     """Returns the products of features from those of pixels by distance."""
     shape = *(line.taps for line in lines), len(sums.centre)
     # A pixel that lies behind along the first axis sees the other in front of it.
-    axes = range(len(lines))
+    axes = tuple(range(len(lines)))
     behind = np.flip(sums.products[1:], axes).swapaxes(-1, -2)
     by_distance = np.concatenate([behind, sums.products])
     products = np.empty((*shape, *shape))
@@ -279,7 +279,7 @@ def _over_pixels(pixels: np.ndarray, tables: Sequence[np.ndarray]) -> np.ndarray
       tables: Pixels of each tap along each axis, ``[*taps, size]``.
     """
     for table in tables:
-        pixels = np.tensordot(pixels, table, [[0], [table.ndim - 1]])
+        pixels = np.tensordot(pixels, table, ((0,), (table.ndim - 1,)))
     return np.moveaxis(pixels, 0, -1)
 
 
