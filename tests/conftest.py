@@ -6,9 +6,14 @@ import pathlib
 import signal
 import tempfile
 
-# JAX reads this once, when it is first imported. Eight devices let the tests of the
-# parallel step run on any machine; a value that the user has set is left alone.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# XLA reads this once, when it first compiles. Eight devices let the tests of the
+# parallel step run on any machine. Programs run only a few times here, and LLVM without
+# optimization compiles them in half the time; what the tests start by launch.py is
+# optimized. A value that the user has set is left alone.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+)
 
 # What launch.py keeps in the user's cache folder: not in that of who runs the tests.
 _CACHES = pathlib.Path(tempfile.gettempdir()) / f"tpp_jax-tests-{os.getuid()}"

@@ -2,7 +2,7 @@
 
 A process imports what a run imports, once, and forks for each start. What is forked has
 the arguments, the environment and the files of its output that a process of its own
-would have, runs launch.py as the main program, and ends as Python does. That the
+would have, runs the file as the main program, and ends as Python does. That the
 command also starts by itself is tested where it is started by ``subprocess``.
 """
 
@@ -70,6 +70,10 @@ class Started:
             raise TimeoutError(f"process {self.pid} still runs")
         return code
 
+    def said(self) -> bool:
+        """Whether the process has written anything to its output."""
+        return os.fstat(self._output[0].fileno()).st_size > 0
+
     def communicate(self, timeout: float = 600) -> tuple[str, str]:
         """Waits for the end; returns the output and the errors."""
         self.wait(timeout)
@@ -81,15 +85,18 @@ class Started:
         return said[0], said[1]
 
 
-def start(*arguments: str, locale: str = "", **variables: str) -> Started:
-    """Starts launch.py, from the top of the checkout.
+def start(
+    *arguments: str, program: str = "launch.py", locale: str = "", **variables: str
+) -> Started:
+    """Starts launch.py or another program, from the top of the checkout.
 
     Args:
-      *arguments: Flags.
+      *arguments: What follows the program on the command line.
+      program: File of the program.
       locale: Locale in place of the user's.
       **variables: Changes to the environment.
     """
-    words = [os.fsencode(word) for word in arguments]
+    words = [os.fsencode(word) for word in (program, *arguments)]
     environment = _environment(locale) | variables
     values = {os.fsencode(k): os.fsencode(v) for k, v in environment.items()}
     return Started(_server(locale), words, values)
@@ -160,5 +167,5 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="This process .* is multi-threaded")
     gc.freeze()  # what was imported is not looked through for garbage again
     words = _serve(socket.socket(fileno=int(sys.argv[1])))
-    sys.argv = ["launch.py", *map(os.fsdecode, words)]
-    runpy.run_path("launch.py", run_name="__main__")
+    sys.argv = [os.fsdecode(word) for word in words]
+    runpy.run_path(sys.argv[0], run_name="__main__")

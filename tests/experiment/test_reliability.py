@@ -5,13 +5,11 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from tests.end_to_end.runs import assert_same_end, history_of
-from tests.end_to_end.starts import ROOT
+from tests.end_to_end.starts import start
 from tests.experiment.records.test_checkpoints import cut_short
 from tests.experiment.test_errors import small_config
 from tpp_jax.errors import TPPError
@@ -179,7 +177,7 @@ def test_a_report_layer_that_the_first_round_leaves_whole_is_no_mistake(tmp_path
 @pytest.mark.usefixtures("no_pictures")
 def test_a_full_disk_is_told_and_the_last_checkpoint_survives(tmp_path):
     """A limit on the size of a file simulates a full disk."""
-    code = f"""
+    code = """
 import resource, sys
 from tests.experiment.test_errors import small_config
 from tpp_jax.experiment import run
@@ -192,14 +190,15 @@ def save(self, step, arrays, meta):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 Checkpoints.save = save
 try:
-    run.train(small_config(checkpoint_every=5), {str(tmp_path)!r})
+    run.train(small_config(checkpoint_every=5), sys.argv[1])
 except run.TPPError as error:
-    sys.exit(f"error: {{error}}")
+    sys.exit(f"error: {error}")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True
-    )
-    assert done.returncode == 1
-    assert "error: " in done.stderr and "free disk space" in done.stderr
-    summary = run.train(small_config(checkpoint_every=5), tmp_path)
+    (tmp_path / "script.py").write_text(code)
+    workdir = tmp_path / "run"
+    process = start(str(workdir), program=str(tmp_path / "script.py"))
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "error: " in errors and "free disk space" in errors
+    summary = run.train(small_config(checkpoint_every=5), workdir)
     assert summary["status"] == "done"
