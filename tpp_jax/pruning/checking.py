@@ -54,7 +54,7 @@ class Checks(NamedTuple):
       masked: Largest difference of an output between masking half of the channels and
         removing them; nan if the masked network divides by zero (weights divided by
         their norm, for example). Groups that a reduction runs over are among them if
-        rescaling makes both the same for all of them, see :func:`tpp_jax.rescale`.
+        rescaling makes both the same for all of them, see :func:`tpp_jax.prune`.
       unprunable: Group name → reason why it cannot be pruned.
       unproved: Names of the groups that are only partly proved: they do not influence
         the outputs (a dead unit, a bias before a softmax), or a reduction runs over
@@ -95,8 +95,8 @@ def check_groups(
     - If half of the channels of all groups that no reduction runs over are masked, the
       outputs must be the same as without them.
     - The same holds for a group that a reduction runs over (a root mean square, a
-      product of queries and keys) once the other parameters are rescaled, if
-      :func:`tpp_jax.rescale` finds factors.
+      product of queries and keys) if other parameters can be rescaled to make up for
+      it, see :func:`tpp_jax.prune`.
     - Without such factors (a layer norm subtracts a mean), half of the channels are
       made copies of the other half (6 of 9 are copies of 3), which no layer reads. If
       the outputs are not the same as without them, the group is listed as unproved.

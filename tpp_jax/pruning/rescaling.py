@@ -1,4 +1,4 @@
-"""Cuts of channels that norms and other reductions run over: ``rescale``.
+"""Cuts of channels that norms and other reductions run over.
 
 With zeros in n - k of n channels a root mean square is √(k/n) times that of the other k
 alone. If the scale behind it is multiplied by √(n/k), and what it is computed from by
