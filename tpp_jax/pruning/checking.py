@@ -133,15 +133,15 @@ def check_groups(
     rng = np.random.default_rng(seed)
     network = _Network.of(model, params, groups, inputs, kwargs, rng)
     checks = _check_permuting(network, groups, tolerance, rng)
-    plan, proved = _half(groups, rng, lambda _: True), True
+    plan = _half(groups, rng, lambda _: True)
     check_plan(plan, model, params)
-    if not network.is_free(plan):
-        plan, proved = _half(groups, rng, lambda group: not group.reduced), False
-    masked = _check_masking(network, plan, tolerance)
-    proved &= bool(np.isfinite(masked))
+    free = network.is_free(plan)
+    if not free:
+        plan = _half(groups, rng, lambda group: not group.reduced)
+    masked = _check_masking(network, plan, free, tolerance)
     unproved = [one.name for one in checks if one.influence <= tolerance]
     unproved += [groups[i].name for i in _noisy(groups) if groups[i].reason is None]
-    if not proved:
+    if not free or not np.isfinite(masked):
         unproved += _unproved(network, groups, tolerance, rng)
     reasons = {group.name: group.reason for group in groups if group.reason}
     return Checks(checks, masked, reasons, tuple(dict.fromkeys(unproved)))
@@ -271,12 +271,22 @@ def _check_permuting(
     return tuple(checks)
 
 
-def _check_masking(network: _Network, plan: Plan, tolerance: float) -> float:
-    """Checks that masked and removed channels give the same, and returns how nearly."""
+def _check_masking(
+    network: _Network, plan: Plan, free: bool, tolerance: float
+) -> float:
+    """Checks that masked and removed channels give the same, and returns how nearly.
+
+    Args:
+      network: Network.
+      plan: Plan of the cut.
+      free: Whether a cut of zeros, which rescales other weights, is to be free.
+      tolerance: Largest difference allowed.
+    """
     mask = mask_tree(plan, network.weights)
     weights = jax.tree.map(_masked, network.weights, mask)
     expected = network.run(weights)
-    masked = _distance(network.run_cut(plan, weights), expected)
+    found = network.run_cut(plan, weights if free else network.weights)
+    masked = _distance(found, expected)
     if np.isfinite(expected).all() and not masked <= tolerance:
         raise TPPError(
             f"masking half of the channels differs from removing them by "

@@ -93,10 +93,9 @@ def prune(
 
     Warns:
       UserWarning: ``opt_state`` shows that the pruned filters should be zero, and they
-        are not; or they are zero, but no factors make up for the change of a reduction
-        over their channels: the mean that a layer norm subtracts, a softmax, an
-        activation that is not zero at zero. A layer norm is rescaled as if that mean
-        were zero.
+        are not; or they are zero, but the cut changes what the network computes: a
+        layer norm subtracts a mean over the channels (it is rescaled as if that were
+        zero), a softmax runs over them, an activation is not zero at zero.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -131,20 +130,18 @@ def _rescaled(
     """
     if opt_state is not None:
         check_ready(opt_state, plan, params)
-    reduced = [group for group in plan.pruned_groups if group.reduced]
+    groups = plan.pruned_groups
     leaves = [*jax.tree.leaves(params), *plan.kept.values()]
-    if not reduced or any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in leaves):
+    if not groups or any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in leaves):
         return params
     # The first filter is cheap to look at, and zero only after TPP.
-    zero = _first_is_zero(plan, reduced[0], params) and measure(plan, params).all_zero
+    zero = _first_is_zero(plan, groups[0], params) and measure(plan, params).all_zero
     if not zero:
         return params
     found = find_rescaling(plan, source)
     if found.problem is not None:
-        names = ", ".join(group.name for group in reduced[:3])
         warnings.warn(
-            "the filters to be cut are zero, but a norm, softmax or other reduction "
-            f"runs over the channels of {names}, and the cut changes what the network "
+            "the filters to be cut are zero, but the cut changes what the network "
             f"computes: {found.problem}",
             UserWarning,
             stacklevel=3,

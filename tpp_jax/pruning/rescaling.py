@@ -140,7 +140,9 @@ def _compared(
     try:
         _follow(comparison, zero, costs)
     except NotZero as error:
-        return Rescaling({}, f"{_place(error.equation)} runs over zeros and is changed")
+        place = _place(error.equation)
+        reason = f"{place} depends on pruned channels, though their filters are zero"
+        return Rescaling({}, reason)
     return _solved(comparison.rows, costs)
 
 
@@ -223,7 +225,8 @@ def _solved(rows: Sequence[Row], costs: Mapping[str, float]) -> Rescaling:
     loose = np.flatnonzero(np.abs(slack) > 1e-6)
     for row in (rows[k] for k in loose):
         if row.epsilon is None:
-            return Rescaling({}, f"no factors make up for {_place(row.equation)}")
+            place = _place(row.equation)
+            return Rescaling({}, f"no factors make up for the change of {place}")
     factors = {
         name: math.exp(log)
         for name, log in zip(names, logs, strict=True)
