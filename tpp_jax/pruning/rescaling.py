@@ -99,7 +99,11 @@ def find_rescaling(plan: Plan, source: Source) -> Rescaling:
 def _found(plan: Plan, source: Source) -> Rescaling:
     groups = plan.groups
     old = groups.traced if groups.source is source else source.trace()
-    new = source.trace_cut(plan, {**groups.shapes, **cut_shapes(plan)})
+    try:
+        new = source.trace_cut(plan, {**groups.shapes, **cut_shapes(plan)})
+    except Exception as error:  # any that the user's code raises for odd shapes
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
+        return Rescaling({}, f"the cut model does not run: {text}")
     same = [
         (a.primitive, a.inputs, a.outputs) == (b.primitive, b.inputs, b.outputs)
         for a, b in zip(old.equations, new.equations, strict=False)
