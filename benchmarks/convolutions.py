@@ -10,6 +10,7 @@ from a batch norm, which XLA repeats inside the gradient of a kernel
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from flax import nnx
 from benchmarks import machine
 from tpp_jax.xla.convolution import compiler_options, use_fast_convolutions
 
-# Batch, side of the images, side of the kernel, channels in and out.
+# Batch, side of the images, side of the kernel, channels in and out, groups if any.
 LAYERS = {
     "ResNet-56, stage 1": (128, 32, 3, 16, 16),
     "ResNet-56, stage 3": (128, 8, 3, 64, 64),
@@ -34,6 +35,10 @@ LAYERS = {
     "ResNet-56 at 0.9, from 1 of 16": (128, 32, 3, 1, 16),
     "ResNet-56 at 0.9, to 6 of 64": (128, 8, 3, 64, 6),
     "ResNet-56 at 0.9, from 6 of 64": (128, 8, 3, 6, 64),
+    "MobileNetV2, depthwise, 56 × 56": (16, 56, 3, 144, 144, 144),
+    "MobileNetV2, depthwise, 7 × 7": (16, 7, 3, 960, 960, 960),
+    "EfficientNet, depthwise 5 × 5": (16, 14, 5, 672, 672, 672),
+    "ConvNeXt, depthwise 7 × 7": (16, 28, 7, 192, 192, 192),
 }
 
 
@@ -55,11 +60,16 @@ def main() -> None:
 
 
 def _measure(sizes: tuple[int, ...], job: str, rounds: int) -> dict[str, Any]:
-    batch, side, window, inputs, outputs = sizes
+    batch, side, window, inputs, outputs, *groups = sizes
     draws = np.random.default_rng(0)
     images = jnp.asarray(draws.normal(size=(batch, side, side, inputs)), jnp.float32)
     layer = nnx.Conv(
-        inputs, outputs, (window, window), use_bias=False, rngs=nnx.Rngs(0)
+        inputs,
+        outputs,
+        (window, window),
+        feature_group_count=math.prod(groups),
+        use_bias=False,
+        rngs=nnx.Rngs(0),
     )
     calls = {"lax": _call(layer, images, job, {})}
     use_fast_convolutions(layer)

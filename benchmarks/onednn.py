@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine, step
-from tpp_jax.xla import convolution
+from tpp_jax.xla import convolution, holding
 from tpp_jax.xla.convolution import compiler_options
 
 LAYERS = (("stage 1", 32, 16), ("stage 2", 16, 32), ("stage 3", 8, 64))
@@ -166,7 +166,7 @@ def _backward(case: Any, operands: Any, gradient: jax.Array) -> tuple[Any, Any]:
         ((kh - 1 - top, kh - 1 - bottom), (kw - 1 - left, kw - 1 - right)),
         kernel_dims=(3, 2, 0, 1),
     )
-    batch_last = convolution.held(images).reshape(b, -1).T
+    batch_last = holding.held(images).reshape(b, -1).T
     by_kernel = _call(
         batch_last.reshape(1, h, w * c, b),
         gradient,

@@ -31,6 +31,34 @@ def rivals(base: ml_collections.ConfigDict) -> tuple[Row, ...]:
     )
 
 
+def recovery() -> tuple[Row, ...]:
+    """Returns rows of cuts that keep the function, next to those that do not.
+
+    The first rows train the pruned network by fine-tuning alone; the others train for
+    as many steps more as TPP regularizes and stabilizes.
+    """
+    distilled = {"finetune": {"distillation": {"weight": 0.5}}}
+    compensated = {"prune": {"method": "compensated"}}
+    wanda, obs = (
+        {"prune": {"method": "compensated", "criterion": criterion}}
+        for criterion in ("wanda", "obs")
+    )
+    repaired = {"method": "extra", "compensate": True, "recalibrate": True}
+    return (
+        ("L1", {"prune": {"method": "oneshot"}}),
+        ("L1, distilled", {"prune": {"method": "oneshot"}, **distilled}),
+        ("Compensated", compensated),
+        ("Compensated, distilled", {**compensated, **distilled}),
+        ("Compensated, wanda", wanda),
+        ("Compensated, obs", obs),
+        ("L1, equal epochs", {"prune": {"method": "extra"}}),
+        ("Compensated, equal epochs", {"prune": repaired}),
+        ("TPP", {}),
+        ("TPP, distilled", distilled),
+        ("Compensated TPP", {"prune": {"method": "compensated_tpp"}}),
+    )
+
+
 GREG_1 = {"prune": {"gram_weight": 0.0, "bn": False}}
 """The same growing strength as an L2 penalty alone."""
 

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from tests.end_to_end.runs import ROOT, launch
+from tests.end_to_end.runs import launch
+from tests.end_to_end.starts import ROOT
 from tests.experiment.test_config_values import with_field
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import config_docs
@@ -162,6 +163,7 @@ def test_the_help_lists_every_field_with_its_default():
     assert "Python file whose function get_config()" in shown.stdout
     repeated = {name for name in FIELDS if name.startswith("finetune.")}
     own = {f"finetune.{name}" for name in ("epochs", "learning_rate")}
+    own |= {f"finetune.distillation.{name}" for name in ("weight", "temperature")}
     for name in FIELDS.keys() - repeated | own:
         assert f"--config.{name}={FIELDS[name].default!r}:" in shown.stdout
     assert "Of finetune: the same fields as pretrain" in shown.stdout

@@ -14,8 +14,10 @@ from tests.experiment.test_errors import small_config
 from tests.reference import filled
 from tpp_jax.experiment import measures
 from tpp_jax.experiment.choosing import counts_of_round
+from tpp_jax.experiment.config import FIELDS
 from tpp_jax.experiment.methods import METHODS, Stage, stages_of
 from tpp_jax.experiment.phases import Phase, training_phase
+from tpp_jax.experiment.sections import METHOD_NAMES
 from tpp_jax.experiment.setup import make_setup
 from tpp_jax.training.classification import ImageClassification
 
@@ -50,8 +52,14 @@ def test_other_kinds_of_stages_draw_by_their_names():
 def test_every_stage_of_a_method_that_trains_has_a_phase(method):
     setup = make_setup(small_config(**{"prune.method": method, "prune.rounds": 2}))
     kinds = {stage.kind for stage in setup.stages}
-    assert kinds - {"dense", "choose", "slice"} <= setup.phases(setup.plan).keys()
+    assert (
+        kinds - {"dense", "choose", "refit", "slice"} <= setup.phases(setup.plan).keys()
+    )
     assert set(METHODS[method].repeated.split()) <= set(METHODS[method].stages.split())
+
+
+def test_the_config_lists_the_methods():
+    assert FIELDS["prune.method"].choices == METHOD_NAMES == tuple(METHODS)
 
 
 @pytest.mark.parametrize(("n", "k"), [(100, 10), (16, 1), (512, 51), (7, 7)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
@@ -109,6 +110,7 @@ def test_a_phase_is_entered_at_its_start_and_continued_where_it_is():
     assert entered.recent == () and entered.results == POSITION.results
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_the_first_edition_began_is_continued(tmp_path, monkeypatch):
     config = small_config(num_devices=1)
     run.train(config, tmp_path / "undisturbed")
@@ -142,3 +144,12 @@ def test_a_run_of_a_later_format_is_left_as_it_is(tmp_path, monkeypatch):
     with pytest.raises(TPPError, match="use another --workdir"):
         run.train(config, tmp_path)
     assert saved == sorted(x.name for x in (tmp_path / "checkpoints").iterdir())
+
+
+def test_fields_that_an_earlier_version_lacked_have_their_defaults():
+    old, new = small_config().to_dict(), small_config().to_dict()
+    del old["prune"]["compensate"], old["finetune"]["distillation"]
+    run._same_config(old, new, pathlib.Path("w"))
+    new["prune"]["compensate"] = True
+    with pytest.raises(TPPError, match=r"prune.compensate was False, is True\)"):
+        run._same_config(old, new, pathlib.Path("w"))

@@ -50,6 +50,8 @@ _WRONG_VALUES = [
     ("finetune.mixup", 1e-30),
     ("finetune.ema", 1.0),
     ("finetune.orthogonality", "conv"),
+    ("finetune.distillation.weight", 1.5),
+    ("finetune.distillation.temperature", 0.0),
     ("prune.method", "magic"),
     ("prune.method", "math:pi"),
     ("prune.reinitialize", "magic"),
@@ -64,6 +66,7 @@ _WRONG_VALUES = [
     ("prune.criterion", "folder/scores.py:mine"),
     ("prune.scope", "everywhere"),
     ("prune.reduce", "median"),
+    ("prune.calibration_examples", 0),
     ("prune.round_to", 0),
     ("prune.min_channels", 0),
     ("prune.gram_weight", float("nan")),
@@ -94,6 +97,17 @@ def fields() -> Cases:
         "more rounds than there are steps of fine-tuning",
         lambda f: train(f, **{"prune.method": "iterative", "prune.rounds": 500}),
     )
+    scratch = {"prune.method": "scratch"}
+    yield (
+        "a refit of random weights",
+        lambda f: train(f, **scratch, **{"prune.compensate": True}),
+    )
+    yield (
+        "a teacher where no dense network is trained",
+        lambda f: train(f, **scratch, **{"finetune.distillation.weight": 0.5}),
+    )
+    refit = {"prune.method": "compensated", "prune.reinitialize": "orthp"}
+    yield ("refit weights that are then replaced", lambda f: train(f, **refit))
     yield ("a misspelt field", _odd_field)
     yield ("a field is missing", _missing_field)
 

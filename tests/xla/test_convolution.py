@@ -14,6 +14,7 @@ from tpp_jax.xla.convolution import (
     conv_on_cpu,
     use_fast_convolutions,
 )
+from tpp_jax.xla.depthwise import depthwise
 
 CHANNELS_LAST = lax.conv_dimension_numbers(
     (1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC")
@@ -40,6 +41,17 @@ CASES = {
     "pairs valid": ((6, 34, 3, 3, 5, 6), (1, 1), "VALID"),
     "odd width": ((4, 33, 3, 3, 5, 6), (1, 1), ((1, 1), (1, 1))),
     "1x1 padded": ((4, 4, 1, 1, 5, 6), (1, 1), ((1, 1), (0, 1))),
+}
+# Height and width of images and kernel, channels, strides, padding.
+DEPTHWISE = {
+    "3x3": ((8, 7, 3, 3, 5), (1, 1), ((1, 1), (1, 1))),
+    "stride": ((9, 8, 3, 3, 5), (2, 2), ((1, 1), (1, 1))),
+    "uneven": ((7, 9, 5, 2, 5), (2, 3), ((0, 2), (1, 0))),
+    "valid": ((6, 6, 3, 3, 2), (1, 1), "VALID"),
+    "same": ((7, 8, 5, 5, 3), (2, 2), "SAME"),
+    "cropped": ((9, 9, 3, 3, 4), (2, 1), ((-1, 0), (2, -2))),
+    "one tap": ((5, 4, 1, 1, 3), (2, 1), ((0, 0), (0, 0))),
+    "all of the image": ((7, 7, 7, 7, 3), (1, 1), "VALID"),
 }
 
 
@@ -70,6 +82,39 @@ def test_values_and_gradients_are_those_of_lax(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_depthwise_values_and_gradients_are_those_of_lax(name: str) -> None:
+    (h, w, kh, kw, c), strides, padding = DEPTHWISE[name]
+    options = {"dimension_numbers": CHANNELS_LAST, "feature_group_count": c}
+    draws = np.random.default_rng(0)
+
+    def results(conv):
+        def loss(images, kernel):
+            y = conv(images, kernel, strides, padding, **options)
+            return jnp.sin(y).sum(), y
+
+        differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        return jax.jit(differentiate)(images, kernel)
+
+    with jax.enable_x64(True):
+        images = jnp.asarray(draws.normal(size=(4, h, w, c)))
+        kernel = jnp.asarray(draws.normal(size=(kh, kw, 1, c)))
+        ours, theirs = results(conv_on_cpu), results(lax.conv_general_dilated)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 1e-10, 1e-13), ours, theirs
+    )
+
+
+def test_depthwise_convolutions_are_no_convolutions_of_xla() -> None:
+    images, kernel = jnp.ones((2, 8, 8, 5)), jnp.ones((3, 3, 1, 5))
+
+    def loss(images, kernel):
+        return (depthwise(images, kernel, (2, 2), ((1, 1), (1, 1))) ** 2).sum()
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(images, kernel).as_text()
+    assert "convolution" not in program
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -82,7 +127,7 @@ def test_values_and_gradients_are_those_of_lax(name: str) -> None:
 def test_what_is_not_plain_is_left_to_lax(options: dict) -> None:
     images, kernel = map(jnp.float32, _arrays("3x3"))
     if "feature_group_count" in options:
-        kernel = kernel[:, :, :1, :5]
+        kernel = jnp.tile(kernel[:, :, :1, :5], 2)  # two filters for each channel
     arguments = images, kernel, (1, 1), ((1, 1), (1, 1))
     options |= {"dimension_numbers": CHANNELS_LAST}
     with jax.enable_x64(True):

@@ -3,10 +3,11 @@
 Each takes a run and returns the run after the stage.
 """
 
+import functools
 import math
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,11 @@ from jaxtyping import PRNGKeyArray
 from tpp_jax.experiment.methods import Stage
 from tpp_jax.experiment.planning import plan_for
 from tpp_jax.experiment.position import Result
+from tpp_jax.experiment.refitting import (
+    calibration_inputs,
+    repaired,
+    written_back,
+)
 from tpp_jax.experiment.setup import Setup
 from tpp_jax.experiment.tools import Run, Tools
 from tpp_jax.graph.groups import Groups
@@ -29,8 +35,10 @@ from tpp_jax.storage import processes
 
 
 def keep_dense(run: Run, stage: Stage, tools: Tools) -> Run:
-    """Saves and measures the dense network, before pruning."""
+    """Saves and measures the dense network, before pruning, and keeps it to distil."""
     del stage
+    if run.teacher is None and tools.setup.distils("finetune"):
+        run = run.but(teacher=run.model)
     if run.position.dense is not None:
         return run
     folder = tools.workdir / "dense"
@@ -107,13 +115,16 @@ def cut(run: Run, stage: Stage, tools: Tools) -> Run:
             f"Sliced: {headline.name} {headline.text(before)} before, "
             f"{headline.text(after)} after the cut."
         )
+    more: dict[str, Any] = {"before": before, "after": after}
+    for name, model in _repairs(run, *setup.repairs, tools):
+        score = more[name] = tools.score(model)
+        tools.progress.say(f"Then {name}: {tools.task.headline.text(score)}.")
     if recipe := setup.config.prune.reinitialize:
         # The gain is that of ReLU, or 1 for networks whose name ends in _linear.
         linear = setup.config.model.name.endswith("_linear")
         activation = "linear" if linear else "relu"
         model = reinitialize(model, recipe, activation=activation, key=key)
         score = tools.score(model)
-    more: dict[str, Any] = {"before": before, "after": after}
     if tools.jacobian is not None:
         more["jacobian"] = tools.jacobian(model)
     tools.keep_gram(run, "cut", model)
@@ -121,6 +132,40 @@ def cut(run: Run, stage: Stage, tools: Tools) -> Run:
     result = Result(stage.name, 0, seconds, score, score, more)
     results = (*run.position.results, result)
     return run.but(model=model).at(phase=stage.name, step=0, results=results)
+
+
+def refit(run: Run, stage: Stage, tools: Tools) -> Run:
+    """Makes the unpruned network independent of the channels that will be cut.
+
+    It then computes what the pruned network does after its repair.
+    """
+    if run.position.finished(stage.name):
+        return run
+    start = time.monotonic()
+    *_, (_, small) = _repairs(run, True, True, tools)
+    model = written_back(run.model, run.plans[-1], small)
+    score, seconds = tools.score(model), time.monotonic() - start
+    tools.progress.say(
+        f"Refit without the pruned channels: {tools.task.headline.text(score)}."
+    )
+    results = (*run.position.results, Result(stage.name, 0, seconds, score, score))
+    return run.but(model=model).at(phase=stage.name, step=0, results=results)
+
+
+def _repairs(
+    run: Run, refit: bool, renorm: bool, tools: Tools
+) -> Iterator[tuple[str, nnx.Module]]:
+    """Yields the network after each step of the repair of the next cut."""
+    setup = tools.setup
+    number, seed = setup.config.prune.calibration_examples, setup.config.seed
+    return repaired(
+        run.model,
+        run.plans[-1],
+        functools.partial(calibration_inputs, setup.task("criteria"), number, seed),
+        refit=refit,
+        renorm=renorm,
+        say=tools.progress.say,
+    )
 
 
 def counts_of_round(

@@ -15,6 +15,7 @@ from tpp_jax.errors import TPPError
 from tpp_jax.experiment.fields import Tree, build, field, flat, sections_of
 from tpp_jax.experiment.sections import (
     DataConfig,
+    FinetuneConfig,
     InitConfig,
     ModelConfig,
     PruneConfig,
@@ -104,8 +105,8 @@ class RunConfig:
         "Method of pruning, and what and how much it prunes. The defaults are the "
         "paper's for CIFAR.",
     )
-    finetune: TrainingConfig = field(
-        TrainingConfig(epochs=120, learning_rate="0:0.01,60:0.001,90:0.0001"),
+    finetune: FinetuneConfig = field(
+        FinetuneConfig(epochs=120, learning_rate="0:0.01,60:0.001,90:0.0001"),
         "Training of the pruned network after the cut.",
     )
 

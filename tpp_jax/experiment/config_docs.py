@@ -93,11 +93,12 @@ def _listed(section: Section) -> tuple[list[Field], str]:
     """Returns the fields of a section to list.
 
     Returns:
-      All fields and ""; or, if an earlier section has the same dataclass, the fields
-      whose default differs from it and the name of that section.
+      All fields and ""; or, if an earlier section has the same dataclass, or the one
+      that this adds sections to, the fields whose default differs from it and the name
+      of that section.
     """
-    own_class = type(section.defaults)
-    first = next(one for one in SECTIONS if type(one.defaults) is own_class)
+    own = section.defaults
+    first = next(one for one in SECTIONS if isinstance(own, type(one.defaults)))
     if first is section:
         return list(section.fields), ""
     pairs = zip(section.fields, first.fields, strict=True)

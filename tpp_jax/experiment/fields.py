@@ -10,7 +10,7 @@ import pathlib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar
 
 import ml_collections
 
@@ -18,7 +18,15 @@ from tpp_jax.errors import TPPError
 from tpp_jax.experiment.dotted import is_dotted
 from tpp_jax.training.optimizers import MOST_STEPS
 
+
+class Declared(Protocol):
+    """A section of a config, or a config: an instance of any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
 T = TypeVar("T")
+S = TypeVar("S", bound=Declared)
 Value = bool | int | float | str
 Tree = Mapping[str, Any] | ml_collections.ConfigDict
 """A config as nested dicts."""
@@ -169,11 +177,11 @@ class Section:
 
     name: str
     doc: str
-    defaults: Any
+    defaults: Declared
     fields: tuple[Field, ...]
 
 
-def sections_of(config: Any, name: str = "", doc: str = "") -> list[Section]:
+def sections_of(config: Declared, name: str = "", doc: str = "") -> list[Section]:
     """Returns the sections of a config, each followed by its own sections.
 
     Args:
@@ -185,8 +193,8 @@ def sections_of(config: Any, name: str = "", doc: str = "") -> list[Section]:
     fields, inner = [], []
     for one in dataclasses.fields(config):
         full = f"{name}.{one.name}" if name else one.name
-        default = getattr(config, one.name)
-        if dataclasses.is_dataclass(default):
+        default: Any = getattr(config, one.name)
+        if _is_section(default):
             inner += sections_of(default, full, **one.metadata)
             continue
         rules, hint = dict(one.metadata), hints[one.name]
@@ -197,6 +205,10 @@ def sections_of(config: Any, name: str = "", doc: str = "") -> list[Section]:
         fields.append(Field(name=full, default=default, types=wanted, **rules))
     own = Section(name=name, doc=doc, defaults=config, fields=tuple(fields))
     return [own, *inner]
+
+
+def _is_section(value: object) -> TypeGuard[Declared]:
+    return dataclasses.is_dataclass(value)
 
 
 def flat(config: Tree, prefix: str = "") -> dict[str, Any]:
@@ -210,7 +222,7 @@ def flat(config: Tree, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def build(section: type[T], config: Tree) -> T:
+def build(section: type[S], config: Tree) -> S:
     """Converts nested dicts to an instance of a config's dataclass, without checks.
 
     Args:
@@ -218,11 +230,12 @@ def build(section: type[T], config: Tree) -> T:
       config: Values of all its fields.
     """
     values: dict[str, Any] = {}
-    declared: Any = dataclasses.fields(cast(Any, section))
-    for one in declared:
-        value: Any = config[one.name]
-        nested = dataclasses.is_dataclass(one.default)
-        values[one.name] = build(type(one.default), value) if nested else value
+    for one in dataclasses.fields(section):
+        value, default = config[one.name], one.default
+        inner: Any = value  # a field's value, or the dict of a section
+        values[one.name] = (
+            build(type(default), inner) if _is_section(default) else value
+        )
     return section(**values)
 
 

@@ -23,7 +23,12 @@ from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import save_model
 from tpp_jax.storage import processes
 from tpp_jax.training import parallel
-from tpp_jax.training.state import arrays_of, initial_state, with_state
+from tpp_jax.training.state import (
+    arrays_of,
+    initial_state,
+    teacher_arrays,
+    with_state,
+)
 from tpp_jax.training.step import TrainState
 
 Recent = Sequence[tuple[int, Mapping[str, Any]]]
@@ -68,7 +73,13 @@ def _program(run: Run, phase: Phase, tools: Tools) -> Program:
     if run.program is not None and run.program.tx is phase.tx:
         return run.program
     plan = run.plans[-1] if run.plans else tools.setup.plan
-    return make_program(phase, run.model, plan, tools.setup, tools.feed)
+    teacher = _teacher(run, phase, tools)
+    return make_program(phase, run.model, plan, tools.setup, tools.feed, teacher)
+
+
+def _teacher(run: Run, phase: Phase, tools: Tools) -> nnx.Module | None:
+    """Returns the network that a phase distils; None if it does not."""
+    return run.teacher if tools.setup.distils(phase.section) else None
 
 
 def _state(run: Run, phase: Phase, tools: Tools) -> TrainState:
@@ -76,7 +87,8 @@ def _state(run: Run, phase: Phase, tools: Tools) -> TrainState:
     begun = run.position.step > 0 or not phase.fresh
     average = tools.setup.step_config(phase.section).ema > 0
     arrays = run.arrays if begun else None
-    state = initial_state(run.model, phase.tx, average, run.position.step, arrays)
+    teacher, step = _teacher(run, phase, tools), run.position.step
+    state = initial_state(run.model, phase.tx, average, step, arrays, teacher)
     return parallel.replicate(state, tools.setup.devices)
 
 
@@ -216,8 +228,10 @@ def _measure_jacobian(
 
 
 def _save(run: Run, state: TrainState, tools: Tools) -> None:
-    position = run.position
-    tools.checkpoints.save(position.steps_done, arrays_of(state), position.to_json())
+    position, arrays = run.position, arrays_of(state)
+    if run.teacher is not None:
+        arrays |= teacher_arrays(run.teacher)
+    tools.checkpoints.save(position.steps_done, arrays, position.to_json())
 
 
 def _stop(signum: int, tools: Tools) -> None:

@@ -23,13 +23,14 @@ from tpp_jax.experiment.phases import (
     growing_l2_phase,
     tpp_phases,
 )
+from tpp_jax.experiment.sections import PruneConfig
 from tpp_jax.method.orthogonality import OrthogonalityState
 from tpp_jax.method.rivals import GroupLassoState, GrowingState
 from tpp_jax.method.schedule import GrowingSchedule
 from tpp_jax.method.transforms import TPPState
 from tpp_jax.pruning.plan import Plan
 
-MakePhases = Callable[[Any, Plan, GrowingSchedule], tuple[Phase, ...]]
+MakePhases = Callable[[PruneConfig, Plan, GrowingSchedule], tuple[Phase, ...]]
 """Makes phases from the config's section ``prune``, a plan and the schedule of λ."""
 
 Scalars = Mapping[type, Mapping[str, str]]
@@ -42,8 +43,8 @@ class Method:
 
     Attributes:
       stages: Kinds of the stages in order, separated by spaces. ``dense`` saves the
-        network before pruning, ``choose`` makes the plan, ``slice`` cuts; all others
-        train.
+        network before pruning, ``choose`` makes the plan, ``refit`` makes the network
+        independent of what it prunes, ``slice`` cuts; all others train.
       phases: Functions that make the method's phases, except ``pretrain`` and
         ``finetune``, which are made from the config's sections of these names.
       scalars: Numbers in the states of its optax transforms to log.
@@ -51,6 +52,8 @@ class Method:
       penalizes_first: Whether a phase before the choice penalizes all groups that the
         choice may prune.
       random_weights: Whether the cut network starts from random weights.
+      repairs: Whether every cut is followed by a refit and new batch statistics, as
+        with ``prune.compensate`` and ``prune.recalibrate``.
     """
 
     stages: str
@@ -59,6 +62,7 @@ class Method:
     repeated: str = ""
     penalizes_first: bool = False
     random_weights: bool = False
+    repairs: bool = False
 
 
 _TPP = {TPPState: {"strength": "strength", "gram": "gram"}}
@@ -92,9 +96,18 @@ METHODS = {
     "iterative": Method(
         "pretrain dense choose slice finetune", repeated="choose slice finetune"
     ),
+    # The layers behind the cut are refit in closed form, on data without labels.
+    "compensated": Method("pretrain dense choose slice finetune", repairs=True),
+    # The same refit, but of the unpruned network: a start for TPP.
+    "compensated_tpp": Method(
+        "pretrain dense choose refit regularize stabilize slice finetune",
+        (tpp_phases,),
+        _TPP,
+    ),
     "none": Method("pretrain dense"),
 }
-"""Row of each method, by name."""
+"""Row of each method, by name; :data:`tpp_jax.experiment.sections.METHOD_NAMES` lists
+the names."""
 
 
 def find_method(name: str) -> Method:
@@ -123,7 +136,7 @@ def find_method(name: str) -> Method:
     return found
 
 
-UNTRAINED = ("dense", "choose", "slice")
+UNTRAINED = ("dense", "choose", "refit", "slice")
 """Kinds of the stages that do not train."""
 
 # The plain phases of any method may have a penalty of orthogonality.

@@ -1,13 +1,13 @@
 """The phases of a run: a kind, a number of steps and an optax chain each."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import optax
 from flax import nnx
 
 from tpp_jax.errors import TPPError
+from tpp_jax.experiment.sections import PruneConfig, ScheduleConfig, TrainingConfig
 from tpp_jax.graph.nnx_layers import modules
 from tpp_jax.method.orthogonality import add_orthogonality
 from tpp_jax.method.rivals import add_group_lasso, add_growing_l2
@@ -46,7 +46,7 @@ class Phase:
 
 def training_phase(
     kind: str,
-    recipe: Any,
+    recipe: TrainingConfig,
     steps_per_epoch: int,
     model: nnx.Module | None = None,
     rounds: int = 1,
@@ -130,7 +130,7 @@ def _orthogonal(
     ]
 
 
-def strength_schedule(fields: Any) -> GrowingSchedule:
+def strength_schedule(fields: ScheduleConfig) -> GrowingSchedule:
     """Returns the schedule of the penalties' strength.
 
     Args:
@@ -157,7 +157,9 @@ def _countable(schedule: GrowingSchedule, fields: str) -> GrowingSchedule:
     return schedule
 
 
-def tpp_phases(prune: Any, plan: Plan, schedule: GrowingSchedule) -> tuple[Phase, ...]:
+def tpp_phases(
+    prune: PruneConfig, plan: Plan, schedule: GrowingSchedule
+) -> tuple[Phase, ...]:
     """Returns ``regularize`` and ``stabilize``, which share an optimizer and a program.
 
     Args:
@@ -195,7 +197,9 @@ def tpp_phases(prune: Any, plan: Plan, schedule: GrowingSchedule) -> tuple[Phase
     return regularize, stabilize
 
 
-def extra_phase(prune: Any, plan: Plan, schedule: GrowingSchedule) -> tuple[Phase, ...]:
+def extra_phase(
+    prune: PruneConfig, plan: Plan, schedule: GrowingSchedule
+) -> tuple[Phase, ...]:
     """Returns ``extra``: as many plain steps as TPP regularizes and stabilizes.
 
     Args:
@@ -209,7 +213,7 @@ def extra_phase(prune: Any, plan: Plan, schedule: GrowingSchedule) -> tuple[Phas
 
 
 def growing_l2_phase(
-    prune: Any, plan: Plan, schedule: GrowingSchedule
+    prune: PruneConfig, plan: Plan, schedule: GrowingSchedule
 ) -> tuple[Phase, ...]:
     """Returns ``grow`` of GReg-2: L2 of growing strength on all filters.
 
@@ -232,7 +236,7 @@ def growing_l2_phase(
 
 
 def group_lasso_phase(
-    prune: Any, plan: Plan, schedule: GrowingSchedule
+    prune: PruneConfig, plan: Plan, schedule: GrowingSchedule
 ) -> tuple[Phase, ...]:
     """Returns ``grow`` of the group lasso: a constant pull on the norms of all filters.
 
@@ -248,7 +252,7 @@ def group_lasso_phase(
 
 
 def _with_sgd(
-    kind: str, steps: int, prune: Any, *penalties: optax.GradientTransformation
+    kind: str, steps: int, prune: PruneConfig, *penalties: optax.GradientTransformation
 ) -> Phase:
     """Returns a phase of SGD with TPP's constants and some penalties."""
     descent = sgd(prune.learning_rate, prune.momentum, prune.weight_decay)

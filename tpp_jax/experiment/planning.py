@@ -9,6 +9,7 @@ from flax import nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.dotted import is_dotted, load_object
+from tpp_jax.experiment.refitting import calibration_inputs
 from tpp_jax.experiment.sections import PruneConfig
 from tpp_jax.graph.groups import Groups
 from tpp_jax.pruning.activations import activation_means
@@ -45,11 +46,11 @@ def plan_for(
     """
     target = prune.flops or prune.params
     statistics, criterion = None, _criterion(prune.criterion)
-    if isinstance(criterion, Criterion) and (needed := criterion.statistics):
+    if isinstance(criterion, Criterion) and criterion.statistics:
         if task is None:
             criterion = "l1"
         else:
-            statistics = _statistics(needed, model, task, prune.batches, seed)
+            statistics = _statistics(criterion, groups, model, task, prune, seed)
     amount: dict[str, Any] = {"counts": counts}
     if counts is None:
         amount = dict(
@@ -104,24 +105,30 @@ _MEASURED = (
 
 
 def _statistics(
-    needed: str, model: nnx.Module, task: Task, number: int, seed: int
+    criterion: Criterion,
+    groups: Groups,
+    model: nnx.Module,
+    task: Task,
+    prune: PruneConfig,
+    seed: int,
 ) -> Any:
-    """Measures what a criterion needs on the first training batches.
+    """Measures what a criterion needs on the first training examples.
 
     Args:
-      needed: Name of the statistics.
+      criterion: Criterion that needs statistics.
+      groups: Groups of the model.
       model: Network with its weights.
       task: Task whose data and loss are used.
-      number: Number of batches, or all of an epoch if it has fewer.
+      prune: Section ``prune`` of the config, with the amount of data.
       seed: Seed of the order of the data and of random vectors.
     """
-    batches = itertools.islice(task.samples(seed), number)
+    batches = itertools.islice(task.samples(seed), prune.batches)
     key = jax.random.key(seed)
 
     def loss(model: nnx.Module, batch: Any) -> Any:
         return task.loss(model, batch, key)[0]
 
-    match needed:
+    match criterion.statistics:
         case "loss_gradient":
             return loss_gradient(loss, model, batches)
         case "hessian_diagonal":
@@ -129,5 +136,7 @@ def _statistics(
         case "activation_means":
             return activation_means(model, map(task.inputs, batches))
         case "input_moments":
-            return input_moments(model, map(task.inputs, batches), diagonal=True)
-    raise ValueError(needed)
+            inputs = calibration_inputs(task, prune.calibration_examples, seed)
+            diagonal = criterion.of == "consumers"
+            return input_moments(model, inputs, groups=groups, diagonal=diagonal)
+    raise ValueError(criterion.statistics)

@@ -13,6 +13,7 @@ from tpp_jax.experiment.phases import Phase
 from tpp_jax.experiment.setup import Setup
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training import parallel
+from tpp_jax.training.distillation import Teacher
 from tpp_jax.training.step import (
     TrainState,
     graphdef_of,
@@ -75,6 +76,7 @@ def make_program(
     plan: Plan,
     setup: Setup,
     feed: Feed,
+    teacher: nnx.Module | None = None,
 ) -> Program:
     """Returns the program of a phase.
 
@@ -84,6 +86,7 @@ def make_program(
       plan: Plan of the phase's optimizer.
       setup: Setup of the run.
       feed: Source of the batches.
+      teacher: Network to distil, of which only the structure is used; None for none.
     """
     config, devices = setup.config, setup.devices
     on_cpu = jax.default_backend() == "cpu"
@@ -91,11 +94,19 @@ def make_program(
     at_once = min(at_once, feed.at_once)
     graphdef = graphdef_of(model, training=True)
     step_config, loss = setup.step_config(phase.section), setup.task(phase.section).loss
+    taught = None
+    if teacher is not None:
+        distillation = config.finetune.distillation
+        taught = Teacher(
+            graphdef_of(teacher, training=False),
+            distillation.weight,
+            distillation.temperature,
+        )
 
     def steps_of(tx: optax.GradientTransformation) -> Callable[..., Any]:
         axis = parallel.axis_name(devices)
         select = feed.train_batch
-        step = make_train_step(graphdef, tx, loss, step_config, select, axis)
+        step = make_train_step(graphdef, tx, loss, step_config, select, axis, taught)
         return make_train_steps(step, loop=at_once > 1)
 
     on_devices = functools.partial(

@@ -16,7 +16,8 @@ import ml_collections
 from tpp_jax import data
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import choosing, lockstep, loop, measures
-from tpp_jax.experiment.config import differences
+from tpp_jax.experiment.config import default_config, differences
+from tpp_jax.experiment.fields import flat
 from tpp_jax.experiment.methods import Stage
 from tpp_jax.experiment.position import Position
 from tpp_jax.experiment.program import Take, alone
@@ -139,6 +140,8 @@ def _perform(run: Run, stage: Stage, tools: Tools) -> Run:
             return choosing.keep_dense(run, stage, tools)
         case "choose":
             return choosing.choose(run, stage, tools)
+        case "refit":
+            return choosing.refit(run, stage, tools)
         case "slice":
             return choosing.cut(run, stage, tools)
         case _:
@@ -244,12 +247,14 @@ def _resumed(
     progress.say(
         f"Continuing the run in {workdir} from {position.phase}, step {position.step}."
     )
+    taught = unprefixed(arrays, "teacher.")
     return Run(
         dataclasses.replace(position, config=config),
         with_arrays(model, unprefixed(arrays, "model.")),
         tuple(plans),
         setup.phases(plans[-1]) if plans else run.phases,
         arrays,
+        teacher=with_arrays(setup.model, taught) if taught else None,
     )
 
 
@@ -260,7 +265,8 @@ _MAY_CHANGE = ("num_devices", "parallel", "keep_checkpoints", "data.dir")
 def _same_config(
     old: Mapping[str, Any], new: Mapping[str, Any], workdir: pathlib.Path
 ) -> None:
-    found = differences(old, new)
+    # An earlier version had fewer fields, and did what the others do by default.
+    found = differences(flat(default_config()) | flat(old), flat(new))
     if changed := [line for line in found if line.split()[0] not in _MAY_CHANGE]:
         raise TPPError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:5])}). Use "

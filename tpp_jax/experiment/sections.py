@@ -4,12 +4,18 @@ import dataclasses
 from typing import Literal
 
 from tpp_jax.experiment.fields import field
-from tpp_jax.experiment.methods import METHODS
 from tpp_jax.method.gram import Target
 from tpp_jax.method.isometry import RECIPES
 from tpp_jax.pruning.criteria import CRITERIA, REDUCTIONS
 from tpp_jax.pruning.targets import SCOPES
 from tpp_jax.training.optimizers import OPTIMIZERS, ORTHOGONALITY, SCHEDULES
+
+METHOD_NAMES = (
+    *("tpp", "oneshot", "extra", "scratch"),
+    *("greg2", "group_lasso", "iterative", "compensated", "compensated_tpp", "none"),
+)
+"""Names of the methods, whose rows are in :mod:`tpp_jax.experiment.methods`. They are
+here because the functions of a row take sections of the config."""
 
 _LARGEST_IMAGE = 2**14  # pixels on a side
 
@@ -154,6 +160,34 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Distillation of the dense network into the pruned one."""
+
+    weight: float = field(
+        0.0,
+        "Share w of the distillation in the loss, (1 - w) · loss of the labels + "
+        "w · T² · KL divergence of the softened outputs; 0 for none, 1 for no labels.",
+        most=1,
+    )
+    temperature: float = field(
+        4.0,
+        "Temperature T by which the outputs of both networks are divided.",
+        least=0.01,
+        most=1000,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Training of the pruned network, with or without the dense one as a teacher."""
+
+    distillation: DistillationConfig = field(
+        DistillationConfig(),
+        "The dense network, as it was before pruning, teaches the pruned one.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GrowConfig:
     """The phase of `greg2` and `group_lasso` before the channels are chosen."""
 
@@ -205,7 +239,7 @@ class PruneConfig:
         "tpp",
         "Method: TPP, one of its rivals ([tables.md](tables.md)), `none` to train only "
         "the dense network, or the dotted path of your own ([extend.md](extend.md)).",
-        choices=tuple(METHODS),
+        choices=METHOD_NAMES,
         dotted=True,
     )
     ratios: str = field(
@@ -231,8 +265,24 @@ class PruneConfig:
     )
     batches: int = field(
         4,
-        "Number of training batches on which `taylor`, `taylor_fo`, `hessian`, "
-        "`activation`, `wanda` and `variance` measure.",
+        "Number of training batches on which `taylor`, `taylor_fo`, `hessian` and "
+        "`activation` measure.",
+        least=1,
+    )
+    compensate: bool = field(
+        False,
+        "Whether layers that read pruned channels are refit at the cut, see "
+        "[recovery.md](recovery.md); `compensated` does it always.",
+    )
+    recalibrate: bool = field(
+        False,
+        "Whether the statistics of batch norms, if there are any, are measured again "
+        "after the cut; `compensated` does it always.",
+    )
+    calibration_examples: int = field(
+        1024,
+        "Number of training examples, not augmented, on which `compensate`, "
+        "`recalibrate` and the criteria `wanda`, `variance` and `obs` measure.",
         least=1,
     )
     scope: str = field(

@@ -64,6 +64,12 @@ class Setup:
         return find_method(self.config.prune.method)
 
     @property
+    def repairs(self) -> tuple[bool, bool]:
+        """Whether the cut refits layers, and whether it renews batch statistics."""
+        prune, always = self.config.prune, self.method.repairs
+        return prune.compensate or always, prune.recalibrate or always
+
+    @property
     def rounds(self) -> int:
         """Number of rounds of choosing, cutting and fine-tuning."""
         return max(stage.round for stage in self.stages)
@@ -86,6 +92,10 @@ class Setup:
         for make in self.method.phases:
             found += make(config.prune, plan, self.schedule)
         return {phase.kind: phase for phase in found}
+
+    def distils(self, section: str) -> bool:
+        """Returns whether the dense network teaches in phases of a section."""
+        return section == "finetune" and self.config.finetune.distillation.weight > 0
 
     def groups_of(self, model: nnx.Module, plans: Sequence[Plan]) -> Groups:
         """Returns the groups of a network that was cut by some plans."""
@@ -177,6 +187,7 @@ def make_setup(tree: Tree, load: Load = data.load) -> Setup:
         stages=stages_of(prune.method, prune.rounds, given=given),
     )
     _check_stages(setup.stages, setup.phases(plan), prune.method)
+    _check_repairs(setup)
     report_layer(config.report_layer, plan)
     return setup
 
@@ -191,6 +202,29 @@ def _check_stages(
                 f"the method {method!r} has a stage {kind!r}, but makes no phase of "
                 f"that kind; it has the phases {', '.join(phases)}"
             )
+
+
+def _check_repairs(setup: Setup) -> None:
+    """Raises a TPPError for a repair or a teacher that the method has no use for."""
+    prune, kinds = setup.config.prune, {stage.kind for stage in setup.stages}
+    asked = [name for name in ("compensate", "recalibrate") if getattr(prune, name)]
+    if asked and setup.method.random_weights:
+        raise TPPError(
+            f"config.prune.{asked[0]} is set, but the method {prune.method!r} starts "
+            "from random weights after the cut: set it to False"
+        )
+    if prune.reinitialize and any(setup.repairs):
+        raise TPPError(
+            f"config.prune.reinitialize={prune.reinitialize!r} replaces the weights "
+            f"that config.prune.{asked[0] if asked else f'method={prune.method!r}'} "
+            "fits to the data: leave one of them out"
+        )
+    if setup.distils("finetune") and kinds >= {"finetune"} and "dense" not in kinds:
+        raise TPPError(
+            "config.finetune.distillation.weight is "
+            f"{setup.config.finetune.distillation.weight}, but the method "
+            f"{prune.method!r} has no dense network to learn from: set it to 0"
+        )
 
 
 def _devices(number: int) -> list[parallel.Device]:

@@ -35,6 +35,8 @@ class Run:
       arrays: Arrays of the last checkpoint by name, including the optimizer's state.
       program: Program of the last trained phase, which phases with the same optimizer
         share.
+      teacher: Dense network to distil, kept from its training on; None if the run does
+        not distil.
     """
 
     position: Position
@@ -43,6 +45,7 @@ class Run:
     phases: Mapping[str, Phase]
     arrays: Mapping[str, Any]
     program: Program | None = None
+    teacher: nnx.Module | None = None
 
     def but(self, **changes: Any) -> Self:
         """Returns the run with some attributes replaced."""

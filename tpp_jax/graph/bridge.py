@@ -13,7 +13,7 @@ from flax import linen, nnx
 from tpp_jax.graph.functions import is_array, set_evaluation
 from tpp_jax.graph.linen import arrays_decide
 from tpp_jax.graph.naming import named_leaves
-from tpp_jax.graph.nnx_layers import NumGroups, Shape, follow_layers, modules
+from tpp_jax.graph.nnx_layers import NumGroups, Shape, follow_layer, modules
 
 # Array name → pairs of a number of groups that it may have had and the number left.
 _Kept = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
@@ -47,11 +47,11 @@ def follow_arrays(
 
     Args:
       model: Model whose arrays have other widths than those that it was created with.
-      num_groups: See :func:`tpp_jax.graph.nnx_layers.follow_layers`.
+      num_groups: See :func:`tpp_jax.graph.nnx_layers.follow_layer`.
       shapes: Array name → its shape before the cut; Linen modules in the model need it.
     """
-    follow_layers(model, num_groups, shapes)
     for path, module in modules(model):
+        follow_layer(module, path, num_groups, shapes)
         if shapes and isinstance(module, nnx.bridge.ToNNX):
             _follow_linen(module, f"{path}." if path else "", num_groups, shapes)
 

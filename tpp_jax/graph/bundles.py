@@ -48,8 +48,9 @@ def alike_channels(
     for number, slot in zip(*np.divmod(met, len(rows)), strict=True):
         slots_of.setdefault(int(number), []).append(int(slot))
     by_bundle = present[np.argsort(bundle[present], kind="stable")]
-    ends = np.flatnonzero(np.diff(bundle[by_bundle])) + 1
-    for chosen in np.split(by_bundle, ends):
+    ends = (np.flatnonzero(np.diff(bundle[by_bundle])) + 1).tolist()
+    for first, last in zip([0, *ends], [*ends, len(by_bundle)], strict=True):
+        chosen = by_bundle[first:last]
         slots = slots_of.get(int(bundle[chosen[0]]), [])
         for channels in _apart(chosen, *rows[slots[0]]):
             yield channels, slots
@@ -64,12 +65,11 @@ def rows_of(solution: Channels, axes: list[Axis]) -> list[Row]:
     if (np.diff(positions) < 0).any():  # some channels are defined by others
         order = np.argsort(positions, kind="stable")
         positions, channels = positions[order], channels[order]
-    cuts = positions.searchsorted(ends[:-1])
-    starts = [0, *ends[:-1].tolist()]
+    cuts = positions.searchsorted(ends).tolist()
     return [
-        (own - start, at)
-        for own, start, at in zip(
-            np.split(positions, cuts), starts, np.split(channels, cuts), strict=True
+        (positions[first:last] - start, channels[first:last])
+        for first, last, start in zip(
+            [0, *cuts], cuts, [0, *ends.tolist()], strict=False
         )
     ]
 

@@ -66,13 +66,13 @@ class Reading:
         for value, axes in self.axes.items():
             if value is None:
                 continue
-            own = []
+            own = of[value] = []
             for labels in axes:
-                number = numbers.setdefault(id(labels), len(arrays))
-                if number == len(arrays):
+                number = numbers.get(id(labels))
+                if number is None:
+                    number = numbers[id(labels)] = len(arrays)
                     arrays.append(labels)
                 own.append(number)
-            of[value] = own
         ends = np.cumsum([len(labels) for labels in arrays], dtype=np.int64)
         return of, arrays, ends
 
@@ -362,11 +362,16 @@ def _same_settings(before: Equation, after: Equation, kept: Kept, old: Trace) ->
     return compare is None or compare(before, after, kept, old)
 
 
+_PLAIN = {type(None), bool, int, float, str}
+
+
 def _is_plain(setting: Any) -> bool:
     """Reports whether a setting consists of numbers and names only."""
+    if type(setting) in _PLAIN:
+        return True
     if isinstance(setting, tuple):
         return all(map(_is_plain, setting))
-    return setting is None or isinstance(setting, (bool, int, float, str))
+    return isinstance(setting, (int, float, str))
 
 
 def _same_slice(before: Equation, after: Equation, kept: Kept, old: Trace) -> bool:

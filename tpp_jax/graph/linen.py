@@ -14,7 +14,7 @@ from typing import Any
 from flax import linen, nnx
 
 from tpp_jax.graph.fields import Field, Values, own_fields, with_values
-from tpp_jax.graph.nnx_layers import NumGroups, Shape, follow_layers
+from tpp_jax.graph.nnx_layers import NumGroups, Shape, follow_layer, modules
 
 # Recurrent cell of Flax → the layer in it whose kernel contracts the hidden state.
 _RECURRENT = {
@@ -59,7 +59,7 @@ def arrays_decide(
 
     Args:
       num_groups: Function that gives the number of groups of a ``GroupNorm``, see
-        :func:`tpp_jax.graph.nnx_layers.follow_layers`.
+        :func:`tpp_jax.graph.nnx_layers.follow_layer`.
       shapes: Variable name → its shape before the cut, where known.
       values: Path of a module → name of an attribute → value that it is set to.
     """
@@ -266,7 +266,8 @@ def _following(
     }
 
     def call(made: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-        follow_layers(made, lambda leaf, n: num_groups(prefix + leaf, n), own)
+        for path, layer in modules(made):
+            follow_layer(layer, path, lambda leaf, n: num_groups(prefix + leaf, n), own)
         function = getattr(type(made), method) if isinstance(method, str) else method
         return function(made, *args, **kwargs)
 

@@ -50,30 +50,6 @@ class _Layer:
         return found[0][-1] if found else None
 
 
-def follow_layers(
-    model: nnx.Module,
-    num_groups: NumGroups,
-    shapes: Mapping[str, Shape] | None = None,
-) -> None:
-    """Sets the sizes of all Flax layers in a model to those of their arrays, in place.
-
-    Args:
-      model: Model whose arrays have other widths than those that it was created with.
-      num_groups: Function ``num_groups(leaf, number)`` from the name of an array and
-        its old number of groups to the number of groups that its last axis has now, or
-        ``None`` if that is not known. Arrays do not determine these numbers: those of a
-        ``GroupNorm``, by the name of its scale, and of a grouped convolution, by the
-        name of its kernel. For a norm without arrays it gives the number of features,
-        by the norm's name and ``num_features``.
-      shapes: Array name → its shape before the cut. If given, only sizes that agreed
-        with the arrays before the cut are set: in a user's class an attribute of the
-        same name may mean something else.
-    """
-    for path, module in modules(model):
-        if _is_known(type(module)):
-            _follow_own_arrays(module, path, num_groups, shapes or {})
-
-
 def modules(root: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """Yields a module and all modules in it with their dotted paths, each once.
 
@@ -122,9 +98,32 @@ def _by_number_or_name(key: Any) -> tuple[bool, int, str]:
     return (False, int(text), "") if text.isdecimal() else (True, 0, text)
 
 
-def _follow_own_arrays(
-    module: nnx.Module, path: str, num_groups: NumGroups, shapes: Mapping[str, Shape]
+def follow_layer(
+    module: nnx.Module,
+    path: str,
+    num_groups: NumGroups,
+    shapes: Mapping[str, Shape] | None = None,
 ) -> None:
+    """Sets the sizes of a layer of Flax to those of its arrays, in place.
+
+    Args:
+      module: Layer whose arrays have other widths than those that it was created with;
+        modules of other classes are not changed.
+      path: Path of the layer in its model.
+      num_groups: Function ``num_groups(leaf, number)`` from the name of an array and
+        its old number of groups to the number of groups that its last axis has now, or
+        ``None`` if that is not known. Arrays do not determine these numbers: those of a
+        ``GroupNorm``, by the name of its scale, and of a grouped convolution, by the
+        name of its kernel. For a norm without arrays it gives the number of features,
+        by the norm's name and ``num_features``.
+      shapes: Array name → its shape before the cut. If given, only sizes that agreed
+        with the arrays before the cut are set: in a user's class an attribute of the
+        same name may mean something else.
+    """
+    if not _is_known(type(module)):
+        return
+    known = shapes or {}
+
     def named(array: str) -> str:
         return f"{path}.{array}" if path else array
 
@@ -137,7 +136,7 @@ def _follow_own_arrays(
         return None if found is None else tuple(found.shape)
 
     def before(array: str) -> Shape | None:
-        return None if now(array) is None else shapes[named(array)]
+        return None if now(array) is None else known[named(array)]
 
     def groups(array: str, number: int) -> int | None:
         return num_groups(named(array), number)

@@ -5,8 +5,10 @@ alone; unfolding.py replaces nested calls, loops and branches by their operation
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.util
 import os
 import pathlib
@@ -101,6 +103,23 @@ def trace(
     return trace_function(as_function(model, params, plan), inputs, kwargs)
 
 
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pauses Python's garbage collector.
+
+    A trace makes many small objects that all remain, which it would go through again
+    and again.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def trace_function(
     function: Function, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Trace:
@@ -116,7 +135,8 @@ def trace_function(
 
     # As a flat list: each further pass through a model's state takes time.
     leaves, form = jax.tree.flatten(function.params)
-    closed, returned = jax.make_jaxpr(call, return_shape=True)(leaves, arrays)
+    given = _types(leaves), _types(arrays)
+    closed, returned = jax.make_jaxpr(call, return_shape=True)(*given)
     jaxpr = closed.jaxpr
     check_length(jaxpr)
     builder = Builder()
@@ -148,6 +168,23 @@ def trace_function(
         output_names=_places(returned, lambda _: True),
         literals=(*builder.literals, *((array, None, None) for array in closed.consts)),
     )
+
+
+def _types(leaves: list[Any]) -> list[Any]:
+    """Returns abstract leaves as JAX's own types, which it takes up much faster.
+
+    A model has few different ones, and JAX asks for the type of each several times.
+    """
+    known: dict[tuple[Any, ...], Any] = {}
+    found = []
+    for leaf in leaves:
+        if type(leaf) is jax.ShapeDtypeStruct and leaf.sharding is None:
+            key = leaf.shape, leaf.dtype, leaf.weak_type
+            if key not in known:
+                known[key] = jax.typeof(leaf)
+            leaf = known[key]
+        found.append(leaf)
+    return found
 
 
 def _places(tree: Any, wanted: Callable[[Any], bool]) -> tuple[str, ...]:

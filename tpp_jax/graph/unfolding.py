@@ -146,28 +146,41 @@ class Builder:
         env: dict[Any, Value] = dict(known)
         for eqn in jaxpr.eqns:
             self._source = self._caller or eqn.source_info
-            inputs = [self._read(var, env) for var in eqn.invars]
-            match eqn.primitive.name:
-                case name if name in CALLS:
-                    before = self._caller
-                    # JAX caches the jaxpr of a jitted function, with the lines of its
-                    # first call. So the line of this call is its source.
-                    self._caller = self._source if name in ("jit", "pjit") else before
-                    outputs = self._call(eqn.params[CALLS[name]], inputs)
-                    self._caller = before
-                case "scan":
-                    outputs = self._scan(eqn, inputs)
-                case "while":
-                    outputs = self._while(eqn, inputs)
-                case "cond":
-                    outputs = self._cond(eqn, inputs)
-                case "shard_map" if "in_specs" in eqn.params:
-                    outputs = self._shard_map(eqn, inputs)
-                case name:
-                    shapes = [np.shape(var.aval) for var in eqn.outvars]
-                    outputs = self._equation(name, inputs, shapes, eqn.params)
-            env.update(zip(eqn.outvars, outputs, strict=True))
-        return [self._read(var, env) for var in jaxpr.outvars]
+            inputs = [
+                self._literal(var) if isinstance(var, jex_core.Literal) else env[var]
+                for var in eqn.invars
+            ]
+            name = eqn.primitive.name
+            enter = self._enter if name in ENTERED else self._plain
+            env.update(zip(eqn.outvars, enter(name, eqn, inputs), strict=True))
+        return [
+            self._literal(var) if isinstance(var, jex_core.Literal) else env[var]
+            for var in jaxpr.outvars
+        ]
+
+    def _plain(self, name: str, eqn: Any, inputs: list[Value]) -> Sequence[Value]:
+        shapes = [_shape(var) for var in eqn.outvars]
+        return self._equation(name, inputs, shapes, eqn.params)
+
+    def _enter(self, name: str, eqn: Any, inputs: list[Value]) -> Sequence[Value]:
+        match name:
+            case "scan":
+                return self._scan(eqn, inputs)
+            case "while":
+                return self._while(eqn, inputs)
+            case "cond":
+                return self._cond(eqn, inputs)
+            case "shard_map" if "in_specs" in eqn.params:
+                return self._shard_map(eqn, inputs)
+            case "shard_map":
+                return self._plain(name, eqn, inputs)
+        before = self._caller
+        # JAX caches the jaxpr of a jitted function, with the lines of its first call.
+        # So the line of this call is its source.
+        self._caller = self._source if name in ("jit", "pjit") else before
+        outputs = self._call(eqn.params[CALLS[name]], inputs)
+        self._caller = before
+        return outputs
 
     def _equation(
         self,
@@ -179,7 +192,10 @@ class Builder:
         inputs = [n if isinstance(n, int) else None for n in operands]
         scalars = [n.value if isinstance(n, Scalar) else None for n in operands]
         origin, params = self._origin_of(inputs), params or {}
-        outputs = [self.number(shape, origin) for shape in shapes]
+        first = len(self.shapes)
+        self.shapes += shapes
+        outputs = list(range(first, len(self.shapes)))
+        self.origin.update(dict.fromkeys(outputs, origin))
         times = self._times
         if self._mesh:
             varying = frozenset().union(*(self._varying.get(n, ()) for n in inputs))
@@ -208,7 +224,7 @@ class Builder:
         inner = getattr(closed, "jaxpr", closed)
         scope: dict[Any, Value] = dict(zip(inner.invars, inputs, strict=True))
         for var in inner.constvars:
-            scope[var] = constant = self.number(np.shape(var.aval), ())
+            scope[var] = constant = self.number(_shape(var), ())
             self.constants.append(constant)
         return self.unfold(inner, scope)
 
@@ -243,7 +259,7 @@ class Builder:
         self._times = before
         outputs = self._carried(carry, results[:n_carry])
         for result, var in zip(results[n_carry:], eqn.outvars[n_carry:], strict=True):
-            shape = np.shape(var.aval)
+            shape = _shape(var)
             sources = [result] if isinstance(result, int) else []
             outputs += self._equation("loop_stack", sources, [shape])
         return outputs
@@ -293,18 +309,16 @@ class Builder:
         ):
             names = _axes_of(spec)
             if isinstance(n, int) and any(names):
-                shape = np.shape(var.aval)
+                shape = _shape(var)
                 shards = _shards(names, sizes, len(shape))
                 [n] = self._equation("unshard", [n], [shape], {"shards": shards})
             outputs.append(n)
         return outputs
 
-    def _read(self, var: Any, env: dict[Any, Value]) -> Value:
-        if isinstance(var, jex_core.Literal):
-            # The next number is that of the result, or in a call of the first one.
-            self.literals.append((var.val, self._source, len(self.shapes)))
-            return Scalar(var.val)
-        return env[var]
+    def _literal(self, var: Any) -> Scalar:
+        # The next number is that of the result, or in a call of the first one.
+        self.literals.append((var.val, self._source, len(self.shapes)))
+        return Scalar(var.val)
 
     def _origin_of(self, inputs: Sequence[int | None]) -> tuple[str, ...] | None:
         found: tuple[str, ...] = ()
@@ -322,6 +336,10 @@ class Builder:
             else:
                 found = found or origin
         return found
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return getattr(var.aval, "shape", ())
 
 
 def _unknown(carry: list[Value]) -> list[Value]:

@@ -22,7 +22,8 @@ class Tag:
     """The origin of each entry of an array.
 
     Attributes:
-      kind: Whether the entries are those of a parameter or the outputs of a kernel.
+      kind: Whether the entries are those of a parameter, the outputs of a kernel, or
+        such outputs after each was added to or multiplied with something.
       name: Name of the parameter, or key of the consumer.
       index: Flat index into the parameter, or number of the output, int
         ``[*steps, *shape]``: in a loop that slices the parameter the first axes are
@@ -30,7 +31,7 @@ class Tag:
       loops: Numbers of these loops, from the outermost.
     """
 
-    kind: Literal["parameter", "product"]
+    kind: Literal["parameter", "product", "output"]
     name: str
     index: np.ndarray
     loops: tuple[int, ...] = ()
@@ -135,6 +136,32 @@ def paired(product: Tag, other: Tag) -> np.ndarray | None:
     if (found < 0).any() or (found[made] != at).any():
         return None
     return found if np.unique(found).size == found.size else None
+
+
+def by_output(array: Array, tag: Tag) -> Float[Array, "rows outputs"] | None:
+    """Returns an array with the outputs of a kernel as columns, in their order.
+
+    Args:
+      array: Array of the shape of the outputs, as they are laid out by now.
+      tag: Tag of the outputs; of stacks of a loop, those of one step are taken.
+
+    Returns:
+      None if the axes of the array do not separate rows from outputs.
+    """
+    index = tag.index[(0,) * len(tag.loops)]
+    one = index[tuple(slice(0, 1) if not s else slice(None) for s in index.strides)]
+    over = []
+    for axis in range(index.ndim):
+        first = one.take([0], axis)
+        if (one == first).all():
+            over.append(axis)
+            one = first
+    outputs = one.reshape(-1)
+    if not np.array_equal(np.sort(outputs), np.arange(outputs.size)):
+        return None
+    own = [axis for axis in range(index.ndim) if axis not in over]
+    rows = array.transpose(*over, *own).reshape(-1, outputs.size)
+    return rows[:, np.argsort(outputs)]
 
 
 def read_dot(eqn: Any, operand: int, tag: Tag, other: Array) -> Reading:

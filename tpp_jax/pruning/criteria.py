@@ -17,6 +17,7 @@ from jaxtyping import Float
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.groups import Group, Member
 from tpp_jax.pruning.moments import Moments
+from tpp_jax.pruning.obs import obs
 
 Filters = Float[np.ndarray, "n d"]
 Scores = Float[np.ndarray, " n"]
@@ -32,12 +33,17 @@ class Criterion:
         with statistics ``(filters, statistics) -> scores``, both float ``[n, d]``. Of
         consumers ``(weights, means, variances) -> scores``, all float ``[n, d]``: the
         weights that read a channel, and the moments of what they are multiplied with.
+        Of groups ``(group, leaves, moments) -> scores``, float ``[group.size]``: the
+        parameters by name, and the result of :func:`tpp_jax.input_moments`.
       statistics: Name of the function of :mod:`tpp_jax` that measures the statistics;
         None if the weights are enough. A user's own function of two arguments needs no
         name: it is called with the statistics that ``make_plan`` receives.
       of: Arrays that are scored: the ``"kernels"`` that produce the channels, the
         scales of the ``"norms"`` that the channels run through, or the kernels of the
-        ``"consumers"`` that read them; scores of several consumers are added.
+        ``"consumers"`` that read them; scores of several consumers are added. Or all
+        arrays of the ``"groups"``.
+      additive: Whether scores are errors that add up, so that of several groups those
+        channels are removed first that save most for a given error.
 
     Example:
       >>> widest = Criterion(lambda filters: np.ptp(filters, axis=1))
@@ -47,7 +53,8 @@ class Criterion:
 
     score: Score
     statistics: str | None = None
-    of: Literal["kernels", "norms", "consumers"] = "kernels"
+    of: Literal["kernels", "norms", "consumers", "groups"] = "kernels"
+    additive: bool = False
 
 
 # Names that libraries give to the scale of a norm.
@@ -167,6 +174,7 @@ CRITERIA: dict[str, Criterion] = {
     "activation": Criterion(activation, statistics="activation_means"),
     "wanda": Criterion(wanda, statistics="input_moments", of="consumers"),
     "variance": Criterion(variance, statistics="input_moments", of="consumers"),
+    "obs": Criterion(obs, statistics="input_moments", of="groups", additive=True),
 }
 """Criteria by name, in the order in which messages list them."""
 
@@ -220,6 +228,12 @@ def find_criterion(
     return found
 
 
+def is_additive(criterion: str | Criterion | Score) -> bool:
+    """Reports whether a criterion that is known is additive."""
+    found = CRITERIA.get(criterion) if isinstance(criterion, str) else criterion
+    return isinstance(found, Criterion) and found.additive
+
+
 def _name(criterion: str | Criterion | Score) -> str:
     if isinstance(criterion, str):
         return criterion
@@ -264,11 +278,19 @@ def group_scores(
       TPPError: There is nothing to score, a statistic is missing or has the wrong
         shape, or the criterion did not return one number per filter.
     """
-    if criterion.of == "consumers":
+    if criterion.of in ("consumers", "groups"):
+        if not isinstance(statistics, Moments):
+            raise TPPError(
+                "a criterion of consumers needs the moments of what they read: pass "
+                "statistics=tpp_jax.input_moments(...)"
+            )
+        if criterion.of == "groups":
+            scores = criterion.score(group, leaves, statistics)
+            return _checked(scores, group.name, group)
         return _consumers_score(group, leaves, criterion, statistics)
     if isinstance(statistics, Moments):
         raise TPPError(
-            "input moments are for criteria of consumers: wanda, variance. Other "
+            "input moments are for criteria of consumers: wanda, variance, obs. Other "
             "criteria need statistics named like the parameters"
         )
     members = [m for m in group.members if m.role == "produced"]
@@ -305,34 +327,15 @@ def _consumers_score(
     group: Group,
     leaves: Mapping[str, Any],
     criterion: Criterion,
-    moments: Mapping[str, Any] | Moments | None,
+    moments: Moments,
 ) -> Scores:
     """Returns the scores of a group's channels, summed over the kernels that read them.
 
     Raises:
-      TPPError: There are no moments, or none of a kernel that reads the channels.
+      TPPError: There are no moments of a kernel that reads the channels.
     """
-    if not isinstance(moments, Moments):
-        raise TPPError(
-            "a criterion of consumers needs the moments of what they read: pass "
-            "statistics=tpp_jax.input_moments(...)"
-        )
-    found = [
-        (member, entry)
-        for member in group.members
-        for entry in moments.of(member.leaf)
-        if member.axis in entry.positions
-    ]
-    if not found:
-        readers = [m.leaf for m in group.members if m.role == "contracted"]
-        known = [f"{x}: {moments.skipped[x]}" for x in readers if x in moments.skipped]
-        raise TPPError(
-            f"no kernel that reads the channels of {group.name} was measured "
-            f"({'; '.join(known) or 'the moments are of other groups'}): skip that "
-            "layer, or choose another criterion"
-        )
     total = np.zeros(group.size)
-    for member, entry in found:
+    for member, entry in moments.readers_of(group):
         leaf = np.asarray(leaves[member.leaf])
         index = entry.weight_index()
         moments_of_rows = entry.mean[:, :, None], entry.variance[:, :, None]

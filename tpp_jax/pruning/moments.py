@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.functions import as_function
-from tpp_jax.graph.records import Group
+from tpp_jax.graph.records import Group, Member
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.consumers import Weights
-from tpp_jax.pruning.probe import Findings, run
+from tpp_jax.pruning.probe import GAIN, STREAM, Findings, run
 from tpp_jax.pruning.sums import Sums, merge
 
 _NOT_FOLLOWED = (
@@ -67,6 +67,15 @@ class ConsumerMoments:
       bias: Bias (or mean of a norm) that takes up a shift of the outputs; None if
         nothing does.
       fixed: Reason why the weights cannot be refit; None if they can.
+      gain: Factor by which each output is multiplied behind the kernel, such as the
+        scale of a batch norm divided by its standard deviation, float64 ``[stacks,
+        outputs]``.
+      stream: Mean square and variance of the sums that the outputs become part of, such
+        as a residual stream, averaged over outputs, float64 ``[stacks, 2]``; None if
+        they are added to nothing.
+      steps: Number of steps of loops whose kernels are the stacks, one after the other;
+        1 outside of loops.
+      once: Whether the weights are read by one product, outside of loops and branches.
     """
 
     leaf: str
@@ -80,11 +89,28 @@ class ConsumerMoments:
     covariance: Float[np.ndarray, "stacks features features"] | None
     bias: Bias | None
     fixed: str | None
+    gain: Float[np.ndarray, "stacks outputs"]
+    stream: Float[np.ndarray, "stacks 2"] | None
+    steps: int
+    once: bool
 
     @property
     def second_moment(self) -> Float[np.ndarray, "stacks features"]:
         """Mean square of each feature."""
         return self.variance + self.mean**2
+
+    def moments_about(
+        self, stack: int
+    ) -> Float[np.ndarray, "features features"] | Float[np.ndarray, " features"]:
+        """Returns the moments that errors of the outputs follow from.
+
+        They are about the mean if a shift of the outputs is taken up, else about zero.
+        If only variances are known, they are the diagonal.
+        """
+        mean = self.mean[stack] * (self.bias is None)
+        if self.covariance is None:
+            return self.variance[stack] + mean**2
+        return self.covariance[stack] + np.outer(mean, mean)
 
     def weight_index(self) -> Int[np.ndarray, "stacks features outputs"]:
         """Returns the flat index of each weight."""
@@ -109,6 +135,28 @@ class Moments:
         """Returns the entries of one kernel."""
         return tuple(entry for entry in self.consumers if entry.leaf == leaf)
 
+    def readers_of(self, group: Group) -> list[tuple[Member, ConsumerMoments]]:
+        """Lists the kernels that read a group's channels.
+
+        Raises:
+          TPPError: None of them was measured.
+        """
+        found = [
+            (member, entry)
+            for member in group.members
+            for entry in self.of(member.leaf)
+            if member.axis in entry.positions
+        ]
+        if not found:
+            readers = [m.leaf for m in group.members if m.role == "contracted"]
+            known = [f"{x}: {self.skipped[x]}" for x in readers if x in self.skipped]
+            raise TPPError(
+                f"no kernel that reads the channels of {group.name} was measured "
+                f"({'; '.join(known) or 'the moments are of other groups'}): skip that "
+                "layer, or choose another criterion"
+            )
+        return found
+
 
 def input_moments(
     model: nnx.Module | linen.Module | Callable[..., Any],
@@ -122,11 +170,12 @@ def input_moments(
 ) -> Moments:
     """Measures what kernels read along the channels that can be pruned.
 
-    For the criteria ``wanda`` and ``variance`` and for :func:`tpp_jax.compensate`. A
-    consumer is a convolution or dense layer whose input channels are those of a group,
-    in any network that can be traced: with windows, strides, dilation, groups; products
-    with several axes; inside loops and branches. Nothing is measured of depthwise
-    convolutions and of products of activations, through which channels pass.
+    For the criteria ``wanda``, ``variance`` and ``obs``, and for
+    :func:`tpp_jax.compensate`. A consumer is a convolution or dense layer whose input
+    channels are those of a group, in any network that can be traced: with windows,
+    strides, dilation, groups; products with several axes; inside loops and branches.
+    Nothing is measured of depthwise convolutions and of products of activations,
+    through which channels pass.
 
     Args:
       model: NNX module (runs in evaluation mode, not modified), Linen module or
@@ -186,7 +235,7 @@ def input_moments(
         for key, one in exact.items():
             total[key] = merge(total[key], one) if key in total else one
     entries = tuple(
-        _entry(key, weights, total[key], findings)
+        _entry(key, weights, total, findings)
         for key, weights in findings.weights.items()
     )
     measured = {entry.leaf for entry in entries}
@@ -209,8 +258,9 @@ def _axes_read(groups: Sequence[Group]) -> dict[str, frozenset[int]]:
 
 
 def _entry(
-    key: str, weights: Weights, sums: Sums, findings: Findings
+    key: str, weights: Weights, total: Mapping[str, Sums], findings: Findings
 ) -> ConsumerMoments:
+    sums = total[key]
     rows = np.maximum(sums.rows, 1)[:, None]
     full = sums.scatter.ndim == 3
     covariance = sums.scatter / rows[:, :, None] if full else None
@@ -233,7 +283,24 @@ def _entry(
         covariance,
         _bias_of(key, weights, findings),
         fixed,
+        _gain(weights, total.get(GAIN + key)),
+        _stream(total.get(STREAM + key)),
+        findings.steps[key],
+        findings.uses[key] == 1,
     )
+
+
+def _gain(weights: Weights, squares: Sums | None) -> np.ndarray:
+    shape = len(weights.stacks), len(weights.outputs)
+    return np.ones(shape) if squares is None else np.sqrt(squares.mean)
+
+
+def _stream(sums: Sums | None) -> np.ndarray | None:
+    if sums is None:
+        return None
+    variance = sums.scatter / np.maximum(sums.rows, 1)[:, None]
+    square = variance + sums.mean**2
+    return np.stack([square.mean(axis=1), variance.mean(axis=1)], axis=1)
 
 
 def _bias_of(key: str, weights: Weights, findings: Findings) -> Bias | None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,12 +14,14 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex_core
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from tpp_jax.graph.unfolding import check_length, scan_parts
 from tpp_jax.pruning.consumers import (
     Reading,
     Tag,
     Weights,
+    by_output,
     moved,
     paired,
     read_convolution,
@@ -29,16 +32,29 @@ from tpp_jax.pruning.consumers import (
 from tpp_jax.pruning.replay import evaluate, replay
 from tpp_jax.pruning.sums import Sums, merge, sums_of
 
+# Before the key of a consumer, these are keys of sums over what its outputs are
+# multiplied by, squared, and over what they are added to.
+GAIN, STREAM = "gain|", "stream|"
+
 # Larger parameters are no biases; they are followed only if they are kernels.
 _LARGEST_BIAS = 1 << 20
 
 
 class _Value(NamedTuple):
-    """An array with the origin of its entries, and whether it depends on the inputs."""
+    """An array and what is known of it.
+
+    Attributes:
+      array: The array.
+      tag: Origin of its entries.
+      varies: Whether it depends on the inputs.
+      factor: Square of what each output of a kernel was multiplied by since, float
+        ``[outputs]`` of all stacks; None for ones.
+    """
 
     array: Any
     tag: Tag | None
     varies: bool
+    factor: Any = None
 
 
 @dataclasses.dataclass
@@ -48,12 +64,17 @@ class Findings:
     Attributes:
       weights: Key of a consumer → its weights.
       spent: Kinds and names of tags that were read in a way that is not understood.
+      steps: Key of a consumer → number of steps of loops that its stacks are those of.
+      uses: Key of a consumer → number of products that were traced; inside of loops and
+        branches at least two.
       added: Key of a consumer → what is added to its outputs: the parameter, 1 or -1,
         and its entry for each output.
     """
 
     weights: dict[str, Weights] = dataclasses.field(default_factory=dict)
     spent: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    uses: dict[str, int] = dataclasses.field(default_factory=dict)
     added: dict[str, list[tuple[str, int, np.ndarray]]] = dataclasses.field(
         default_factory=dict
     )
@@ -82,6 +103,7 @@ def run(
     """
     closed = jax.make_jaxpr(call)(params, *inputs)
     check_length(closed.jaxpr)
+    findings.uses.clear()  # batches of another shape are traced too
     leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
     shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
     probe = _Probe(shapes, wanted, is_diagonal, findings, itertools.count(), {}, {})
@@ -138,6 +160,14 @@ class _Probe:
         """Notes that a value is read in a way that is not understood."""
         if value.tag is not None:
             self.findings.spent.add((value.tag.kind, value.tag.name))
+            if value.factor is not None:
+                self._note_outputs(GAIN, value.tag, value.factor[None])
+
+    def _note_outputs(self, what: str, tag: Tag, rows: Array) -> None:
+        """Sums up rows of numbers of which a kernel's outputs have one each."""
+        stacks = len(self.findings.weights[tag.name].stacks) // math.prod(tag.steps)
+        rows = rows.reshape(len(rows), stacks, -1).transpose(1, 0, 2)
+        self._add(what + tag.name, sums_of(rows, diagonal=True), tag.loops)
 
     def _step(self, eqn: Any, values: list[_Value]) -> list[_Value]:
         match eqn.primitive.name:
@@ -151,15 +181,17 @@ class _Probe:
                 product = self._product(eqn, values)
                 if product is not None:
                     return [product]
-            case "add" | "sub":
-                if self._added(eqn, values):
-                    return self._plain(eqn, values, ())
+            case "add" | "sub" | "mul" | "div":
+                behind = self._added(eqn, values) or self._behind(eqn, values)
+                if behind is not None:
+                    return [behind]
         if len(values) == 1 and values[0].tag is not None:
             tags = moved(eqn, values[0].tag)
             if tags:
                 results = self._plain(eqn, values, ())
                 pairs = zip(results, tags, strict=True)
-                return [value._replace(tag=tag) for value, tag in pairs]
+                factor = values[0].factor
+                return [v._replace(tag=tag, factor=factor) for v, tag in pairs]
         return self._plain(eqn, values, values)
 
     def _plain(
@@ -209,6 +241,8 @@ class _Probe:
             digest.update(np.ascontiguousarray(part, np.int64).tobytes() + b"|")
         key = f"{tag.name}|{digest.hexdigest()[:16]}"
         self.findings.weights[key] = weights
+        self.findings.uses[key] = self.findings.uses.get(key, 0) + 1
+        self.findings.steps[key] = math.prod(tag.steps)
         diagonal = self.is_diagonal(len(weights.features))
         sums = sums_of(reading.rows, diagonal, reading.used)
         self._add(key, _in_order(sums, weights.order), tag.loops)
@@ -219,8 +253,10 @@ class _Probe:
         self.sums[key] = sums if known is None else merge(known, sums)
         self.loops[key] = loops
 
-    def _added(self, eqn: Any, values: list[_Value]) -> bool:
+    def _added(self, eqn: Any, values: list[_Value]) -> _Value | None:
         """Notes a parameter that is added to the outputs of a kernel."""
+        if eqn.primitive.name not in ("add", "sub"):
+            return None
         pairs = [(values[0], values[1], -1 if eqn.primitive.name == "sub" else 1)]
         if eqn.primitive.name == "add":
             pairs.append((values[1], values[0], 1))
@@ -234,8 +270,47 @@ class _Probe:
             if at is not None:
                 found = self.findings.added.setdefault(made.name, [])
                 found.append((added.name, sign, at))
-                return True
-        return False
+                [result] = self._plain(eqn, values, ())
+                return result._replace(tag=dataclasses.replace(made, kind="output"))
+        return None
+
+    def _behind(self, eqn: Any, values: list[_Value]) -> _Value | None:
+        """Follows the outputs of a kernel through what is done to each of them alone.
+
+        Returns:
+          The result of the equation; None if it is something else.
+        """
+        name = eqn.primitive.name
+        own = [v for v in values if v.tag is not None and v.tag.kind != "parameter"]
+        if not own:
+            return None
+        if len(own) == 1 and not all(value.varies for value in values):
+            [value], tag = own, own[0].tag
+            other = values[values[0] is value]
+            if tag is None or (name == "div" and other is values[0]):
+                return None
+            factor = value.factor
+            if name in ("mul", "div"):
+                array = jnp.broadcast_to(other.array, value.array.shape)
+                rows = by_output(_replicated(array), tag)
+                if rows is None:
+                    return None
+                square = jnp.mean(jnp.square(rows.astype(jnp.float32)), axis=0)
+                square = square if name == "mul" else 1 / square
+                factor = square if factor is None else factor * square
+            [result] = self._plain(eqn, values, [v for v in values if v.tag is not tag])
+            if tag.kind == "product":
+                self.findings.spent.add((tag.kind, tag.name))
+            tag = dataclasses.replace(tag, kind="output")
+            return result._replace(tag=tag, factor=factor)
+        if name not in ("add", "sub"):
+            return None
+        [result] = self._plain(eqn, values, values)
+        for value in own:
+            rows = value.tag and by_output(_replicated(result.array), value.tag)
+            if value.tag is not None and rows is not None:
+                self._note_outputs(STREAM, value.tag, rows)
+        return result
 
     def _scan(self, eqn: Any, values: list[_Value]) -> list[_Value]:
         n_consts, n_carry = scan_parts(eqn)

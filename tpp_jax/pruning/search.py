@@ -21,11 +21,17 @@ from tpp_jax.pruning.attributes import Attributes, extended, settle
 from tpp_jax.pruning.literals import OtherNumber
 from tpp_jax.pruning.source import Source
 from tpp_jax.pruning.trial import HAIKU, Trial
-from tpp_jax.pruning.widths import families_of, other_size, trial_sizes
+from tpp_jax.pruning.widths import (
+    apart,
+    families_of,
+    other_size,
+    separated,
+    trial_sizes,
+)
 
 # Attempts to join two families of groups neither of which can be pruned alone.
 _PAIRS = 12
-# Searches for families that work together only because they lose as many channels.
+# Searches for groups that work together only because they lose as many channels.
 _ROUNDS = 3
 
 
@@ -93,6 +99,7 @@ class _Search:
       rest: Groups that are being tried; in the end, those that hold.
       wrong: Index of a group → reason why it does not hold.
       failed: Groups of families that failed as they were tried.
+      tied: Groups of one family that hold only together.
       sizes: Attributes that follow the channels.
       attributes: All attributes of the model.
       known: Results of the trials so far.
@@ -116,6 +123,7 @@ class _Search:
         self.rest = set(self.fewer)
         self.wrong: dict[int, str] = {}
         self.failed: list[list[int]] = []
+        self.tied: list[list[int]] = []
         self.sizes: tuple[FieldSize, ...] = ()
         self.attributes = Attributes(source, groups)
         self.known: dict[Any, _Attempt] = {}
@@ -125,7 +133,7 @@ class _Search:
         if not self.rest:
             return Verdict({})
         self._search(self.rest)
-        for _ in range(_ROUNDS):  # families that compensate, found one after another
+        for _ in range(_ROUNDS):  # groups that compensate, found one after another
             together = self._compensating()
             if together is None:
                 break
@@ -137,6 +145,8 @@ class _Search:
         joined = self._only_together()
         if joined:
             return Verdict({}, joined)
+        if self.tied and self.rest:
+            self._search(self.rest)
         self._drop_idle_fields()
         scaled = self._with_other_numbers()
         return Verdict(self.wrong, (), self.sizes, frozenset(scaled))
@@ -146,9 +156,11 @@ class _Search:
 
         Args:
           chosen: Groups to be tried.
-          suspects: Groups among them to be tried one family at a time in any case.
+          suspects: Groups among them to be tried one by one, since they may hold only
+            together.
         """
-        self.rest, suspects = set(chosen) - suspects, set(suspects)
+        self.rest, together = set(chosen) - suspects, suspects
+        suspects = set(suspects)
         fault = self.attempt(self.rest) if self.rest else None
         while fault is not None:
             blamed = self._families_of(fault.groups & self.rest) or self._culprit()
@@ -159,12 +171,14 @@ class _Search:
                 fault = self.attempt(self.rest) if self.rest else None
         for family in self.families:
             members = [i for i in family if i in suspects]
+            if together >= set(members):
+                members = self._admit_alone(members)
             if members:
                 self._admit(members)
 
     def _compensating(self) -> set[int] | None:
-        """Returns families that hold together but not separately, None if none do."""
-        for some in self._apart(self.rest):
+        """Returns groups that hold together but not separately, None if none do."""
+        for some in apart(self.groups, self.rest, self.fewer, self.family_of):
             fault = self.attempt(some)
             if fault is not None:
                 blamed = self._families_of(fault.groups & some)
@@ -172,11 +186,26 @@ class _Search:
         return None
 
     def _alone(self, chosen: set[int]) -> set[int]:
-        """Returns groups with sizes and trial sizes that no other family has."""
-        numbers = collections.Counter(
-            (self.groups[own[0]].size, self.fewer[own[0]]) for own in self.families
-        )
-        return {i for i in chosen if numbers[self.groups[i].size, self.fewer[i]] == 1}
+        """Returns groups with sizes and trial sizes that no other group has."""
+        key = {i: (self.groups[i].size, self.fewer[i]) for i in self.rest}
+        numbers = collections.Counter(key.values())
+        return {i for i in chosen if numbers[key[i]] == 1}
+
+    def _admit_alone(self, members: list[int]) -> list[int]:
+        """Adds groups of one family to ``rest`` that hold without the others.
+
+        Returns:
+          All of the groups if they do not hold together.
+        """
+        if not members or self.attempt(self.rest.union(members)) is not None:
+            return members
+        rest = frozenset(self.rest)
+        for some in separated(members, lambda part: not self.attempt(rest.union(part))):
+            if len(some) > 1:
+                self.tied.append(some)
+            else:
+                self.rest.update(some)
+        return []
 
     def attempt(
         self,
@@ -208,23 +237,6 @@ class _Search:
             numbers, suspects = self.trial.numbers, self.trial.suspects
             self.known[key] = _Attempt(fault, numbers, suspects)
         return self.known[key]
-
-    def _apart(self, chosen: set[int]) -> Iterator[set[int]]:
-        """Yields choices that separate the families with equal trial sizes."""
-        alike: dict[tuple[int, int], list[int]] = {}
-        for i in sorted(chosen):
-            families = alike.setdefault((self.groups[i].size, self.fewer[i]), [])
-            if self.family_of[i] not in families:
-                families.append(self.family_of[i])
-        place = {own: n for found in alike.values() for n, own in enumerate(found)}
-        most = max(map(len, alike.values()), default=1)
-        for bit in range((most - 1).bit_length()):
-            yield {
-                i
-                for i in chosen
-                if len(alike[self.groups[i].size, self.fewer[i]]) == 1
-                or place[self.family_of[i]] >> bit & 1
-            }
 
     def _families_of(self, groups: Set[int]) -> set[int]:
         """Returns the families of some groups, without those that are not tried."""
@@ -268,9 +280,8 @@ class _Search:
 
     def _admit_with_other_sizes(self, members: list[int]) -> bool:
         before = {i: self.fewer[i] for i in members}
-        self.fewer |= {
-            i: other_size(self.groups[i].size, self.fewer[i]) for i in members
-        }
+        size, tried = self.groups[members[0]].size, set(before.values())
+        self.fewer |= dict.fromkeys(members, other_size(size, tried))
         if self.fewer != self.fewer | before and not self.attempt(
             self.rest.union(members)
         ):
@@ -438,11 +449,12 @@ class _Search:
     # Groups that hold only together.
 
     def _only_together(self) -> tuple[tuple[Slot, Slot], ...]:
-        """Pairs the groups of two families that hold only together.
+        """Pairs groups that hold only together, of one family or of two.
 
         Examples are the dimensions of queries and of values, if a function that
         computes attention requires equal numbers of both.
         """
+        found = list(self._tied_slots())
         pairs = itertools.combinations(self.failed, 2)
         alike = [
             (one, other)
@@ -450,7 +462,6 @@ class _Search:
             if [self.groups[i].size for i in one]
             == [self.groups[i].size for i in other]
         ]
-        found: list[tuple[Slot, Slot]] = []
         done: set[int] = set()
         for one, other in alike[:_PAIRS]:
             if not done.isdisjoint((*one, *other)):
@@ -462,6 +473,18 @@ class _Search:
                 found += slots
                 done.update(one, other)
         return tuple(found)
+
+    def _tied_slots(self) -> Iterator[tuple[Slot, Slot]]:
+        """Yields pairs of axes of the groups of one family that hold only together."""
+        for members in self.tied:
+            pairs = itertools.pairwise(members)
+            slots = [alike_slots(self.groups, i, j) for i, j in pairs]
+            if None not in slots:
+                yield from (pair for pair in slots if pair is not None)
+                continue
+            names = " and ".join(self.groups[i].name for i in members[:3])
+            reason = f"a model that works only with as many channels of {names}"
+            self.wrong |= dict.fromkeys(members, reason)
 
     def _hold_together(self, one: list[int], other: list[int]) -> bool:
         """Reports whether groups hold if pairs of them lose as many channels."""

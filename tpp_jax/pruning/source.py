@@ -24,10 +24,12 @@ from tpp_jax.graph.fields import (
 )
 from tpp_jax.graph.functions import (
     Function,
+    Structure,
     apart,
     as_function,
+    check_module,
     is_array,
-    merged_call,
+    split_module,
 )
 from tpp_jax.graph.linen import linen_apply, linen_fields
 from tpp_jax.graph.nnx_layers import modules
@@ -72,14 +74,17 @@ class Source:
           inputs: Example inputs.
           kwargs: Keyword arguments.
         """
+        inputs, given = abstract((inputs, dict(kwargs)))
+        if isinstance(model, nnx.Module):
+            check_module(model, params)
+            structure, function = split_module(model)
+            function = dataclasses.replace(function, params=abstract(function.params))
+            return cls(structure, function, structure.form, None, inputs, given)
         function = as_function(model, params)
         leaves, form = jax.tree.flatten(function.params)
         function = dataclasses.replace(
             function, params=abstract(leaves), call=_of_leaves(function.call, form)
         )
-        inputs, given = abstract((inputs, dict(kwargs)))
-        if isinstance(model, nnx.Module):
-            return cls(function.graphdef, function, form, None, inputs, given)
         tree = None if isinstance(model, linen.Module) else abstract(params)
         return cls(model, function, form, tree, inputs, given)
 
@@ -119,7 +124,7 @@ class Source:
         names = zip(self.function.names, self.function.params, strict=True)
         function = dataclasses.replace(
             self.function,
-            call=_of_leaves(self._call_cut(plan), self.form),
+            call=self._call_cut(plan),
             params=[
                 _with_shape(leaf, shapes[name if name in shapes else copies[name]])
                 for name, leaf in names
@@ -133,8 +138,8 @@ class Source:
         Returns:
           Attribute → class of the module that has it.
         """
-        if isinstance(self.model, nnx.GraphDef):
-            return _fields_of_nnx(nnx.merge(self.model, self.given))
+        if isinstance(self.model, Structure):
+            return _fields_of_nnx(self.model.merge(self.function.params))
         if isinstance(self.model, linen.Module):
             if not self.met:
                 self.trace()
@@ -142,15 +147,15 @@ class Source:
         return fields_of_tree(self.tree)
 
     def _call_cut(self, plan: Any) -> Callable[..., Any]:
-        if isinstance(self.model, nnx.GraphDef):
-            return merged_call(self.model, lambda module: adapt(module, plan))
+        if isinstance(self.model, Structure):
+            return self.model.call(lambda module: adapt(module, plan))
         if isinstance(self.model, linen.Module):
-            return linen_apply(self.model, plan)
+            return _of_leaves(linen_apply(self.model, plan), self.form)
         values = plan.field_values()
         _, call = apart(
             self.model, self.tree, lambda tree: set_fields_of_tree(tree, values)
         )
-        return call
+        return _of_leaves(call, self.form)
 
 
 def _of_leaves(call: Callable[..., Any], form: Any) -> Callable[..., Any]:

@@ -1,9 +1,12 @@
 """The numbers of channels with which the groups of a model are tried."""
 
-import collections
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Set
 
 from tpp_jax.graph.records import Groups
+
+# Ways to divide a row of groups in two that are tried.
+_ENDS = 5
 
 
 def families_of(
@@ -32,39 +35,128 @@ def families_of(
 def trial_sizes(groups: Groups, families: list[list[int]]) -> dict[int, int]:
     """Chooses a number of channels near half for each group.
 
-    If there are enough numbers, each family gets a different one, so that two wrong
-    families do not compensate for each other, and no number is the size of another axis
-    in the model.
+    Groups of equal size get different numbers, so that two of them that the model can
+    only cut together do not go unnoticed. If there are not enough numbers, families
+    share none if possible; see :func:`apart`.
+
+    As far as possible, no number is the size of another axis in the model, and no two
+    groups of different sizes lose the same share of their channels.
     """
     sizes = {n for shape in groups.traced.shapes for n in shape}
-    taken: set[int] = set()
-    times: dict[int, collections.Counter[int]] = {}
-    fewer = {}
+    alike: dict[int, list[list[int]]] = {}
     for family in families:
-        size = groups[family[0]].size
-        own = times.setdefault(size, collections.Counter())
-        near = [n for off in range(max(size // 3, 1)) for n in _near_half(size, off)]
-        others = [n for n in near if n not in taken]
-        n = next((n for n in others if n not in sizes), None)
-        n = n or next(iter(others), None) or _least_used(size, own)
-        taken.add(n)
-        own[n] += 1
-        fewer |= dict.fromkeys(family, n)
+        alike.setdefault(groups[family[0]].size, []).append(family)
+    taken: set[int] = set()
+    shares: set[float] = set()
+    fewer: dict[int, int] = {}
+    for size, members in alike.items():
+        near = _near_half(size, sum(map(len, members)))
+        near.sort(key=lambda n: (n in sizes, n in taken, n / size in shares))
+        for family, numbers in zip(members, _dealt(near, members), strict=True):
+            fewer |= dict(zip(sorted(family), itertools.cycle(numbers), strict=False))
+            taken.update(numbers)
+            shares.update(n / size for n in numbers)
     return fewer
 
 
-def _near_half(size: int, off: int) -> Iterator[int]:
-    """Yields the numbers of channels that differ by ``off`` from half of them."""
+def _near_half(size: int, count: int) -> list[int]:
+    """Returns at least ``count`` numbers of channels, if there are, the nearest first.
+
+    One is among them only if there is no other: along an axis of size one, JAX
+    broadcasts.
+    """
     half = size // 2
-    yield from (n for n in (half - off, half + off)[: 1 + (off > 0)] if 0 < n < size)
+    low, high = max(half - count - 2, min(2, half)), min(half + count + 2, size - 1)
+    return sorted(range(low, high + 1), key=lambda n: abs(n - half)) or [1]
 
 
-def _least_used(size: int, times: collections.Counter[int]) -> int:
-    """Returns a smaller number near half; one only if there is no other."""
-    numbers = range(2, size) if size > 2 else range(1, 2)
-    return min(numbers, key=lambda n: (times[n], abs(n - size // 2)))
+def _dealt(numbers: list[int], families: list[list[int]]) -> list[list[int]]:
+    """Deals numbers out to families, as many as each has groups if there are enough.
+
+    If there are fewer numbers than families, some families get the same.
+    """
+    dealt: list[list[int]] = [[] for _ in families]
+    open_ = list(range(len(families)))
+    for number in numbers:
+        if not open_:
+            break
+        i = min(open_, key=lambda i: len(dealt[i]))
+        dealt[i].append(number)
+        if len(dealt[i]) == len(families[i]):
+            open_.remove(i)
+    short = (i for i, own in enumerate(dealt) if not own)
+    for i, number in zip(short, itertools.cycle(numbers), strict=False):
+        dealt[i].append(number)
+    return dealt
 
 
-def other_size(size: int, first: int) -> int:
-    """Returns a round number of channels, for models that require one."""
-    return max(size // 2 if first != size // 2 else size // 4, 1)
+def other_size(size: int, tried: set[int]) -> int:
+    """Returns a round number of channels, for models that require one.
+
+    Args:
+      size: Number of channels.
+      tried: Numbers that were tried before.
+    """
+    return max(size // 4 if tried == {size // 2} else size // 2, 1)
+
+
+def apart(
+    groups: Groups,
+    chosen: Set[int],
+    fewer: Mapping[int, int],
+    family_of: Mapping[int, int],
+) -> Iterator[set[int]]:
+    """Yields choices of groups that separate those with equal trial sizes.
+
+    Of two such groups, there is a choice with only one if they are of different
+    families or follow each other in one family. Others of one family, which belong to
+    repeated parts of a model, are left together: with few channels in many groups, it
+    would take many trials to separate all.
+
+    Args:
+      groups: Groups of the model.
+      chosen: Indices of the groups to be separated.
+      fewer: Index of a group → number of its channels in a trial.
+      family_of: Index of a group → index of its family.
+    """
+    alike: dict[tuple[int, int], dict[int, list[int]]] = {}
+    for i in sorted(chosen):
+        families = alike.setdefault((groups[i].size, fewer[i]), {})
+        families.setdefault(family_of[i], []).append(i)
+    code = {
+        i: 2 * number + place % 2
+        for families in alike.values()
+        for number, own in enumerate(families.values())
+        for place, i in enumerate(own)
+    }
+    alone = {i for each in alike.values() for i in _only(each)}
+    for bit in range(max(code.values(), default=0).bit_length()):
+        some = {i for i in code if code[i] >> bit & 1}
+        if some:
+            yield some | alone
+
+
+def _only(families: dict[int, list[int]]) -> list[int]:
+    found = [i for own in families.values() for i in own]
+    return found if len(found) == 1 else []
+
+
+def separated(
+    members: list[int], holds: Callable[[list[int]], bool]
+) -> Iterator[list[int]]:
+    """Yields the smallest parts of some groups that hold without each other.
+
+    Groups that hold only together are most often next to each other.
+
+    Args:
+      members: Indices of groups that hold together, in order of execution.
+      holds: Function that reports whether some of them hold without the others.
+    """
+    ends = sorted(range(1, len(members)), key=lambda n: abs(2 * n - len(members)))
+    for end in ends[:_ENDS]:
+        parts = members[:end], members[end:]
+        if all(map(holds, parts)):
+            for part in parts:
+                yield from separated(part, holds)
+            return
+    yield members

@@ -10,6 +10,10 @@ from tpp_jax.pruning.flops import Count
 from tpp_jax.reports.headline import headline_of
 
 _DONE = {"stabilize": "regularized", "grow": "shrunk"}
+_REPAIRS = {
+    "compensated": "layers behind the cut refit",
+    "recalibrated": "batch statistics measured again",
+}
 
 
 def layer_table(dense: Count, pruned: Count) -> rich.table.Table:
@@ -85,8 +89,13 @@ def scores(summary: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
                 yield f"{done}, before {cut}", phase[f"{metric}_before"]
             if done or count or after != one_shot:
                 yield f"{done or 'pruned'}, after {cut}", after
-            if phase[metric] != after:
+            repairs = [name for name in _REPAIRS if f"{metric}_{name}" in phase]
+            for name in repairs:
+                yield _REPAIRS[name], phase[f"{metric}_{name}"]
+            if phase[metric] != after and not repairs:
                 yield "kernels reinitialized", phase[metric]
+        elif stage == "refit":
+            yield "refit without the pruned channels", phase[metric]
         elif stage == "extra":
             yield "trained on", phase[metric]
         elif stage == "finetune":

@@ -21,7 +21,7 @@ _LARGEST = float(np.finfo(np.float32).max)  # rates are computed in float32
 
 
 def learning_rate(
-    text: str,
+    text: str | float,
     steps_per_epoch: int,
     *,
     schedule: str = "step",

@@ -19,6 +19,7 @@ def initial_state(
     average: bool,
     step: int,
     arrays: Mapping[str, Any] | None,
+    teacher: nnx.Module | None = None,
 ) -> TrainState:
     """Returns the state that a phase starts or continues from.
 
@@ -29,9 +30,9 @@ def initial_state(
       step: Number of steps done in the phase.
       arrays: Arrays from :func:`arrays_of` to restore the optimizer's state and the
         averages from; None to initialise both.
+      teacher: Network to distil; None for none.
     """
-    params = nnx.state(model, nnx.Param)
-    stats = nnx.state(model, nnx.BatchStat)
+    params, stats = _split(model)
     averages = (params, stats) if average else None
     if arrays is None:
         opt_state = tx.init(params)
@@ -39,7 +40,8 @@ def initial_state(
         opt_state = jax.eval_shape(tx.init, params)
         opt_state = _filled(opt_state, unprefixed(arrays, "opt."))
         averages = _filled(averages, unprefixed(arrays, "average."))
-    state = TrainState(jnp.int32(step), params, stats, opt_state, averages)
+    taught = None if teacher is None else _split(teacher)
+    state = TrainState(jnp.int32(step), params, stats, opt_state, averages, taught)
     # Copied, since the step donates its buffers and the model's are still needed.
     return jax.tree.map(jnp.copy, state)
 
@@ -47,7 +49,8 @@ def initial_state(
 def arrays_of(state: TrainState) -> dict[str, Any]:
     """Returns the arrays of a checkpoint.
 
-    They are named ``model.<name>``, ``opt.<name>`` and ``average.<name>``.
+    They are named ``model.<name>``, ``opt.<name>`` and ``average.<name>``. Those of the
+    teacher are left out, since they belong to all phases, see :func:`teacher_arrays`.
     """
     trees = {
         "model": named_leaves(state.params) | named_leaves(state.stats),
@@ -55,6 +58,13 @@ def arrays_of(state: TrainState) -> dict[str, Any]:
         "average": named_leaves(state.average),
     }
     return {f"{p}.{name}": x for p, named in trees.items() for name, x in named.items()}
+
+
+def teacher_arrays(teacher: nnx.Module) -> dict[str, Any]:
+    """Returns the arrays of a teacher for a checkpoint, named ``teacher.<name>``."""
+    params, stats = _split(teacher)
+    named = named_leaves(params) | named_leaves(stats)
+    return {f"teacher.{name}": leaf for name, leaf in named.items()}
 
 
 def unprefixed(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -69,6 +79,10 @@ def unprefixed(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def with_state(model: nnx.Module, state: TrainState) -> nnx.Module:
     """Returns a model of the same structure with a state's parameters."""
     return with_arrays(model, unprefixed(arrays_of(state), "model."))
+
+
+def _split(model: nnx.Module) -> tuple[nnx.State, nnx.State]:
+    return nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
 
 
 def _filled(tree: Any, arrays: Mapping[str, Any]) -> Any:

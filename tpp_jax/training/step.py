@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from tpp_jax.graph.naming import layer_name, map_named, named_leaves
 from tpp_jax.models import BatchNorm
-from tpp_jax.training.task import Batch, Metrics
+from tpp_jax.training.distillation import Teacher, distilled
+from tpp_jax.training.task import Batch, Loss, Metrics
 from tpp_jax.xla.blocks import hold_blocks, roll_blocks
 from tpp_jax.xla.convolution import use_fast_convolutions
 
@@ -25,6 +26,8 @@ class TrainState(NamedTuple):
       stats: Batch statistics.
       opt_state: State of the optimizer.
       average: Moving averages of ``(params, stats)``; None if none are kept.
+      teacher: ``(params, stats)`` of the network that is distilled, which no step
+        changes; None if none is.
     """
 
     step: Int[Array, ""]
@@ -32,6 +35,7 @@ class TrainState(NamedTuple):
     stats: nnx.State
     opt_state: Any
     average: tuple[nnx.State, nnx.State] | None = None
+    teacher: tuple[nnx.State, nnx.State] | None = None
 
     @property
     def network(self) -> tuple[nnx.State, nnx.State]:
@@ -67,9 +71,6 @@ class StepConfig(NamedTuple):
     ema: float = 0.0
 
 
-Loss = Callable[[nnx.Module, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
-"""See :meth:`tpp_jax.training.task.Task.loss`."""
-
 Gradients = Callable[..., tuple[nnx.State, tuple[nnx.State, Metrics]]]
 """``gradients(params, stats, batch, key) -> (grads, (stats, metrics))``."""
 
@@ -95,6 +96,7 @@ def make_train_step(
     config: StepConfig,
     select: Callable[..., Batch],
     axis: str | None = None,
+    teacher: Teacher | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Makes the training step of one device.
 
@@ -107,6 +109,7 @@ def make_train_step(
         of a step's batch.
       axis: Name of the device axis that gradients, batch statistics and metrics are
         averaged over; None for a single device.
+      teacher: Teacher to distil, whose arrays are those of the state; None for none.
 
     Returns:
       ``step(state, key, *data) -> (state, metrics)``. The metrics are those that
@@ -114,13 +117,14 @@ def make_train_step(
       numbers depend on ``key``, the step and the position in the batch, so that a batch
       split over devices equals the batch of a single device.
     """
-    gradients = _gradients(graphdef, loss, config, axis)
 
     def step(
         state: TrainState, key: Key[Array, ""], *data: Any
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         batch = select(state.step, key, *data)
+        taught = _with_teacher(loss, teacher, state.teacher, config.dtype)
+        gradients = _gradients(graphdef, taught, config, axis)
         grads, (stats, metrics) = gradients(
             state.params, state.stats, batch, jax.random.fold_in(key, _OF_THE_LOSS)
         )
@@ -135,12 +139,28 @@ def make_train_step(
             t = state.step.astype(jnp.float32)
             rate = 1 - jnp.minimum(config.ema, (1 + t) / (10 + t))
             average = optax.incremental_update((params, stats), average, rate)
-        after = TrainState(state.step + 1, params, stats, opt_state, average)
+        after = TrainState(
+            state.step + 1, params, stats, opt_state, average, state.teacher
+        )
         if config.skip_nonfinite:
             return _if_finite(grads, metrics, state, after)
         return after, metrics
 
     return step
+
+
+def _with_teacher(
+    loss: Loss,
+    teacher: Teacher | None,
+    arrays: tuple[nnx.State, nnx.State] | None,
+    dtype: str,
+) -> Loss:
+    """Returns the loss, distilled if there is a teacher."""
+    if teacher is None or arrays is None:
+        return loss
+    model = _merged(teacher.graphdef, *arrays, dtype)
+    hold_blocks(model)
+    return distilled(loss, model, teacher.weight, teacher.temperature)
 
 
 def _gradients(

@@ -19,6 +19,9 @@ Batch = Any
 
 Metrics = dict[str, Float[Array, ""]]
 
+Loss = Callable[[nnx.Module, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
+"""See :meth:`Task.loss`."""
+
 
 class Feed(Protocol):
     """Source of the batches of a step.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from tpp_jax.xla.convolution import held
+from tpp_jax.xla.holding import held
 
 ROLLED_FROM = 50
 """Least number of identical blocks in a row to roll; ResNet-152 has 35 at most."""

@@ -1,6 +1,6 @@
 """Convolutions in the form that XLA's CPU backend runs fastest.
 
-Other backends use XLA's convolution unchanged. Six things make the convolutions of a
+Other backends use XLA's convolution unchanged. Seven things make the convolutions of a
 training step slow on a CPU, none of which is arithmetic:
 
 - *Kernel gradients.* Their convolution needs the images as [channels, h, w, batch]. XLA
@@ -17,6 +17,8 @@ training step slow on a CPU, none of which is arithmetic:
 - *Thin layers*, as pruning leaves them, from or to few channels: two to six times
   slower than one product of all patches with the kernel, or of all pixels with all taps
   of the kernel.
+- *Depthwise convolutions*: ten to fifty times slower than the same arithmetic as sums
+  of shifted images (:mod:`tpp_jax.xla.depthwise`).
 - *One thread*: XLA passes convolutions to a library, YNNPACK, that it runs on a single
   core, whereas its own kernels use all cores. See :func:`compiler_options`.
 
@@ -34,8 +36,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float
+
+from tpp_jax.xla.depthwise import depthwise
+from tpp_jax.xla.holding import held
 
 Images = Float[Array, "b h w c"]
 Kernel = Float[Array, "kh kw c n"]
@@ -54,8 +58,7 @@ _CPU_OPTIONS = {
     )
 }
 # Options of ``lax`` that only some convolutions set.
-_SCALARS = "feature_group_count", "batch_group_count"
-_SCALARS += "out_sharding", "preferred_element_type"
+_SCALARS = "batch_group_count", "out_sharding", "preferred_element_type"
 _DILATIONS = "lhs_dilation", "rhs_dilation"
 
 
@@ -95,22 +98,6 @@ def compiler_options() -> dict[str, str]:
     return dict(_CPU_OPTIONS)
 
 
-def held(x: Array) -> Array:
-    """Returns the same array, which XLA then computes once and keeps.
-
-    Otherwise XLA may fuse the computation of the array into each of its uses and repeat
-    it there. The CPU backend does not fuse across a call that is not inlined; it drops
-    ``lax.optimization_barrier`` before fusion.
-    """
-    with set_xla_metadata(inlineable="false"):
-        return _same(x)
-
-
-@jax.jit
-def _same(x: Array) -> Array:
-    return jnp.copy(x)  # JAX removes the call of a function that does nothing
-
-
 def conv_on_cpu(
     images: Images,
     kernel: Kernel,
@@ -127,16 +114,20 @@ def conv_on_cpu(
       kernel: Kernel, ``[kh, kw, c, n]``.
       window_strides: Strides, as for ``lax``.
       padding: Padding, as for ``lax``.
-      **options: Other options of ``lax.conv_general_dilated``. Dilation, groups and
-        half precision are left to ``lax``.
+      **options: Other options of ``lax.conv_general_dilated``. Dilation, groups of
+        several channels, several filters for each channel, and half precision are left
+        to ``lax``.
 
     Returns:
       Output of the convolution, ``[b, h', w', n]``.
     """
+    groups = options.get("feature_group_count", 1)
+    apart = 1 < groups == images.shape[-1] == kernel.shape[-1]
     plain = (
         options.get("dimension_numbers") == _CHANNELS_LAST
         and images.dtype in (jnp.float32, jnp.float64)
         and all(options.get(name) in (None, 1) for name in _SCALARS)
+        and (groups == 1 or apart)
         and all(d == 1 for name in _DILATIONS for d in options.get(name) or ())
     )
     if not plain:
@@ -147,6 +138,8 @@ def conv_on_cpu(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(sides, window, strides, padding)
     pads = tuple((low, high) for low, high in padding)
+    if apart:
+        return depthwise(images, kernel, strides, pads)
     case = _Case(strides, pads, options.get("precision"))
     taps = math.prod(window)
     pixels = math.prod(case.output_sides(sides, window))

@@ -148,7 +148,8 @@ def summarize_run(
 def _phase(result: Result, name: str) -> dict[str, Any]:
     """Returns the entry of a stage in a summary."""
     renamed = {"score": name, "best": f"best_{name}"}
-    renamed |= {"before": f"{name}_before", "after": f"{name}_after"}
+    cut = ("before", "after", "compensated", "recalibrated")
+    renamed |= {key: f"{name}_{key}" for key in cut}
     return {renamed.get(key, key): x for key, x in result.to_json().items()}
 
 
