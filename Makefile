@@ -9,7 +9,7 @@ DEMO_WORKDIR ?= runs/digits
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test unittest doctest lint format clean
 
 help:
 	@echo "make demo    train, prune and fine-tune on handwritten digits (minutes)"
@@ -29,9 +29,15 @@ demo: $(VENV)/.installed
 	@echo "Check the pruned network again, from its checkpoint alone:"
 	@echo "  $(BIN)/python launch.py --mode=evaluate --workdir=$(DEMO_WORKDIR)"
 
-test: lint
-	$(BIN)/python -m pytest -n $(WORKERS)
-	$(BIN)/python -m pytest --doctest-modules tpp_jax
+# The three run at once, since the first and the last each keep only one core busy.
+test: $(VENV)/.installed-test
+	$(MAKE) --no-print-directory --jobs=3 lint unittest doctest
+
+unittest: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+doctest: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q --doctest-modules tpp_jax
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import tests.conftest  # noqa: F401  # isort: skip  simulates devices: before jax
 
-from tests.end_to_end.runs import ROOT
+from tests.end_to_end.starts import ROOT
 from tests.mistakes.calls import library
 from tests.mistakes.configs import command_lines, fields, patterns, tables
 from tests.mistakes.data import data

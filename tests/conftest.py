@@ -1,13 +1,19 @@
 """Set-up that every test needs: simulated devices, and reproducible properties."""
 
+import gc
 import os
 import pathlib
 import signal
 import tempfile
 
-# JAX reads this once, when it is first imported. Eight devices let the tests of the
-# parallel step run on any machine; a value that the user has set is left alone.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# XLA reads this once, when it first compiles. Eight devices let the tests of the
+# parallel step run on any machine. Programs run only a few times here, and LLVM without
+# optimization compiles them in half the time; what the tests start by launch.py is
+# optimized. A value that the user has set is left alone.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+)
 
 # What launch.py keeps in the user's cache folder: not in that of who runs the tests.
 _CACHES = pathlib.Path(tempfile.gettempdir()) / f"tpp_jax-tests-{os.getuid()}"
@@ -20,6 +26,7 @@ os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis  # noqa: E402
+import pytest  # noqa: E402
 
 from tpp_jax.commands.compilation import keep_compiled_programs  # noqa: E402
 
@@ -30,3 +37,29 @@ keep_compiled_programs()
 # the examples are the same in every run: a failure is never a matter of luck.
 hypothesis.settings.register_profile("tpp_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tpp_jax")
+
+
+def pytest_collection_modifyitems(items):
+    """Has long files start before short ones, so that all workers end together.
+
+    Those with slow tests are first; the first folders in the alphabet are last, since
+    none of their files takes half a minute.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path in slow, item.path), reverse=True)
+
+
+def pytest_collection_finish():
+    """Leaves what was imported out of the search for garbage, which is a long one."""
+    gc.freeze()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leaves runs without a report, the slowest part of one that is over in a second.
+
+    For tests that repeat runs whose reports other tests look at.
+    """
+    from tpp_jax.experiment.records import summary
+
+    monkeypatch.setattr(summary, "draw", lambda workdir: workdir / "report.html")

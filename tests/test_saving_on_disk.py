@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import tpp_jax as tpp
-from tests.end_to_end.runs import ROOT
+from tests.end_to_end.starts import ROOT, start
 from tests.experiment.records.test_checkpoints import cut_short
 from tests.small_net import Net, filled, number_of
 from tpp_jax.errors import TPPError
@@ -236,7 +236,7 @@ def test_the_work_of_a_process_that_is_alive_is_left_alone(tmp_path):
 
 
 SCRIPT = """
-import pathlib, sys
+import sys
 import tpp_jax as tpp
 from tests.small_net import filled
 
@@ -248,26 +248,22 @@ for number in range(1, 10_000):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_whole_model_is_there(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    folder = tmp_path / "models"
+    folder.mkdir()
     draws = np.random.default_rng(0)
-    last = 0
     for _ in range(4):
-        with subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, tmp_path / "m"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            text=True,
-        ) as process:
-            assert process.stdout.readline() == "1\n"
-            time.sleep(draws.uniform(0, 1))
-            process.send_signal(signal.SIGKILL)
-            done = process.stdout.read().split()
-        last = int(done[-1]) if done else 1
-        number = number_of(tpp.load_model(tmp_path / "m", Net(64)))
-        assert number in (last, last + 1)
-    tpp.save_model(tmp_path / "m", filled(5, 64))
-    assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+        process = start(str(folder / "m"), program=str(tmp_path / "script.py"))
+        while process.poll() is None and not process.said():
+            time.sleep(0.01)
+        time.sleep(draws.uniform(0, 1))
+        process.kill()
+        said, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
+        last = int(said.split()[-1])
+        assert number_of(tpp.load_model(folder / "m", Net(64))) in (last, last + 1)
+    tpp.save_model(folder / "m", filled(5, 64))
+    assert [entry.name for entry in folder.iterdir()] == ["m"]
 
 
 def test_the_manifest_lists_all_files(tmp_path):

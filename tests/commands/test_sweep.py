@@ -62,6 +62,7 @@ def test_a_cell_that_fails_stops_no_other(swept):
     assert "'*conv*' matches no layer" in error
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_dense_training_is_shared_and_changes_nothing(swept, tmp_path):
     workdir, _ = swept
     assert len(list((workdir / "dense").iterdir())) == 2  # one for each seed
@@ -102,6 +103,7 @@ def test_cells_that_fine_tune_alike_run_together_and_seeds_stay_together():
     ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_cells_may_share_a_program(tmp_path):
     table = small_table(only="*_half_*", replicas=4)
     sweep(table, tmp_path)
@@ -147,6 +149,7 @@ def test_a_report_can_be_made_at_any_time(swept):
     assert "regularized, after the cut" in page
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_some_of_the_cells_can_be_chosen(tmp_path):
     sweep(small_table(only="l1_half_1"), tmp_path)
     assert read_grid(tmp_path).results.keys() == {("L1", "half", 1)}

@@ -1,48 +1,37 @@
 """Running launch.py as a user does, killing it, and reading what it leaves."""
 
 import json
-import os
 import pathlib
-import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 from flax import nnx
 
+from tests.end_to_end.starts import start
 from tpp_jax.graph.naming import named_leaves
 from tpp_jax.saving import load_model
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def launch(*arguments: str, xla_flags: str = "") -> subprocess.CompletedProcess:
     """Runs launch.py, on one device unless told; returns what it printed."""
-    environment = {**os.environ, "XLA_FLAGS": xla_flags, "COLUMNS": "100"}
-    command = [sys.executable, "launch.py", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, text=True, capture_output=True
+    process = start(*arguments, XLA_FLAGS=xla_flags)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(
+        ["launch.py", *arguments], process.returncode, output, errors
     )
 
 
 def kill_after(workdir: pathlib.Path, step: int, *arguments: str) -> int:
     """Runs launch.py and kills it once a later step is saved; returns that step."""
-    process = subprocess.Popen(
-        [sys.executable, "launch.py", f"--workdir={workdir}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
-        # Its output goes nowhere: a pipe that nobody reads would hold it up.
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start(f"--workdir={workdir}", *arguments, XLA_FLAGS="")
     saved = 0
     while process.poll() is None and saved <= step:
         time.sleep(0.01)
         saved = last_saved(workdir)
     assert process.poll() is None, "the run ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
     return saved
 
 

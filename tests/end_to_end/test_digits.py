@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import tpp_jax as tpp
 from tests.browser import look_at, needs_browser
 from tests.end_to_end.runs import launch
+from tests.end_to_end.starts import ROOT
 from tpp_jax.saving import load_model, load_model_info
 
 SHORTER = [
@@ -24,7 +26,14 @@ SHORTER = [
 def run(tmp_path_factory):
     """A finished run of the default config, somewhat shortened: (folder, output)."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
-    done = launch(f"--workdir={workdir}", *SHORTER)
+    # This run is started as users start it, and not by `launch`.
+    done = subprocess.run(
+        [sys.executable, "launch.py", f"--workdir={workdir}", *SHORTER],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "", "COLUMNS": "100"},
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
 

@@ -1,23 +1,20 @@
 """Two processes, two simulated devices each, train as one process of four does."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 from tests.end_to_end.runs import (
-    ROOT,
     assert_same_end,
     history_of,
     last_saved,
     launch,
     summary_of,
 )
+from tests.end_to_end.starts import start
 from tpp_jax.saving import load_model_info
 
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
@@ -110,7 +107,7 @@ def test_when_one_is_killed_the_other_says_so_and_a_rerun_ends_as_undisturbed(
 
 def test_processes_that_do_not_find_each_other_say_so(tmp_path):
     address = f"127.0.0.1:{free_port()}"
-    process = start(address, 1, f"--workdir={tmp_path}", "--timeout=2")
+    process = start_one(address, 1, f"--workdir={tmp_path}", "--timeout=2")
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "DEADLINE_EXCEEDED" in errors or "did not find each other" in errors
@@ -125,24 +122,17 @@ def test_an_address_without_numbers_is_a_mistake(tmp_path):
 def start_two(workdir, *arguments):
     """Starts both processes of a run."""
     address = f"127.0.0.1:{free_port()}"
-    return [start(address, i, f"--workdir={workdir}", *arguments) for i in (0, 1)]
+    return [start_one(address, i, f"--workdir={workdir}", *arguments) for i in (0, 1)]
 
 
-def start(address, process_id, *arguments):
-    return subprocess.Popen(
-        [
-            *(sys.executable, "launch.py"),
-            f"--coordinator={address}",
-            "--num_processes=2",
-            f"--process_id={process_id}",
-            "--timeout=20",
-            *arguments,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": TWO_DEVICES},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def start_one(address, process_id, *arguments):
+    return start(
+        f"--coordinator={address}",
+        "--num_processes=2",
+        f"--process_id={process_id}",
+        "--timeout=20",
+        *arguments,
+        XLA_FLAGS=TWO_DEVICES,
     )
 
 

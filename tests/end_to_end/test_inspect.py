@@ -1,24 +1,13 @@
 """--mode=inspect through launch.py, as a user runs it before any training."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
+from tests.end_to_end.runs import launch
+from tests.end_to_end.starts import ROOT
 from tpp_jax.experiment.config import default_config
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def launch(*arguments):
-    """Runs launch.py; returns what it printed."""
-    command = [sys.executable, "launch.py", *arguments]
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, text=True, capture_output=True
-    )
 
 
 def test_the_groups_of_the_demo_are_shown_and_drawn(tmp_path):

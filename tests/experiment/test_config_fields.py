@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from tests.end_to_end.runs import ROOT, launch
+from tests.end_to_end.runs import launch
+from tests.end_to_end.starts import ROOT
 from tests.experiment.test_config_values import with_field
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import config_docs

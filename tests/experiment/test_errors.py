@@ -101,6 +101,7 @@ def test_a_dense_network_of_another_architecture_is_refused(tmp_path):
         make_setup(config)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_can_start_from_a_trained_network(tmp_path):
     first = run.train(small_config(), tmp_path / "first")
     config = small_config(**{"init.model": str(tmp_path / "first" / "dense")})

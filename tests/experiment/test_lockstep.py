@@ -23,6 +23,8 @@ from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import load_model_info
 from tpp_jax.training.step import graphdef_of, make_train_step, make_train_steps
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SEEDS = 0, 1, 2
 
 

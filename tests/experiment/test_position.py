@@ -110,6 +110,7 @@ def test_a_phase_is_entered_at_its_start_and_continued_where_it_is():
     assert entered.recent == () and entered.results == POSITION.results
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_the_first_edition_began_is_continued(tmp_path, monkeypatch):
     config = small_config(num_devices=1)
     run.train(config, tmp_path / "undisturbed")

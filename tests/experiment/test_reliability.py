@@ -5,12 +5,11 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
-from tests.end_to_end.runs import ROOT, assert_same_end, history_of
+from tests.end_to_end.runs import assert_same_end, history_of
+from tests.end_to_end.starts import start
 from tests.experiment.records.test_checkpoints import cut_short
 from tests.experiment.test_errors import small_config
 from tpp_jax.errors import TPPError
@@ -40,6 +39,7 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(feeds.Resident, "train_data", train_data)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("step", [7, 44, 48, 71, 80])
 def test_a_run_that_is_asked_to_end_saves_where_it_is(
     tmp_path, monkeypatch, undisturbed, step
@@ -55,6 +55,7 @@ def test_a_run_that_is_asked_to_end_saves_where_it_is(
     assert_same_end(tmp_path, undisturbed)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_a_run_of_eight_devices_goes_on_with_fewer(
     tmp_path, monkeypatch, undisturbed, num_devices
@@ -81,6 +82,7 @@ def test_a_second_signal_is_not_waited_for():
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     tmp_path, monkeypatch, undisturbed, capsys
 ):
@@ -172,9 +174,10 @@ def test_a_report_layer_that_the_first_round_leaves_whole_is_no_mistake(tmp_path
     assert summary["layers"]["net.2"] == {"kept": 99, "total": 100}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_full_disk_is_told_and_the_last_checkpoint_survives(tmp_path):
     """A limit on the size of a file simulates a full disk."""
-    code = f"""
+    code = """
 import resource, sys
 from tests.experiment.test_errors import small_config
 from tpp_jax.experiment import run
@@ -187,14 +190,15 @@ def save(self, step, arrays, meta):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 Checkpoints.save = save
 try:
-    run.train(small_config(checkpoint_every=5), {str(tmp_path)!r})
+    run.train(small_config(checkpoint_every=5), sys.argv[1])
 except run.TPPError as error:
-    sys.exit(f"error: {{error}}")
+    sys.exit(f"error: {error}")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True
-    )
-    assert done.returncode == 1
-    assert "error: " in done.stderr and "free disk space" in done.stderr
-    summary = run.train(small_config(checkpoint_every=5), tmp_path)
+    (tmp_path / "script.py").write_text(code)
+    workdir = tmp_path / "run"
+    process = start(str(workdir), program=str(tmp_path / "script.py"))
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "error: " in errors and "free disk space" in errors
+    summary = run.train(small_config(checkpoint_every=5), workdir)
     assert summary["status"] == "done"

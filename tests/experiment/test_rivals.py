@@ -116,6 +116,7 @@ def test_a_method_goes_through_its_phases_and_prunes_as_planned(finished, method
     assert summary["trainability_accuracy"] == pytest.approx(np.mean(rows))
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("method", list(METHODS)[2:])
 def test_a_method_killed_in_its_own_phase_ends_as_if_it_had_not_been(
     finished, dense, tmp_path, monkeypatch, method
@@ -247,6 +248,7 @@ def test_the_layer_of_the_report_must_be_one_that_is_pruned(dense):
         make_setup(config)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_kernels_made_anew_by_orthp_give_a_linear_network_singular_values_of_one(
     dense, tmp_path
 ):
@@ -262,6 +264,7 @@ def test_kernels_made_anew_by_orthp_give_a_linear_network_singular_values_of_one
     assert cut["accuracy"] != cut["accuracy_after"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("kind", ["kernel", "convolution"])
 def test_a_penalty_while_fine_tuning_makes_kernels_more_orthogonal(
     dense, tmp_path, kind

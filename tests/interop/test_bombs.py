@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.end_to_end.runs import ROOT
+from tests.end_to_end.starts import ROOT
 from tests.interop.bombs import MIB
 
 

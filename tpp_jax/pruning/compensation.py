@@ -122,11 +122,12 @@ def compensate(
         if batches is None:
             raise TPPError("a refit needs data: pass batches, or moments")
         moments = measure(batches)
-    _check_groups(plan, moments)
     function = as_function(model, params)
     leaves = _leaves(function)
-    leaves.update(_refit_all(plan, moments, held, leaves, damping))
-    full = with_leaves(function, params, leaves)
+    changed, cautions = refit_all(plan, moments, leaves, damping, held)
+    for caution in cautions:
+        warnings.warn(caution, UserWarning, stacklevel=2)
+    full = with_leaves(function, params, leaves | changed)
     own = isinstance(model, nnx.Module)
     small = prune(full, plan) if own else prune(model, plan, full)
     # Filters of zeros leave nothing to refit, and their cut may rescale the others.
@@ -197,14 +198,26 @@ def _check_groups(plan: Plan, moments: Moments) -> None:
                 )
 
 
-def _refit_all(
+def refit_all(
     plan: Plan,
     moments: Moments,
-    held: Moments | None,
-    leaves: dict[str, Any],
-    damping: Damping,
-) -> dict[str, Any]:
-    """Returns the refit kernels and biases by name, unpruned."""
+    leaves: Mapping[str, Any],
+    damping: Damping = None,
+    held: Moments | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the refit kernels and biases by name, unpruned, and texts of warnings.
+
+    Args:
+      plan: Plan of the channels to keep; not traced.
+      moments: Moments of all groups that are pruned.
+      leaves: Parameters of the unpruned model by name.
+      damping: Share of the mean variance that is added, as for :func:`compensate`.
+      held: Moments on held-out batches, on which the damping is chosen.
+
+    Raises:
+      TPPError: The moments are of other groups.
+    """
+    _check_groups(plan, moments)
     exact: dict[str, np.ndarray] = {}
     not_refit = {
         leaf: why for leaf, why in moments.skipped.items() if keep_masks(plan, leaf)
@@ -227,20 +240,20 @@ def _refit_all(
         bias = None if entry.bias is None else flat(entry.bias.leaf)
         other = None if held is None else held.consumers[i]
         _refit(entry, other, keep, flat(entry.leaf), bias, damping)
+    cautions = []
     if not_refit:
         reasons = [f"{leaf} ({why})" for leaf, why in not_refit.items()]
-        _warn(f"layers that read pruned channels are not refit: {some(reasons)}")
+        cautions.append(
+            f"layers that read pruned channels are not refit: {some(reasons)}"
+        )
     if few:
-        _warn(
+        cautions.append(
             f"there are fewer than {_ROWS_PER_FEATURE} rows of data for each feature "
             f"that is refit in {some(few)}: the refit follows the calibration data "
             "more than the network. Give more batches, or a larger damping"
         )
-    return {leaf: like_leaf(leaves[leaf], values) for leaf, values in exact.items()}
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)
+    changed = {leaf: like_leaf(leaves[leaf], values) for leaf, values in exact.items()}
+    return changed, cautions
 
 
 def _refit(

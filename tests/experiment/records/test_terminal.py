@@ -8,7 +8,7 @@ import sys
 import pytest
 import rich.table
 
-from tests.end_to_end.runs import ROOT
+from tests.end_to_end.starts import ROOT
 from tpp_jax.experiment.records.progress import Progress, duration
 from tpp_jax.experiment.records.terminal import Terminal, printable, say
 
