@@ -86,17 +86,31 @@ def _variables(atoms: Sequence[Any]) -> list[Any]:
 
 def evaluate(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
     """Returns the results of an equation."""
-    params = eqn.params
     if eqn.primitive.name == "shard_map":
-        body = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(params["jaxpr"], ()))
-        over_shards = jax.shard_map(
-            lambda *shards: tuple(body(*shards)),
-            mesh=params["mesh"],
-            in_specs=tuple(params["in_specs"]),
-            out_specs=tuple(params["out_specs"]),
-            axis_names=set(params.get("newly_manual_axes", params["mesh"].axis_names)),
-            check_vma=params["check_vma"],
-        )
-        return list(over_shards(*arrays))
+        body = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(eqn.params["jaxpr"], ()))
+        specs = tuple(eqn.params["out_specs"])
+        return list(over_shards(eqn, lambda *own: tuple(body(*own)), specs, arrays))
     results = eqn.primitive.bind(*arrays, **eqn.params)
     return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def over_shards(
+    eqn: Any, body: Callable[..., Any], out_specs: Any, arrays: Sequence[Any]
+) -> Any:
+    """Returns what a function gives on the shards of a ``shard_map`` equation.
+
+    Args:
+      eqn: Equation, whose mesh and division of the operands are taken.
+      body: Function of the shards of its operands.
+      out_specs: Division of the function's results.
+      arrays: Operands.
+    """
+    params = eqn.params
+    return jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=out_specs,
+        axis_names=set(params.get("newly_manual_axes", params["mesh"].axis_names)),
+        check_vma=params["check_vma"],
+    )(*arrays)

@@ -216,7 +216,7 @@ def _refit_layer(
     """
     dense, small = pairs[0]
     entry = _entry_of(dense, entries)
-    same = all(a.reading.rows.shape[1] == b.reading.rows.shape[1] for a, b in pairs)
+    same = all(_row_count(a) == _row_count(b) for a, b in pairs)
     if entry is None or not same:
         return
     columns = _columns(plan, dense, small)
@@ -224,7 +224,7 @@ def _refit_layer(
     totals: list[Sums] = []
     for use in (pairs[:fitted], pairs[fitted:]):
         sums = [
-            _joint(a.reading.rows, jnp.asarray(kernel), b.reading.rows, columns)
+            _joint(a.reading.rows(), jnp.asarray(kernel), b.reading.rows(), columns)
             for a, b in use
         ]
         exact = [
@@ -247,6 +247,10 @@ def _refit_layer(
         weights[index] = before[index] + change
         if bias is not None and entry.bias is not None:
             bias[at] += entry.bias.sign * shift
+
+
+def _row_count(use: _Use) -> int:
+    return jax.eval_shape(use.reading.rows).shape[1]
 
 
 def _entry_of(use: _Use, entries: Sequence[ConsumerMoments]) -> ConsumerMoments | None:
