@@ -25,7 +25,7 @@ from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.checking import Checks, GroupCheck, check_groups
 from tpp_jax.pruning.compensation import compensate
 from tpp_jax.pruning.curves import Sensitivity
-from tpp_jax.pruning.cutting import check_plan, linen_apply, prune, rescale
+from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
 from tpp_jax.pruning.flops import Count, LayerCount, count
 from tpp_jax.pruning.moments import Bias, ConsumerMoments, Moments, input_moments
 from tpp_jax.pruning.plan import Plan
@@ -88,7 +88,6 @@ __all__ = [
     "recalibrate",
     "register_rule",
     "reinitialize",
-    "rescale",
     "save_model",
     "save_torch",
     "sensitivity",

@@ -146,6 +146,14 @@ def test_groups_with_equal_numbers_are_separated():
         assert any(len({*pair} & chosen) == 1 for chosen in choices)
 
 
+def test_repeated_groups_far_from_each_other_take_no_further_trial():
+    fewer = {i: 20 + i % 8 for i in range(16)}
+    groups = [types.SimpleNamespace(size=32)] * 16
+    assert not list(apart(groups, set(fewer), fewer, dict.fromkeys(fewer, 0)))
+    fewer = {i: 20 + i % 7 for i in range(16)}
+    assert len(list(apart(groups, set(fewer), fewer, dict.fromkeys(fewer, 0)))) == 1
+
+
 @pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[0], [1, 2, 3], [4]], [[0, 1]]])
 def test_groups_are_separated_into_those_that_hold_together(parts):
     def holds(some):

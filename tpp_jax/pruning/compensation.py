@@ -82,7 +82,8 @@ def compensate(
 
     Warns:
       UserWarning: A layer that reads pruned channels is not refit (the message says
-        why), or there are fewer than 3 rows of data for each feature of a layer.
+        why), or there are fewer than 3 rows of data for each feature of a layer and the
+        damping is not chosen on held-out batches.
 
     References:
       An et al. 2024, "Fluctuation-based adaptive structured pruning for large language
@@ -234,7 +235,7 @@ def refit_all(
             continue
         if entry.fixed is not None:
             not_refit[entry.leaf] = entry.fixed
-        elif (entry.rows < _ROWS_PER_FEATURE * keep.sum()).any():
+        elif held is None and (entry.rows < _ROWS_PER_FEATURE * keep.sum()).any():
             few.append(entry.leaf)
         bias = None if entry.bias is None else flat(entry.bias.leaf)
         other = None if held is None else held.consumers[i]

@@ -7,7 +7,6 @@ its product whatever was done to its layout, and so is the bias that is added be
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Set
 
 from tpp_jax.graph.records import Groups
 
+# Groups of a family that follow each other more closely lose different numbers.
+_NEAR = 8
 # Ways to divide a row of groups in two that are tried.
 _ENDS = 5
 
@@ -109,9 +111,9 @@ def apart(
     """Yields choices of groups that separate those with equal trial sizes.
 
     Of two such groups, there is a choice with only one if they are of different
-    families or follow each other in one family. Others of one family, which belong to
-    repeated parts of a model, are left together: with few channels in many groups, it
-    would take many trials to separate all.
+    families or follow each other in one family that has few different numbers. Others
+    of one family, which belong to repeated parts of a model, are left together: with
+    few channels in many groups, it would take many trials to separate all.
 
     Args:
       groups: Groups of the model.
@@ -123,8 +125,11 @@ def apart(
     for i in sorted(chosen):
         families = alike.setdefault((groups[i].size, fewer[i]), {})
         families.setdefault(family_of[i], []).append(i)
+    numbers: dict[int, set[int]] = {}
+    for i in chosen:
+        numbers.setdefault(family_of[i], set()).add(fewer[i])
     code = {
-        i: 2 * number + place % 2
+        i: 2 * number + place % 2 * (len(numbers[family_of[i]]) < _NEAR)
         for families in alike.values()
         for number, own in enumerate(families.values())
         for place, i in enumerate(own)
