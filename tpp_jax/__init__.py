@@ -24,12 +24,14 @@ from tpp_jax.pruning.activations import activation_means
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.checking import Checks, GroupCheck, check_groups
 from tpp_jax.pruning.compensation import compensate
-from tpp_jax.pruning.cutting import check_plan, linen_apply, prune, rescale
+from tpp_jax.pruning.curves import Sensitivity
+from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
 from tpp_jax.pruning.flops import Count, LayerCount, count
 from tpp_jax.pruning.moments import Bias, ConsumerMoments, Moments, input_moments
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import make_plan
 from tpp_jax.pruning.recalibration import recalibrate
+from tpp_jax.pruning.sensitivity import sensitivity
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
 from tpp_jax.saving import load_model, load_model_info, save_model
@@ -51,6 +53,7 @@ __all__ = [
     "Moments",
     "OrthogonalityState",
     "Plan",
+    "Sensitivity",
     "Status",
     "TPPError",
     "TPPState",
@@ -85,9 +88,9 @@ __all__ = [
     "recalibrate",
     "register_rule",
     "reinitialize",
-    "rescale",
     "save_model",
     "save_torch",
+    "sensitivity",
     "slice_tree",
     "status",
     "zero_pruned",

@@ -39,7 +39,10 @@ def recovery() -> tuple[Row, ...]:
     """
     distilled = {"finetune": {"distillation": {"weight": 0.5}}}
     compensated = {"prune": {"method": "compensated"}}
-    wanda = {"prune": {"method": "compensated", "criterion": "wanda"}}
+    wanda, obs = (
+        {"prune": {"method": "compensated", "criterion": criterion}}
+        for criterion in ("wanda", "obs")
+    )
     repaired = {"method": "extra", "compensate": True, "recalibrate": True}
     return (
         ("L1", {"prune": {"method": "oneshot"}}),
@@ -47,6 +50,7 @@ def recovery() -> tuple[Row, ...]:
         ("Compensated", compensated),
         ("Compensated, distilled", {**compensated, **distilled}),
         ("Compensated, wanda", wanda),
+        ("Compensated, obs", obs),
         ("L1, equal epochs", {"prune": {"method": "extra"}}),
         ("Compensated, equal epochs", {"prune": repaired}),
         ("TPP", {}),

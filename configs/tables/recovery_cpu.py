@@ -15,6 +15,7 @@ from configs.tables.methods import ratios, recovery
 from tpp_jax.commands.sweep import default_table
 
 _FINETUNED = "L1", "L1, distilled", "Compensated", "Compensated, distilled"
+_FINETUNED += "Compensated, wanda", "Compensated, obs"
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -24,9 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     table.base.pretrain.epochs = 2
     table.base.finetune.epochs = 1
     table.metrics = ("cut_accuracy", "best_accuracy", "last_accuracy")
-    table.rows = tuple(
-        row for row in recovery() if row[0] in (*_FINETUNED, "Compensated, wanda")
-    )
+    table.rows = tuple(row for row in recovery() if row[0] in _FINETUNED)
     table.columns = ratios("*layer*.conv1", "0.5")
     table.seeds = (0,)
     return table

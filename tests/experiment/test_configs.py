@@ -81,7 +81,7 @@ def test_fields_are_handed_to_make_plan(fields, options):
 
 
 @pytest.mark.parametrize(
-    "criterion", ["taylor", "taylor_fo", "hessian", "activation", "wanda"]
+    "criterion", ["taylor", "taylor_fo", "hessian", "activation", "wanda", "obs"]
 )
 def test_criteria_that_need_data_see_the_first_training_batches(criterion):
     dataset, model, groups = digits()

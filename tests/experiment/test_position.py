@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
@@ -143,3 +144,12 @@ def test_a_run_of_a_later_format_is_left_as_it_is(tmp_path, monkeypatch):
     with pytest.raises(TPPError, match="use another --workdir"):
         run.train(config, tmp_path)
     assert saved == sorted(x.name for x in (tmp_path / "checkpoints").iterdir())
+
+
+def test_fields_that_an_earlier_version_lacked_have_their_defaults():
+    old, new = small_config().to_dict(), small_config().to_dict()
+    del old["prune"]["compensate"], old["finetune"]["distillation"]
+    run._same_config(old, new, pathlib.Path("w"))
+    new["prune"]["compensate"] = True
+    with pytest.raises(TPPError, match=r"prune.compensate was False, is True\)"):
+        run._same_config(old, new, pathlib.Path("w"))

@@ -1,6 +1,7 @@
 """From the penalties through the cut to fine-tuning, with one optimizer."""
 
 import functools
+import pickle
 import warnings
 
 import jax
@@ -217,17 +218,28 @@ def test_status_counts_what_is_there():
     assert tpp.status(state, plan, {"params": params, "ema": params}) == now
 
 
-def test_a_normalised_stream_is_never_ready():
-    class Normalised(nnx.Module):
-        def __init__(self, rngs):
-            self.up = nnx.Linear(3, 8, use_bias=False, rngs=rngs)
-            self.norm = nnx.RMSNorm(8, rngs=rngs)
-            self.out = nnx.Linear(8, 2, rngs=rngs)
+class Normalised(nnx.Module):
+    def __init__(self, norm, act, rngs):
+        self.up = nnx.Linear(3, 8, use_bias=False, rngs=rngs)
+        self.norm = norm(8, rngs=rngs)
+        self.out = nnx.Linear(8, 2, rngs=rngs)
+        self.act = act
 
-        def __call__(self, x):
-            return self.out(self.norm(self.up(x)))
+    def __call__(self, x):
+        return self.out(self.act(self.norm(self.up(x))))
 
-    model = Normalised(nnx.Rngs(0))
+
+@pytest.mark.parametrize(
+    ("norm", "act", "why"),
+    [
+        (nnx.RMSNorm, nnx.gelu, None),
+        (nnx.LayerNorm, nnx.gelu, r"'sub' (test_after_the_cut.py:"),
+        (nnx.RMSNorm, nnx.sigmoid, r"'dot_general' (test_after_the_cut.py:"),
+    ],
+    ids=["root mean square", "layer norm", "not zero at zero"],
+)
+def test_a_normalised_stream_is_ready_if_its_cut_is_free(norm, act, why):
+    model = Normalised(norm, act, nnx.Rngs(0))
     plan = tpp.make_plan(
         tpp.channel_groups(model, jnp.ones((1, 3))), model, {"up": 0.5}
     )
@@ -235,9 +247,11 @@ def test_a_normalised_stream_is_never_ready():
     state = tpp.zero_pruned(plan, SCHEDULE).init(params)
     zero = jax.tree.map(jnp.zeros_like, params)
     now = tpp.status(state, plan, zero)
-    assert now.zeroed == now.layers == 1 and not now.ready
-    assert "runs over channels of up" in now.reason
+    assert now.zeroed == now.layers == 1 and now.ready == (why is None)
+    assert why is None or why in now.reason
     assert tpp.status(state, plan, tpp.slice_tree(plan, zero)).ready  # is cut
+    read = pickle.loads(pickle.dumps(plan))
+    assert "comes from a pickle" in tpp.status(state, read, zero).reason
 
 
 def test_status_without_a_state_of_tpp_is_refused():

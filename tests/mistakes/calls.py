@@ -17,6 +17,9 @@ def _even(params: Any, x: Any) -> Any:
     return hidden @ params["w2"]
 
 
+_EVEN_PARAMS = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+
+
 def _mlp(name: str = "mlp7_relu") -> nnx.Module:
     return tpp.models.create(name, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
 
@@ -29,6 +32,7 @@ def _mlp_and_plan() -> tuple[nnx.Module, tpp.Groups, tpp.Plan]:
 
 def library() -> Cases:
     yield from _plans()
+    yield from _sensitivities()
     yield from _transforms()
 
 
@@ -73,12 +77,64 @@ def _plans() -> Cases:
     )
 
 
+def _square(model: Any, x: Any) -> Any:
+    return (model(x) ** 2).mean()
+
+
+def _sensitivities() -> Cases:
+    model, groups, _ = _mlp_and_plan()
+    x = [jnp.ones((2, 8, 8, 1))]
+    found = tpp.sensitivity(model, groups, x, _square, ratios=[0.5])
+    other = tpp.channel_groups(_even, jnp.ones((1, 4)), params=_EVEN_PARAMS)
+    yield from (
+        (
+            "`tpp.sensitivity(…, ratios=0.5)`, a single number",
+            lambda f: tpp.sensitivity(model, groups, x, _square, ratios=0.5),
+        ),
+        (
+            "`tpp.sensitivity` without batches",
+            lambda f: tpp.sensitivity(model, groups, [], _square),
+        ),
+        (
+            "`tpp.sensitivity` with a loss for each example",
+            lambda f: tpp.sensitivity(model, groups, x, lambda m, x: m(x)[:, 0]),
+        ),
+        (
+            "`tpp.sensitivity` with the batches in place of the groups",
+            lambda f: tpp.sensitivity(model, x, groups, _square),
+        ),
+        (
+            "`tpp.make_plan(…, sensitivity=…)` without a target",
+            lambda f: tpp.make_plan(groups, model, sensitivity=found),
+        ),
+        (
+            "`tpp.make_plan(…, sensitivity=…)` with ratios too",
+            lambda f: tpp.make_plan(groups, model, 0.5, sensitivity=found, flops=0.5),
+        ),
+        (
+            "`tpp.make_plan(…, sensitivity=…)` of another model",
+            lambda f: tpp.make_plan(other, _EVEN_PARAMS, sensitivity=found, flops=0.5),
+        ),
+        (
+            "`tpp.make_plan(…, sensitivity=…)` for more than was measured",
+            lambda f: tpp.make_plan(groups, model, sensitivity=found, flops=0.1),
+        ),
+        (
+            "`tpp.make_plan(…, sensitivity=0.5)`",
+            lambda f: tpp.make_plan(groups, model, sensitivity=0.5, flops=0.5),
+        ),
+        (
+            "`tpp.Sensitivity.from_json` of other data",
+            lambda f: tpp.Sensitivity.from_json({"groups": ["net.0"]}),
+        ),
+    )
+
+
 def _transforms() -> Cases:
     model, _, plan = _mlp_and_plan()
     kernel = jnp.ones((4, 8))
     params = nnx.state(model, nnx.Param)
-    picky_params = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
-    picky_groups = tpp.channel_groups(_even, jnp.ones((1, 4)), params=picky_params)
+    picky_groups = tpp.channel_groups(_even, jnp.ones((1, 4)), params=_EVEN_PARAMS)
     yield from (
         (
             "`tpp.growing_schedule(granularity=0)`",
@@ -110,7 +166,7 @@ def _transforms() -> Cases:
         ),
         (
             "`tpp.make_plan` with a width that the model's code does not allow",
-            lambda f: tpp.make_plan(picky_groups, picky_params, counts={"w1": 5}),
+            lambda f: tpp.make_plan(picky_groups, _EVEN_PARAMS, counts={"w1": 5}),
         ),
         (
             "`tpp.register_rule` for a primitive that has a rule",

@@ -228,8 +228,9 @@ def test_wrong_arguments_are_refused():
     fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["w1"]) @ p["w2"]) @ p["w3"]  # noqa: E731
     x = draw(40, 3)
     plan = half(fn, params, [x])
-    with pytest.raises(tpp.TPPError, match="at least 0"):
-        tpp.compensate(fn, plan, [x], params, damping=-1)
+    for damping in (-1, "heldout"):
+        with pytest.raises(tpp.TPPError, match="at least 0"):
+            tpp.compensate(fn, plan, [x], params, damping=damping)
     with pytest.raises(tpp.TPPError, match="pass batches, or moments"):
         tpp.compensate(fn, plan, params=params)
     moments = tpp.input_moments(fn, [x], params, [plan.groups["w1"]])

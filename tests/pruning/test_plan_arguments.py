@@ -65,7 +65,7 @@ def test_an_unknown_scope_criterion_or_rounding_is_refused():
     assert "'local', 'global' or 'isomorphic'" in message
     message = refusal("*conv1:0.5", criterion="l7")
     assert "'l7'" in message
-    assert "l1, l2, bn_scale" in message and "variance, random" in message
+    assert "l1, l2, bn_scale" in message and "variance, obs, random" in message
     assert "round_to is 0" in refusal("*conv1:0.5", round_to=0)
 
 

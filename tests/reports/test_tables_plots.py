@@ -1,10 +1,12 @@
 """Tables say what went; plots are drawn from whatever a run recorded."""
 
+import dataclasses
 import io
 
 import jax
 import jax.numpy as jnp
 import matplotlib.image
+import numpy as np
 import pytest
 import rich.console
 from flax import nnx
@@ -141,3 +143,20 @@ def test_plots_are_drawn_also_from_a_run_without_all_phases(tmp_path):
     for name in ("curves.png", "channels.png"):
         image = matplotlib.image.imread(tmp_path / name)
         assert image.shape[0] > 200 and image.std() > 0.05
+
+
+def test_the_picture_of_a_sensitivity_shows_every_cost(tmp_path):
+    result = tpp.Sensitivity(
+        groups=("conv1", "a$b"),
+        sizes=(8, 4),
+        ratios=(0.25, 0.5),
+        removed=np.array([[2, 4], [1, 2]]),
+        costs=np.array([[-0.01, 0.5], [0.0, 123.0]]),
+        baseline=0.25,
+    )
+    svg = plots.save(plots.of_sensitivity(result), tmp_path)["sensitivity"]
+    for text in ("conv1", "a$b", "25%", "-0.01", "0.5", "1.2e+02", "from 0.25"):
+        assert text in svg
+    assert matplotlib.image.imread(tmp_path / "sensitivity.png").std() > 0.1
+    nothing = dataclasses.replace(result, costs=np.zeros((2, 2)))
+    assert plots.save(plots.of_sensitivity(nothing), tmp_path)

@@ -55,7 +55,10 @@ def convnext(part=1):
     return _equinox(model, images(2, 3, 16, 16))
 
 
-@network("equimo", heads=("blocks.*.attn.qk",))
+# One attribute is the number of heads of two groups, ``in_proj`` and ``attn.qk``. They
+# would have to be one group, but none of their axes are alike: the channels of ``qk``
+# are pairs for its rotation.
+@network("equimo", heads=("blocks.*.attn.qk",), refused="(attention.py:1347")
 def mlla():
     from equimo.models import Mlla
 

@@ -101,7 +101,9 @@ def lstm():
     return _memorax(m.RNN(cell=linen.OptimizedLSTMCell(32)))
 
 
-@network("memorax", heads=("*.query",))
+# ``features`` of the attention is the width of the stream, of which its empty memory is
+# made, and the number of heads times their size: neither can be cut without the other.
+@network("memorax", heads=("*.query",), refused="concatenate arrays with shapes")
 def gated_transformer():
     from memorax import networks as m
 

@@ -46,6 +46,7 @@ class Entry:
       build: Makes the network.
       heads: Patterns of the names of its groups of attention heads whose number is an
         attribute, or follows the arrays: they must be prunable.
+      refused: Part of the reason why these heads cannot be pruned; empty if they can.
       narrows: Whether ``build(2)`` makes the same network of half the width, with as
         many heads, by its package's own code: what half of all channels cut, but of
         these heads, must come to.
@@ -56,6 +57,7 @@ class Entry:
     name: str
     build: Callable[..., Network]
     heads: tuple[str, ...] = ()
+    refused: str = ""
     narrows: bool = False
 
     def __str__(self) -> str:
@@ -73,13 +75,15 @@ def network(
     module: str | None = None,
     *,
     heads: tuple[str, ...] = (),
+    refused: str = "",
     narrows: bool = False,
 ) -> Callable[[Callable[..., Network]], Callable[..., Network]]:
     """Registers the function that it decorates; its name is the network's."""
 
     def register(build: Callable[..., Network]) -> Callable[..., Network]:
         where, name = module or package.replace("-", "_"), build.__name__.rstrip("_")
-        NETWORKS.append(Entry(package, where, name, build, heads, narrows))
+        entry = Entry(package, where, name, build, heads, refused, narrows)
+        NETWORKS.append(entry)
         return build
 
     return register

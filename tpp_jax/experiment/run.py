@@ -16,7 +16,8 @@ import ml_collections
 from tpp_jax import data
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import choosing, lockstep, loop, measures
-from tpp_jax.experiment.config import differences
+from tpp_jax.experiment.config import default_config, differences
+from tpp_jax.experiment.fields import flat
 from tpp_jax.experiment.methods import Stage
 from tpp_jax.experiment.position import Position
 from tpp_jax.experiment.program import Take, alone
@@ -264,7 +265,8 @@ _MAY_CHANGE = ("num_devices", "parallel", "keep_checkpoints", "data.dir")
 def _same_config(
     old: Mapping[str, Any], new: Mapping[str, Any], workdir: pathlib.Path
 ) -> None:
-    found = differences(old, new)
+    # An earlier version had fewer fields, and did what the others do by default.
+    found = differences(flat(default_config()) | flat(old), flat(new))
     if changed := [line for line in found if line.split()[0] not in _MAY_CHANGE]:
         raise TPPError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:5])}). Use "

@@ -84,7 +84,8 @@ class Group:
       reduced: Whether a sum or maximum that is not part of a layer runs over the
         channels (in a layer norm, a softmax, or a product of queries and keys, which is
         scaled by the number of channels). Setting such channels to zero is then not
-        equivalent to removing them.
+        equivalent to removing them, unless other weights are rescaled
+        (:func:`tpp_jax.prune`).
       outer: Names of the groups that run through the same filters at a coarser grain:
         for instance, their channels are the heads of an attention, and those of this
         group the dimensions of each head. This group is then named ``layer#2``.

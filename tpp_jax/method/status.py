@@ -28,9 +28,9 @@ class Status:
       zeroed: Number of layers whose pruned filters are exactly zero.
       layers: Number of layers of which filters are pruned.
       ready: Whether :func:`tpp_jax.prune` changes nothing: all that it removes is zero
-        where it is produced, and a norm or other reduction over the channels is the
-        same without them once some parameters are rescaled. (No activation that is
-        nonzero at zero, such as a sigmoid, may follow, unless such a reduction does.)
+        where it is produced and where it is read, and a norm or other reduction over
+        the channels is the same without them once some parameters are rescaled. What
+        the network's operations do to zeros is not known for a plan from a pickle.
       reason: Reason why the run is not ready; None if it is.
     """
 
@@ -100,18 +100,14 @@ def status(opt_state: Any, plan: Plan, params: optax.Params) -> Status:
     if states.zeroing is not None and named[at(states.zeroing, "undone")]:
         raise TPPError(UNDONE)
     progress = measure(plan, params)
-    reduced = [group.name for group in plan.pruned_groups if group.reduced]
     reason = None
     if not progress.all_zero:
         reason = (
             f"the pruned filters are not zero: {progress.zeroed} of {progress.layers} "
             "layers are"
         )
-    elif reduced and not progress.cut and (problem := _problem(plan)):
-        reason = (
-            f"a norm, softmax or other reduction runs over channels of {reduced[0]}, "
-            f"and the cut changes what the network computes: {problem}"
-        )
+    elif not progress.cut and (problem := _problem(plan)):
+        reason = f"the cut changes what the network computes: {problem}"
     return Status(
         step=int(numbers["step"]),
         strength=float(numbers["strength"]) if "strength" in numbers else None,
@@ -126,7 +122,15 @@ def status(opt_state: Any, plan: Plan, params: optax.Params) -> Status:
 
 def _problem(plan: Plan) -> str | None:
     """Returns what a cut of zeros changes; None if it changes nothing."""
+    if not plan.pruned_groups:
+        return None
     source = plan.groups.source
-    if source is None:
-        return "the plan comes from a pickle, which does not contain its model"
-    return find_rescaling(plan, source).problem
+    if source is not None:
+        return find_rescaling(plan, source).problem
+    reduced = [group.name for group in plan.pruned_groups if group.reduced]
+    if not reduced:
+        return None
+    return (
+        f"a norm, softmax or other reduction runs over channels of {reduced[0]}, and "
+        "the plan comes from a pickle, which does not contain the model"
+    )

@@ -23,7 +23,8 @@ def channel_groups(
 
     The groups are read off the model's jaxpr, and every group that is reported as
     prunable was tried: traced again with fewer channels in all of them, the model
-    performs the same operations on narrower arrays.
+    performs the same operations on narrower arrays. Groups that the model can only cut
+    by the same number of channels are reported as one.
 
     Args:
       model: NNX module (run in evaluation mode, not modified), Linen module or function

@@ -54,7 +54,7 @@ class Checks(NamedTuple):
       masked: Largest difference of an output between masking half of the channels and
         removing them; nan if the masked network divides by zero (weights divided by
         their norm, for example). Groups that a reduction runs over are among them if
-        rescaling makes both the same for all of them, see :func:`tpp_jax.rescale`.
+        rescaling makes both the same for all of them, see :func:`tpp_jax.prune`.
       unprunable: Group name → reason why it cannot be pruned.
       unproved: Names of the groups that are only partly proved: they do not influence
         the outputs (a dead unit, a bias before a softmax), or a reduction runs over
@@ -95,8 +95,8 @@ def check_groups(
     - If half of the channels of all groups that no reduction runs over are masked, the
       outputs must be the same as without them.
     - The same holds for a group that a reduction runs over (a root mean square, a
-      product of queries and keys) once the other parameters are rescaled, if
-      :func:`tpp_jax.rescale` finds factors.
+      product of queries and keys) if other parameters can be rescaled to make up for
+      it, see :func:`tpp_jax.prune`.
     - Without such factors (a layer norm subtracts a mean), half of the channels are
       made copies of the other half (6 of 9 are copies of 3), which no layer reads. If
       the outputs are not the same as without them, the group is listed as unproved.
@@ -133,15 +133,15 @@ def check_groups(
     rng = np.random.default_rng(seed)
     network = _Network.of(model, params, groups, inputs, kwargs, rng)
     checks = _check_permuting(network, groups, tolerance, rng)
-    plan, proved = _half(groups, rng, lambda _: True), True
+    plan = _half(groups, rng, lambda _: True)
     check_plan(plan, model, params)
-    if not network.is_free(plan):
-        plan, proved = _half(groups, rng, lambda group: not group.reduced), False
-    masked = _check_masking(network, plan, tolerance)
-    proved &= bool(np.isfinite(masked))
+    free = network.is_free(plan)
+    if not free:
+        plan = _half(groups, rng, lambda group: not group.reduced)
+    masked = _check_masking(network, plan, free, tolerance)
     unproved = [one.name for one in checks if one.influence <= tolerance]
     unproved += [groups[i].name for i in _noisy(groups) if groups[i].reason is None]
-    if not proved:
+    if not free or not np.isfinite(masked):
         unproved += _unproved(network, groups, tolerance, rng)
     reasons = {group.name: group.reason for group in groups if group.reason}
     return Checks(checks, masked, reasons, tuple(dict.fromkeys(unproved)))
@@ -271,12 +271,22 @@ def _check_permuting(
     return tuple(checks)
 
 
-def _check_masking(network: _Network, plan: Plan, tolerance: float) -> float:
-    """Checks that masked and removed channels give the same, and returns how nearly."""
+def _check_masking(
+    network: _Network, plan: Plan, free: bool, tolerance: float
+) -> float:
+    """Checks that masked and removed channels give the same, and returns how nearly.
+
+    Args:
+      network: Network.
+      plan: Plan of the cut.
+      free: Whether a cut of zeros, which rescales other weights, is to be free.
+      tolerance: Largest difference allowed.
+    """
     mask = mask_tree(plan, network.weights)
     weights = jax.tree.map(_masked, network.weights, mask)
     expected = network.run(weights)
-    masked = _distance(network.run_cut(plan, weights), expected)
+    found = network.run_cut(plan, weights if free else network.weights)
+    masked = _distance(found, expected)
     if np.isfinite(expected).all() and not masked <= tolerance:
         raise TPPError(
             f"masking half of the channels differs from removing them by "

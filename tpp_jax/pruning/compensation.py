@@ -1,5 +1,6 @@
 """Removal of channels with a refit of the kernels that read them: ``compensate``."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,11 +14,13 @@ from jaxtyping import Bool, Float
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.functions import Function, as_function, is_array
 from tpp_jax.graph.naming import some
+from tpp_jax.pruning import readiness
 from tpp_jax.pruning.cutting import check_plan, prune
 from tpp_jax.pruning.masks import keep_masks
 from tpp_jax.pruning.moments import ConsumerMoments, Moments, input_moments
 from tpp_jax.pruning.plan import Plan, expect_plan
-from tpp_jax.pruning.ridge import default_damping, ridge
+from tpp_jax.pruning.ridge import Damping, Errors, refit
+from tpp_jax.pruning.sequence import kept_features, refit_in_order
 
 # With fewer rows the fit follows the calibration data more than the network.
 _ROWS_PER_FEATURE = 3
@@ -30,7 +33,8 @@ def compensate(
     params: Any = None,
     *,
     moments: Moments | None = None,
-    damping: float | None = None,
+    damping: Damping = None,
+    sequential: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Prunes a model and refits the layers that read the pruned channels.
@@ -57,18 +61,29 @@ def compensate(
       damping: Share δ of the mean variance that is added to all variances. By default
         it grows with the number of kept features for each row of data:
         ``max(0.1·features/rows, 1e-4)``. Zero gives the least-squares solution.
+        ``"held-out"`` keeps back the last fifth of the batches, at least one, and
+        chooses for each layer the damping whose refit is best on them; the layer is
+        then refit to all batches.
+      sequential: Whether the layers are refit once more in order of execution, from
+        what they read in the pruned network, with the layers before them refit, to what
+        they gave in the unpruned one. All batches are in memory. Layers that are read
+        in loops or several times keep their first refit. By default, if batches are
+        given and a norm or softmax runs over pruned channels, which changes what the
+        layers behind it read.
       **kwargs: Keyword arguments of the model when moments are measured.
 
     Returns:
       The result of :func:`tpp_jax.prune`: a new NNX module, or the smaller tree.
 
     Raises:
-      TPPError: The plan does not fit the model, there are neither batches nor moments,
-        the moments are of other groups, or the damping is negative.
+      TPPError: The plan does not fit the model, there are neither batches nor moments
+        (or no batches for what needs them), the moments are of other groups, or the
+        damping is negative.
 
     Warns:
       UserWarning: A layer that reads pruned channels is not refit (the message says
-        why), or there are fewer than 3 rows of data for each feature of a layer.
+        why), or there are fewer than 3 rows of data for each feature of a layer and the
+        damping is not chosen on held-out batches.
 
     References:
       An et al. 2024, "Fluctuation-based adaptive structured pruning for large language
@@ -88,22 +103,66 @@ def compensate(
       ([5.0, 10.0, 15.0], [5.0, 10.0, 15.0])
     """
     expect_plan(plan)
-    if damping is not None and not damping >= 0:
-        raise TPPError(f"the damping is {damping}, must be at least 0")
+    _check_damping(damping)
     check_plan(plan, model, params)
-    if moments is None:
+    if sequential is None:
+        reduced = any(group.reduced for group in plan.pruned_groups)
+        sequential = reduced and batches is not None
+    kept_back = 0
+    if sequential or damping == "held-out":
+        batches, kept_back = _split(batches, damping)
+    held = None
+    measure = functools.partial(
+        input_moments, model, params=params, groups=plan.pruned_groups, **kwargs
+    )
+    if kept_back and isinstance(batches, list):
+        moments = measure(batches[:-kept_back])
+        held = measure(batches[-kept_back:])
+    elif moments is None:
         if batches is None:
             raise TPPError("a refit needs data: pass batches, or moments")
-        pruned = plan.pruned_groups
-        moments = input_moments(model, batches, params, pruned, **kwargs)
-    _check_groups(plan, moments)
+        moments = measure(batches)
     function = as_function(model, params)
-    leaves = dict(zip(function.names, jax.tree.leaves(function.params), strict=True))
-    leaves.update(_refit_all(plan, moments, leaves, damping))
-    refit = with_leaves(function, params, leaves)
-    if isinstance(model, nnx.Module):
-        return prune(refit, plan)
-    return prune(model, plan, refit)
+    leaves = _leaves(function)
+    changed, cautions = refit_all(plan, moments, leaves, damping, held)
+    for caution in cautions:
+        warnings.warn(caution, UserWarning, stacklevel=2)
+    full = with_leaves(function, params, leaves | changed)
+    own = isinstance(model, nnx.Module)
+    small = prune(full, plan) if own else prune(model, plan, full)
+    # Filters of zeros leave nothing to refit, and their cut may rescale the others.
+    if not sequential or readiness.measure(plan, function.params).all_zero:
+        return small
+    pruned = as_function(small) if own else as_function(model, small, plan)
+    exact = refit_in_order(
+        function, pruned, plan, moments, list(batches or ()), kept_back, damping, kwargs
+    )
+    leaves = _leaves(pruned)
+    leaves |= {leaf: like_leaf(leaves[leaf], x) for leaf, x in exact.items()}
+    return with_leaves(pruned, small, leaves)
+
+
+def _leaves(function: Function) -> dict[str, Any]:
+    return dict(zip(function.names, jax.tree.leaves(function.params), strict=True))
+
+
+def _check_damping(damping: Damping) -> None:
+    if damping in (None, "held-out"):
+        return
+    if not isinstance(damping, int | float | np.number) or not damping >= 0:
+        raise TPPError(f"the damping is {damping!r}, must be at least 0, or 'held-out'")
+
+
+def _split(batches: Iterable[Any] | None, damping: Damping) -> tuple[list[Any], int]:
+    """Returns all batches, and how many of the last ones the damping is chosen on."""
+    found = list(batches or ())
+    kept_back = max(len(found) // 5, 1) if damping == "held-out" else 0
+    if len(found) <= kept_back:
+        raise TPPError(
+            f"there are {len(found)} batches: a refit in sequence needs them, and a "
+            "damping that is chosen on held-out batches at least two"
+        )
+    return found, kept_back
 
 
 def with_leaves(function: Function, params: Any, leaves: Mapping[str, Any]) -> Any:
@@ -139,10 +198,26 @@ def _check_groups(plan: Plan, moments: Moments) -> None:
                 )
 
 
-def _refit_all(
-    plan: Plan, moments: Moments, leaves: dict[str, Any], damping: float | None
-) -> dict[str, Any]:
-    """Returns the refit kernels and biases by name, unpruned."""
+def refit_all(
+    plan: Plan,
+    moments: Moments,
+    leaves: Mapping[str, Any],
+    damping: Damping = None,
+    held: Moments | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the refit kernels and biases by name, unpruned, and texts of warnings.
+
+    Args:
+      plan: Plan of the channels to keep; not traced.
+      moments: Moments of all groups that are pruned.
+      leaves: Parameters of the unpruned model by name.
+      damping: Share of the mean variance that is added, as for :func:`compensate`.
+      held: Moments on held-out batches, on which the damping is chosen.
+
+    Raises:
+      TPPError: The moments are of other groups.
+    """
+    _check_groups(plan, moments)
     exact: dict[str, np.ndarray] = {}
     not_refit = {
         leaf: why for leaf, why in moments.skipped.items() if keep_masks(plan, leaf)
@@ -154,76 +229,82 @@ def _refit_all(
             exact[leaf] = np.asarray(leaves[leaf], np.float64).reshape(-1)
         return exact[leaf]
 
-    for entry in moments.consumers:
-        keep = _kept_features(plan, entry)
+    for i, entry in enumerate(moments.consumers):
+        keep = kept_features(plan, entry)
         if keep.all():
             continue
         if entry.fixed is not None:
             not_refit[entry.leaf] = entry.fixed
-        elif (entry.rows < _ROWS_PER_FEATURE * keep.sum()).any():
+        elif held is None and (entry.rows < _ROWS_PER_FEATURE * keep.sum()).any():
             few.append(entry.leaf)
         bias = None if entry.bias is None else flat(entry.bias.leaf)
-        _refit(entry, keep, flat(entry.leaf), bias, damping)
+        other = None if held is None else held.consumers[i]
+        _refit(entry, other, keep, flat(entry.leaf), bias, damping)
+    cautions = []
     if not_refit:
         reasons = [f"{leaf} ({why})" for leaf, why in not_refit.items()]
-        _warn(f"layers that read pruned channels are not refit: {some(reasons)}")
+        cautions.append(
+            f"layers that read pruned channels are not refit: {some(reasons)}"
+        )
     if few:
-        _warn(
+        cautions.append(
             f"there are fewer than {_ROWS_PER_FEATURE} rows of data for each feature "
             f"that is refit in {some(few)}: the refit follows the calibration data "
             "more than the network. Give more batches, or a larger damping"
         )
-    return {leaf: like_leaf(leaves[leaf], values) for leaf, values in exact.items()}
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)
-
-
-def _kept_features(plan: Plan, entry: ConsumerMoments) -> Bool[np.ndarray, " features"]:
-    """Returns which features of a consumer a plan keeps."""
-    masks = keep_masks(plan, entry.leaf)
-    keep = np.ones(len(entry.features), bool)
-    for axis, positions in entry.positions.items():
-        if axis in masks:
-            keep &= np.asarray(masks[axis][0])[positions]
-    return keep
+    changed = {leaf: like_leaf(leaves[leaf], values) for leaf, values in exact.items()}
+    return changed, cautions
 
 
 def _refit(
     entry: ConsumerMoments,
+    held: ConsumerMoments | None,
     keep: Bool[np.ndarray, " features"],
     weights: Float[np.ndarray, " n"],
     bias: Float[np.ndarray, " m"] | None,
-    damping: float | None,
+    damping: Damping,
 ) -> None:
     """Refits a consumer, in place.
 
     Args:
       entry: Moments of what it reads.
+      held: The same on the data on which the damping is chosen.
       keep: Features that are kept.
       weights: All weights of its parameter, flat.
       bias: All entries of the parameter that takes up a shift, flat.
-      damping: Share of the mean variance that is added; None for the default.
+      damping: Damping of the fit.
     """
     index = entry.weight_index()
     for s, rows in enumerate(entry.rows):
         if not rows:  # an expert that no example was sent to
             continue
-        mean, lost = entry.mean[s], weights[index[s][~keep]]
-        shift = lost.T @ mean[~keep]
+        lost = weights[index[s][~keep]]
+        shift = lost.T @ entry.mean[s][~keep]
         if entry.fixed is None and entry.covariance is not None:
-            moments = entry.moments_about(s)
-            delta = damping
-            if delta is None:
-                delta = default_damping(int(keep.sum()), rows)
-            change = ridge(
-                moments[keep][:, keep], moments[keep][:, ~keep] @ lost, delta
-            )
+            errors = _errors(entry, s, keep, lost)
+            others = None if held is None else _errors(held, s, keep, lost)
+            change, shift = refit(errors, others, damping, bias is not None)
             weights[index[s][keep]] += change
-            shift -= change.T @ mean[keep]
         if bias is not None and entry.bias is not None:
             bias[entry.bias.index[s]] += entry.bias.sign * shift
+
+
+def _errors(
+    entry: ConsumerMoments,
+    stack: int,
+    keep: Bool[np.ndarray, " features"],
+    lost: Float[np.ndarray, "lost outputs"],
+) -> Errors:
+    """Returns the errors of a consumer's outputs without the features that are lost."""
+    assert entry.covariance is not None
+    moments, mean = entry.covariance[stack], entry.mean[stack]
+    return Errors(
+        entry.rows[stack],
+        moments[keep][:, keep],
+        moments[keep][:, ~keep] @ lost,
+        mean[keep],
+        lost.T @ mean[~keep],
+    )
 
 
 def like_leaf(leaf: Any, values: np.ndarray) -> Any:

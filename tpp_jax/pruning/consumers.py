@@ -8,13 +8,22 @@ its product whatever was done to its layout, and so is the bias that is added be
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from tpp_jax.pruning.sums import Sums, sums_of
+from tpp_jax.pruning.windows import (
+    Line,
+    PatchSums,
+    patch_rows,
+    patch_sums,
+    some_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,25 +51,44 @@ class Tag:
         return self.index.shape[: len(self.loops)]
 
 
+class Patches(NamedTuple):
+    """What a convolution reads: images, with the window along each spatial axis."""
+
+    images: Float[Array, "examples *spatial channels"]
+    lines: tuple[Line, ...]
+    groups: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
     """What a product reads with a kernel.
 
     Attributes:
-      rows: Operand of the product, ``[stacks, rows, features]``, one stack for each
-        matrix of a batched product or group of a convolution.
+      rows: Function that returns what is read, ``[stacks, rows, features]``. There is
+        one stack for each matrix of a batched product or group of a convolution.
       index: Flat index into the kernel's parameter of the weight that takes a feature
         to an output, int ``[*steps, stacks, features, outputs]``.
       made: Number of the output that each entry of the product's result is, int
         ``[*steps, *shape]``; outputs are numbered through all steps and stacks. None
         if that depends on the data.
-      used: Whether a row is read by a stack, where the rows are those of all stacks.
+      patches: Images that a window of several taps reads; None for other products.
+      used: Whether a row is one of a stack, ``[stacks, rows]``; there is then one stack
+        of rows for all. None if all are.
     """
 
-    rows: Float[Array, "stacks rows features"]
+    rows: Callable[[], Float[Array, "stacks rows features"]]
     index: Int[np.ndarray, "..."]
     made: Int[np.ndarray, "..."] | None
+    patches: Patches | None = None
     used: Bool[Array, "stacks rows"] | None = None
+
+    def sums(self, diagonal: bool) -> Sums:
+        """Returns the sums of what is read.
+
+        Args:
+          diagonal: Whether only squares are summed up.
+        """
+        return sums_of(self.rows(), diagonal, self.used)
 
 
 _UNCHANGED = frozenset(
@@ -195,7 +223,9 @@ def read_dot(eqn: Any, operand: int, tag: Tag, other: Array) -> Reading:
     made = np.arange(count).reshape(*steps, *place)
     shape = eqn.outvars[0].aval.shape
     return Reading(
-        rows, index.reshape(*steps, *sizes), np.broadcast_to(made, (*steps, *shape))
+        lambda: rows,
+        index.reshape(*steps, *sizes),
+        np.broadcast_to(made, (*steps, *shape)),
     )
 
 
@@ -223,7 +253,8 @@ def read_ragged(eqn: Any, tag: Tag, rows: Array, sizes: Array) -> Reading | None
     ends = jnp.cumsum(sizes)[:, None]
     at = jnp.arange(rows.shape[1 - summed[0]])
     used = (at < ends) & (at >= ends - sizes[:, None])
-    return Reading(rows.transpose(1 - summed[0], summed[0])[None], index, None, used)
+    rows = rows.transpose(1 - summed[0], summed[0])[None]
+    return Reading(lambda: rows, index, None, used=used)
 
 
 def read_convolution(eqn: Any, tag: Tag, images: Array) -> Reading:
@@ -249,45 +280,75 @@ def read_convolution(eqn: Any, tag: Tag, images: Array) -> Reading:
     place[dims.out_spec[1]] = outputs
     count = math.prod(steps) * outputs
     made = np.arange(count).reshape(*steps, *place)
-    patches = _patches(params, images, window, [out_shape[i] for i in dims.out_spec])
-    rows = patches.reshape(-1, taps, groups, width).transpose(2, 0, 1, 3)
+    images, lines = _seen_by_window(eqn, images, window)
     return Reading(
-        rows.reshape(groups, -1, taps * width),
+        lambda: patch_rows(images, lines, groups),
         index,
         np.broadcast_to(made, (*steps, *out_shape)),
+        Patches(images, lines, groups) if taps > 1 else None,
     )
 
 
-def _patches(
-    params: dict[str, Any], images: Array, window: list[int], out_shape: list[int]
-) -> Array:
-    """Returns the patches of images, ``[examples, *positions, taps, channels]``.
+def _seen_by_window(
+    eqn: Any, images: Array, window: Sequence[int]
+) -> tuple[Array, tuple[Line, ...]]:
+    """Returns images with channels last, and the window along each of their axes."""
+    params = eqn.params
+    dims, shape = params["dimension_numbers"], eqn.outvars[0].aval.shape
+    batch, channels, *axes = dims.lhs_spec
+    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+    images = images.transpose(batch, *axes, channels)
+    between = [(0, 0, dilation - 1) for dilation in params["lhs_dilation"]]
+    if any(dilation > 1 for dilation in params["lhs_dilation"]):
+        around = [(0, 0, 0), *between, (0, 0, 0)]
+        images = lax.pad(images, jnp.zeros((), images.dtype), around)
+    lines = map(
+        Line,
+        images.shape[1:-1],
+        window,
+        [shape[axis] for axis in dims.out_spec[2:]],
+        [low for low, _ in params["padding"]],
+        params["window_strides"],
+        params["rhs_dilation"],
+    )
+    return images, tuple(lines)
 
-    By slices: a convolution with unit kernels would round on some devices.
+
+class Place(NamedTuple):
+    """The key of a consumer, and the window with which images are read, if they are."""
+
+    key: str
+    lines: tuple[Line, ...] = ()
+    groups: int = 1
+
+
+@dataclasses.dataclass
+class Windows:
+    """Sums over the patches of convolutions, outside of loops.
+
+    Attributes:
+      centres: Means of the channels of what windows read in the first call.
+      first: Whether this call is the first; a traced boolean.
+      enough: Number of rows for each feature that are enough; None for all.
+      sums: Where patches are read → sums over them.
     """
-    dims = params["dimension_numbers"]
-    batch, channels, *spatial = dims.lhs_spec
-    x = images.transpose(batch, *spatial, channels)
-    borders = zip(params["padding"], params["lhs_dilation"], strict=True)
-    around = [(low, high, dilation - 1) for (low, high), dilation in borders]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
-    strides, sizes = params["window_strides"], out_shape[2:]
-    taps = []
-    for tap in np.ndindex(*window):
-        first = [i * d for i, d in zip(tap, params["rhs_dilation"], strict=True)]
-        last = [
-            i + (size - 1) * stride + 1
-            for i, size, stride in zip(first, sizes, strides, strict=True)
-        ]
-        taps.append(
-            lax.slice(
-                x,
-                [0, *first, 0],
-                [x.shape[0], *last, x.shape[-1]],
-                [1, *strides, 1],
-            )
-        )
-    return jnp.stack(taps, axis=-2)
+
+    centres: Mapping[Place, Any]
+    first: Any
+    enough: int | None
+    sums: dict[Place, PatchSums]
+
+    def note(self, place: Place, images: Any, diagonal: bool) -> None:
+        """Sums up the patches of images."""
+
+        def centre_of(mean: Any) -> Any:
+            known = self.centres.get(place)
+            return mean if known is None else jnp.where(self.first, mean, known)
+
+        _, lines, groups = place
+        if not diagonal and self.enough is not None:
+            images = some_of(images, lines, groups, self.enough)
+        self.sums[place] = patch_sums(images, lines, groups, diagonal, centre_of)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

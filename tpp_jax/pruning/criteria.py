@@ -228,6 +228,12 @@ def find_criterion(
     return found
 
 
+def is_additive(criterion: str | Criterion | Score) -> bool:
+    """Reports whether a criterion that is known is additive."""
+    found = CRITERIA.get(criterion) if isinstance(criterion, str) else criterion
+    return isinstance(found, Criterion) and found.additive
+
+
 def _name(criterion: str | Criterion | Score) -> str:
     if isinstance(criterion, str):
         return criterion

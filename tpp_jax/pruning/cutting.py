@@ -1,4 +1,4 @@
-"""Removal of channels: ``prune``, ``rescale``, ``check_plan``, ``linen_apply``.
+"""Removal of channels from a model: ``prune``, ``check_plan``, ``linen_apply``.
 
 A plan is tried on the model before anything is cut: the model is traced with the widths
 of the plan, and must do the same operations on narrower arrays.
@@ -66,10 +66,13 @@ def prune(
     The plan is tried first, see :func:`check_plan`. This finds a size that is
     hard-coded in a layer, even if the sliced model runs and computes something else.
 
-    If the pruned filters are zero, as they are after TPP, the network that is returned
-    computes what the given one does, also where a norm runs over the channels: its
-    scale and some other parameters are multiplied by constants, see
-    :func:`tpp_jax.rescale`.
+    If the pruned filters are zero, as they are after TPP, the pruned network computes
+    what the given one does, also where a norm runs over the channels. With zeros in
+    n - k of n channels a root mean square is √(k/n) times that of the other k, so its
+    scale is multiplied by √(n/k), and what it is computed from by √(k/n), so that the
+    epsilon counts the same. Such constant factors are found for any traced computation:
+    norms of a user's own, queries times keys divided by the root of their size, means
+    over channels. The weights of a network that is cut at once are not changed.
 
     Args:
       model: Model that the plan was made for: NNX module, Linen module or function
@@ -90,8 +93,9 @@ def prune(
 
     Warns:
       UserWarning: ``opt_state`` shows that the pruned filters should be zero, and they
-        are not; or they are zero, but removing them changes the result of a layer norm,
-        a softmax or another reduction over their channels.
+        are not; or they are zero, but the cut changes what the network computes: a
+        layer norm subtracts a mean over the channels (it is rescaled as if that were
+        zero), a softmax runs over them, an activation is not zero at zero.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -117,63 +121,6 @@ def prune(
     return small
 
 
-def rescale(
-    model: nnx.Module | linen.Module | Callable[..., Any],
-    plan: Plan,
-    params: Any = None,
-) -> Any:
-    """Returns the model, or its parameters, rescaled so that zeros can be cut.
-
-    A root mean square over n channels of which n - k are zero is √(k/n) times that of
-    the others alone. So its scale is multiplied by √(n/k) in advance, and the layers
-    that write to the channels by √(k/n), so that the epsilon counts the same later on.
-    Such factors are found for any traced computation: norms of a user's own, products
-    of queries and keys that are divided by the root of their size, means over channels.
-    Only a network whose pruned filters are zero computes the same after the cut.
-
-    :func:`prune` does this by itself if the pruned filters are zero. Call this function
-    before :func:`tpp_jax.slice_tree`, and not for the state of an optimizer.
-
-    Args:
-      model: Model that the plan was made for; not modified.
-      plan: Plan of the channels that will be cut; not traced.
-      params: Variables of a Linen module, or parameter pytree of a function.
-
-    Returns:
-      A module, or a tree, of the same widths.
-
-    Raises:
-      TPPError: No factors make the cut free: a layer norm subtracts a mean that zeros
-        change, a softmax runs over the channels, or an activation is not zero at zero.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import tpp_jax as tpp
-      >>> def net(p, x):
-      ...     x = x @ p["w1"]
-      ...     x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 0.1) * p["scale"]
-      ...     return x @ p["w2"]
-      >>> p = {"w1": jnp.array([[3.0, 0, 0, 0]]), "w2": jnp.ones((4, 1))}
-      >>> p["scale"] = jnp.array([1.0, 0, 0, 0])
-      >>> x = jnp.ones((1, 1))
-      >>> groups = tpp.channel_groups(net, x, params=p)
-      >>> plan = tpp.make_plan(groups, p, 0.75)
-      >>> small = tpp.slice_tree(plan, tpp.rescale(net, plan, p))
-      >>> print(small["scale"], net(p, x), net(small, x))
-      [2.] [[1.9569843]] [[1.9569843]]
-    """
-    check_plan(plan, model, params)
-    source = _source(plan.groups, model, params)
-    assert source is not None
-    found = find_rescaling(plan, source)
-    if found.problem is not None:
-        raise TPPError(f"the cut cannot be made free: {found.problem}")
-    if not isinstance(model, nnx.Module):
-        return found.apply(plan, params)
-    graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, found.apply(plan, state))
-
-
 def _rescaled(
     plan: Plan, source: Any, params: optax.Params, opt_state: optax.OptState | None
 ) -> optax.Params:
@@ -183,20 +130,18 @@ def _rescaled(
     """
     if opt_state is not None:
         check_ready(opt_state, plan, params)
-    reduced = [group for group in plan.pruned_groups if group.reduced]
+    groups = plan.pruned_groups
     leaves = [*jax.tree.leaves(params), *plan.kept.values()]
-    if not reduced or any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in leaves):
+    if not groups or any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in leaves):
         return params
     # The first filter is cheap to look at, and zero only after TPP.
-    zero = _first_is_zero(plan, reduced[0], params) and measure(plan, params).all_zero
+    zero = _first_is_zero(plan, groups[0], params) and measure(plan, params).all_zero
     if not zero:
         return params
     found = find_rescaling(plan, source)
     if found.problem is not None:
-        names = ", ".join(group.name for group in reduced[:3])
         warnings.warn(
-            "the filters to be cut are zero, but a norm, softmax or other reduction "
-            f"runs over the channels of {names}, and the cut changes what the network "
+            "the filters to be cut are zero, but the cut changes what the network "
             f"computes: {found.problem}",
             UserWarning,
             stacklevel=3,

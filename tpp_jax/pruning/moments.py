@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from jaxtyping import Float, Int
 
 from tpp_jax.errors import TPPError
-from tpp_jax.graph.functions import as_function
+from tpp_jax.graph.functions import Function, as_function
 from tpp_jax.graph.records import Group, Member
 from tpp_jax.pruning.channels import channel_groups
-from tpp_jax.pruning.consumers import Weights
+from tpp_jax.pruning.consumers import Place, Weights
 from tpp_jax.pruning.probe import GAIN, STREAM, Findings, run
 from tpp_jax.pruning.sums import Sums, merge
+from tpp_jax.pruning.windows import PatchSums, as_sums
 
 _NOT_FOLLOWED = (
     "its kernel is computed by more than moves of the parameter's entries, or is used "
@@ -75,6 +77,7 @@ class ConsumerMoments:
         they are added to nothing.
       steps: Number of steps of loops whose kernels are the stacks, one after the other;
         1 outside of loops.
+      once: Whether the weights are read by one product, outside of loops and branches.
     """
 
     leaf: str
@@ -91,6 +94,7 @@ class ConsumerMoments:
     gain: Float[np.ndarray, "stacks outputs"]
     stream: Float[np.ndarray, "stacks 2"] | None
     steps: int
+    once: bool
 
     @property
     def second_moment(self) -> Float[np.ndarray, "stacks features"]:
@@ -163,7 +167,8 @@ def input_moments(
     groups: Iterable[Group] | None = None,
     *,
     diagonal: bool = False,
-    max_features: int = 4096,
+    max_features: int = 8192,
+    rows: int | None = 64,
     **kwargs: Any,
 ) -> Moments:
     """Measures what kernels read along the channels that can be pruned.
@@ -187,11 +192,14 @@ def input_moments(
         criteria and takes little memory.
       max_features: Largest number of features of a consumer whose covariances are
         measured; of those with more (taps of a window count) only the variances are.
+      rows: Number of rows for each feature of a window that are enough: where a
+        convolution of several taps reads more in a batch, its covariances and means are
+        those of fewer examples, at equal distances in the batch and at least a quarter
+        of them. None for all examples. Nothing is left out with ``diagonal``.
       **kwargs: Keyword arguments of the model, the same for all batches.
 
     Returns:
-      The moments of each consumer. The patches of one convolution and one batch are in
-      memory at once: smaller batches need less.
+      The moments of each consumer. The matrices of all are on the device, float64.
 
     Raises:
       TPPError: There is no batch.
@@ -214,32 +222,95 @@ def input_moments(
     if groups is None:
         groups = channel_groups(model, *first, params=params, **kwargs)
     prunable = [g for g in groups if g.reason is None]
-    function = as_function(model, params)
-    findings = Findings()
-    measure = jax.jit(
-        functools.partial(
-            run,
-            functools.partial(function.call, **kwargs),
-            function.names,
-            _axes_read(prunable),
-            lambda features: diagonal or features > max_features,
-            findings,
-        )
+    total, findings = _total(
+        as_function(model, params),
+        kwargs,
+        itertools.chain([first], runs),
+        _axes_read(prunable),
+        lambda features: diagonal or features > max_features,
+        rows,
     )
-    total: dict[str, Sums] = {}
-    for inputs in itertools.chain([first], runs):
-        sums = jax.device_get(measure(function.params, inputs))
-        exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
-        for key, one in exact.items():
-            total[key] = merge(total[key], one) if key in total else one
     entries = tuple(
-        _entry(key, weights, total, findings)
+        _entry(key, weights, total.pop(key), total, findings)
         for key, weights in findings.weights.items()
     )
     measured = {entry.leaf for entry in entries}
     readers = {m.leaf for g in prunable for m in g.members if m.role == "contracted"}
     skipped = dict.fromkeys(sorted(readers - measured), _NOT_FOLLOWED)
     return Moments(_fixed_where_shared(entries), skipped)
+
+
+def _total(
+    function: Function,
+    kwargs: Mapping[str, Any],
+    runs: Iterable[tuple[Any, ...]],
+    wanted: Mapping[str, frozenset[int]],
+    is_diagonal: Callable[[int], bool],
+    enough: int | None,
+) -> tuple[dict[str, Sums], Findings]:
+    """Returns the sums over all batches by key of a consumer, float64 on the host."""
+    call = functools.partial(function.call, **kwargs)
+    probe = functools.partial(run, call, function.names, wanted, is_diagonal, enough)
+    findings, total, centres = Findings(), {}, {}
+    measure = jax.jit(functools.partial(probe, findings))
+    for inputs in runs:
+        first = not total
+        if first:  # only names and shapes of the centres, so that one program is enough
+            shapes = jax.eval_shape(
+                functools.partial(probe, Findings()), function.params, inputs, {}
+            )
+            zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+            centres = _centres(zeros)
+        sums = measure(function.params, inputs, centres, first)
+        if first:  # on the host as the zeros were, so that the program is the same
+            centres = jax.device_get(_centres(sums))
+        total = _added(total, sums)
+        jax.block_until_ready(total)  # the sums of several batches may not fit
+    merged: dict[str, Sums] = {}
+    for place in list(total):
+        sums = jax.device_get(total.pop(place))
+        if isinstance(sums, PatchSums):
+            sums = as_sums(sums, place.lines, place.groups)
+        known = merged.get(place.key)
+        merged[place.key] = sums if known is None else merge(known, sums)
+    return merged, findings
+
+
+def _centres(sums: Mapping[Place, Sums | PatchSums]) -> dict[Place, Any]:
+    return {at: one.centre for at, one in sums.items() if isinstance(one, PatchSums)}
+
+
+def _added(
+    total: dict[Place, Any], sums: Mapping[Place, Any]
+) -> dict[Place, Sums | PatchSums]:
+    """Returns a total with the sums of one more batch, float64 on the device.
+
+    With float32 the rounding of many batches would add up; on the host, adding large
+    matrices would take longer than to measure them.
+    """
+    known = {place: total.pop(place) for place in list(total) if place in sums}
+    new = {place: one for place, one in sums.items() if place not in known}
+    more = {place: sums[place] for place in known}
+    with jax.enable_x64(True):
+        return total | _as_float64(new) | _merge_all(known, more)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _merge_all(total: dict[Place, Any], sums: dict[Place, Any]) -> dict[Place, Any]:
+    return {
+        place: _merge(total[place], one) for place, one in _as_float64(sums).items()
+    }
+
+
+def _merge(one: Any, other: Any) -> Any:
+    if isinstance(one, PatchSums):
+        return jax.tree.map(jnp.add, one, other)._replace(centre=one.centre)
+    return merge(one, other)
+
+
+@jax.jit
+def _as_float64(sums: dict[Place, Any]) -> dict[Place, Any]:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), sums)
 
 
 def _axes_read(groups: Sequence[Group]) -> dict[str, frozenset[int]]:
@@ -256,9 +327,13 @@ def _axes_read(groups: Sequence[Group]) -> dict[str, frozenset[int]]:
 
 
 def _entry(
-    key: str, weights: Weights, total: Mapping[str, Sums], findings: Findings
+    key: str,
+    weights: Weights,
+    sums: Sums,
+    others: Mapping[str, Sums],
+    findings: Findings,
 ) -> ConsumerMoments:
-    sums = total[key]
+    sums = _in_order(sums, weights.order)
     rows = np.maximum(sums.rows, 1)[:, None]
     full = sums.scatter.ndim == 3
     covariance = sums.scatter / rows[:, :, None] if full else None
@@ -281,9 +356,10 @@ def _entry(
         covariance,
         _bias_of(key, weights, findings),
         fixed,
-        _gain(weights, total.get(GAIN + key)),
-        _stream(total.get(STREAM + key)),
+        _gain(weights, others.get(GAIN + key)),
+        _stream(others.get(STREAM + key)),
         findings.steps[key],
+        findings.uses[key] == 1,
     )
 
 
@@ -298,6 +374,16 @@ def _stream(sums: Sums | None) -> np.ndarray | None:
     variance = sums.scatter / np.maximum(sums.rows, 1)[:, None]
     square = variance + sums.mean**2
     return np.stack([square.mean(axis=1), variance.mean(axis=1)], axis=1)
+
+
+def _in_order(sums: Sums, order: Int[np.ndarray, " features"]) -> Sums:
+    """Returns sums whose features are in another order."""
+    if np.array_equal(order, np.arange(order.size)):
+        return sums
+    scatter = sums.scatter[:, order]
+    if scatter.ndim == 3:
+        scatter = scatter[:, :, order]
+    return Sums(sums.rows, sums.mean[:, order], scatter)
 
 
 def _bias_of(key: str, weights: Weights, findings: Findings) -> Bias | None:

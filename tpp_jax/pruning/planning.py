@@ -5,30 +5,22 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
 from tpp_jax.errors import TPPError, TPPTypeError
-from tpp_jax.graph.naming import longest_known_suffix, named_leaves
 from tpp_jax.graph.records import Group, Groups
-from tpp_jax.pruning.criteria import (
-    CRITERIA,
-    REDUCTIONS,
-    Criterion,
-    Score,
-    Scores,
-    find_criterion,
-    group_scores,
-)
+from tpp_jax.pruning.criteria import Criterion, Score, Scores, is_additive
+from tpp_jax.pruning.curves import Sensitivity, check_measured
 from tpp_jax.pruning.cutting import check_plan
-from tpp_jax.pruning.moments import Moments
 from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.scoring import channel_scores, check_mapping
 from tpp_jax.pruning.targets import (
     Limits,
+    Target,
+    kept_by_costs,
     kept_by_ratios,
     kept_for_target,
     pools_of,
@@ -46,6 +38,7 @@ def make_plan(
     counts: Mapping[str, int] | None = None,
     flops: float | None = None,
     params: float | None = None,
+    sensitivity: Sensitivity | None = None,
     skip: Sequence[str] | str = (),
     criterion: str | Criterion | Score = "l1",
     statistics: Any = None,
@@ -81,6 +74,10 @@ def make_plan(
         all groups that a single number would prune have equal ones.
       params: Target share of the model's parameters to *keep*, in (0, 1]. If both
         targets are given, both are met.
+      sensitivity: Result of :func:`tpp_jax.sensitivity`, in place of ratios and scope,
+        with a target: the groups that were measured lose unequal shares, so that the
+        sum of their costs is small, and no more than was measured. Use the criterion
+        that it was measured with.
       skip: Patterns of layers that are not pruned, whatever the ratios are.
       criterion: Name in :data:`tpp_jax.pruning.criteria.CRITERIA`, ``"random"``, a
         function from filters ``[n, d]`` (and their statistics ``[n, d]``, if given) to
@@ -113,10 +110,12 @@ def make_plan(
     Raises:
       TPPError: A ratio is outside [0, 1); a pattern matches no layer, or only layers
         that cannot be pruned; a target is out of reach; a criterion, scope or reduction
-        is unknown; statistics are missing; counts are combined with an argument that
-        they replace; scores have the wrong shape or are for an unknown group; or the
-        model does not work with the plan.
-      TPPTypeError: ``groups`` is not the result of :func:`tpp_jax.channel_groups`.
+        is unknown; statistics are missing; counts or a sensitivity are combined with
+        an argument that they replace; the sensitivity is that of other groups; scores
+        have the wrong shape or are for an unknown group; or the model does not work
+        with the plan.
+      TPPTypeError: ``groups`` is not the result of :func:`tpp_jax.channel_groups`, or
+        ``sensitivity`` not that of :func:`tpp_jax.sensitivity`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -130,18 +129,18 @@ def make_plan(
       >>> make_plan(groups, p, flops=0.5).to_dict()
       {'w1': [4, 5, 6, 7]}
     """
+    if sensitivity is not None:
+        _check_sensitivity_alone(ratios, counts, scope, flops, params)
     _check_arguments(groups, ratios, counts, flops, params)
     _check_limits(round_to, min_channels)
-    if reduce not in REDUCTIONS:
-        raise TPPError(
-            f"unknown reduce {reduce!r}: choose one of {', '.join(REDUCTIONS)}"
-        )
     limits = Limits(min_channels, round_to)
     asked: dict[str, float] = {}
     pools: list[list[Group]] = []
-    if counts is None:
+    if sensitivity is not None:
+        matched = _measured(groups, sensitivity, parse_patterns(skip), limits)
+    elif counts is None:
         given = 0.5 if ratios is None else ratios
-        asked = _ratios_of(groups, given, parse_patterns(skip))
+        asked = ratios_of(groups, given, parse_patterns(skip))
         matched = [g for g in groups if asked.get(g.name) and limits.most(g.size)]
         pools = pools_of(groups, matched, scope)
     else:
@@ -149,46 +148,47 @@ def make_plan(
         _check_counts_alone(others, limits)
         _check_counts(groups, counts)
         matched = [groups[name] for name in counts]
-    tree = nnx.state(model) if isinstance(model, nnx.Module) else model
-    leaves = _by_parameter(tree, groups)
-    ranks = _own_scores(groups, scores or {})
-    unscored = [g for g in matched if g.name not in ranks]
-    _check_leaves(groups, leaves, unscored)
-    if unscored or not ranks:
-        scorer = find_criterion(criterion, seed, statistics is not None)
-        extra = statistics
-        if statistics is not None and not isinstance(statistics, Moments):
-            extra = _by_parameter(statistics, groups)
-        for group in unscored:
-            ranks[group.name] = group_scores(group, leaves, scorer, reduce, extra)
-        if scorer.additive and scope != "local":
-            saved = saved_by_channels(groups, unscored, flops=flops, params=params)
-            ranks |= {name: ranks[name] / share for name, share in saved.items()}
-    elif isinstance(criterion, str) and criterion not in (*CRITERIA, "random"):
-        find_criterion(criterion, seed)  # not needed, but an unknown name is a mistake
+    ranks = channel_scores(
+        groups,
+        model,
+        matched,
+        criterion=criterion,
+        statistics=statistics,
+        scores=scores,
+        reduce=reduce,
+        seed=seed,
+    )
+    if scope != "local" and is_additive(criterion):
+        others = [g for g in matched if g.name not in (scores or {})]
+        saved = saved_by_channels(groups, others, flops=flops, params=params)
+        ranks |= {name: ranks[name] / share for name, share in saved.items()}
     if counts is None and flops is None and params is None:
         counts = kept_by_ratios(pools, asked, ranks, limits)
     elif counts is None:
-        counts = kept_for_target(
-            groups,
-            pools,
-            asked,
-            ranks,
-            limits,
-            flops=flops,
-            params=params,
-            allow_uncounted=allow_uncounted,
+        target = Target(
+            groups, flops=flops, params=params, allow_uncounted=allow_uncounted
         )
-    plan = Plan(_best_channels(groups, counts, ranks), groups)
+        if sensitivity is None:
+            counts = kept_for_target(target, pools, asked, ranks, limits)
+        else:
+            curves = {g.name: sensitivity.curve(g.name) for g in matched}
+            counts = kept_by_costs(target, matched, curves, limits)
+    plan = Plan(best_channels(groups, counts, ranks), groups)
     if check and groups.source is not None:
         check_plan(plan)
     return plan
 
 
-def _best_channels(
+def best_channels(
     groups: Groups, counts: Mapping[str, int], scores: Mapping[str, Scores]
 ) -> dict[str, Int[np.ndarray, " k"]]:
-    """Returns the channels of each prunable group with the highest scores."""
+    """Returns the channels of each prunable group with the highest scores.
+
+    Args:
+      groups: All groups of the model.
+      counts: Group name → number of kept channels; all of a group that is not named.
+      scores: Group name → score of each channel.
+    """
     kept = {}
     for group in groups:
         if group.reason is None:
@@ -228,30 +228,25 @@ def parse_ratios(ratios: Mapping[str, float] | str) -> dict[str, float]:
                     "in '*layer*.conv1:0.5', several separated by commas"
                 )
         ratios = dict(pairs)
-    _check_mapping("ratios", ratios, "share of its channels to remove, or one number")
+    check_mapping("ratios", ratios, "share of its channels to remove, or one number")
     for pattern, ratio in ratios.items():
         _check_ratio(ratio, repr(pattern))
     return dict(ratios)
 
 
 def _check_ratio(ratio: float, of: str) -> None:
-    if not _is_number(ratio) or not 0 <= ratio < 1:
+    if not is_number(ratio) or not 0 <= ratio < 1:
         raise TPPError(
             f"the pruning ratio {ratio} of {of} is not in [0, 1): it is the share of "
             "filters to remove"
         )
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
     """Reports whether a value is a real number, of Python, NumPy or JAX."""
     plain = isinstance(value, int | float) and not isinstance(value, bool)
     dtype_kind = getattr(getattr(value, "dtype", None), "kind", "")
     return plain or (np.ndim(value) == 0 and dtype_kind in ("i", "u", "f"))
-
-
-def _check_mapping(name: str, value: Any, of: str) -> None:
-    if not isinstance(value, Mapping):
-        raise TPPError(f"{name} is {value!r}, must be a dict of group → {of}")
 
 
 def parse_patterns(patterns: Sequence[str] | str) -> list[str]:
@@ -292,12 +287,21 @@ def _check_limits(round_to: int, min_channels: int) -> None:
             raise TPPError(f"{name} is {least}, must be at least 1")
 
 
-def _ratios_of(groups: Groups, ratios: Ratios, skip: list[str]) -> dict[str, float]:
-    """Returns group name → share to prune, for the prunable groups."""
+def ratios_of(groups: Groups, ratios: Ratios, skip: list[str]) -> dict[str, float]:
+    """Returns group name → share to prune, for the prunable groups.
+
+    Args:
+      groups: All groups of the model.
+      ratios: Ratios of :func:`make_plan`.
+      skip: Patterns of layers that are not pruned.
+
+    Raises:
+      TPPError: A ratio is outside [0, 1), or a pattern matches no layer.
+    """
     for pattern in skip:
         _check_pattern(groups, pattern, must_prune=False)
     asked: dict[str, float] = {}
-    if isinstance(ratios, int | float) or _is_number(ratios):
+    if isinstance(ratios, int | float) or is_number(ratios):
         _check_ratio(ratios, "every group")
         asked = {g.name: ratios for g in groups if g.reason is None and not g.inner}
     else:
@@ -312,20 +316,6 @@ def _ratios_of(groups: Groups, ratios: Ratios, skip: list[str]) -> dict[str, flo
         if any(_matches(pattern, group) for pattern in skip):
             asked.pop(group.name, None)
     return asked
-
-
-def _by_parameter(tree: Any, groups: Groups) -> dict[str, Any]:
-    """Returns the leaves of a tree by the names of the parameters that they belong to.
-
-    The names of a Linen module's variables start with the collection's name.
-    """
-    found: dict[str, Any] = {}
-    for name, leaf in named_leaves(tree).items():
-        parameter = longest_known_suffix(name, groups.shapes) or name
-        # A copy of a parameter in another collection does not replace the parameter.
-        if parameter not in found or name in (parameter, f"params.{parameter}"):
-            found[parameter] = leaf
-    return found
 
 
 def _matches(pattern: str, group: Group) -> bool:
@@ -350,6 +340,38 @@ def _check_pattern(groups: Groups, pattern: str, must_prune: bool) -> None:
         )
 
 
+def _check_sensitivity_alone(
+    ratios: Ratios | None,
+    counts: Mapping[str, int] | None,
+    scope: str,
+    flops: float | None,
+    params: float | None,
+) -> None:
+    """Raises if a sensitivity has no target, or is combined with what it replaces."""
+    given = {"ratios": ratios is not None, "counts": counts is not None}
+    given["scope"] = scope != "local"
+    found = [name for name, is_given in given.items() if is_given]
+    if found:
+        raise TPPError(
+            f"a sensitivity determines how much each group loses, so "
+            f"{' and '.join(found)} would be ignored: give one or the other"
+        )
+    if flops is None and params is None:
+        raise TPPError(
+            "a sensitivity needs a target: give the share of the FLOPs or parameters "
+            "to remain, as in flops=0.5"
+        )
+
+
+def _measured(
+    groups: Groups, sensitivity: Sensitivity, skip: list[str], limits: Limits
+) -> list[Group]:
+    """Returns the groups that were measured and may lose channels."""
+    check_measured(sensitivity, groups)
+    asked = ratios_of(groups, 0.5, skip).keys() & set(sensitivity.groups)
+    return [g for g in groups if g.name in asked and limits.most(g.size)]
+
+
 def _check_counts_alone(others: Mapping[str, Any], limits: Limits) -> None:
     """Raises if counts are combined with arguments that they replace."""
     defaults = {"skip": (), "scope": "local", "round_to": 1, "min_channels": 1}
@@ -367,7 +389,7 @@ def _check_counts_alone(others: Mapping[str, Any], limits: Limits) -> None:
 
 
 def _check_counts(groups: Groups, counts: Mapping[str, int]) -> None:
-    _check_mapping("counts", counts, "number of its channels to keep")
+    check_mapping("counts", counts, "number of its channels to keep")
     sizes = {g.name: g.size for g in groups if g.reason is None}
     for name, count in counts.items():
         if name not in sizes:
@@ -375,62 +397,7 @@ def _check_counts(groups: Groups, counts: Mapping[str, int]) -> None:
                 f"there is no prunable group {name!r}: the prunable groups are "
                 f"{', '.join(sizes)}"
             )
-        if not _is_number(count) or not 1 <= count <= sizes[name] or count % 1:
+        if not is_number(count) or not 1 <= count <= sizes[name] or count % 1:
             raise TPPError(
                 f"cannot keep {count} channels of {name}, which has {sizes[name]}"
-            )
-
-
-def _own_scores(groups: Groups, scores: Mapping[str, Any]) -> dict[str, Scores]:
-    """Returns the user's scores as arrays.
-
-    Raises:
-      TPPError: The scores name no group, or are not one number for each of its
-        channels.
-    """
-    found = {}
-    _check_mapping("scores", scores, "scores of its channels")
-    for name, score in scores.items():
-        if name not in {group.name for group in groups}:
-            raise TPPError(
-                f"scores name {name!r}, which is not a group: the groups are "
-                f"{', '.join(group.name for group in groups)}"
-            )
-        size = groups[name].size
-        abstract = isinstance(score, jax.ShapeDtypeStruct)
-        array = np.zeros(0) if abstract else np.asarray(score)
-        if array.dtype.kind not in "biuf" and not jnp.issubdtype(
-            array.dtype, jnp.floating
-        ):
-            raise TPPError(
-                f"the scores of {name} have dtype {array.dtype}: give real numbers"
-            )
-        if array.shape != (size,):
-            raise TPPError(
-                f"the scores of {name} have shape {np.shape(score)}, but it has {size} "
-                f"channels: give an array of shape ({size},)"
-            )
-        if np.isnan(array).any():
-            raise TPPError(f"the scores of {name} contain nan and cannot be ranked")
-        # Half precision and booleans do not sort or compare correctly.
-        found[name] = array.astype(np.float64)
-    return found
-
-
-def _check_leaves(
-    groups: Groups, leaves: Mapping[str, Any], scored: Sequence[Group]
-) -> None:
-    needed = {m.leaf for group in scored for m in group.members}
-    for name, shape in groups.shapes.items():
-        found = np.shape(leaves[name]) if name in leaves else None
-        if found != shape and name in groups.members:
-            here = "missing" if found is None else f"of shape {found}"
-            raise TPPError(
-                f"the groups are for another model: there {name} is of shape {shape}, "
-                f"here it is {here}"
-            )
-        if name in needed and isinstance(leaves[name], jax.ShapeDtypeStruct):
-            raise TPPError(
-                f"{name} is abstract: give the weights, or scores for every group that "
-                "is pruned"
             )

@@ -18,9 +18,11 @@ from jaxtyping import Array
 
 from tpp_jax.graph.unfolding import check_length, scan_parts
 from tpp_jax.pruning.consumers import (
+    Place,
     Reading,
     Tag,
     Weights,
+    Windows,
     by_output,
     moved,
     paired,
@@ -29,8 +31,9 @@ from tpp_jax.pruning.consumers import (
     read_ragged,
     weights_of,
 )
-from tpp_jax.pruning.replay import evaluate, replay
-from tpp_jax.pruning.sums import Sums, merge, sums_of
+from tpp_jax.pruning.replay import evaluate, over_shards, replay
+from tpp_jax.pruning.sums import Sums, combined, merge, sums_of
+from tpp_jax.pruning.windows import PatchSums
 
 # Before the key of a consumer, these are keys of sums over what its outputs are
 # multiplied by, squared, and over what they are added to.
@@ -65,6 +68,8 @@ class Findings:
       weights: Key of a consumer → its weights.
       spent: Kinds and names of tags that were read in a way that is not understood.
       steps: Key of a consumer → number of steps of loops that its stacks are those of.
+      uses: Key of a consumer → number of products that were traced; inside of loops and
+        branches at least two.
       added: Key of a consumer → what is added to its outputs: the parameter, 1 or -1,
         and its entry for each output.
     """
@@ -72,6 +77,7 @@ class Findings:
     weights: dict[str, Weights] = dataclasses.field(default_factory=dict)
     spent: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    uses: dict[str, int] = dataclasses.field(default_factory=dict)
     added: dict[str, list[tuple[str, int, np.ndarray]]] = dataclasses.field(
         default_factory=dict
     )
@@ -82,10 +88,13 @@ def run(
     names: Sequence[str],
     wanted: Mapping[str, Collection[int]],
     is_diagonal: Callable[[int], bool],
+    enough: int | None,
     findings: Findings,
     params: Any,
     inputs: tuple[Any, ...],
-) -> dict[str, Sums]:
+    centres: Mapping[Place, Any],
+    first: Any = True,
+) -> dict[Place, Sums | PatchSums]:
     """Returns the sums of what each consumer reads in one call.
 
     Args:
@@ -94,15 +103,21 @@ def run(
       wanted: Name of a parameter → axes that channels of interest run along.
       is_diagonal: Function of a number of features that says whether only the variances
         are summed up.
+      enough: Number of rows for each feature of a window that are enough.
       findings: Record of what is found on the way; modified.
       params: Parameters.
       inputs: Inputs.
+      centres: Means of the channels of what windows read in the first call.
+      first: Whether this call is the first; a traced boolean.
     """
     closed = jax.make_jaxpr(call)(params, *inputs)
     check_length(closed.jaxpr)
+    findings.uses.clear()  # batches of another shape are traced too
     leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
     shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
-    probe = _Probe(shapes, wanted, is_diagonal, findings, itertools.count(), {}, {})
+    windows = Windows(centres, first, enough, {})
+    numbers = itertools.count()
+    probe = _Probe(shapes, wanted, is_diagonal, findings, numbers, {}, {}, windows)
     arguments = []
     for name, leaf in leaves.items():
         small = jnp.size(leaf) <= _LARGEST_BIAS or name in wanted
@@ -114,7 +129,8 @@ def run(
     arguments += [_Value(leaf, None, True) for leaf in jax.tree.leaves(inputs)]
     for value in probe.replay(closed.jaxpr, closed.consts, arguments):
         probe.spend(value)
-    return probe.sums
+    sums = {Place(key): sums for key, sums in probe.sums.items()}
+    return sums | windows.sums
 
 
 def _dtype(size: int) -> Any:
@@ -132,6 +148,7 @@ class _Probe:
       sums: Key of a consumer → its sums.
       loops: Key of a consumer → the loops whose steps its stacks are, those of this
         level and outside of it.
+      windows: Sums over patches; None in a loop or branch.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -141,10 +158,11 @@ class _Probe:
     numbers: Any
     sums: dict[str, Sums]
     loops: dict[str, tuple[int, ...]]
+    windows: Windows | None
 
     def inside(self) -> "_Probe":
         """Returns a probe for the body of a loop or branch."""
-        return dataclasses.replace(self, sums={}, loops={})
+        return dataclasses.replace(self, sums={}, loops={}, windows=None)
 
     def replay(
         self, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[_Value]
@@ -173,6 +191,8 @@ class _Probe:
                 return self._while(eqn, values)
             case "cond":
                 return self._cond(eqn, values)
+            case "shard_map":
+                return self._shard_map(eqn, values)
             case "dot_general" | "conv_general_dilated" | "ragged_dot_general":
                 product = self._product(eqn, values)
                 if product is not None:
@@ -237,10 +257,17 @@ class _Probe:
             digest.update(np.ascontiguousarray(part, np.int64).tobytes() + b"|")
         key = f"{tag.name}|{digest.hexdigest()[:16]}"
         self.findings.weights[key] = weights
+        self.findings.uses[key] = self.findings.uses.get(key, 0) + 1
         self.findings.steps[key] = math.prod(tag.steps)
         diagonal = self.is_diagonal(len(weights.features))
-        sums = sums_of(reading.rows, diagonal, reading.used)
-        self._add(key, _in_order(sums, weights.order), tag.loops)
+        if reading.patches is not None and self.windows is not None:
+            images, lines, groups = reading.patches
+            place = Place(key, lines, groups)
+            if place not in self.windows.sums:
+                self.windows.note(place, images, diagonal)
+                return key
+        sums = reading.sums(diagonal)
+        self._add(key, sums, tag.loops)
         return key
 
     def _add(self, key: str, sums: Sums, loops: tuple[int, ...]) -> None:
@@ -328,7 +355,7 @@ class _Probe:
             return [value.array for value in outputs], probe.sums, probe
 
         arrays = [value.array for value in carry], [value.array for value in stacked]
-        one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays[1]]
+        one = jax.eval_shape(lambda parts: [part[0] for part in parts], arrays[1])
         found, zero, loops = _sums_within(step, arrays[0], one)
         if not found:
             return self._plain(eqn, values, values)
@@ -427,6 +454,49 @@ class _Probe:
             self._add(key, sums, loops[key])
         return [_Value(array, None, varies) for array in outputs]
 
+    def _shard_map(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+        """Enters the program of a shard, if its batch alone is divided."""
+        specs = eqn.params["in_specs"]
+        pairs = list(zip(values, specs, strict=True))
+        divided = {bool(value.varies): set() for value in values}
+        for value, spec in pairs:
+            divided[value.varies] |= set(_axes(spec))
+        axes = divided.get(True, set())
+        # Along other axes all shards may see the same rows, which count once.
+        if not axes or divided.get(False, set()) - axes:
+            return self._plain(eqn, values, values)
+        for value, spec in pairs:
+            if any(_axes(spec)):
+                self.spend(value)
+        loops: dict[str, tuple[int, ...]] = {}
+
+        def body(*shards: Any) -> tuple[tuple[Any, ...], dict[str, Sums]]:
+            probe = self.inside()
+            arguments = [
+                _Value(array, None if any(_axes(spec)) else value.tag, value.varies)
+                for array, (value, spec) in zip(shards, pairs, strict=True)
+            ]
+            outputs = probe.replay(eqn.params["jaxpr"], (), arguments)
+            for value in outputs:
+                probe.spend(value)
+            loops.update(probe.loops)
+            sums = jax.tree.map(lambda leaf: leaf[None], probe.sums)
+            return tuple(value.array for value in outputs), sums
+
+        out_specs = tuple(eqn.params["out_specs"]), PartitionSpec(tuple(sorted(axes)))
+        arrays = [value.array for value in values]
+        outputs, sums = over_shards(eqn, body, out_specs, arrays)
+        for key, parts in sums.items():
+            self._add(key, combined(parts), loops[key])
+        varies = any(value.varies for value in values)
+        return [_Value(array, None, varies) for array in outputs]
+
+
+def _axes(spec: PartitionSpec) -> list[Any]:
+    """Returns the axes of a mesh along which an array is divided."""
+    parts = [part if isinstance(part, tuple) else (part,) for part in spec]
+    return [axis for part in parts for axis in part if axis is not None]
+
 
 def _replicated(array: Any) -> Any:
     """Returns an array that explicit axes of a mesh do not divide.
@@ -462,15 +532,4 @@ def _sums_within(
         return sums
 
     shapes = jax.eval_shape(sums_of_body, *arguments)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return shapes, zeros, loops
-
-
-def _in_order(sums: Sums, order: np.ndarray) -> Sums:
-    """Returns sums whose features are in another order."""
-    if np.array_equal(order, np.arange(order.size)):
-        return sums
-    scatter = sums.scatter[:, order]
-    if scatter.ndim == 3:
-        scatter = scatter[:, :, order]
-    return Sums(sums.rows, sums.mean[:, order], scatter)
+    return shapes, jax.tree.map(jnp.zeros_like, shapes), loops

@@ -1,4 +1,4 @@
-"""Cuts of channels that norms and other reductions run over: ``rescale``.
+"""Cuts of channels that norms and other reductions run over.
 
 With zeros in n - k of n channels a root mean square is √(k/n) times that of the other k
 alone. If the scale behind it is multiplied by √(n/k), and what it is computed from by
@@ -99,7 +99,11 @@ def find_rescaling(plan: Plan, source: Source) -> Rescaling:
 def _found(plan: Plan, source: Source) -> Rescaling:
     groups = plan.groups
     old = groups.traced if groups.source is source else source.trace()
-    new = source.trace_cut(plan, {**groups.shapes, **cut_shapes(plan)})
+    try:
+        new = source.trace_cut(plan, {**groups.shapes, **cut_shapes(plan)})
+    except Exception as error:  # any that the user's code raises for odd shapes
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
+        return Rescaling({}, f"the cut model does not run: {text}")
     same = [
         (a.primitive, a.inputs, a.outputs) == (b.primitive, b.inputs, b.outputs)
         for a, b in zip(old.equations, new.equations, strict=False)
@@ -140,7 +144,9 @@ def _compared(
     try:
         _follow(comparison, zero, costs)
     except NotZero as error:
-        return Rescaling({}, f"{_place(error.equation)} runs over zeros and is changed")
+        place = _place(error.equation)
+        reason = f"{place} depends on pruned channels, though their filters are zero"
+        return Rescaling({}, reason)
     return _solved(comparison.rows, costs)
 
 
@@ -223,7 +229,8 @@ def _solved(rows: Sequence[Row], costs: Mapping[str, float]) -> Rescaling:
     loose = np.flatnonzero(np.abs(slack) > 1e-6)
     for row in (rows[k] for k in loose):
         if row.epsilon is None:
-            return Rescaling({}, f"no factors make up for {_place(row.equation)}")
+            place = _place(row.equation)
+            return Rescaling({}, f"no factors make up for the change of {place}")
     factors = {
         name: math.exp(log)
         for name, log in zip(names, logs, strict=True)

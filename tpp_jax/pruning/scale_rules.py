@@ -250,6 +250,16 @@ def _in_order(run: Comparison, eqn: Equation, operands: list[Scaled]) -> list[Sc
     return [x._replace(number=None) for x in operands]
 
 
+def _fft(run: Comparison, eqn: Equation, operands: list[Scaled]) -> list[Scaled]:
+    """A Fourier transform along the last axes."""
+    [x] = operands
+    rank = run.rank(eqn.inputs[0])
+    along = set(range(rank - len(eqn.params["fft_lengths"]), rank))
+    if run.lost(eqn.inputs[0]) & along:
+        raise NotZero(eqn)
+    return [Scaled(x.log, x.zero, x.empty)]
+
+
 def _top_k(run: Comparison, eqn: Equation, operands: list[Scaled]) -> list[Scaled]:
     along = eqn.params.get("reduction_dimension", eqn.params.get("axis", -1))
     if along % run.rank(eqn.inputs[0]) in run.lost(eqn.inputs[0]):
@@ -358,6 +368,7 @@ _RULES: dict[str, Rule] = {
     "conv_general_dilated": _convolution,
     "convert_element_type": _convert,
     "div": _divide,
+    "fft": _fft,
     "dot_general": _product,
     "integer_pow": _integer_power,
     "join": _join,

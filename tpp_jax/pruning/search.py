@@ -178,7 +178,7 @@ class _Search:
 
     def _compensating(self) -> set[int] | None:
         """Returns groups that hold together but not separately, None if none do."""
-        for some in apart(self.groups, self.rest, self.fewer):
+        for some in apart(self.groups, self.rest, self.fewer, self.family_of):
             fault = self.attempt(some)
             if fault is not None:
                 blamed = self._families_of(fault.groups & some)

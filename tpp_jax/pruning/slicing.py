@@ -96,7 +96,8 @@ def mask_tree(plan: Plan, tree: Any) -> Any:
       Arrays with the shapes, dtypes and shardings of the tree (float32 for leaves that
       are not numbers, a single 1 for leaves that are not arrays). A model computes the
       same with ``tree * mask`` as with the sliced tree, unless it normalises over
-      channels (layer norm, softmax).
+      channels (layer norm, softmax); :func:`tpp_jax.prune` of the masked tree makes up
+      for root mean squares.
 
     Raises:
       TPPError: A leaf has the name of a parameter and another shape, the state of an

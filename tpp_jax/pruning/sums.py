@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+_EXACT = jax.lax.Precision.HIGHEST
+_WIDE = 512
+
 
 class Sums(NamedTuple):
     """Sums over rows from which moments follow; float, on the device or the host.
@@ -53,8 +56,24 @@ def _sums(
     centred = (rows - mean) * used[:, None]
     if diagonal:
         return Sums(count, mean, jnp.sum(jnp.square(centred), axis=0))
-    highest = jax.lax.Precision.HIGHEST
-    return Sums(count, mean, jnp.matmul(centred.T, centred, precision=highest))
+    return Sums(count, mean, gram(centred[None])[0])
+
+
+def gram(
+    rows: Float[Array, "stacks rows features"],
+) -> Float[Array, "stacks features features"]:
+    """Returns the products of features, summed over rows.
+
+    Wide matrices are halved: the block above the diagonal serves for that below it.
+    """
+    width = rows.shape[-1]
+    if width < _WIDE:
+        return jnp.matmul(rows.swapaxes(1, 2), rows, precision=_EXACT)
+    one, other = jnp.split(rows, [width // 2], axis=-1)
+    across = jnp.matmul(one.swapaxes(1, 2), other, precision=_EXACT)
+    upper = jnp.concatenate([gram(one), across], axis=2)
+    lower = jnp.concatenate([across.swapaxes(1, 2), gram(other)], axis=2)
+    return jnp.concatenate([upper, lower], axis=1)
 
 
 def merge(one: Sums, other: Sums) -> Sums:
@@ -72,3 +91,16 @@ def merge(one: Sums, other: Sums) -> Sums:
         one.mean + share[:, None] * apart,
         one.scatter + other.scatter + between,
     )
+
+
+def combined(parts: Sums) -> Sums:
+    """Returns the sums over the rows of all parts, which the first axis numbers."""
+    share = parts.rows / jnp.maximum(parts.rows.sum(0), 1)
+    mean = jnp.sum(share[..., None] * parts.mean, axis=0)
+    apart = parts.mean - mean
+    weighted = parts.rows[..., None] * apart
+    if parts.scatter.ndim == parts.mean.ndim:
+        between = jnp.sum(weighted * apart, axis=0)
+    else:
+        between = jnp.einsum("psf,psg->sfg", weighted, apart, precision=_EXACT)
+    return Sums(parts.rows.sum(0), mean, parts.scatter.sum(0) + between)

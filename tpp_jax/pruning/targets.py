@@ -3,19 +3,21 @@
 The groups that are pruned form *pools*: one per group in scope ``local``, a single one
 in scope ``global``, one for all groups of equal shape in scope ``isomorphic``. A ratio
 or a target determines how many channels a pool loses; the scores determine which of its
-groups lose them.
+groups lose them. With measured costs there are no pools: each group loses what makes
+the sum of costs small.
 """
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.groups import Group, Groups
+from tpp_jax.pruning.allocation import Problem, cheapest_levels
 from tpp_jax.pruning.criteria import Scores
 from tpp_jax.pruning.flops import Costs, uncounted_work
 
@@ -77,16 +79,78 @@ def kept_by_ratios(
     return kept
 
 
+class Target:
+    """What is to remain of a model, in share of its parameters and FLOPs.
+
+    Attributes:
+      wanted: Share of the parameters and of the FLOPs to keep; None for any.
+      costs: Size and cost of the model, pruned in any way.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        *,
+        flops: float | None,
+        params: float | None,
+        allow_uncounted: bool = False,
+    ) -> None:
+        """Prepares a target.
+
+        Args:
+          groups: All groups of the model.
+          flops: Share of the unpruned model's FLOPs to keep; None for any.
+          params: Share of the unpruned model's parameters to keep; None for any.
+          allow_uncounted: Whether a FLOPs target is accepted for a model with work that
+            is not counted.
+
+        Raises:
+          TPPError: It is a FLOPs target and some work is not counted.
+        """
+        if flops is not None and not allow_uncounted:
+            _check_all_counted(uncounted_work(groups.traced))
+        self.wanted = params, flops
+        self.costs = Costs(groups)
+        self._groups = groups
+        self._unpruned = self.costs({})
+
+    def shares(self, kept: Mapping[str, int]) -> tuple[float, ...]:
+        """Returns what remains of the parameters and the FLOPs.
+
+        Args:
+          kept: Group name → number of kept channels; other groups are not pruned.
+        """
+        found = self.costs(kept)
+        return tuple(
+            a / b if b else 0.0 for a, b in zip(found, self._unpruned, strict=True)
+        )
+
+    def met(self, kept: Mapping[str, int]) -> bool:
+        """Reports whether the model is small enough."""
+        pairs = zip(self.shares(kept), self.wanted, strict=True)
+        return all(want is None or share <= want for share, want in pairs)
+
+    def check_reachable(
+        self, fewest: Mapping[str, int], limits: Limits, more: str
+    ) -> None:
+        """Raises if the target is out of reach.
+
+        Args:
+          fewest: Group name → the smallest number of channels that it may keep.
+          limits: Limits of the kept counts.
+          more: What would let more channels be pruned.
+        """
+        if not self.met(fewest):
+            message = _out_of_reach(self.wanted, self.shares(fewest), limits, more)
+            raise TPPError(message + _unpruned(self._groups, fewest))
+
+
 def kept_for_target(
-    groups: Groups,
+    target: Target,
     pools: Sequence[Sequence[Group]],
     weights: Mapping[str, float],
     scores: Mapping[str, Scores],
     limits: Limits,
-    *,
-    flops: float | None,
-    params: float | None,
-    allow_uncounted: bool = False,
 ) -> dict[str, int]:
     """Returns the number of kept channels of each group, to meet a target.
 
@@ -94,25 +158,15 @@ def kept_for_target(
     enough. Channels are removed one at a time: one channel fewer would miss the target.
 
     Args:
-      groups: All groups of the model.
+      target: Shares of the model to keep.
       pools: Pools from :func:`pools_of`.
       weights: Group name → its ratio relative to the others.
       scores: Group name → score of each channel.
       limits: Limits of the kept counts.
-      flops: Share of the unpruned model's FLOPs to keep; None for any.
-      params: Share of the unpruned model's parameters to keep; None for any.
-      allow_uncounted: Whether a FLOPs target is accepted for a model with work that is
-        not counted.
 
     Raises:
-      TPPError: The target is out of reach, or it is a FLOPs target and some work is not
-        counted.
+      TPPError: The target is out of reach.
     """
-    if flops is not None and not allow_uncounted:
-        _check_all_counted(uncounted_work(groups.traced))
-    costs = Costs(groups)
-    unpruned = costs({})
-    wanted = params, flops
     matched = [group for pool in pools for group in pool]
     order = _removals_of_all(pools, weights, scores, limits)
 
@@ -123,18 +177,52 @@ def kept_for_target(
             for g, n in zip(matched, removed, strict=True)
         }
 
-    def shares(steps: int) -> tuple[float, ...]:
-        found = costs(kept(steps))
-        return tuple(a / b if b else 0.0 for a, b in zip(found, unpruned, strict=True))
+    target.check_reachable(kept(len(order)), limits, "match more layers")
+    steps = range(len(order))
+    return kept(bisect.bisect_left(steps, True, key=lambda n: target.met(kept(n))))
 
-    def small_enough(steps: int) -> bool:
-        pairs = zip(shares(steps), wanted, strict=True)
-        return all(want is None or share <= want for share, want in pairs)
 
-    if not small_enough(len(order)):
-        message = _out_of_reach(wanted, shares(len(order)), limits)
-        raise TPPError(message + _unpruned(groups, matched))
-    return kept(bisect.bisect_left(range(len(order)), True, key=small_enough))
+def kept_by_costs(
+    target: Target,
+    matched: Sequence[Group],
+    curves: Mapping[str, Float[np.ndarray, " removed"]],
+    limits: Limits,
+) -> dict[str, int]:
+    """Returns the number of kept channels of each group, to meet a target cheaply.
+
+    The sum of the groups' costs is made small; no group could keep one step more.
+
+    Args:
+      target: Shares of the model to keep.
+      matched: Groups that are pruned.
+      curves: Group name → cost of removing 0, 1, 2, … of its channels.
+      limits: Limits of the kept counts.
+
+    Raises:
+      TPPError: The target is out of reach.
+    """
+    levels = []
+    for group in matched:
+        most = min(limits.most(group.size), len(curves[group.name]) - 1)
+        kept = {limits.kept(group.size, removed) for removed in range(most + 1)}
+        levels.append(np.sort([group.size - n for n in kept]))
+
+    def kept_at(chosen: Sequence[int]) -> dict[str, int]:
+        return {
+            group.name: group.size - int(own[level])
+            for group, own, level in zip(matched, levels, chosen, strict=True)
+        }
+
+    more = "measure larger ratios or more groups"
+    target.check_reachable(kept_at([-1] * len(levels)), limits, more)
+    asked = [i for i, want in enumerate(target.wanted) if want is not None]
+    problem = Problem(
+        levels,
+        [curves[g.name][own] for g, own in zip(matched, levels, strict=True)],
+        lambda chosen: np.array(target.shares(kept_at(chosen)))[asked],
+        np.array([target.wanted[i] for i in asked]),
+    )
+    return kept_at(cheapest_levels(problem))
 
 
 def saved_by_channels(
@@ -247,14 +335,17 @@ def _check_all_counted(left_out: Sequence[str]) -> None:
 
 
 def _out_of_reach(
-    wanted: tuple[float | None, ...], least: tuple[float, ...], limits: Limits
+    wanted: tuple[float | None, ...],
+    least: tuple[float, ...],
+    limits: Limits,
+    more: str,
 ) -> str:
     asked, reached = [], []
     for name, want, share in zip(("params", "flops"), wanted, least, strict=True):
         if want is not None:
             asked.append(f"{name}={want}")
             reached.append(f"{share:.4f} of the {name}")
-    fixes = ["match more layers"]
+    fixes = [more]
     fixes += ["lower round_to"] if limits.round_to > 1 else []
     fixes += ["lower min_channels"] if limits.min_channels > 1 else []
     return (
@@ -263,10 +354,9 @@ def _out_of_reach(
     )
 
 
-def _unpruned(groups: Groups, matched: Sequence[Group]) -> str:
+def _unpruned(groups: Groups, matched: Collection[str]) -> str:
     """Returns a sentence that names the groups that are not pruned, and why."""
-    names = {group.name for group in matched}
-    rest = [g for g in groups if g.name not in names]
+    rest = [g for g in groups if g.name not in matched]
     described = [
         f"{g.name} ({g.reason})" if g.reason else g.name
         for g in sorted(rest, key=lambda g: g.reason is not None)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Set
 
 from tpp_jax.graph.records import Groups
 
+# Groups of a family that follow each other more closely lose different numbers.
+_NEAR = 8
 # Ways to divide a row of groups in two that are tried.
 _ENDS = 5
 
@@ -101,28 +103,47 @@ def other_size(size: int, tried: set[int]) -> int:
 
 
 def apart(
-    groups: Groups, chosen: Set[int], fewer: Mapping[int, int]
+    groups: Groups,
+    chosen: Set[int],
+    fewer: Mapping[int, int],
+    family_of: Mapping[int, int],
 ) -> Iterator[set[int]]:
     """Yields choices of groups that separate those with equal trial sizes.
 
-    Of any two of them, there is a choice with only one.
+    Of two such groups, there is a choice with only one if they are of different
+    families or follow each other in one family that has few different numbers. Others
+    of one family, which belong to repeated parts of a model, are left together: with
+    few channels in many groups, it would take many trials to separate all.
 
     Args:
       groups: Groups of the model.
       chosen: Indices of the groups to be separated.
       fewer: Index of a group → number of its channels in a trial.
+      family_of: Index of a group → index of its family.
     """
-    alike: dict[tuple[int, int], list[int]] = {}
+    alike: dict[tuple[int, int], dict[int, list[int]]] = {}
     for i in sorted(chosen):
-        alike.setdefault((groups[i].size, fewer[i]), []).append(i)
-    most = max(map(len, alike.values()), default=1)
-    for bit in range((most - 1).bit_length()):
-        yield {
-            i
-            for own in alike.values()
-            for place, i in enumerate(own)
-            if len(own) == 1 or place >> bit & 1
-        }
+        families = alike.setdefault((groups[i].size, fewer[i]), {})
+        families.setdefault(family_of[i], []).append(i)
+    numbers: dict[int, set[int]] = {}
+    for i in chosen:
+        numbers.setdefault(family_of[i], set()).add(fewer[i])
+    code = {
+        i: 2 * number + place % 2 * (len(numbers[family_of[i]]) < _NEAR)
+        for families in alike.values()
+        for number, own in enumerate(families.values())
+        for place, i in enumerate(own)
+    }
+    alone = {i for each in alike.values() for i in _only(each)}
+    for bit in range(max(code.values(), default=0).bit_length()):
+        some = {i for i in code if code[i] >> bit & 1}
+        if some:
+            yield some | alone
+
+
+def _only(families: dict[int, list[int]]) -> list[int]:
+    found = [i for own in families.values() for i in own]
+    return found if len(found) == 1 else []
 
 
 def separated(

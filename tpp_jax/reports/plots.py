@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 
+from tpp_jax.pruning.curves import Sensitivity
 from tpp_jax.reports import grids
 from tpp_jax.reports.headline import headline_of
 
@@ -353,6 +355,44 @@ def _rows(grid: grids.Grid, metric: str) -> matplotlib.figure.Figure:
     for shown in legend.get_texts():
         shown.set_text(literal(names.get(shown.get_text(), shown.get_text())))
     axes.grid(alpha=0.25)
+    return figure
+
+
+def of_sensitivity(result: Sensitivity) -> dict[str, Drawing]:
+    """Returns functions that draw what each group costs, by name.
+
+    Args:
+      result: Result of :func:`tpp_jax.sensitivity`.
+    """
+    return {"sensitivity": lambda: _costs(result)}
+
+
+def _costs(result: Sensitivity) -> matplotlib.figure.Figure:
+    """Draws the costs as a table: a row for each group, a column for each ratio."""
+    rows, columns = result.costs.shape
+    size = 1.9 + 0.55 * columns, 0.9 + 0.2 * rows  # legible at the width of a phone
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    highest = max(result.costs.max(), np.finfo(float).tiny)
+    # Three orders of magnitude; what is below is as good as nothing.
+    norm = matplotlib.colors.LogNorm(highest / 1000, highest, clip=True)
+    shades = norm(np.maximum(result.costs, highest / 1000))
+    axes.imshow(shades, cmap="YlOrRd", vmin=0, vmax=1.2, aspect="auto")
+    for (row, column), cost in np.ndenumerate(result.costs):
+        axes.text(
+            column,
+            row,
+            f"{cost:.2g}",
+            color="white" if shades[row, column] > 0.75 else "black",
+            ha="center",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_xticks(range(columns), [f"{ratio:.0%}" for ratio in result.ratios])
+    axes.set_yticks(range(rows), [literal(name) for name in result.groups])
+    axes.tick_params(labelsize=8, length=0)
+    axes.set_xlabel("share of the channels removed", fontsize=8)
+    figure.suptitle(f"increase of the loss, from {result.baseline:.3g}", fontsize=9)
     return figure
 
 
