@@ -18,7 +18,8 @@ from tpp_jax.graph.functions import Function, as_function
 from tpp_jax.graph.records import Group, Member
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.consumers import Place, Weights
-from tpp_jax.pruning.probe import GAIN, STREAM, Findings, run
+from tpp_jax.pruning.findings import GAIN, STREAM, Findings
+from tpp_jax.pruning.probe import run
 from tpp_jax.pruning.sums import Sums, merge
 from tpp_jax.pruning.windows import PatchSums, as_sums
 

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from tpp_jax.pruning.consumers import (
     Place,
     Reading,
     Tag,
-    Weights,
     Windows,
     by_output,
     moved,
@@ -31,56 +30,13 @@ from tpp_jax.pruning.consumers import (
     read_ragged,
     weights_of,
 )
+from tpp_jax.pruning.findings import GAIN, STREAM, Findings, Value
 from tpp_jax.pruning.replay import evaluate, over_shards, replay
 from tpp_jax.pruning.sums import Sums, combined, merge, sums_of
 from tpp_jax.pruning.windows import PatchSums
 
-# Before the key of a consumer, these are keys of sums over what its outputs are
-# multiplied by, squared, and over what they are added to.
-GAIN, STREAM = "gain|", "stream|"
-
 # Larger parameters are no biases; they are followed only if they are kernels.
 _LARGEST_BIAS = 1 << 20
-
-
-class _Value(NamedTuple):
-    """An array and what is known of it.
-
-    Attributes:
-      array: The array.
-      tag: Origin of its entries.
-      varies: Whether it depends on the inputs.
-      factor: Square of what each output of a kernel was multiplied by since, float
-        ``[outputs]`` of all stacks; None for ones.
-    """
-
-    array: Any
-    tag: Tag | None
-    varies: bool
-    factor: Any = None
-
-
-@dataclasses.dataclass
-class Findings:
-    """What a probe learns of a model while it is traced.
-
-    Attributes:
-      weights: Key of a consumer → its weights.
-      spent: Kinds and names of tags that were read in a way that is not understood.
-      steps: Key of a consumer → number of steps of loops that its stacks are those of.
-      uses: Key of a consumer → number of products that were traced; inside of loops and
-        branches at least two.
-      added: Key of a consumer → what is added to its outputs: the parameter, 1 or -1,
-        and its entry for each output.
-    """
-
-    weights: dict[str, Weights] = dataclasses.field(default_factory=dict)
-    spent: set[tuple[str, str]] = dataclasses.field(default_factory=set)
-    steps: dict[str, int] = dataclasses.field(default_factory=dict)
-    uses: dict[str, int] = dataclasses.field(default_factory=dict)
-    added: dict[str, list[tuple[str, int, np.ndarray]]] = dataclasses.field(
-        default_factory=dict
-    )
 
 
 def run(
@@ -125,8 +81,8 @@ def run(
         if small and jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             index = np.arange(jnp.size(leaf), dtype=_dtype(jnp.size(leaf)))
             tag = Tag("parameter", name, index.reshape(jnp.shape(leaf)))
-        arguments.append(_Value(leaf, tag, False))
-    arguments += [_Value(leaf, None, True) for leaf in jax.tree.leaves(inputs)]
+        arguments.append(Value(leaf, tag, False))
+    arguments += [Value(leaf, None, True) for leaf in jax.tree.leaves(inputs)]
     for value in probe.replay(closed.jaxpr, closed.consts, arguments):
         probe.spend(value)
     sums = {Place(key): sums for key, sums in probe.sums.items()}
@@ -165,12 +121,12 @@ class _Probe:
         return dataclasses.replace(self, sums={}, loops={}, windows=None)
 
     def replay(
-        self, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[_Value]
-    ) -> list[_Value]:
+        self, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Value]
+    ) -> list[Value]:
         """Returns the outputs of a jaxpr."""
         return replay(jaxpr, constants, arguments, _built_in, self._step)
 
-    def spend(self, value: _Value) -> None:
+    def spend(self, value: Value) -> None:
         """Notes that a value is read in a way that is not understood."""
         if value.tag is not None:
             self.findings.spent.add((value.tag.kind, value.tag.name))
@@ -183,7 +139,7 @@ class _Probe:
         rows = rows.reshape(len(rows), stacks, -1).transpose(1, 0, 2)
         self._add(what + tag.name, sums_of(rows, diagonal=True), tag.loops)
 
-    def _step(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+    def _step(self, eqn: Any, values: list[Value]) -> list[Value]:
         match eqn.primitive.name:
             case "scan":
                 return self._scan(eqn, values)
@@ -211,15 +167,15 @@ class _Probe:
         return self._plain(eqn, values, values)
 
     def _plain(
-        self, eqn: Any, values: list[_Value], spent: Sequence[_Value]
-    ) -> list[_Value]:
+        self, eqn: Any, values: list[Value], spent: Sequence[Value]
+    ) -> list[Value]:
         for value in spent:
             self.spend(value)
         results = evaluate(eqn, [value.array for value in values])
         varies = any(value.varies for value in values)
-        return [_Value(result, None, varies) for result in results]
+        return [Value(result, None, varies) for result in results]
 
-    def _product(self, eqn: Any, values: list[_Value]) -> _Value | None:
+    def _product(self, eqn: Any, values: list[Value]) -> Value | None:
         """Returns the result of a product with a kernel of interest."""
         for operand in (1, 0):
             tag, other = values[operand].tag, values[1 - operand]
@@ -275,7 +231,7 @@ class _Probe:
         self.sums[key] = sums if known is None else merge(known, sums)
         self.loops[key] = loops
 
-    def _added(self, eqn: Any, values: list[_Value]) -> _Value | None:
+    def _added(self, eqn: Any, values: list[Value]) -> Value | None:
         """Notes a parameter that is added to the outputs of a kernel."""
         if eqn.primitive.name not in ("add", "sub"):
             return None
@@ -296,7 +252,7 @@ class _Probe:
                 return result._replace(tag=dataclasses.replace(made, kind="output"))
         return None
 
-    def _behind(self, eqn: Any, values: list[_Value]) -> _Value | None:
+    def _behind(self, eqn: Any, values: list[Value]) -> Value | None:
         """Follows the outputs of a kernel through what is done to each of them alone.
 
         Returns:
@@ -334,7 +290,7 @@ class _Probe:
                 self._note_outputs(STREAM, value.tag, rows)
         return result
 
-    def _scan(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+    def _scan(self, eqn: Any, values: list[Value]) -> list[Value]:
         n_consts, n_carry = scan_parts(eqn)
         consts, carry = values[:n_consts], values[n_consts:][:n_carry]
         stacked = values[n_consts + n_carry :]
@@ -346,8 +302,8 @@ class _Probe:
             probe = self.inside()
             arguments = [
                 *consts,
-                *(_Value(array, None, varies) for array in carried),
-                *map(_Value, parts, slices, [value.varies for value in stacked]),
+                *(Value(array, None, varies) for array in carried),
+                *map(Value, parts, slices, [value.varies for value in stacked]),
             ]
             outputs = probe.replay(body.jaxpr, body.consts, arguments)
             for value in outputs:
@@ -383,9 +339,9 @@ class _Probe:
         for key, sums in apart.items():  # the steps become stacks
             flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sums)
             self._add(key, flat, loops[key][:-1])
-        return [_Value(array, None, varies) for array in (*last, *more)]
+        return [Value(array, None, varies) for array in (*last, *more)]
 
-    def _while(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+    def _while(self, eqn: Any, values: list[Value]) -> list[Value]:
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         consts, carry = values[n_cond:][:n_body], values[n_cond + n_body :]
         body, varies = eqn.params["body_jaxpr"], any(value.varies for value in values)
@@ -394,7 +350,7 @@ class _Probe:
 
         def step(carried: Any) -> tuple[Any, dict[str, Sums], "_Probe"]:
             probe = self.inside()
-            arguments = [*consts, *(_Value(array, None, varies) for array in carried)]
+            arguments = [*consts, *(Value(array, None, varies) for array in carried)]
             outputs = probe.replay(body.jaxpr, body.consts, arguments)
             for value in outputs:
                 probe.spend(value)
@@ -418,9 +374,9 @@ class _Probe:
         )
         for key, sums in total.items():
             self._add(key, sums, loops[key])
-        return [_Value(array, None, varies) for array in last]
+        return [Value(array, None, varies) for array in last]
 
-    def _cond(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+    def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
         varies = any(value.varies for value in values)
 
         def step(branch: Any, arrays: Any) -> tuple[Any, dict[str, Sums], "_Probe"]:
@@ -452,9 +408,9 @@ class _Probe:
         outputs, total = lax.switch(values[0].array, branches, arrays)
         for key, sums in total.items():
             self._add(key, sums, loops[key])
-        return [_Value(array, None, varies) for array in outputs]
+        return [Value(array, None, varies) for array in outputs]
 
-    def _shard_map(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+    def _shard_map(self, eqn: Any, values: list[Value]) -> list[Value]:
         """Enters the program of a shard, if its batch alone is divided."""
         specs = eqn.params["in_specs"]
         pairs = list(zip(values, specs, strict=True))
@@ -473,7 +429,7 @@ class _Probe:
         def body(*shards: Any) -> tuple[tuple[Any, ...], dict[str, Sums]]:
             probe = self.inside()
             arguments = [
-                _Value(array, None if any(_axes(spec)) else value.tag, value.varies)
+                Value(array, None if any(_axes(spec)) else value.tag, value.varies)
                 for array, (value, spec) in zip(shards, pairs, strict=True)
             ]
             outputs = probe.replay(eqn.params["jaxpr"], (), arguments)
@@ -489,7 +445,7 @@ class _Probe:
         for key, parts in sums.items():
             self._add(key, combined(parts), loops[key])
         varies = any(value.varies for value in values)
-        return [_Value(array, None, varies) for array in outputs]
+        return [Value(array, None, varies) for array in outputs]
 
 
 def _axes(spec: PartitionSpec) -> list[Any]:
@@ -511,8 +467,8 @@ def _replicated(array: Any) -> Any:
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, everywhere))
 
 
-def _built_in(array: Any) -> _Value:
-    return _Value(array, None, False)
+def _built_in(array: Any) -> Value:
+    return Value(array, None, False)
 
 
 def _sliced(tag: Tag, loop: int) -> Tag:
