@@ -15,6 +15,8 @@ ELSEWHERE = {
     "data/streams.py": {"os._exit", "signal.signal"},
     # A separate command.
     "data/prepare.py": {"os.environ.setdefault", "sys.exit"},
+    # During a refit, to show its warnings as notes; the previous filters are restored.
+    "experiment/refitting.py": {"warnings.simplefilter"},
     # During a run; the previous handlers are restored.
     "experiment/records/stopping.py": {"signal.signal"},
     # After the reader of a pipe has ended.
