@@ -1,8 +1,8 @@
 """Depthwise convolutions in the form that XLA's CPU backend runs fastest.
 
-XLA:CPU computes a convolution of as many groups as channels in a generic loop, ten to
-fifty times slower than the same arithmetic as sums of shifted images, each times one
-tap of the kernel, which it fuses into one vectorised loop. docs/performance.md has the
+XLA:CPU computes a convolution of as many groups as channels in a generic loop, eight to
+twenty-four times slower than the same arithmetic as sums of shifted images, each times
+one tap of the kernel, which it fuses into one vectorised loop. docs/performance.md has the
 measurements.
 """
 
@@ -89,8 +89,7 @@ def _by_kernel(
 ) -> DepthwiseKernel:
     """Returns the gradient of the kernel, summed image by image.
 
-    Sums over all images at once are reductions that XLA does not vectorise: up to five
-    times slower.
+    Sums over all images at once are reductions that XLA does not vectorise.
     """
     taps = list(itertools.product(*map(range, kernel.shape[:2])))
     sides = gradient.shape[1:3]
