@@ -17,8 +17,8 @@ training step slow on a CPU, none of which is arithmetic:
 - *Thin layers*, as pruning leaves them, from or to few channels: two to six times
   slower than one product of all patches with the kernel, or of all pixels with all taps
   of the kernel.
-- *Depthwise convolutions*: eight to twenty-four times slower than the same arithmetic as sums
-  of shifted images (:mod:`tpp_jax.xla.depthwise`).
+- *Depthwise convolutions*: eight to twenty-four times slower than the same arithmetic
+  as sums of shifted images (:mod:`tpp_jax.xla.depthwise`).
 - *One thread*: XLA passes convolutions to a library, YNNPACK, that it runs on a single
   core, whereas its own kernels use all cores. See :func:`compiler_options`.
 

@@ -2,8 +2,8 @@
 
 XLA:CPU computes a convolution of as many groups as channels in a generic loop, eight to
 twenty-four times slower than the same arithmetic as sums of shifted images, each times
-one tap of the kernel, which it fuses into one vectorised loop. docs/performance.md has the
-measurements.
+one tap of the kernel, which it fuses into one vectorised loop. docs/performance.md has
+the measurements.
 """
 
 import functools
