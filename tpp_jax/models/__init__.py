@@ -32,6 +32,7 @@ from tpp_jax.models import (
 from tpp_jax.models.cifar_resnet import CifarResNet
 from tpp_jax.models.cifar_vgg import CifarVGG
 from tpp_jax.models.cifar_wrn import CifarWRN
+from tpp_jax.models.decoder import Cache, Decoder, DecoderConfig, RopeScaling
 from tpp_jax.models.efficientnet import EfficientNetLite
 from tpp_jax.models.layers import BatchNorm
 from tpp_jax.models.lenet import LeNet5
@@ -45,14 +46,18 @@ __all__ = [
     "MLP",
     "VGG",
     "BatchNorm",
+    "Cache",
     "CifarResNet",
     "CifarVGG",
     "CifarWRN",
+    "Decoder",
+    "DecoderConfig",
     "EfficientNetLite",
     "LeNet5",
     "MobileNetV2",
     "ModelSpec",
     "ResNet",
+    "RopeScaling",
     "VisionTransformer",
     "create",
     "names",
