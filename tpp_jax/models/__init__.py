@@ -1,4 +1,4 @@
-"""Flax NNX networks, created by name.
+"""Flax NNX networks: for images, created by name, and decoder language models.
 
 They have no code for pruning.
 
@@ -34,6 +34,7 @@ from tpp_jax.models.cifar_vgg import CifarVGG
 from tpp_jax.models.cifar_wrn import CifarWRN
 from tpp_jax.models.decoder import Cache, Decoder, DecoderConfig, RopeScaling
 from tpp_jax.models.efficientnet import EfficientNetLite
+from tpp_jax.models.generation import generate
 from tpp_jax.models.layers import BatchNorm
 from tpp_jax.models.lenet import LeNet5
 from tpp_jax.models.mlp import MLP
@@ -60,6 +61,7 @@ __all__ = [
     "RopeScaling",
     "VisionTransformer",
     "create",
+    "generate",
     "names",
     "spec_of",
 ]
