@@ -1,6 +1,7 @@
 """Settings of decoders: in transformers' ``config.json``, and of a pruned model."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +31,7 @@ _LARGEST = 10_000_000  # of any size in a file
 OWN_FAMILY = "tpp_jax_decoder"
 
 
-def config_from_json(settings: Mapping[str, Any], file: object) -> DecoderConfig:
+def config_from_json(settings: Json, file: object) -> DecoderConfig:
     """Returns the settings of a decoder from a ``config.json``.
 
     Args:
@@ -43,7 +44,7 @@ def config_from_json(settings: Mapping[str, Any], file: object) -> DecoderConfig
     """
     family = settings.get("model_type")
     if family == OWN_FAMILY:
-        return _own(settings["tpp_jax"])
+        return _own(settings.get("tpp_jax"), file)
     if family not in _FAMILIES:
         raise TPPError(
             f"{file} describes a {shown(family)}: decoders can be read from "
@@ -69,11 +70,11 @@ def config_from_json(settings: Mapping[str, Any], file: object) -> DecoderConfig
         kv_heads=size("num_key_value_heads", heads),
         head_size=size("head_dim", usual),
         hidden=size("intermediate_size"),
-        rope_base=_rope(settings).get("rope_theta", 10_000.0),
+        rope_base=_number(_rope(settings), "rope_theta", file),
         rope_scaling=_rope_scaling(settings, file),
         window=_window(settings, size("num_hidden_layers"), file),
         activation=_activation(settings, gemma, file),
-        epsilon=settings.get("rms_norm_eps", 1e-6),
+        epsilon=_number({"rms_norm_eps": 1e-6} | settings, "rms_norm_eps", file),
         tied=bool(settings.get("tie_word_embeddings", gemma)),
         qkv_bias=qwen2 or bias,
         output_bias=bias and not qwen2,
@@ -83,23 +84,35 @@ def config_from_json(settings: Mapping[str, Any], file: object) -> DecoderConfig
     )
 
 
-def _own(fields: Mapping[str, Any]) -> DecoderConfig:
+def _own(fields: Any, file: object) -> DecoderConfig:
     """Returns the settings that :func:`json_of` wrote field by field."""
-    values: Json = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in fields.items()
-        if name != "frequencies"
-    }
-    if values["rope_scaling"] is not None:
-        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-    return DecoderConfig(**values)
+    try:
+        values: Json = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+            if name != "frequencies"
+        }
+        if values["rope_scaling"] is not None:
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        return DecoderConfig(**values)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise TPPError(f"{file} has settings that tpp_jax did not write") from error
+
+
+def _number(settings: Mapping[str, Any], name: str, file: object) -> float:
+    value = settings.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise TPPError(
+            f"{file} has {name}: {shown(value)}, which is no positive number"
+        )
+    return float(value)
 
 
 def _rope(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the rotary settings; older versions of transformers have two places."""
     old = {"rope_theta": settings.get("rope_theta", 10_000.0)}
     scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    return old | dict(scaling)
+    return old | scaling if isinstance(scaling, dict) else old
 
 
 def _rope_scaling(settings: Mapping[str, Any], file: object) -> RopeScaling | None:
@@ -109,15 +122,16 @@ def _rope_scaling(settings: Mapping[str, Any], file: object) -> RopeScaling | No
         raise TPPError(f"{file} rotates only a part of each head, which is unsupported")
     if kind == "default":
         return None
+    number = functools.partial(_number, rope, file=file)
     if kind == "linear":
-        return RopeScaling("linear", rope["factor"])
+        return RopeScaling("linear", number("factor"))
     if kind == "llama3":
         return RopeScaling(
             "llama3",
-            factor=rope["factor"],
-            low=rope["low_freq_factor"],
-            high=rope["high_freq_factor"],
-            original_length=rope["original_max_position_embeddings"],
+            factor=number("factor"),
+            low=number("low_freq_factor"),
+            high=number("high_freq_factor"),
+            original_length=int(number("original_max_position_embeddings")),
         )
     raise TPPError(
         f"{file} has rotary embeddings of type {shown(kind)}: default, linear and "
@@ -130,9 +144,9 @@ def _window(
 ) -> int | tuple[int | None, ...] | None:
     window = settings.get("sliding_window")
     kinds = settings.get("layer_types")
-    if kinds:
+    if isinstance(kinds, list):
         known = {"sliding_attention": window, "full_attention": None}
-        if len(kinds) != depth or not set(kinds) <= set(known):
+        if len(kinds) != depth or not all(kind in known for kind in kinds):
             raise TPPError(f"{file} has layer_types that are not supported")
         windows = tuple(known[kind] for kind in kinds)
         return windows[0] if len(set(windows)) == 1 else windows

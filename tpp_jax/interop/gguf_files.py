@@ -148,12 +148,16 @@ def _unless(value: int, usual: int) -> int | None:
 def _renamed(tensors: Tensors, config: DecoderConfig, *, interleaved: bool) -> Tensors:
     """Returns the tensors by transformers' names, in its order of dimensions."""
     found: Tensors = {}
+    of_heads = {
+        "attn_q": config.of_layers("heads"),
+        "attn_k": config.of_layers("kv_heads"),
+    }
     for name, array in tensors.items():
         layer, _, kind = name.rpartition(".")
         if layer.startswith("blk."):
             _, index, part = layer.split(".", 2)
-            heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(part)
-            if heads and interleaved:
+            if part in of_heads and interleaved:
+                heads = of_heads[part][0]  # the same in all layers
                 pairs = array.reshape(heads, -1, 2, *array.shape[1:])
                 array = pairs.swapaxes(1, 2).reshape(array.shape)
             theirs = f"model.layers.{index}.{_LAYER.get(part, part)}"
