@@ -175,6 +175,14 @@ class DistillationConfig:
         least=0.01,
         most=1000,
     )
+    activations: str = field(
+        "",
+        "Patterns of layers, separated by commas, whose outputs are distilled; layers "
+        "whose outputs are pruned cannot be among them.",
+    )
+    activation_weight: float = field(
+        1.0, "Factor of their mean relative squared distance in the loss."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
