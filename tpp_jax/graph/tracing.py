@@ -104,7 +104,7 @@ def trace(
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Pauses Python's garbage collector.
 
     A trace makes many small objects that all remain, which it would go through again
@@ -119,7 +119,7 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-@_collector_paused()
+@collector_paused()
 def trace_function(
     function: Function, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Trace:

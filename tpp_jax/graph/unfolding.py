@@ -383,7 +383,10 @@ def check_length(jaxpr: Any) -> None:
 def _length(jaxpr: Any, known: dict[int, int]) -> int:
     if id(jaxpr) not in known:
         known[id(jaxpr)] = len(jaxpr.eqns) + sum(
-            _length(inner, known) for eqn in jaxpr.eqns for inner in _entered(eqn)
+            _length(inner, known)
+            for eqn in jaxpr.eqns
+            if eqn.primitive.name in ENTERED
+            for inner in _entered(eqn)
         )
     return known[id(jaxpr)]
 
