@@ -60,12 +60,21 @@ class Reading:
         Value number → indices of the vectors of its axes; the vectors; and where each
         ends in their concatenation.
         """
-        values = {n: axes for n, axes in self.axes.items() if n is not None}
-        by_id = {id(labels): labels for axes in values.values() for labels in axes}
-        numbers = dict(zip(by_id, range(len(by_id)), strict=True))
-        of = {n: [numbers[id(one)] for one in axes] for n, axes in values.items()}
-        ends = np.cumsum([len(labels) for labels in by_id.values()], dtype=np.int64)
-        return of, list(by_id.values()), ends
+        numbers: dict[int, int] = {}
+        arrays: list[Axis] = []
+        of: dict[int, list[int]] = {}
+        for value, axes in self.axes.items():
+            if value is None:
+                continue
+            own = of[value] = []
+            for labels in axes:
+                number = numbers.get(id(labels))
+                if number is None:
+                    number = numbers[id(labels)] = len(arrays)
+                    arrays.append(labels)
+                own.append(number)
+        ends = np.cumsum([len(labels) for labels in arrays], dtype=np.int64)
+        return of, arrays, ends
 
     @functools.cached_property
     def _flat(self) -> Axis:

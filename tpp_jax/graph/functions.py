@@ -134,19 +134,24 @@ class Structure:
     graphdef: nnx.GraphDef | None = None
 
     def call(
-        self, adapt: Callable[[nnx.Module], None] | None = None
+        self, adapt: Callable[[list[tuple[str, nnx.Module]]], None] | None = None
     ) -> Callable[..., Any]:
         """Returns ``call(leaves, *inputs, **kwargs)``, in evaluation mode.
 
         Args:
-          adapt: Function that changes the module in place before it runs.
+          adapt: Function that changes the modules, which it gets with their paths, in
+            place before the outermost one runs.
         """
 
         def call(leaves: list[Any], *inputs: Any, **kwargs: Any) -> Any:
             merged = self.merge(leaves)
+            found = list(modules(merged))
             if adapt is not None:
-                adapt(merged)
-            for module in set_evaluation(merged):
+                adapt(found)
+            if any(_has_own_eval(type(module)) for _, module in found):
+                found = modules(merged)  # it may replace modules
+            for _, module in found:
+                _evaluate(module)
                 _skip_promotion(module)
             return merged(*inputs, **kwargs)
 
@@ -226,23 +231,26 @@ def apart(
     return jax.tree.unflatten(structure, arrays), call
 
 
-def set_evaluation(model: nnx.Module) -> list[nnx.Module]:
-    """Does the same as ``model.eval()``, faster: see :func:`nnx_layers.modules`.
+def set_evaluation(model: nnx.Module) -> None:
+    """Does the same as ``model.eval()``, faster: see :func:`nnx_layers.modules`."""
+    for _, module in modules(model):
+        _evaluate(module)
 
-    Returns:
-      All modules of the model.
-    """
-    found = [module for _, module in modules(model)]
-    for module in found:
-        if type(module).eval is not nnx.Module.eval:
-            module.eval()
-        own = vars(module)
-        for name in ("deterministic", "use_running_average"):
-            if name in own:  # it remains a bool, so NNX's checks can be skipped
-                own[name] = True
-            elif hasattr(module, name):
-                setattr(module, name, True)
-    return found
+
+@functools.cache
+def _has_own_eval(of: type[nnx.Module]) -> bool:
+    return of.eval is not nnx.Module.eval
+
+
+def _evaluate(module: nnx.Module) -> None:
+    if _has_own_eval(type(module)):
+        module.eval()
+    own = vars(module)
+    for name in ("deterministic", "use_running_average"):
+        if name in own:  # it remains a bool, so NNX's checks can be skipped
+            own[name] = True
+        elif hasattr(module, name):
+            setattr(module, name, True)
 
 
 def _skip_promotion(module: nnx.Module) -> None:
@@ -260,12 +268,12 @@ def _promoted(
 ) -> tuple[Any, ...]:
     """Does the same as Flax's ``promote_dtype``."""
     given = [one for one in arrays if one is not None]
-    if all(isinstance(one, jax.core.Tracer) for one in given):
-        first, *others = {(one.dtype, one.weak_type) for one in given} or [(None, True)]
-        own, weak = first
-        if not others and not weak and dtype in (None, own):
-            if jnp.issubdtype(own, jnp.inexact) or not inexact:
-                return arrays
+    if given and all(isinstance(one, jax.core.Tracer) for one in given):
+        types = {(one.dtype, one.weak_type) for one in given}
+        own = given[0].dtype
+        numbers = not inexact or jnp.issubdtype(own, jnp.inexact)
+        if types == {(own, False)} and dtype in (None, own) and numbers:
+            return arrays
     return dtypes.promote_dtype(arrays, dtype=dtype, inexact=inexact)
 
 

@@ -74,6 +74,11 @@ class Trace:
         return find_layers(*read, self.trainable)
 
     @functools.cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers in order of execution, each at its first use."""
+        return tuple(_layers(self, lambda use: use.kernel))
+
+    @functools.cached_property
     def lookups(self) -> tuple[Lookup, ...]:
         """The look-ups of inputs in tables."""
         read = self.leaves, self.origin, self.equations, self.shapes
@@ -284,10 +289,16 @@ def layers(traced: Trace, repeated: bool = False) -> list[Layer]:
       traced: Computation of the model.
       repeated: Whether a layer that runs twice is listed twice, or at its first use.
     """
+    if repeated:
+        return _layers(traced, lambda use: use.equation.outputs)
+    return list(traced.layers)
+
+
+def _layers(traced: Trace, key_of: Callable[[Layer], Any]) -> list[Layer]:
     name_of = layer_names(traced)
     found: dict[Any, Layer] = {}
     for use in traced.uses:
-        key = use.equation.outputs if repeated else use.kernel
+        key = key_of(use)
         # A use with activations says more about a kernel than one with parameters.
         if key not in found or (found[key].inner and not use.inner):
             found[key] = dataclasses.replace(use, name=name_of(use.kernel))

@@ -14,7 +14,7 @@ from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding
 
 from tpp_jax.graph.arrays import fitting
-from tpp_jax.graph.bridge import follow_arrays
+from tpp_jax.graph.bridge import follow_modules
 from tpp_jax.graph.fields import (
     Field,
     fields_of_tree,
@@ -146,7 +146,7 @@ class Source:
 
     def _call_cut(self, plan: Any) -> Callable[..., Any]:
         if isinstance(self.model, Structure):
-            return self.model.call(lambda module: adapt(module, plan))
+            return self.model.call(lambda found: adapt(found, plan))
         if isinstance(self.model, linen.Module):
             return _of_leaves(linen_apply(self.model, plan), self.form)
         values = plan.field_values()
@@ -165,12 +165,17 @@ def _of_leaves(call: Callable[..., Any], form: Any) -> Callable[..., Any]:
     return flat
 
 
-def adapt(module: nnx.Module, plan: Any) -> None:
-    """Sets all attributes of a cut NNX module that are sizes, in place."""
-    follow_arrays(module, plan.kept_blocks, plan.groups.shapes)
+def adapt(found: list[tuple[str, nnx.Module]], plan: Any) -> None:
+    """Sets all attributes of cut NNX modules that are sizes, in place.
+
+    Args:
+      found: Modules with their paths.
+      plan: Plan of the cut.
+    """
+    follow_modules(found, plan.kept_blocks, plan.groups.shapes)
     values = plan.field_values()
     if values:
-        for path, inner in modules(module):
+        for path, inner in found:
             for name, value in with_values(inner, values.get(path, {})).items():
                 setattr(inner, name, value)
 
@@ -242,7 +247,5 @@ def _with_shapes(
             found.append(_struct(known, shape, leaf.dtype))
         else:
             sharding = fitting(leaf.sharding, shape)
-            found.append(
-                jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
-            )
+            found.append(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding))
     return found
