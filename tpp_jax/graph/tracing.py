@@ -347,11 +347,10 @@ def source_lines(source: Any) -> Iterator[str]:
         if name == __file__:  # frames further out called the model
             break
         owner = _owner(name)
-        line = f"{pathlib.Path(name).name}:{frame.line_num}"
         if owner is None:
-            yield line
+            yield f"{os.path.basename(name)}:{frame.line_num}"
         elif owner not in ("jax", "flax", ""):
-            library.append(line)
+            library.append(f"{os.path.basename(name)}:{frame.line_num}")
     yield from library
 
 
