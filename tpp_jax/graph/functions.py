@@ -268,7 +268,7 @@ def _promoted(
 ) -> tuple[Any, ...]:
     """Does the same as Flax's ``promote_dtype``."""
     given = [one for one in arrays if one is not None]
-    if given and all(isinstance(one, jax.core.Tracer) for one in given):
+    if given and all(isinstance(one, jax.Array) for one in given):
         types = {(one.dtype, one.weak_type) for one in given}
         own = given[0].dtype
         numbers = not inexact or jnp.issubdtype(own, jnp.inexact)

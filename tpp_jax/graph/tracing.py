@@ -23,7 +23,7 @@ from flax import linen, nnx
 from tpp_jax.graph.functions import Function, as_function, is_array
 from tpp_jax.graph.layers import Layer, Lookup, find_layers, find_lookups
 from tpp_jax.graph.naming import layer_name
-from tpp_jax.graph.unfolding import Builder, Equation, check_length
+from tpp_jax.graph.unfolding import Builder, Equation, Value, check_length
 
 # Libraries of layers: messages name a line of theirs if there is none of the user's.
 _LAYERS = ("flax", "equinox", "haiku", "einops")
@@ -150,7 +150,7 @@ def trace_function(
     constants = [builder.number(np.shape(var.aval), ()) for var in jaxpr.constvars]
     builder.origin.update({n: (name,) for name, n in places.items()})
     variables = [*jaxpr.invars, *jaxpr.constvars]
-    scope = dict(zip(variables, [*numbers, *constants], strict=True))
+    scope: dict[Any, Value] = dict(zip(variables, [*numbers, *constants], strict=True))
     found = builder.unfold(jaxpr, scope)
     outputs = [n if isinstance(n, int) else None for n in found]
     others = tuple(numbers[len(places) :])

@@ -191,9 +191,9 @@ class Builder:
         shapes: list[tuple[int, ...]],
         params: dict[str, Any] | None = None,
     ) -> list[int]:
-        inputs, scalars = operands, (None,) * len(operands)
-        if Scalar in map(type, operands):
-            inputs = [n if isinstance(n, int) else None for n in operands]
+        inputs = [n if isinstance(n, int) else None for n in operands]
+        scalars: list[Any] = [None] * len(operands)
+        if None in inputs:
             scalars = [n.value if isinstance(n, Scalar) else None for n in operands]
         origin, params = self._origin_of(inputs), params or {}
         first = len(self.shapes)

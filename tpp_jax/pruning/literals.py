@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Set
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -202,7 +202,7 @@ def _is_same(one: Any, other: Any) -> bool:
     return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
 
 
-def _is_scalar(one: Any) -> bool:
+def _is_scalar(one: Any) -> TypeGuard[np.ndarray]:
     return isinstance(one, np.ndarray) and one.ndim == 0 and one.dtype.kind in "biufc"
 
 
