@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from flax.nnx.nn import dtypes
+from jax.core import Tracer
 
 from tpp_jax.errors import TPPTypeError
 from tpp_jax.graph.linen import linen_apply
@@ -268,7 +269,7 @@ def _promoted(
 ) -> tuple[Any, ...]:
     """Does the same as Flax's ``promote_dtype``."""
     given = [one for one in arrays if one is not None]
-    if given and all(isinstance(one, jax.Array) for one in given):
+    if given and all(isinstance(one, Tracer) for one in given):
         types = {(one.dtype, one.weak_type) for one in given}
         own = given[0].dtype
         numbers = not inexact or jnp.issubdtype(own, jnp.inexact)
