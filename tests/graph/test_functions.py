@@ -67,6 +67,7 @@ class Swapping(nnx.Module):
         self.last = nnx.Linear(4, 2, rngs=rngs)
 
     def eval(self, **attributes):
+        del attributes
         self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
 
     def __call__(self, x):
