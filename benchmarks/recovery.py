@@ -12,13 +12,15 @@ examples whose forward pass takes as long.
 
 Peak memory is that of the process while it runs forward passes, and during the complete
 call of ``input_moments``, with compilation. Each network and mode has a process of its
-own.
+own. Results are written after each of them to ``results/recovery_cpu.json``; those that
+are there are not measured again.
 """
 
 import argparse
 import ctypes
 import functools
 import gc
+import itertools
 import json
 import os
 import pathlib
@@ -39,6 +41,7 @@ from benchmarks import machine
 from benchmarks.architectures import Llama, LlamaShape
 
 MODES = "full", "diagonal"
+FILE = machine.RESULTS / "recovery_cpu.json"
 _STATUS = pathlib.Path("/proc/self/status")
 _CLEAR = pathlib.Path("/proc/self/clear_refs")
 # Sizes of SmolLM2-135M, with fewer layers and tokens.
@@ -79,17 +82,16 @@ def main() -> None:
         return
     columns = "forward, s", "moments, s", "ratio", "GiB", "GiB", "refit, s", "examples"
     print(f"{'network':<16}{'':<10}" + "".join(f"{name:>12}" for name in columns))
-    load, results = machine.load(), {}
-    for name in options.networks:
-        results[name] = {}
-        for mode in MODES:
-            results[name][mode] = found = _apart(name, mode, options.batches)
-            _show(name, mode, found)
-    if set(results) == set(CASES):
-        cores = len(os.sched_getaffinity(0))
-        record = {"batches": options.batches, "load": [load, machine.load()]}
-        record["cores_used"] = cores
-        print(machine.write("recovery", record | {"networks": results}))
+    record = json.loads(FILE.read_text()) if FILE.exists() else {"networks": {}}
+    for name, mode in itertools.product(options.networks, MODES):
+        found = record["networks"].setdefault(name, {})
+        if mode not in found:
+            load = machine.load()
+            measured = _apart(name, mode, options.batches)
+            cores = len(os.sched_getaffinity(0))
+            found[mode] = measured | {"load": load, "cores_used": cores}
+            machine.write("recovery", record)
+        _show(name, mode, found[mode])
 
 
 def _apart(name: str, mode: str, batches: int) -> dict[str, Any]:
@@ -121,6 +123,7 @@ def _measure(name: str, mode: str, n: int) -> dict[str, Any]:
     plain, ours = np.array(times["forward"][1:]), np.array(times["moments"][1:])
     found = {
         "shape": list(case.shape),
+        "batches": n,
         "consumers": len(moments.consumers),
         "largest": max(len(entry.features) for entry in moments.consumers),
         "forward_seconds": float(np.median(plain)),

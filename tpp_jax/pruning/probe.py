@@ -34,6 +34,7 @@ from tpp_jax.pruning.findings import GAIN, STREAM, Findings, Value
 from tpp_jax.pruning.replay import evaluate, over_shards, replay
 from tpp_jax.pruning.sums import Sums, combined, merge, sums_of
 from tpp_jax.pruning.windows import PatchSums
+from tpp_jax.xla.holding import held
 
 # Larger parameters are no biases; they are followed only if they are kernels.
 _LARGEST_BIAS = 1 << 20
@@ -136,7 +137,7 @@ class _Probe:
     def _note_outputs(self, what: str, tag: Tag, rows: Array) -> None:
         """Sums up rows of numbers of which a kernel's outputs have one each."""
         stacks = len(self.findings.weights[tag.name].stacks) // math.prod(tag.steps)
-        rows = rows.reshape(len(rows), stacks, -1).transpose(1, 0, 2)
+        rows = held(rows.reshape(len(rows), stacks, -1).transpose(1, 0, 2))
         self._add(what + tag.name, sums_of(rows, diagonal=True), tag.loops)
 
     def _step(self, eqn: Any, values: list[Value]) -> list[Value]:
@@ -220,7 +221,8 @@ class _Probe:
             images, lines, groups = reading.patches
             place = Place(key, lines, groups)
             if place not in self.windows.sums:
-                self.windows.note(place, images, diagonal)
+                # The sums have several passes: none shall repeat the layers before.
+                self.windows.note(place, held(images), diagonal)
                 return key
         sums = reading.sums(diagonal)
         self._add(key, sums, tag.loops)

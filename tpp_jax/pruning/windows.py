@@ -1,15 +1,18 @@
 """Sums over the patches that a convolution reads, mostly without forming patches.
 
 The positions of a window with stride 1 overlap: the product of two taps, summed over
-all positions of the window, depends on the distance of the taps alone, but for the
-borders. So for a 3×3 window the 81 blocks of the matrix of its patches follow from 15
-blocks of an autocorrelation, which is one convolution of the images with themselves,
-and from the patches of the positions outside of the output whose windows touch the
-image. Means and variances follow from sums over the examples. What batches have in
-common is therefore added up in this form, and the matrix is built once, at the end.
+all positions whose windows touch the image, depends on the distance of the taps alone.
+So for a 3×3 window the 81 blocks of the matrix of its patches follow from 15 blocks of
+an autocorrelation, which is one convolution of the images with themselves. Positions
+outside of the output are subtracted: of those that are outside along the first axis,
+and of those along the second, the products depend on the distance along the other axis
+alone; those that are outside along both are then added again. Means and variances
+follow from sums over the examples. What batches have in common is therefore added up in
+this form, and the matrix is built once, at the end.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +23,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from tpp_jax.pruning.sums import Sums, gram
+
+_Outside = tuple[range, range]
+"""Positions outside of an output that see pixels, and the taps that read them."""
 
 
 class Line(NamedTuple):
@@ -52,7 +58,7 @@ class Line(NamedTuple):
         farthest = self.low - self.dilation * (self.taps - 1)
         return range(farthest, self.size + self.low)
 
-    def outside(self) -> Iterator[tuple[range, range]]:
+    def outside(self) -> Iterator[_Outside]:
         """Yields the positions of a window of stride 1 that see pixels but no output.
 
         They come in ranges of positions at which the same taps read pixels, with these
@@ -82,8 +88,8 @@ class PatchSums(NamedTuple):
       products: Sum of their squares, ``[*spatial, channels]``; or products of pixels by
         distance, ``[*distances, channels, channels]``; or of the features of patches,
         ``[groups, features, features]``.
-      borders: Products of features in the patches outside of the output, as
-        :func:`_borders` lists them.
+      borders: Products of pixels by distance at positions outside of the output, as
+        :func:`_borders` lists them, ``[*distances, features, features]``.
     """
 
     rows: Any
@@ -118,7 +124,7 @@ def patch_sums(
         products = jnp.square(z).sum(0)
     elif _overlap(lines, groups):
         products = _autocorrelation(z, lines)
-        borders = tuple(gram(_rows(z, lines, *each)) for each in _borders(lines))
+        borders = tuple(_border(z, lines, each) for each in _borders(lines))
     else:
         products = gram(patch_rows(z, lines, groups))
     return PatchSums(n, centre, pixels, products, borders)
@@ -209,49 +215,86 @@ def _overlap(lines: Sequence[Line], groups: int) -> bool:
     return groups == 1 and several and all(line.stride == 1 for line in lines)
 
 
-def _borders(lines: Sequence[Line]) -> Iterator[tuple[list[range], list[range]]]:
-    """Yields positions of a window that see pixels but are no outputs.
+def _borders(lines: Sequence[Line]) -> Iterator[tuple[_Outside | None, ...]]:
+    """Yields where positions are outside of the output, along one axis or several.
 
-    Each comes once, in ranges along all axes, with the taps that read pixels there.
+    Along an axis that is None they are any. So positions come several times: with the
+    sign (-1)ⁿ for n axes, what is left of all positions is the output.
     """
-    every = [range(line.taps) for line in lines]
-    for axis, line in enumerate(lines):
-        before = [range(other.outputs) for other in lines[:axis]]
-        behind = [other.touching() for other in lines[axis + 1 :]]
-        for positions, taps in line.outside():
-            some = [*every[:axis], taps, *every[axis + 1 :]]
-            yield [*before, positions, *behind], some
+    yield from itertools.islice(
+        itertools.product(*([None, *line.outside()] for line in lines)), 1, None
+    )
 
 
-def _rows(
-    z: Array, lines: Sequence[Line], positions: list[range], taps: list[range]
-) -> Float[Array, "1 rows features"]:
-    patches = _patches(z, lines, positions, taps)
-    return patches.reshape(1, -1, math.prod(patches.shape[-2:]))
+def _border(
+    z: Array, lines: Sequence[Line], outside: Sequence[_Outside | None]
+) -> Float[Array, "*distances features features"]:
+    """Returns the products of pixels by distance at positions outside of the output.
+
+    Features are taps along the axes along which positions are outside, by channels.
+    """
+    read, positions, taps = [], [], []
+    for line, part in zip(lines, outside, strict=True):
+        read.append(line if part else Line(line.size, 1, line.size, 0, 1, 1))
+        at, some = part or (range(line.size), range(1))
+        positions.append(at)
+        taps.append(some)
+    patches = _patches(z, read, positions, taps)
+    features = patches.reshape(*patches.shape[:-2], -1)
+    return _autocorrelation(features, _across(lines, outside))
+
+
+def _across(lines: Sequence[Line], outside: Sequence[_Outside | None]) -> list[Line]:
+    """Returns the lines along which products depend on distances, others as one tap."""
+    return [
+        Line(len(part[0]), 1, len(part[0]), 0, 1, 1) if part else line
+        for part, line in zip(outside, lines, strict=True)
+    ]
 
 
 def _by_taps(
     sums: PatchSums, lines: Sequence[Line]
 ) -> Float[np.ndarray, "features features"]:
     """Returns the products of features from those of pixels by distance."""
-    shape = *(line.taps for line in lines), len(sums.centre)
+    n, shape = len(lines), (*(line.taps for line in lines), len(sums.centre))
+    products = _spread(sums.products, lines)
+    # Each axis has taps of one kind alone: by distance, or outside of the output.
+    order = *(i + kind for i in range(n) for kind in (0, n)), 2 * n
+    order += tuple(2 * n + 1 + i for i in order)
+    for outside, border in zip(_borders(lines), sums.borders, strict=True):
+        taps = [
+            part[1] if part else range(line.taps)
+            for part, line in zip(outside, lines, strict=True)
+        ]
+        across = _across(lines, outside)
+        own = [len(part[1]) if part else 1 for part in outside]
+        kinds = *(line.taps for line in across), *own, shape[-1]
+        part = _spread(border, across).reshape(kinds * 2).transpose(order)
+        at = *(slice(some.start, some.stop) for some in taps), slice(None)
+        target = products[at * 2]
+        target += (-1) ** (n - outside.count(None)) * part.reshape(target.shape)
+    size = math.prod(shape)
+    return products.reshape(size, size)
+
+
+def _spread(
+    by_distance: Float[np.ndarray, "*distances features features"],
+    lines: Sequence[Line],
+) -> np.ndarray:
+    """Returns products by pairs of taps, ``[*taps, features, *taps, features]``."""
+    shape = *(line.taps for line in lines), by_distance.shape[-1]
     # A pixel that lies behind along the first axis sees the other in front of it.
     axes = tuple(range(len(lines)))
-    behind = np.flip(sums.products[1:], axes).swapaxes(-1, -2)
-    by_distance = np.concatenate([behind, sums.products])
-    products = np.empty((*shape, *shape))
+    behind = np.flip(by_distance[1:], axes).swapaxes(-1, -2)
+    by_distance = np.concatenate([behind, by_distance])
+    products = np.empty((*shape, *shape), by_distance.dtype)
     for tap in np.ndindex(shape[:-1]):
         distances = [
             slice(line.taps - 1 - t, 2 * line.taps - 1 - t)
             for t, line in zip(tap, lines, strict=True)
         ]
         products[tap] = np.moveaxis(by_distance[tuple(distances)], -2, 0)
-    for (_, taps), border in zip(_borders(lines), sums.borders, strict=True):
-        at = *(slice(some.start, some.stop) for some in taps), slice(None)
-        part = products[at * 2]
-        part -= border.reshape(part.shape)
-    size = math.prod(shape)
-    return products.reshape(size, size)
+    return products
 
 
 def _by_group(features: np.ndarray, groups: int) -> np.ndarray:
