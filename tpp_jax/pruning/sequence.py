@@ -85,17 +85,18 @@ def refit_in_order(
                 for function, changed in ((dense, {}), (small, new))
             ]
         )
-    while True:
+    left = list(entries)
+    while left:  # what follows the last of them need not be computed
         pairs = [[next(walk, None) for walk in walk_pair] for walk_pair in walks]
         leaves = {use and use.leaf for pair in pairs for use in pair}
         if leaves == {None}:
-            return new
+            break
         if len(leaves) > 1:
             raise TPPError(
                 "the unpruned and the pruned network do not apply the same layers in "
                 "the same order: refit without sequential=True"
             )
-        _refit_layer(
+        entry = _refit_layer(
             pairs,
             entries,
             plan,
@@ -105,6 +106,8 @@ def refit_in_order(
             len(pairs) - kept_back,
             damping,
         )
+        left = [other for other in left if other is not entry]
+    return new
 
 
 def kept_features(plan: Plan, entry: ConsumerMoments) -> Bool[np.ndarray, " features"]:
@@ -201,8 +204,8 @@ def _refit_layer(
     new: dict[str, np.ndarray],
     fitted: int,
     damping: Damping,
-) -> None:
-    """Refits a layer, in place.
+) -> ConsumerMoments | None:
+    """Refits a layer, in place; returns its moments, or None if it cannot be refit.
 
     Args:
       pairs: The layer in the unpruned and in the pruned network, for each batch.
@@ -218,7 +221,7 @@ def _refit_layer(
     entry = _entry_of(dense, entries)
     same = all(_row_count(a) == _row_count(b) for a, b in pairs)
     if entry is None or not same:
-        return
+        return None
     columns = _columns(plan, dense, small)
     kernel = np.asarray(originals[dense.leaf]).reshape(-1)[dense.reading.index]
     totals: list[Sums] = []
@@ -247,6 +250,7 @@ def _refit_layer(
         weights[index] = before[index] + change
         if bias is not None and entry.bias is not None:
             bias[at] += entry.bias.sign * shift
+    return entry
 
 
 def _row_count(use: _Use) -> int:
