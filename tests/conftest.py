@@ -51,8 +51,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Leaves what was imported out of the search for garbage, which is a long one."""
+    """Has garbage looked for less often, and not among what was imported."""
     gc.freeze()
+    gc.set_threshold(50_000, 20, 10)
 
 
 @pytest.fixture
@@ -64,3 +65,17 @@ def no_pictures(monkeypatch):
     from tpp_jax.experiment.records import summary
 
     monkeypatch.setattr(summary, "draw", lambda workdir: workdir / "report.html")
+
+
+@pytest.fixture(scope="module")
+def sketches():
+    """Has runs draw their pictures without making files of them, which is slow.
+
+    For runs whose reports are written as always, but looked at by other tests.
+    """
+    from tests.pictures import sketched
+    from tpp_jax.reports import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", sketched)
+        yield

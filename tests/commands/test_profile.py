@@ -59,7 +59,7 @@ def test_before_any_run_it_times_the_cut_that_the_config_asks_for(
 
 
 def test_of_a_finished_run_its_own_networks_are_timed(tmp_path):
-    shortest = {"prune.method": "oneshot", "pretrain.epochs": 1, "num_devices": 1}
+    shortest = {"prune.method": "oneshot", "pretrain.epochs": 1}
     train(small_config(**shortest), tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     before = {file.name for file in tmp_path.iterdir()}

@@ -32,7 +32,7 @@ def small_table(**fields):
     """Returns a table of two methods, two seeds and two columns; one column fails."""
     table = default_table()
     table.title = "small"
-    table.base = small_config(num_devices=1)
+    table.base = small_config()
     table.rows = (("L1", {"prune": {"method": "oneshot"}}), ("TPP", {}))
     table.columns = (
         ("half", {"prune": {"ratios": "*net*:0.5"}}),

@@ -29,7 +29,7 @@ SEEDS = 0, 1, 2
 
 
 def of_seed(seed, **fields):
-    return small_config(seed=seed, num_devices=1, steps_per_dispatch=5, **fields)
+    return small_config(seed=seed, steps_per_dispatch=5, **fields)
 
 
 @pytest.fixture(scope="module")
