@@ -21,6 +21,8 @@ from tpp_jax.experiment import run
 from tpp_jax.experiment.config import check_fields, check_values
 from tpp_jax.experiment.setup import make_setup
 
+pytestmark = pytest.mark.usefixtures("sketches")
+
 TABLES = sorted(
     file.stem
     for file in (pathlib.Path(__file__).parents[2] / "configs" / "tables").glob("*.py")

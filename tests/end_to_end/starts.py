@@ -34,6 +34,7 @@ _IMPORTED = [
     *(f"tpp_jax.commands.{name}" for name in "processes profile report sweep".split()),
     *("tpp_jax.experiment.run", "tpp_jax.experiment.config_docs"),
     *("absl.app", "ml_collections.config_flags", "matplotlib.pyplot", "tensorboardX"),
+    *("orbax.checkpoint", "sklearn.datasets", "grain", "PIL.Image"),
 ]
 
 
