@@ -43,11 +43,16 @@ hypothesis.settings.load_profile("tpp_jax")
 def pytest_collection_modifyitems(items):
     """Has long files start before short ones, so that all workers end together.
 
-    Those with slow tests are first; the first folders in the alphabet are last, since
-    none of their files takes half a minute.
+    Those with slow tests are first, then those that train networks.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path in slow, item.path), reverse=True)
+    train = {"end_to_end", "experiment", "commands", "gallery", "data"}
+
+    def place(item):
+        path = item.path
+        return path in slow, not train.isdisjoint(path.parts), path
+
+    items.sort(key=place, reverse=True)
 
 
 def pytest_collection_finish():
