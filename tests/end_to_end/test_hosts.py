@@ -121,6 +121,7 @@ def start_one(address, process_id, *arguments):
         f"--process_id={process_id}",
         "--timeout=20",
         *arguments,
+        program="tests/end_to_end/launch_one_of_several.py",
         pictures=False,
         XLA_FLAGS=TWO_DEVICES,
     )
