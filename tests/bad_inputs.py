@@ -84,7 +84,7 @@ SECTIONS: dict[str, Callable[[], Cases]] = {
     "Tables": tables,
     "Data": data,
     "Folders of runs, checkpoints, saved models": folders,
-    "PyTorch's weights": weights,
+    "Files of weights": weights,
     "Calls of the library": library,
 }
 

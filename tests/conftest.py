@@ -62,6 +62,13 @@ def pytest_collection_finish():
 
 
 @pytest.fixture
+def graphs():
+    """Skips a test of modules that share arrays where Flax refuses them."""
+    if os.environ.get("NNX_GRAPH_MODE", "").lower() in ("false", "0"):
+        pytest.skip("Flax's tree mode has no shared references")
+
+
+@pytest.fixture
 def no_pictures(monkeypatch):
     """Leaves runs without a report, the slowest part of one that is over in a second.
 

@@ -8,6 +8,8 @@ from tpp_jax.errors import TPPError, TPPTypeError
 from tpp_jax.graph.context import Context
 from tpp_jax.graph.records import Group, Groups, Member
 from tpp_jax.graph.rules import register_rule
+from tpp_jax.interop.gguf_files import load_gguf
+from tpp_jax.interop.hugging_face import load_hf, save_hf
 from tpp_jax.interop.torch_weights import load_torch, save_torch
 from tpp_jax.method.gram import gram_penalty, gram_penalty_grad
 from tpp_jax.method.isometry import reinitialize
@@ -77,6 +79,8 @@ __all__ = [
     "input_moments",
     "jacobian_singular_values",
     "linen_apply",
+    "load_gguf",
+    "load_hf",
     "load_model",
     "load_model_info",
     "load_torch",
@@ -88,6 +92,7 @@ __all__ = [
     "recalibrate",
     "register_rule",
     "reinitialize",
+    "save_hf",
     "save_model",
     "save_torch",
     "sensitivity",

@@ -12,6 +12,7 @@ PAGES = (
     "guide.md",
     "plans.md",
     "recovery.md",
+    "llm.md",
     "trainability.md",
     "config.md",
     "extend.md",

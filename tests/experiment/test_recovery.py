@@ -25,6 +25,7 @@ RESNET = {
     "pretrain.epochs": 8,
     "pretrain.learning_rate": "0.05",
     "finetune.distillation.weight": 0.5,
+    "finetune.distillation.activations": "*layer*.conv2",
     "prune.method": "compensated_tpp",
     "prune.ratios": "*layer*.conv1:0.6",
     "prune.skip": "",
@@ -75,6 +76,9 @@ def test_the_distance_to_the_teacher_is_recorded(refit):
     taught = {row["phase"] for row in rows if "distillation" in row}
     assert taught == {"finetune"}
     assert [row["distillation"] for row in rows if row["phase"] == "finetune"] > [0]
+    assert (
+        0 < next(row["activations"] for row in rows if row["phase"] == "finetune") < 1
+    )
 
 
 def test_a_refit_network_scores_as_the_pruned_one_does(refit, cut):
@@ -170,6 +174,14 @@ def test_nothing_is_distilled_without_weight():
     assert not make_setup(small_config(**fields)).distils("finetune")
 
 
+def test_activations_alone_may_be_distilled_if_their_layers_keep_all_channels():
+    fields = {**MLP, "finetune.distillation.weight": 0.0}
+    name = "finetune.distillation.activations"
+    assert make_setup(small_config(**fields, **{name: "net.12"})).distils("finetune")
+    with pytest.raises(TPPError, match=r"outputs of net\.0 .*keep all channels"):
+        make_setup(small_config(**fields, **{name: "net.0"}))
+
+
 def test_moments_for_criteria_are_those_of_the_calibration_examples():
     config = small_config(
         **{"prune.criterion": "wanda", "prune.calibration_examples": 90}
@@ -197,7 +209,7 @@ def test_moments_for_criteria_are_those_of_the_calibration_examples():
             {"method": "compensated", "reinitialize": "orthp"},
             r"reinitialize='orthp' replaces .* config.prune.method='compensated' fits",
         ),
-        ({"method": "scratch"}, "weight is 0.5, but the method 'scratch' has no dense"),
+        ({"method": "scratch"}, "a teacher, but the method 'scratch' has no dense"),
     ],
     ids=str,
 )

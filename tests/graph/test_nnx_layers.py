@@ -433,6 +433,7 @@ def test_a_pruned_layer_has_its_new_sizes_and_computes_the_same_as_the_masked_on
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("graphs")
 def test_a_layer_in_two_places_follows_its_arrays():
     class Twice(nnx.Module):
         def __init__(self):

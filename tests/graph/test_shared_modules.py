@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import tpp_jax as tpp
@@ -24,6 +25,7 @@ class Twice(nnx.Module):
         return self.last(h) + h @ self.kernel
 
 
+@pytest.mark.usefixtures("graphs")
 def test_a_module_under_two_names_is_one_producer():
     model = Twice(nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (5, 4))

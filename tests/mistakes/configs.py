@@ -106,6 +106,10 @@ def fields() -> Cases:
         "a teacher where no dense network is trained",
         lambda f: train(f, **scratch, **{"finetune.distillation.weight": 0.5}),
     )
+    activations = {"finetune.distillation.activations": "net.0"}
+    yield ("activations of a pruned layer", lambda f: train(f, **activations))
+    nowhere = {"finetune.distillation.activations": "conv1"}
+    yield ("activations of no layer", lambda f: train(f, **nowhere))
     refit = {"prune.method": "compensated", "prune.reinitialize": "orthp"}
     yield ("refit weights that are then replaced", lambda f: train(f, **refit))
     yield ("a misspelt field", _odd_field)

@@ -1,7 +1,9 @@
-"""Mistakes in files of PyTorch's weights."""
+"""Mistakes in files of weights."""
 
+import json
 import pathlib
 import pickle
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,8 @@ from safetensors.numpy import load_file
 import tpp_jax as tpp
 from tests.interop.tensors import FILES
 from tests.mistakes.runs import Cases
+
+DECODER = pathlib.Path(__file__).parents[1] / "interop" / "decoders" / "qwen2"
 
 
 class _Malicious:
@@ -59,4 +63,22 @@ def weights() -> Cases:
         ("a tensor is missing", lambda f: state(lambda d: d.pop("net.0.weight"))),
         ("a tensor too many", lambda f: state(lambda d: d.update(x=np.ones(3)))),
         ("a tensor of another shape", lambda f: state(transposed)),
+    )
+    yield from language_models()
+
+
+def language_models() -> Cases:
+
+    def folder(folder: pathlib.Path, **values: Any) -> Any:
+        for file in DECODER.iterdir():
+            shutil.copy(file, folder)
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | values))
+        return tpp.load_hf(folder)
+
+    yield from (
+        ("a folder without a language model", lambda f: tpp.load_hf(f)),
+        ("an unknown language model", lambda f: folder(f, model_type="gpt2")),
+        ("settings of another model", lambda f: folder(f, intermediate_size=12)),
+        ("a GGUF file that does not exist", lambda f: tpp.load_gguf(f / "m.gguf")),
     )

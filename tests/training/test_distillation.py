@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+import tpp_jax as tpp
 from tests.training.test_step import assert_alike, digits_task, small_mlp
 from tests.training.test_task import Regression
 from tpp_jax.errors import TPPError
@@ -161,3 +162,39 @@ def test_a_task_without_logits_cannot_be_distilled():
     never = distilled(lambda model, batch, key: (jnp.zeros(()), {}), model, 0.5, 1.0)
     with pytest.raises(TPPError, match="never calls the model"):
         never(model, batch, jax.random.key(0))
+
+
+def test_activations_are_distilled_relative_to_those_of_the_teacher(mlps):
+    task = digits_task()
+    batch = next(task.samples(0))
+    images = task.inputs(batch)[0].reshape(16, -1)
+    ours, theirs = (model.net[0](images) for model in mlps)
+    expected = jnp.sum((ours - theirs) ** 2) / jnp.sum(theirs**2)
+    plain, _ = task.loss(mlps[0], batch, None)
+    (pupil, state), (dense, arrays) = map(nnx.split, mlps)
+
+    @jax.jit
+    def taught(state, arrays):
+        fn = distilled(task.loss, nnx.merge(dense, arrays), 0.0, 1.0, "net.0", 2.0)
+        return fn(nnx.merge(pupil, state), batch, None)
+
+    loss, metrics = taught(state, arrays)
+    assert metrics.keys() == {"accuracy", "activations"}
+    np.testing.assert_allclose(metrics["activations"], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, plain + 2 * expected, rtol=1e-5)
+
+
+def test_only_activations_of_equal_widths_are_distilled(mlps):
+    task = digits_task()
+    batch = next(task.samples(0))
+
+    def taught(patterns):
+        return distilled(task.loss, nnx.clone(mlps[1]), 0.5, 1.0, patterns)
+
+    narrow = tpp.models.MLP(7, image_shape=(8, 8, 1), hidden=20, rngs=nnx.Rngs(0))
+    for patterns, message in (
+        ("net.0", r"net.0 have the shapes \(16, 20\) and \(16, 100\)"),
+        ("conv*", r"'conv\*' of activations chooses no layer of this MLP"),
+    ):
+        with pytest.raises(TPPError, match=message):
+            taught(patterns)(narrow, batch, None)

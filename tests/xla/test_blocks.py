@@ -49,7 +49,7 @@ def test_rolled_blocks_give_the_same_loss_gradients_and_statistics():
     # In every stage but the first, the first block differs: it halves the image.
     assert (none, loops) == (0, 3)
     assert jax.tree.structure(one_by_one) == jax.tree.structure(at_once)
-    assert_alike(at_once, one_by_one, rtol=1e-4, atol=1e-6)
+    assert_alike(at_once, one_by_one, rtol=1e-4, atol=5e-6)  # of values up to 6
 
 
 def test_only_blocks_of_equal_widths_are_rolled():
@@ -59,7 +59,7 @@ def test_only_blocks_of_equal_widths_are_rolled():
     _, one_by_one = loops_and_results(pruned, roll=False)
     loops, at_once = loops_and_results(pruned, roll=True)
     assert loops == 4  # blocks 0 and 1, 3 and 4 of the first stage
-    assert_alike(at_once, one_by_one, rtol=1e-4, atol=1e-6)
+    assert_alike(at_once, one_by_one, rtol=1e-4, atol=5e-6)  # of values up to 6
 
 
 def test_rolled_blocks_train_like_others_on_several_devices(monkeypatch):

@@ -94,7 +94,7 @@ class RunConfig:
     init: InitConfig = field(
         InitConfig(),
         "Trained weights to start from, instead of the phase `pretrain`. At most one "
-        "the two may be set.",
+        "of the two may be set.",
     )
     pretrain: TrainingConfig = field(
         TrainingConfig(epochs=200, learning_rate="0:0.1,100:0.01,150:0.001"),

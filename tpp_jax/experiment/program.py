@@ -101,6 +101,8 @@ def make_program(
             graphdef_of(teacher, training=False),
             distillation.weight,
             distillation.temperature,
+            distillation.activations,
+            distillation.activation_weight,
         )
 
     def steps_of(tx: optax.GradientTransformation) -> Callable[..., Any]:

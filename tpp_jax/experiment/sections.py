@@ -53,7 +53,7 @@ class DataConfig:
     pad_to: int = field(
         0,
         "Height and width in pixels to which images in memory are zero-padded; 0 for "
-        "padding.",
+        "no padding.",
         most=_LARGEST_IMAGE,
     )
     batch_size: int = field(
@@ -84,7 +84,7 @@ class DataConfig:
     workers: int = field(
         0,
         "Number of processes that decode streamed images; 0 to decode in threads of "
-        "main process.",
+        "the main process.",
         most=1000,
     )
 
@@ -147,7 +147,7 @@ class TrainingConfig:
     ema: float = field(
         0.0,
         "Decay per step of an exponential moving average of the weights, which "
-        "them in evaluations and after the phase; 0 for none.",
+        "replaces them in evaluations and after the phase; 0 for none.",
         below=1,  # an average with a decay of 1 never changes
     )
     orthogonality: str = field(
@@ -174,6 +174,14 @@ class DistillationConfig:
         "Temperature T by which the outputs of both networks are divided.",
         least=0.01,
         most=1000,
+    )
+    activations: str = field(
+        "",
+        "Patterns of layers, separated by commas, whose outputs are distilled; layers "
+        "whose outputs are pruned cannot be among them.",
+    )
+    activation_weight: float = field(
+        1.0, "Factor of their mean relative squared distance in the loss."
     )
 
 

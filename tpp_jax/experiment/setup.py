@@ -26,12 +26,15 @@ from tpp_jax.experiment.tasks import Load, make_task, make_tasks, open_data
 from tpp_jax.graph.groups import Groups
 from tpp_jax.interop.torch_weights import load_torch
 from tpp_jax.method.schedule import GrowingSchedule
+from tpp_jax.pruning import cutting
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import load_model
 from tpp_jax.training import parallel
+from tpp_jax.training.distillation import activation_loss
 from tpp_jax.training.step import StepConfig
 from tpp_jax.training.task import Task
+from tpp_jax.training.watching import watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +98,9 @@ class Setup:
 
     def distils(self, section: str) -> bool:
         """Returns whether the dense network teaches in phases of a section."""
-        return section == "finetune" and self.config.finetune.distillation.weight > 0
+        teaching = self.config.finetune.distillation
+        asked = teaching.weight > 0 or bool(teaching.activations)
+        return section == "finetune" and asked
 
     def groups_of(self, model: nnx.Module, plans: Sequence[Plan]) -> Groups:
         """Returns the groups of a network that was cut by some plans."""
@@ -221,10 +226,31 @@ def _check_repairs(setup: Setup) -> None:
         )
     if setup.distils("finetune") and kinds >= {"finetune"} and "dense" not in kinds:
         raise TPPError(
-            "config.finetune.distillation.weight is "
-            f"{setup.config.finetune.distillation.weight}, but the method "
-            f"{prune.method!r} has no dense network to learn from: set it to 0"
+            "config.finetune.distillation asks for a teacher, but the method "
+            f"{prune.method!r} has no dense network to learn from: set its weight to 0 "
+            "and leave its activations empty"
         )
+    if setup.distils("finetune"):
+        _check_activations(setup)
+
+
+def _check_activations(setup: Setup) -> None:
+    """Raises a TPPError if distilled activations are not of the same shape."""
+    patterns = setup.config.finetune.distillation.activations
+    if not patterns:
+        return
+    cut = cutting.prune(setup.model, setup.plan)
+
+    (dense, state), (small, rest) = map(nnx.split, (setup.model, cut))
+
+    def compare(state: Any, rest: Any, *inputs: Any) -> Any:
+        models = nnx.merge(dense, state), nnx.merge(small, rest)
+        theirs, ours = (watch(model, patterns) for model in models)
+        for model in models:
+            model(*inputs)
+        return activation_loss(ours, theirs)
+
+    jax.eval_shape(compare, state, rest, *setup.groups.inputs)
 
 
 def _devices(number: int) -> list[parallel.Device]:

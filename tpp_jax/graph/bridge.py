@@ -4,7 +4,7 @@ A Linen module in an NNX module (``nnx.bridge.ToNNX``) declares its own widths. 
 pruned model it runs with those of its arrays.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard, cast
 
 import jax
@@ -50,7 +50,16 @@ def follow_arrays(
       num_groups: See :func:`tpp_jax.graph.nnx_layers.follow_layer`.
       shapes: Array name → its shape before the cut; Linen modules in the model need it.
     """
-    for path, module in modules(model):
+    follow_modules(modules(model), num_groups, shapes)
+
+
+def follow_modules(
+    found: Iterable[tuple[str, nnx.Module]],
+    num_groups: NumGroups,
+    shapes: Mapping[str, Shape] | None = None,
+) -> None:
+    """Does what :func:`follow_arrays` does, for modules with their paths."""
+    for path, module in found:
         follow_layer(module, path, num_groups, shapes)
         if shapes and isinstance(module, nnx.bridge.ToNNX):
             _follow_linen(module, f"{path}." if path else "", num_groups, shapes)

@@ -7,7 +7,7 @@ channels of a model.
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from tpp_jax.graph.labels import Axis, Channels
 
@@ -42,8 +42,11 @@ def alike_channels(
     seen[channel_at] = True
     present = np.flatnonzero(seen)
     bundle = np.zeros(len(stuck), np.int64)
-    _, bundle[present] = np.unique(signature[present], return_inverse=True)
-    met = np.unique(bundle[channel_at] * len(rows) + slot_of)
+    # Neighbours are most often alike: only the first of a run is sorted.
+    values, starts = _runs(signature[present])
+    _, number = np.unique(values, return_inverse=True)
+    bundle[present] = np.repeat(number, np.diff([*starts, len(present)]))
+    met = np.unique(_runs(bundle[channel_at] * len(rows) + slot_of)[0])
     slots_of: dict[int, list[int]] = {}
     for number, slot in zip(*np.divmod(met, len(rows)), strict=True):
         slots_of.setdefault(int(number), []).append(int(slot))
@@ -54,6 +57,16 @@ def alike_channels(
         slots = slots_of.get(int(bundle[chosen[0]]), [])
         for channels in _apart(chosen, *rows[slots[0]]):
             yield channels, slots
+
+
+def _runs(
+    values: Shaped[np.ndarray, " n"],
+) -> tuple[Shaped[np.ndarray, " runs"], Int[np.ndarray, " runs"]]:
+    """Returns the value and the start of each run of equal neighbours."""
+    first = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=first[1:])
+    starts = np.flatnonzero(first)
+    return values[starts], starts
 
 
 def rows_of(solution: Channels, axes: list[Axis]) -> list[Row]:
@@ -130,7 +143,7 @@ def positions_of(
     """
     start = at.searchsorted(channels[0])
     there = slice(start, start + len(channels))
-    if once and np.array_equal(at[there], channels):
+    if once and len(at) >= there.stop and (at[there] == channels).all():
         return positions[there, None]
     starts = at.searchsorted(channels)
     m = 1 if once else at.searchsorted(channels[0], side="right") - starts[0]

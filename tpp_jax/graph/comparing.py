@@ -284,6 +284,38 @@ def difference(
     return None
 
 
+def is_equal(one: Trace, other: Trace) -> bool:
+    """Reports whether two traces are certainly of the same computation.
+
+    Operations with different arrays as parameters count as different.
+    """
+    return (
+        one.leaves == other.leaves
+        and one.shapes == other.shapes
+        and one.outputs == other.outputs
+        and len(one.equations) == len(other.equations)
+        and all(map(_is_equal, one.equations, other.equations))
+    )
+
+
+def _is_equal(one: Equation, other: Equation) -> bool:
+    return (
+        one.primitive == other.primitive
+        and one.inputs == other.inputs
+        and one.outputs == other.outputs
+        and one.times == other.times
+        and one.params.keys() == other.params.keys()
+        and all(_is_same(own, other.params[name]) for name, own in one.params.items())
+    )
+
+
+def _is_same(setting: Any, other: Any) -> bool:
+    try:
+        return setting is other or bool(setting == other)
+    except ValueError:  # arrays
+        return False
+
+
 def _groups_through(eqn: Equation, old: Trace, reading: Reading) -> frozenset[int]:
     """Returns the groups that run along the operands of an operation."""
     return frozenset(

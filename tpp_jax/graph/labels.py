@@ -82,7 +82,9 @@ class Labels:
 
     def stuck(self, n: int, reason: str) -> np.ndarray:
         """Returns labels of ``n`` positions that are fixed for a reason."""
-        return np.full(n, -1 - self._reason(reason))
+        axis = np.full(n, -1 - self._reason(reason))
+        self._signs[id(axis)] = axis, -1
+        return axis
 
     def fix(self, labels: np.ndarray, reason: str) -> None:
         """Fixes positions: their channels cannot be removed."""
@@ -192,6 +194,8 @@ class Labels:
 
     def _sign(self, labels: np.ndarray) -> int:
         """Returns 1 if all positions are free, -1 if all are fixed, 0 otherwise."""
+        if id(labels) in self._block:
+            return 1
         found = self._signs.get(id(labels))
         if found is None:
             free = labels >= 0

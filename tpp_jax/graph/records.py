@@ -104,8 +104,10 @@ class Group:
 def with_inner(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     """Sets ``inner`` of all groups, from which of them can be pruned."""
     prunable = {g.name for g in groups if g.reason is None and g.size > 1}
+    inner = [not prunable.isdisjoint(g.outer) for g in groups]
     return tuple(
-        dataclasses.replace(g, inner=not prunable.isdisjoint(g.outer)) for g in groups
+        g if g.inner == own else dataclasses.replace(g, inner=own)
+        for g, own in zip(groups, inner, strict=True)
     )
 
 

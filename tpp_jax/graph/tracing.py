@@ -23,7 +23,7 @@ from flax import linen, nnx
 from tpp_jax.graph.functions import Function, as_function, is_array
 from tpp_jax.graph.layers import Layer, Lookup, find_layers, find_lookups
 from tpp_jax.graph.naming import layer_name
-from tpp_jax.graph.unfolding import Builder, Equation, check_length
+from tpp_jax.graph.unfolding import Builder, Equation, Value, check_length
 
 # Libraries of layers: messages name a line of theirs if there is none of the user's.
 _LAYERS = ("flax", "equinox", "haiku", "einops")
@@ -74,6 +74,11 @@ class Trace:
         return find_layers(*read, self.trainable)
 
     @functools.cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers in order of execution, each at its first use."""
+        return tuple(_layers(self, lambda use: use.kernel))
+
+    @functools.cached_property
     def lookups(self) -> tuple[Lookup, ...]:
         """The look-ups of inputs in tables."""
         read = self.leaves, self.origin, self.equations, self.shapes
@@ -104,7 +109,7 @@ def trace(
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Pauses Python's garbage collector.
 
     A trace makes many small objects that all remain, which it would go through again
@@ -119,7 +124,7 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-@_collector_paused()
+@collector_paused()
 def trace_function(
     function: Function, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Trace:
@@ -145,7 +150,7 @@ def trace_function(
     constants = [builder.number(np.shape(var.aval), ()) for var in jaxpr.constvars]
     builder.origin.update({n: (name,) for name, n in places.items()})
     variables = [*jaxpr.invars, *jaxpr.constvars]
-    scope = dict(zip(variables, [*numbers, *constants], strict=True))
+    scope: dict[Any, Value] = dict(zip(variables, [*numbers, *constants], strict=True))
     found = builder.unfold(jaxpr, scope)
     outputs = [n if isinstance(n, int) else None for n in found]
     others = tuple(numbers[len(places) :])
@@ -284,10 +289,16 @@ def layers(traced: Trace, repeated: bool = False) -> list[Layer]:
       traced: Computation of the model.
       repeated: Whether a layer that runs twice is listed twice, or at its first use.
     """
+    if repeated:
+        return _layers(traced, lambda use: use.equation.outputs)
+    return list(traced.layers)
+
+
+def _layers(traced: Trace, key_of: Callable[[Layer], Any]) -> list[Layer]:
     name_of = layer_names(traced)
     found: dict[Any, Layer] = {}
     for use in traced.uses:
-        key = use.equation.outputs if repeated else use.kernel
+        key = key_of(use)
         # A use with activations says more about a kernel than one with parameters.
         if key not in found or (found[key].inner and not use.inner):
             found[key] = dataclasses.replace(use, name=name_of(use.kernel))
@@ -336,11 +347,10 @@ def source_lines(source: Any) -> Iterator[str]:
         if name == __file__:  # frames further out called the model
             break
         owner = _owner(name)
-        line = f"{pathlib.Path(name).name}:{frame.line_num}"
         if owner is None:
-            yield line
+            yield f"{os.path.basename(name)}:{frame.line_num}"
         elif owner not in ("jax", "flax", ""):
-            library.append(line)
+            library.append(f"{os.path.basename(name)}:{frame.line_num}")
     yield from library
 
 

@@ -5,7 +5,7 @@ Nested calls (``jit``, ``custom_jvp``, ``remat``…), loops, branches and the bo
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,31 +136,32 @@ class Builder:
         self.origin[n] = origin
         return n
 
-    def unfold(self, jaxpr: Any, known: Mapping[Any, Value]) -> list[Value]:
+    def unfold(self, jaxpr: Any, known: dict[Any, Value]) -> list[Value]:
         """Adds the equations of a jaxpr; returns the numbers of its results.
 
         Args:
           jaxpr: Jaxpr whose equations are added.
-          known: Value number of each variable that is no result of an equation.
+          known: Value number of each variable that is no result of an equation; those
+            of the others are added.
         """
-        env: dict[Any, Value] = dict(known)
+        caller, literal = self._caller, jex_core.Literal
         for eqn in jaxpr.eqns:
-            self._source = self._caller or eqn.source_info
+            self._source = caller or eqn.source_info
             inputs = [
-                self._literal(var) if isinstance(var, jex_core.Literal) else env[var]
+                self._literal(var) if isinstance(var, literal) else known[var]
                 for var in eqn.invars
             ]
             name = eqn.primitive.name
-            enter = self._enter if name in ENTERED else self._plain
-            env.update(zip(eqn.outvars, enter(name, eqn, inputs), strict=True))
+            if name in ENTERED:
+                outputs = self._enter(name, eqn, inputs)
+            else:
+                shapes = [_shape(var) for var in eqn.outvars]
+                outputs = self._equation(name, inputs, shapes, eqn.params)
+            known.update(zip(eqn.outvars, outputs, strict=True))
         return [
-            self._literal(var) if isinstance(var, jex_core.Literal) else env[var]
+            self._literal(var) if isinstance(var, literal) else known[var]
             for var in jaxpr.outvars
         ]
-
-    def _plain(self, name: str, eqn: Any, inputs: list[Value]) -> Sequence[Value]:
-        shapes = [_shape(var) for var in eqn.outvars]
-        return self._equation(name, inputs, shapes, eqn.params)
 
     def _enter(self, name: str, eqn: Any, inputs: list[Value]) -> Sequence[Value]:
         match name:
@@ -173,7 +174,8 @@ class Builder:
             case "shard_map" if "in_specs" in eqn.params:
                 return self._shard_map(eqn, inputs)
             case "shard_map":
-                return self._plain(name, eqn, inputs)
+                shapes = [_shape(var) for var in eqn.outvars]
+                return self._equation(name, inputs, shapes, eqn.params)
         before = self._caller
         # JAX caches the jaxpr of a jitted function, with the lines of its first call.
         # So the line of this call is its source.
@@ -190,12 +192,15 @@ class Builder:
         params: dict[str, Any] | None = None,
     ) -> list[int]:
         inputs = [n if isinstance(n, int) else None for n in operands]
-        scalars = [n.value if isinstance(n, Scalar) else None for n in operands]
+        scalars: list[Any] = [None] * len(operands)
+        if None in inputs:
+            scalars = [n.value if isinstance(n, Scalar) else None for n in operands]
         origin, params = self._origin_of(inputs), params or {}
         first = len(self.shapes)
         self.shapes += shapes
         outputs = list(range(first, len(self.shapes)))
-        self.origin.update(dict.fromkeys(outputs, origin))
+        for n in outputs:
+            self.origin[n] = origin
         times = self._times
         if self._mesh:
             varying = frozenset().union(*(self._varying.get(n, ()) for n in inputs))
@@ -383,7 +388,10 @@ def check_length(jaxpr: Any) -> None:
 def _length(jaxpr: Any, known: dict[int, int]) -> int:
     if id(jaxpr) not in known:
         known[id(jaxpr)] = len(jaxpr.eqns) + sum(
-            _length(inner, known) for eqn in jaxpr.eqns for inner in _entered(eqn)
+            _length(inner, known)
+            for eqn in jaxpr.eqns
+            if eqn.primitive.name in ENTERED
+            for inner in _entered(eqn)
         )
     return known[id(jaxpr)]
 

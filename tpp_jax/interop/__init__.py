@@ -1,1 +1,1 @@
-"""Import and export of weights in PyTorch's formats."""
+"""Import and export of weights in formats of PyTorch and of language models."""

@@ -132,12 +132,12 @@ def save_torch(
     }
     description = json.dumps(describe_layers(model), indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         if path.suffix == ".safetensors":
-            _write_safetensors(tensors, partial)
+            write_safetensors(tensors, partial)
         else:
             _write_with_torch(tensors, partial)
-    with _replacing(path.with_name(f"{path.name}.json")) as partial:
+    with replacing(path.with_name(f"{path.name}.json")) as partial:
         partial.write_text(description)
 
 
@@ -273,8 +273,12 @@ def _follow_widths(model: nnx.Module) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields the path of a file that replaces another once it is complete."""
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the path of a file that replaces another once it is complete.
+
+    Args:
+      path: Path of the file that is replaced.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
@@ -283,7 +287,13 @@ def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.unlink(missing_ok=True)
 
 
-def _write_safetensors(tensors: Tensors, path: pathlib.Path) -> None:
+def write_safetensors(tensors: Tensors, path: pathlib.Path) -> None:
+    """Writes arrays to a file in the format safetensors.
+
+    Args:
+      tensors: Arrays by name, in C order.
+      path: Path of the file.
+    """
     from safetensors.numpy import save_file  # late: only these files need the package
 
     save_file(tensors, path, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Flax NNX networks, created by name.
+"""Flax NNX networks: for images, created by name, and decoder language models.
 
 They have no code for pruning.
 
@@ -32,7 +32,9 @@ from tpp_jax.models import (
 from tpp_jax.models.cifar_resnet import CifarResNet
 from tpp_jax.models.cifar_vgg import CifarVGG
 from tpp_jax.models.cifar_wrn import CifarWRN
+from tpp_jax.models.decoder import Cache, Decoder, DecoderConfig, RopeScaling
 from tpp_jax.models.efficientnet import EfficientNetLite
+from tpp_jax.models.generation import generate
 from tpp_jax.models.layers import BatchNorm
 from tpp_jax.models.lenet import LeNet5
 from tpp_jax.models.mlp import MLP
@@ -45,16 +47,21 @@ __all__ = [
     "MLP",
     "VGG",
     "BatchNorm",
+    "Cache",
     "CifarResNet",
     "CifarVGG",
     "CifarWRN",
+    "Decoder",
+    "DecoderConfig",
     "EfficientNetLite",
     "LeNet5",
     "MobileNetV2",
     "ModelSpec",
     "ResNet",
+    "RopeScaling",
     "VisionTransformer",
     "create",
+    "generate",
     "names",
     "spec_of",
 ]

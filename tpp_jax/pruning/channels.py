@@ -8,6 +8,7 @@ from flax import linen, nnx
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.groups import read_groups
 from tpp_jax.graph.records import Groups, Slot
+from tpp_jax.graph.tracing import collector_paused
 from tpp_jax.pruning.search import try_groups
 from tpp_jax.pruning.source import Source
 
@@ -58,6 +59,11 @@ def channel_groups(
       w2 2 an output of the model
     """
     source = Source.of(model, params, inputs, kwargs)
+    with collector_paused():
+        return _groups_of(source, strict)
+
+
+def _groups_of(source: Source, strict: bool) -> Groups:
     traced = source.trace()
     groups, suppositions = read_groups(traced, source.inputs, strict)
     verdict = try_groups(source, groups, suppositions)

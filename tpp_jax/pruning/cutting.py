@@ -23,6 +23,7 @@ from tpp_jax.graph.comparing import Difference
 from tpp_jax.graph.functions import split_module
 from tpp_jax.graph.groups import read_groups
 from tpp_jax.graph.naming import longest_known_suffix, named_leaves
+from tpp_jax.graph.nnx_layers import modules
 from tpp_jax.graph.records import Group, Groups
 from tpp_jax.pruning.plan import Plan, expect_plan
 from tpp_jax.pruning.readiness import check_ready, measure
@@ -116,7 +117,7 @@ def prune(
     graphdef, state = nnx.split(model)
     state = _rescaled(plan, source, state, opt_state)
     small = nnx.merge(graphdef, slice_tree(plan, state))
-    adapt(small, plan)
+    adapt(list(modules(small)), plan)
     follow_inputs(small, *plan.groups.inputs, **plan.groups.kwargs)
     return small
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Set
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -193,10 +193,17 @@ def _is_same(one: Any, other: Any) -> bool:
     """
     if isinstance(one, (int, float)) and isinstance(other, (int, float)):
         return one == other or (one != one and other != other)
+    if _is_scalar(one) and _is_scalar(other) and one.dtype == other.dtype:
+        one, other = one.item(), other.item()  # much faster than to compare arrays
+        return one == other or (one != one and other != other)
     if np.shape(one) != np.shape(other) or _is_key(one):
         return True
     one, other = np.asarray(one), np.asarray(other)
     return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
+
+
+def _is_scalar(one: Any) -> TypeGuard[np.ndarray]:
+    return isinstance(one, np.ndarray) and one.ndim == 0 and one.dtype.kind in "biufc"
 
 
 def _is_key(array: Any) -> bool:

@@ -113,7 +113,9 @@ class Plan:
 
     def pruned(self, name: str) -> Int[np.ndarray, " p"]:
         """Returns the pruned channels of a group, ascending; not for traced plans."""
-        return np.setdiff1d(np.arange(self.groups[name].size), self.kept[name])
+        gone = np.ones(self.groups[name].size, bool)
+        gone[np.asarray(self.kept[name])] = False
+        return np.flatnonzero(gone)
 
     def then(self, later: "Plan") -> "Plan":
         """Returns the plan that is equivalent to this one followed by another.

@@ -5,7 +5,7 @@ narrower arrays that a plan leaves.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding
 
 from tpp_jax.graph.arrays import fitting
-from tpp_jax.graph.bridge import follow_arrays
+from tpp_jax.graph.bridge import follow_modules
 from tpp_jax.graph.fields import (
     Field,
     fields_of_tree,
@@ -121,14 +121,12 @@ class Source:
         """
         # A copy of a parameter in another collection is cut as the parameter is.
         copies = self.function.namesakes
-        names = zip(self.function.names, self.function.params, strict=True)
+        names = self.function.names
+        cut = (shapes[name if name in shapes else copies[name]] for name in names)
         function = dataclasses.replace(
             self.function,
             call=self._call_cut(plan),
-            params=[
-                _with_shape(leaf, shapes[name if name in shapes else copies[name]])
-                for name, leaf in names
-            ],
+            params=_with_shapes(self.function.params, cut),
         )
         return trace_function(function, self.inputs, self.kwargs)
 
@@ -148,7 +146,7 @@ class Source:
 
     def _call_cut(self, plan: Any) -> Callable[..., Any]:
         if isinstance(self.model, Structure):
-            return self.model.call(lambda module: adapt(module, plan))
+            return self.model.call(lambda found: adapt(found, plan))
         if isinstance(self.model, linen.Module):
             return _of_leaves(linen_apply(self.model, plan), self.form)
         values = plan.field_values()
@@ -167,12 +165,17 @@ def _of_leaves(call: Callable[..., Any], form: Any) -> Callable[..., Any]:
     return flat
 
 
-def adapt(module: nnx.Module, plan: Any) -> None:
-    """Sets all attributes of a cut NNX module that are sizes, in place."""
-    follow_arrays(module, plan.kept_blocks, plan.groups.shapes)
+def adapt(found: list[tuple[str, nnx.Module]], plan: Any) -> None:
+    """Sets all attributes of cut NNX modules that are sizes, in place.
+
+    Args:
+      found: Modules with their paths.
+      plan: Plan of the cut.
+    """
+    follow_modules(found, plan.kept_blocks, plan.groups.shapes)
     values = plan.field_values()
     if values:
-        for path, inner in modules(module):
+        for path, inner in found:
             for name, value in with_values(inner, values.get(path, {})).items():
                 setattr(inner, name, value)
 
@@ -191,31 +194,58 @@ def abstract(tree: Any) -> Any:
     Other leaves are unchanged. Arrays on a mesh with explicit axes keep their sharding,
     which is part of their type. A NumPy dtype becomes the one that JAX converts it to.
     """
+    known: dict[tuple[Any, ...], jax.ShapeDtypeStruct] = {}
 
     def describe(leaf: Any) -> Any:
         if not is_array(leaf):
             return leaf
+        given = isinstance(leaf, jax.ShapeDtypeStruct)
+        dtype = leaf.dtype if given else jax.typeof(leaf).dtype
         sharding = getattr(leaf, "sharding", None)
-        explicit = isinstance(sharding, NamedSharding) and any(
-            axis_type == AxisType.Explicit for axis_type in sharding.mesh.axis_types
-        )
-        # A random key has the sharding of its data, which has one axis more.
-        explicit &= not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return jax.ShapeDtypeStruct(
-            leaf.shape,
-            leaf.dtype if isinstance(leaf, jax.ShapeDtypeStruct) else _dtype(leaf),
-            sharding=sharding if explicit else None,
-        )
+        if _is_explicit(sharding) and not jnp.issubdtype(
+            # A random key has the sharding of its data, which has one axis more.
+            leaf.dtype,
+            jax.dtypes.prng_key,
+        ):
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+        return _struct(known, leaf.shape, dtype)
 
     return jax.tree.map(describe, tree)
 
 
-def _dtype(leaf: Any) -> Any:
-    return jax.typeof(leaf).dtype
+def _is_explicit(sharding: Any) -> bool:
+    return isinstance(sharding, NamedSharding) and any(
+        axis_type == AxisType.Explicit for axis_type in sharding.mesh.axis_types
+    )
 
 
-def _with_shape(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Any:
-    if leaf.shape == shape:
-        return leaf
-    sharding = leaf.sharding and fitting(leaf.sharding, shape)
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+def _struct(
+    known: dict[tuple[Any, ...], jax.ShapeDtypeStruct],
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> jax.ShapeDtypeStruct:
+    """Returns an abstract array, the same for the same shape and dtype.
+
+    A model has many arrays of few shapes, and creating an abstract array is slow.
+    """
+    key = shape, dtype
+    if key not in known:
+        known[key] = jax.ShapeDtypeStruct(shape, dtype)
+    return known[key]
+
+
+def _with_shapes(
+    leaves: Iterable[jax.ShapeDtypeStruct], shapes: Iterable[tuple[int, ...]]
+) -> list[jax.ShapeDtypeStruct]:
+    """Returns abstract arrays with other shapes, and their shardings fitted to them."""
+    known: dict[tuple[Any, ...], jax.ShapeDtypeStruct] = {}
+    found = []
+    for leaf, shape in zip(leaves, shapes, strict=True):
+        if leaf.shape == shape:
+            found.append(leaf)
+        elif leaf.sharding is None:
+            found.append(_struct(known, shape, leaf.dtype))
+        else:
+            sharding = fitting(leaf.sharding, shape)
+            found.append(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding))
+    return found

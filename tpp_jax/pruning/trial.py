@@ -10,7 +10,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tpp_jax.graph.comparing import Difference, Kept, difference, lines_of
+from tpp_jax.graph.comparing import (
+    Difference,
+    Kept,
+    difference,
+    is_equal,
+    lines_of,
+)
 from tpp_jax.graph.groups import read_groups
 from tpp_jax.graph.records import Groups
 from tpp_jax.graph.tracing import Trace, lines_of_error, raised_in
@@ -67,6 +73,10 @@ def blamed(source: Source, plan: Plan) -> tuple[Difference, list[str]] | None:
         else:
             break
     return fault, rest
+
+
+# Traces that do other work that are remembered.
+_REFUTED = 4
 
 
 class Trial:
@@ -146,11 +156,23 @@ class Trial:
             )
         ):
             return False
+        # An attribute that makes no difference has just been tried, most often.
+        cut = positions.flat.tobytes()
+        if any(cut == same and is_equal(new, one) for same, one in self._refuted):
+            return False
         plan = Plan(kept, self.groups)
         found, _ = read_groups(
             new, self.source.inputs, joined=self.groups.joined, unpruned=self.groups
         )
-        return arrangement(found).issuperset(arrangement(self.groups, plan))
+        alike = arrangement(found).issuperset(arrangement(self.groups, plan))
+        if not alike:
+            self._refuted.append((cut, new))
+        return alike
+
+    @functools.cached_property
+    def _refuted(self) -> collections.deque[tuple[bytes, Trace]]:
+        """The last traces that do other work, and the positions that were kept."""
+        return collections.deque(maxlen=_REFUTED)
 
     def _raised(self, error: Exception, kept: Iterable[int]) -> Difference:
         text = str(error).strip().partition("\n")[0] or type(error).__name__

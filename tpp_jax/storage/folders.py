@@ -40,10 +40,15 @@ def resolved(path: str | pathlib.Path) -> pathlib.Path:
     Raises:
       TPPError: If it leads in a circle.
     """
+    circle = f"{path} is a link that leads in a circle"
     try:
-        return pathlib.Path(path).resolve()
+        target = pathlib.Path(path).resolve()
     except (OSError, RuntimeError) as error:
-        raise TPPError(f"{path} is a link that leads in a circle") from error
+        raise TPPError(circle) from error
+    # From Python 3.13 on, `resolve` returns such links as they are.
+    if any(part.is_symlink() for part in (target, *target.parents)):
+        raise TPPError(circle)
+    return target
 
 
 def whereabouts(target: pathlib.Path) -> pathlib.Path:

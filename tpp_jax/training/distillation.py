@@ -1,6 +1,6 @@
 """Distillation: a network learns from the outputs of another one, its teacher."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from tpp_jax.errors import TPPError
 from tpp_jax.training.task import Batch, Loss, Metrics
+from tpp_jax.training.watching import Outputs, pairs, watch
 
 
 class Teacher(NamedTuple):
@@ -18,11 +19,15 @@ class Teacher(NamedTuple):
       graphdef: Structure of the teacher, in evaluation mode.
       weight: Share of the distillation in the loss, from 0 to 1.
       temperature: Temperature of the softened outputs.
+      activations: Patterns of the layers whose outputs are distilled too.
+      activation_weight: Factor of that part of the loss.
     """
 
     graphdef: nnx.GraphDef
     weight: float
     temperature: float
+    activations: str = ""
+    activation_weight: float = 1.0
 
 
 def distillation_loss(
@@ -53,8 +58,37 @@ def distillation_loss(
     return temperature**2 * rows.mean()
 
 
+def activation_loss(ours: Outputs, theirs: Outputs) -> Float[Array, ""]:
+    """Returns ‖h − t‖² / ‖t‖² for outputs h and those of the teacher t, a mean.
+
+    Args:
+      ours: Outputs of the layers of the network that learns.
+      theirs: Outputs of the same layers of the teacher.
+
+    Raises:
+      TPPError: If their shapes differ, or no layer was called.
+
+    References:
+      Romero et al. 2015, "FitNets: hints for thin deep nets", equation 3, relative.
+    """
+    distances = []
+    for _, output, target in pairs(ours, theirs):
+        target = jax.lax.stop_gradient(target).astype(jnp.float32)
+        size = jnp.sum(jnp.square(target))
+        distance = jnp.sum(jnp.square(output.astype(jnp.float32) - target))
+        distances.append(distance / jnp.maximum(size, jnp.finfo(jnp.float32).tiny))
+    if not distances:
+        raise TPPError("the network calls none of the layers of distilled activations")
+    return jnp.stack(distances).mean()
+
+
 def distilled(
-    loss: Loss, teacher: nnx.Module, weight: float, temperature: float
+    loss: Loss,
+    teacher: nnx.Module,
+    weight: float,
+    temperature: float,
+    activations: str = "",
+    activation_weight: float = 1.0,
 ) -> Loss:
     """Returns a task's loss with a share of distillation.
 
@@ -63,22 +97,38 @@ def distilled(
 
     Args:
       loss: Loss of a task, which calls the model.
-      teacher: Teacher with its arrays, in evaluation mode.
+      teacher: Teacher with its arrays, in evaluation mode; modified if activations are
+        distilled.
       weight: Share of the distillation.
       temperature: Temperature of the softened outputs.
+      activations: Patterns of the layers whose outputs are distilled, separated by
+        commas; empty for none.
+      activation_weight: Factor of that part.
 
     Returns:
-      A loss of the same arguments, ``(1 - weight) · loss + weight · distillation``. Its
-      metrics have the entry ``distillation`` too.
+      A loss of the same arguments, ``(1 - weight) · loss + weight · distillation +
+      activation_weight · activations``. Its metrics have the entries ``distillation``
+      and, if there are any, ``activations`` too.
     """
+    theirs = watch(teacher, activations)
 
     def fn(
         model: nnx.Module, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], Metrics]:
-        pupil: Any = _Observed(model)
-        value, metrics = loss(pupil, batch, key)
-        own = _mean_distance(pupil.calls, teacher, temperature)
-        return (1 - weight) * value + weight * own, {**metrics, "distillation": own}
+        ours, pupil = watch(model, activations), _Observed(model)
+        for kept in theirs.values():  # of another part of the batch
+            kept.clear()
+        value, metrics = loss(cast(Any, pupil), batch, key)
+        targets = _targets(pupil.calls, teacher)
+        total = (1 - weight) * value
+        if weight or not activations:
+            outputs = [output for _, _, output in pupil.calls]
+            own = _mean_distance(outputs, targets, temperature)
+            total, metrics = total + weight * own, {**metrics, "distillation": own}
+        if activations:
+            metrics["activations"] = activation_loss(ours, theirs)
+            total += activation_weight * metrics["activations"]
+        return total, metrics
 
     return fn
 
@@ -99,19 +149,25 @@ class _Observed:
         return getattr(self._model, name)
 
 
-def _mean_distance(
-    calls: list[tuple[Any, Any, Any]], teacher: Any, temperature: float
-) -> Float[Array, ""]:
-    """Returns the mean distillation loss of some calls."""
+def _targets(calls: list[tuple[Any, Any, Any]], teacher: Any) -> list[Any]:
+    """Returns what the teacher returns for some calls."""
     if not calls:
         raise TPPError(
             "the loss of the task never calls the model as a function, so there are no "
             "outputs to distil: set config.finetune.distillation.weight to 0"
         )
+    return [
+        jax.lax.stop_gradient(teacher(*args, **kwargs)) for args, kwargs, _ in calls
+    ]
+
+
+def _mean_distance(
+    outputs: list[Any], targets: list[Any], temperature: float
+) -> Float[Array, ""]:
+    """Returns the mean distillation loss of the outputs of some calls."""
     total = jnp.zeros(())
-    for args, kwargs, outputs in calls:
-        targets = jax.lax.stop_gradient(teacher(*args, **kwargs))
-        ours, theirs = (getattr(x, "shape", ()) for x in (outputs, targets))
+    for output, target in zip(outputs, targets, strict=True):
+        ours, theirs = (getattr(x, "shape", ()) for x in (output, target))
         if len(ours) < 2 or ours != theirs:
             raise TPPError(
                 f"the outputs of the network and its teacher have the shapes {ours} "
@@ -119,5 +175,5 @@ def _mean_distance(
                 "the classes along the last of two or more axes: set "
                 "config.finetune.distillation.weight to 0"
             )
-        total += distillation_loss(outputs, targets, temperature)
-    return total / len(calls)
+        total += distillation_loss(output, target, temperature)
+    return total / len(outputs)

@@ -160,7 +160,7 @@ def _with_teacher(
         return loss
     model = _merged(teacher.graphdef, *arrays, dtype)
     hold_blocks(model)
-    return distilled(loss, model, teacher.weight, teacher.temperature)
+    return distilled(loss, model, *teacher[1:])
 
 
 def _gradients(
