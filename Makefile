@@ -36,8 +36,9 @@ test: $(VENV)/.installed-test
 unittest: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+# With the tests' settings, since compiled programs are kept by them.
 doctest: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q --doctest-modules tpp_jax
+	$(BIN)/python -m pytest -q -p tests.conftest --doctest-modules tpp_jax
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -43,16 +43,22 @@ hypothesis.settings.load_profile("tpp_jax")
 def pytest_collection_modifyitems(items):
     """Has long files start before short ones, so that all workers end together.
 
-    Those with slow tests are first; the first folders in the alphabet are last, since
-    none of their files takes half a minute.
+    Those with slow tests are first, then those that train networks.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path in slow, item.path), reverse=True)
+    train = {"end_to_end", "experiment", "commands", "gallery", "data"}
+
+    def place(item):
+        path = item.path
+        return path in slow, not train.isdisjoint(path.parts), path
+
+    items.sort(key=place, reverse=True)
 
 
 def pytest_collection_finish():
-    """Leaves what was imported out of the search for garbage, which is a long one."""
+    """Has garbage looked for less often, and not among what was imported."""
     gc.freeze()
+    gc.set_threshold(50_000, 20, 10)
 
 
 @pytest.fixture
@@ -71,3 +77,17 @@ def no_pictures(monkeypatch):
     from tpp_jax.experiment.records import summary
 
     monkeypatch.setattr(summary, "draw", lambda workdir: workdir / "report.html")
+
+
+@pytest.fixture(scope="module")
+def sketches():
+    """Has runs draw their pictures without making files of them, which is slow.
+
+    For runs whose reports are written as always, but looked at by other tests.
+    """
+    from tests.pictures import sketched
+    from tpp_jax.reports import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", sketched)
+        yield

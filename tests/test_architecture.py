@@ -1,6 +1,7 @@
 """Imports point one way: the packages stand in an order."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 import re
@@ -14,6 +15,7 @@ ORDER = [
 ]
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
     """Returns the modules of the package that each of its modules imports."""
     modules = {}

@@ -1,11 +1,13 @@
 """The core needs few packages; what needs more says which extra has it."""
 
+import os
 import pathlib
 import re
 import subprocess
 import sys
 import tomllib
 
+import jax
 import pytest
 
 import tpp_jax as tpp
@@ -48,8 +50,9 @@ tx = optax.chain(
 )
 params = nnx.state(model, nnx.Param)
 state = tx.init(params)
+update = jax.jit(tx.update)
 for _ in range(schedule.total_steps):
-    updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    updates, state = update(jax.tree.map(jnp.zeros_like, params), state, params)
     params = optax.apply_updates(params, updates)
 nnx.update(model, params)
 assert tpp.status(state, plan, params).ready
@@ -88,12 +91,21 @@ MODULES = {
 }
 
 
+# Compiled programs are found where those of the tests are.
+SETTINGS = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "XLA_FLAGS": os.environ["XLA_FLAGS"],
+}
+
+
 def without(refused, program, cwd):
     """Runs a program where some packages cannot be imported."""
     return subprocess.run(
         [sys.executable, "-c", REFUSE.format(refused=refused) + program],
         cwd=cwd,
-        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": ""},
+        env={"PYTHONPATH": str(ROOT), "PATH": "", **SETTINGS},
         text=True,
         capture_output=True,
     )

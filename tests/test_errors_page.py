@@ -12,6 +12,7 @@ def _own(text):
     return re.sub(r"\([^()]*\)", "(…)", text)
 
 
+@pytest.mark.usefixtures("sketches")
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_mistake_says_what_the_page_says(section):
     # To write the page again: python -m tests.bad_inputs

@@ -10,6 +10,7 @@ CALLS = {
     *("os._exit", "os.execv", "os.dup2", "os.environ.setdefault", "os.environ.update"),
     *("signal.signal", "sys.exit", "logging.basicConfig", "logging.set_verbosity"),
 }
+LAST_NAMES = {call.rpartition(".")[2] for call in CALLS}
 ELSEWHERE = {
     # In its own processes, which decode images.
     "data/streams.py": {"os._exit", "signal.signal"},
@@ -26,7 +27,8 @@ ELSEWHERE = {
 
 def calls(tree: ast.AST) -> set[str]:
     """Returns the calls in a file that change the process."""
-    found = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    found = {ast.unparse(x) for x in calls if getattr(x, "attr", None) in LAST_NAMES}
     return found & CALLS
 
 

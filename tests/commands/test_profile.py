@@ -9,7 +9,7 @@ from flax import nnx
 
 import tpp_jax as tpp
 from configs import digits_resnet8_tpp
-from tests.end_to_end.runs import launch
+from tests.end_to_end.starts import start
 from tests.experiment.test_errors import small_config
 from tpp_jax.analysis import latency
 from tpp_jax.commands.profile import BATCH_SIZES, profile
@@ -17,6 +17,14 @@ from tpp_jax.errors import TPPError
 from tpp_jax.experiment.run import train
 
 NETWORKS = [f"batch {size}" for size in BATCH_SIZES]
+
+# launch.py, but for the times, which do not matter here.
+HASTY = """
+import runpy
+from tpp_jax.analysis import latency
+latency._SECONDS = 0.0
+runpy.run_path("launch.py", run_name="__main__")
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -58,13 +66,18 @@ def test_before_any_run_it_times_the_cut_that_the_config_asks_for(
     assert [row.split()[1] for row in rows if "2.00×" in row] == convs
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_of_a_finished_run_its_own_networks_are_timed(tmp_path):
-    shortest = {"prune.method": "oneshot", "pretrain.epochs": 1, "num_devices": 1}
+    shortest = {"prune.method": "oneshot", "pretrain.epochs": 1}
     train(small_config(**shortest), tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     before = {file.name for file in tmp_path.iterdir()}
-    done = launch("--mode=profile", f"--workdir={tmp_path}")  # config: another network
-    assert done.returncode == 0, done.stderr
+    program = tmp_path.with_suffix(".py")
+    program.write_text(HASTY)
+    flags = "--mode=profile", f"--workdir={tmp_path}"  # config: another network
+    process = start(*flags, program=str(program), XLA_FLAGS="")
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert {file.name for file in tmp_path.iterdir()} == before | {"profile.json"}
     found = json.loads((tmp_path / "profile.json").read_text())
     assert found["model"] == "mlp7_linear"
@@ -75,7 +88,7 @@ def test_of_a_finished_run_its_own_networks_are_timed(tmp_path):
     assert_ratios_follow(found["networks"] | found["layers"])
     shares = [pair["flops_speedup"] for pair in found["layers"].values()]
     assert shares == [2, 4, 4, 4, 4, 4, 2]
-    assert "net.2 and 4 equal" in done.stdout
+    assert "net.2 and 4 equal" in said
 
 
 def test_a_network_that_was_never_trained_dense_is_timed_beside_its_whole(tmp_path):

@@ -21,6 +21,8 @@ from tpp_jax.experiment import run
 from tpp_jax.experiment.config import check_fields, check_values
 from tpp_jax.experiment.setup import make_setup
 
+pytestmark = pytest.mark.usefixtures("sketches")
+
 TABLES = sorted(
     file.stem
     for file in (pathlib.Path(__file__).parents[2] / "configs" / "tables").glob("*.py")
@@ -32,7 +34,7 @@ def small_table(**fields):
     """Returns a table of two methods, two seeds and two columns; one column fails."""
     table = default_table()
     table.title = "small"
-    table.base = small_config(num_devices=1)
+    table.base = small_config()
     table.rows = (("L1", {"prune": {"method": "oneshot"}}), ("TPP", {}))
     table.columns = (
         ("half", {"prune": {"ratios": "*net*:0.5"}}),

@@ -290,18 +290,19 @@ import sys
 from tpp_jax.data import open_stream
 
 if __name__ == "__main__":
-    stream = open_stream("folder", sys.argv[1], image_size=8, resize=10, workers=2)
+    sizes = {"image_size": 8, "resize": 10}
+    stream = open_stream("folder", sys.argv[1], **sizes, workers=int(sys.argv[2]))
     batches = stream.train_batches(5, seed=3)
     print(next(batches)[1].tolist(), flush=True)
     input()
 """
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
-def test_a_scripts_workers_end_with_it(root, undisturbed, tmp_path, by):
+@pytest.mark.parametrize(("by", "workers"), [(signal.SIGKILL, 2), (signal.SIGINT, 1)])
+def test_a_scripts_workers_end_with_it(root, undisturbed, tmp_path, by, workers):
     (tmp_path / "script.py").write_text(SCRIPT)
     process = subprocess.Popen(
-        [sys.executable, tmp_path / "script.py", root],
+        [sys.executable, tmp_path / "script.py", root, str(workers)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

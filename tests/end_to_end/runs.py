@@ -15,7 +15,7 @@ from tpp_jax.saving import load_model
 
 def launch(*arguments: str, xla_flags: str = "") -> subprocess.CompletedProcess:
     """Runs launch.py, on one device unless told; returns what it printed."""
-    process = start(*arguments, XLA_FLAGS=xla_flags)
+    process = start(*arguments, pictures=False, XLA_FLAGS=xla_flags)
     output, errors = process.communicate()
     return subprocess.CompletedProcess(
         ["launch.py", *arguments], process.returncode, output, errors
@@ -24,7 +24,8 @@ def launch(*arguments: str, xla_flags: str = "") -> subprocess.CompletedProcess:
 
 def kill_after(workdir: pathlib.Path, step: int, *arguments: str) -> int:
     """Runs launch.py and kills it once a later step is saved; returns that step."""
-    process = start(f"--workdir={workdir}", *arguments, XLA_FLAGS="")
+    flags = f"--workdir={workdir}", *arguments
+    process = start(*flags, pictures=False, XLA_FLAGS="")
     saved = 0
     while process.poll() is None and saved <= step:
         time.sleep(0.01)

@@ -23,6 +23,9 @@ import sys
 import tempfile
 import warnings
 
+from tests.pictures import sketched
+from tpp_jax.reports import plots
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 # No module of the package is missing here that a run would import.
@@ -31,6 +34,7 @@ _IMPORTED = [
     *(f"tpp_jax.commands.{name}" for name in "processes profile report sweep".split()),
     *("tpp_jax.experiment.run", "tpp_jax.experiment.config_docs"),
     *("absl.app", "ml_collections.config_flags", "matplotlib.pyplot", "tensorboardX"),
+    *("orbax.checkpoint", "sklearn.datasets", "grain", "PIL.Image"),
 ]
 
 
@@ -85,8 +89,36 @@ class Started:
         return said[0], said[1]
 
 
+class Separate(Started):
+    """A process that imports everything itself, where forking is not safe."""
+
+    def __init__(self, words: list[str], environment: dict[str, str]):
+        self._output = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output[0],
+            stderr=self._output[1],
+        )
+        self.pid, self.returncode = self._process.pid, None
+
+    def poll(self, wait: float = 0) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.returncode = self._process.wait(wait)
+        return self.returncode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
 def start(
-    *arguments: str, program: str = "launch.py", locale: str = "", **variables: str
+    *arguments: str,
+    program: str = "launch.py",
+    locale: str = "",
+    pictures: bool = True,
+    **variables: str,
 ) -> Started:
     """Starts launch.py or another program, from the top of the checkout.
 
@@ -94,12 +126,15 @@ def start(
       *arguments: What follows the program on the command line.
       program: File of the program.
       locale: Locale in place of the user's.
+      pictures: Whether the pictures of a report are made, the slowest part of it.
       **variables: Changes to the environment.
     """
-    words = [os.fsencode(word) for word in (program, *arguments)]
     environment = _environment(locale) | variables
+    if sys.platform != "linux":
+        return Separate([program, *arguments], environment)
+    words = [os.fsencode(word) for word in (program, *arguments)]
     values = {os.fsencode(k): os.fsencode(v) for k, v in environment.items()}
-    return Started(_server(locale), words, values)
+    return Started(_server(locale), words, values, pictures)
 
 
 def _environment(locale: str) -> dict[str, str]:
@@ -123,7 +158,7 @@ def _server(locale: str) -> socket.socket:
     return ours
 
 
-def _serve(requests: socket.socket) -> list[bytes]:
+def _serve(requests: socket.socket) -> tuple[list[bytes], bool]:
     """Forks for each request, until there are no more; returns in what was forked."""
     while True:
         message, files, *_ = socket.recv_fds(requests, 2**20, 3)
@@ -143,10 +178,10 @@ def _serve(requests: socket.socket) -> list[bytes]:
         os.dup2(file, target)
     for file in files:
         os.close(file)
-    words, environment = pickle.loads(message)
+    words, environment, pictures = pickle.loads(message)
     os.environb.clear()
     os.environb.update(environment)
-    return words
+    return words, pictures
 
 
 def _watch(status: int) -> bool:
@@ -166,6 +201,9 @@ if __name__ == "__main__":
     # Threads of libraries for linear algebra, which know how to fork.
     warnings.filterwarnings("ignore", message="This process .* is multi-threaded")
     gc.freeze()  # what was imported is not looked through for garbage again
-    words = _serve(socket.socket(fileno=int(sys.argv[1])))
+    gc.set_threshold(50_000, 20, 10)
+    words, pictures = _serve(socket.socket(fileno=int(sys.argv[1])))
+    if not pictures:
+        plots.save = sketched
     sys.argv = [os.fsdecode(word) for word in words]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -19,6 +19,7 @@ PAGES = (
 )
 
 
+@pytest.mark.usefixtures("sketches")
 @pytest.mark.parametrize("name", PAGES)
 def test_the_code_of_a_guide_runs(name, tmp_path, monkeypatch):
     """All blocks of a page, one after the other, in one namespace.

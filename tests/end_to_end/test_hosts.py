@@ -18,15 +18,12 @@ from tests.end_to_end.starts import start
 from tpp_jax.saving import load_model_info
 
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
-DENSE = [
-    "--config.prune.method=none",
-    "--config.pretrain.epochs=3",
-]
 # At the paper's rate: at 0.1 rounding alone drives the two apart within twenty steps.
-PRUNE = [
-    "--config.prune.schedule.granularity=0.04",
+JOB = [
+    "--config.pretrain.epochs=0",
+    "--config.prune.schedule.granularity=0.1",
     "--config.prune.schedule.every=1",
-    "--config.prune.schedule.stabilize=25",
+    "--config.prune.schedule.stabilize=15",
     "--config.prune.schedule.zero_out_every=1",
     "--config.finetune.epochs=1",
     "--config.finetune.warmup_epochs=0.0",
@@ -42,18 +39,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def job(folder):
-    """The flags of a run that prunes a network trained before."""
-    done = launch(f"--workdir={folder / 'dense'}", *DENSE)
-    assert done.returncode == 0, done.stderr
-    return [*PRUNE, f"--config.init.model={folder / 'dense' / 'dense'}"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder, job):
+def undisturbed(folder):
     """What two processes make of it together."""
     workdir = folder / "two"
-    first, second = start_two(workdir, *job)
+    first, second = start_two(workdir, *JOB)
     output, errors = first.communicate()
     quiet, _ = second.communicate()
     assert (first.returncode, second.returncode) == (0, 0), errors
@@ -61,9 +50,9 @@ def undisturbed(folder, job):
     return workdir
 
 
-def test_two_processes_train_like_one(folder, job, undisturbed):
+def test_two_processes_train_like_one(folder, undisturbed):
     workdir = folder / "one"
-    done = launch(f"--workdir={workdir}", *job, xla_flags=TWO_DEVICES.replace("2", "4"))
+    done = launch(f"--workdir={workdir}", *JOB, xla_flags=TWO_DEVICES.replace("2", "4"))
     assert done.returncode == 0, done.stderr
     ours, alone = history_of(undisturbed), history_of(workdir)
     assert len(ours) == len(alone)
@@ -80,10 +69,10 @@ def test_two_processes_train_like_one(folder, job, undisturbed):
 
 
 def test_when_one_is_killed_the_other_says_so_and_a_rerun_ends_as_undisturbed(
-    folder, job, undisturbed
+    folder, undisturbed
 ):
     workdir = folder / "killed"
-    first, second = start_two(workdir, *job)
+    first, second = start_two(workdir, *JOB)
     while first.poll() is None and not last_saved(workdir):
         time.sleep(0.01)
     second.kill()
@@ -97,7 +86,7 @@ def test_when_one_is_killed_the_other_says_so_and_a_rerun_ends_as_undisturbed(
         assert "continue from the last checkpoint" in errors
     assert "Traceback" not in errors
     assert not (workdir / "summary.json").exists()
-    again, other = start_two(workdir, *job)
+    again, other = start_two(workdir, *JOB)
     output, errors = again.communicate()
     other.communicate()
     assert (again.returncode, other.returncode) == (0, 0), errors
@@ -132,6 +121,8 @@ def start_one(address, process_id, *arguments):
         f"--process_id={process_id}",
         "--timeout=20",
         *arguments,
+        program="tests/end_to_end/launch_one_of_several.py",
+        pictures=False,
         XLA_FLAGS=TWO_DEVICES,
     )
 

@@ -172,6 +172,7 @@ def test_a_run_starts_from_one_network_only():
         check_values(config)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_meets_its_target_with_channels_chosen_by_data(tmp_path):
     config = small_config(ratios="", flops=0.5, criterion="taylor", batches=1)
     config.data.batch_size = 512  # two steps per epoch

@@ -97,12 +97,14 @@ def test_a_function_of_one_s_own_chooses_the_channels(module):
         assert scores[lost].max() <= scores[kept].min()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_criterion_of_one_s_own_gets_its_statistics(module, tmp_path):
     config = small_config(**{"prune.criterion": f"{module}:sensitive"})
     summary = run.train(config, tmp_path / "run")
     assert summary["config"]["prune"]["criterion"] == f"{module}:sensitive"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_method_of_one_s_own_is_run_stage_by_stage(module, tmp_path):
     config = small_config(**{"prune.method": f"{module}:WAIT"})
     summary = run.train(config, tmp_path / "run")

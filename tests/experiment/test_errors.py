@@ -33,7 +33,8 @@ def small_config(**fields):
         "finetune.epochs": 1,
         "finetune.learning_rate": "0.01",
         "log_every": 5,
-        "checkpoint_every": 10,
+        "checkpoint_every": 20,
+        "num_devices": 1,  # eight, simulated, take twice the time
         **fields,
     }
     for name, value in values.items():
@@ -71,7 +72,7 @@ def small_config(**fields):
     ],
 )
 def test_a_wrong_field_is_named_before_any_training(tmp_path, field, value, message):
-    config = small_config(**{field: value})
+    config = small_config(**{"num_devices": 8, field: value})
     if message is None:  # the digits need no folder
         config.data.name = "mnist"
         message = "folder /nowhere does not exist"

@@ -25,11 +25,11 @@ from tpp_jax.training.step import graphdef_of, make_train_step, make_train_steps
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
-SEEDS = 0, 1, 2
+SEEDS = 0, 1
 
 
 def of_seed(seed, **fields):
-    return small_config(seed=seed, num_devices=1, steps_per_dispatch=5, **fields)
+    return small_config(seed=seed, steps_per_dispatch=5, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +67,18 @@ def counting(monkeypatch):
     return sizes
 
 
-def test_three_seeds_together_give_each_what_it_gives_alone(
-    tmp_path, alone, monkeypatch
-):
+def test_seeds_together_give_each_what_it_gives_alone(tmp_path, alone, monkeypatch):
     sizes = counting(monkeypatch)
     folders = [tmp_path / str(seed) for seed in SEEDS]
     ends = run.train_together([of_seed(seed) for seed in SEEDS], folders)
-    assert [end["status"] for end in ends] == ["done"] * 3
-    assert set(sizes) == {3}  # all steps of all phases
+    assert [end["status"] for end in ends] == ["done"] * 2
+    assert set(sizes) == {2}  # all steps of all phases
     for folder, other in zip(folders, alone, strict=True):
         assert_alike(folder, other)
 
 
 def test_runs_stopped_at_different_steps_meet_again(tmp_path, alone, monkeypatch):
-    folders = [tmp_path / str(seed) for seed in SEEDS[:2]]
+    folders = [tmp_path / str(seed) for seed in SEEDS]
     with monkeypatch.context() as patch:
         stop_at(patch, 5)  # dispatches of the first run, alone
         with pytest.raises(SystemExit):
@@ -88,11 +86,11 @@ def test_runs_stopped_at_different_steps_meet_again(tmp_path, alone, monkeypatch
     with monkeypatch.context() as patch:
         stop_at(patch, 10)  # dispatches of all runs
         with pytest.raises(SystemExit):
-            run.train_together([of_seed(seed) for seed in SEEDS[:2]], folders)
+            run.train_together([of_seed(seed) for seed in SEEDS], folders)
     sizes = counting(monkeypatch)
-    run.train_together([of_seed(seed) for seed in SEEDS[:2]], folders)
+    run.train_together([of_seed(seed) for seed in SEEDS], folders)
     assert sizes[-1] == 2
-    for folder, other in zip(folders, alone[:2], strict=True):
+    for folder, other in zip(folders, alone, strict=True):
         assert_alike(folder, other)
 
 
@@ -101,7 +99,7 @@ def test_methods_that_fine_tune_alike_share_those_steps(tmp_path, alone, monkeyp
     configs = [
         of_seed(
             seed,
-            **{"init.model": str(alone[seed] / "dense")},
+            **{"init.model": str(alone[seed % 2] / "dense")},
             **{"prune.method": method, "prune.reinitialize": recipe},
         )
         for seed, (method, recipe) in enumerate(changes)
@@ -122,13 +120,13 @@ def test_methods_that_fine_tune_alike_share_those_steps(tmp_path, alone, monkeyp
 
 
 def test_one_that_fails_stops_no_other_also_on_two_devices(tmp_path, alone):
-    configs = [of_seed(0, **{"pretrain.learning_rate": "1e9"}), of_seed(2)]
+    configs = [of_seed(0, **{"pretrain.learning_rate": "1e9"}), of_seed(1)]
     for config in configs:
         config.num_devices = 2
-    failed, other = run.train_together(configs, [tmp_path / "0", tmp_path / "2"])
+    failed, other = run.train_together(configs, [tmp_path / "0", tmp_path / "1"])
     assert isinstance(failed, TPPError) and "no longer finite" in str(failed)
     assert other["status"] == "done"
-    assert_alike(tmp_path / "2", alone[2])
+    assert_alike(tmp_path / "1", alone[1])
 
 
 @pytest.mark.parametrize("unroll", [False, True])

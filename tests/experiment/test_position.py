@@ -112,7 +112,7 @@ def test_a_phase_is_entered_at_its_start_and_continued_where_it_is():
 
 @pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_the_first_edition_began_is_continued(tmp_path, monkeypatch):
-    config = small_config(num_devices=1)
+    config = small_config()
     run.train(config, tmp_path / "undisturbed")
     original = Checkpoints.save
 
@@ -130,7 +130,7 @@ def test_a_run_that_the_first_edition_began_is_continued(tmp_path, monkeypatch):
 
 
 def test_a_run_of_a_later_format_is_left_as_it_is(tmp_path, monkeypatch):
-    config, original = small_config(num_devices=1), Checkpoints.save
+    config, original = small_config(), Checkpoints.save
 
     def save(self, step, arrays, meta):
         original(self, step, arrays, dict(meta) | {"version": FORMAT + 1})

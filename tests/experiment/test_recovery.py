@@ -17,9 +17,10 @@ from tpp_jax.experiment.setup import make_setup
 from tpp_jax.reports.tables import scores
 from tpp_jax.training.classification import ImageClassification
 
+pytestmark = pytest.mark.usefixtures("sketches")
+
 RESNET = {
     "model.name": "cifar_resnet8",
-    "num_devices": 1,
     "data.batch_size": 256,  # five steps per epoch
     "pretrain.epochs": 8,
     "pretrain.learning_rate": "0.05",
@@ -128,7 +129,6 @@ def test_a_repaired_network_is_what_the_library_returns(refit, cut):
 
 
 MLP = {
-    "num_devices": 1,
     "steps_per_dispatch": 5,
     "pretrain.epochs": 0,
     "prune.method": "compensated",

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -18,12 +19,20 @@ from tpp_jax.experiment.records import stopping
 from tpp_jax.experiment.records.stopping import Signals, locked
 from tpp_jax.training import feeds
 
+pytestmark = pytest.mark.usefixtures("sketches")
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    run.train(small_config(), workdir)
-    return workdir
+    """Returns the folder of a run on some number of devices."""
+
+    @functools.cache
+    def of(num_devices):
+        workdir = tmp_path_factory.mktemp("undisturbed")
+        run.train(small_config(num_devices=num_devices), workdir)
+        return workdir
+
+    return of
 
 
 def stop_at(monkeypatch, step):
@@ -40,19 +49,22 @@ def stop_at(monkeypatch, step):
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("step", [7, 44, 48, 71, 80])
+@pytest.mark.parametrize(
+    ("step", "num_devices"), [(7, 1), (44, 1), (48, 2), (71, 1), (80, 1)]
+)
 def test_a_run_that_is_asked_to_end_saves_where_it_is(
-    tmp_path, monkeypatch, undisturbed, step
+    tmp_path, monkeypatch, undisturbed, step, num_devices
 ):
+    config = small_config(num_devices=num_devices)
     with monkeypatch.context() as patch:
         stop_at(patch, step)
         with pytest.raises(SystemExit) as stopped:
-            run.train(small_config(), tmp_path)
+            run.train(config, tmp_path)
     assert stopped.value.code == 143
     saved = [d.name for d in (tmp_path / "checkpoints").iterdir() if d.name.isdigit()]
-    assert max(map(int, saved)) == step  # not only at the last multiple of ten
-    run.train(small_config(), tmp_path)
-    assert_same_end(tmp_path, undisturbed)
+    assert max(map(int, saved)) == step  # not only at a multiple of twenty
+    run.train(config, tmp_path)
+    assert_same_end(tmp_path, undisturbed(num_devices))
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -63,9 +75,9 @@ def test_a_run_of_eight_devices_goes_on_with_fewer(
     with monkeypatch.context() as patch:
         stop_at(patch, 48)
         with pytest.raises(SystemExit):
-            run.train(small_config(), tmp_path)
+            run.train(small_config(num_devices=8), tmp_path)
     run.train(small_config(num_devices=num_devices), tmp_path)
-    ours, theirs = history_of(tmp_path), history_of(undisturbed)
+    ours, theirs = history_of(tmp_path), history_of(undisturbed(1))
     for row, other in zip(ours, theirs, strict=True):
         assert row.keys() == other.keys()
         if "loss" in row:  # the same batches, with other rounding
@@ -94,7 +106,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     cut_short(max(steps, key=lambda folder: int(folder.name)))
     run.train(small_config(), tmp_path)
     assert "is damaged" in capsys.readouterr().out
-    assert_same_end(tmp_path, undisturbed)
+    assert_same_end(tmp_path, undisturbed(1))
 
 
 def test_two_runs_cannot_be_at_work_in_one_folder(tmp_path):

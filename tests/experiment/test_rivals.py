@@ -2,11 +2,9 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 import tpp_jax as tpp
 from tests.end_to_end.runs import assert_same_end
@@ -20,8 +18,9 @@ from tpp_jax.experiment.setup import make_setup
 from tpp_jax.graph.naming import named_leaves
 from tpp_jax.training import feeds
 
+pytestmark = pytest.mark.usefixtures("sketches")
+
 SHORT = {
-    "num_devices": 1,
     "eval_every": 6,
     "checkpoint_every": 5,
     "prune.ratios": "net.0:0.8,net.6:0.5",
@@ -52,20 +51,6 @@ METHODS = {
 
 class Killed(BaseException):
     """An exception that nothing catches, so that nothing is saved."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of one config share compiled programs, which take most of the time."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = [getattr(jax.config, name) for name in names]
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("cache")))
-    jax.config.update(names[1], 0.0)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Networks to put weights into, and how they are compared."""
 
+import functools
+
 import numpy as np
 from flax import nnx
 
@@ -27,6 +29,7 @@ def abstract(create):
     return nnx.eval_shape(create)
 
 
+@functools.cache
 def network(name, image_shape=None, num_classes=10):
     return abstract(
         lambda: tpp.models.create(

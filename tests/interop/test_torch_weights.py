@@ -236,7 +236,7 @@ NAMES = [name for name in tpp.models.names() if "1202" not in name]
 
 @pytest.mark.parametrize("name", quick_or_slow(NAMES, is_shallow))
 def test_every_network_has_a_place_for_every_array(name):
-    model = network(name)
+    model = network(name, num_classes=1000)
     leaves = named_leaves(nnx.state(model))
     places = torch_weights.places(model)
     assert [place.leaf for place in places] == list(leaves)

@@ -87,7 +87,7 @@ _WRONG_VALUES = [
 
 def fields() -> Cases:
     for name, value in _WRONG_VALUES:
-        make = functools.partial(train, **{name: value})
+        make = functools.partial(train, **{"num_devices": 8, name: value})
         yield (f"`config.{name}` = `{value!r}`", make)
     yield (
         "`config.init.model` and `config.init.torch` both set",

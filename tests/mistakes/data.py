@@ -10,7 +10,7 @@ from PIL import Image
 from tests.mistakes.runs import Cases, train
 
 _STREAMED = {
-    "model.name": "resnet18",
+    "model.name": "cifar_resnet8",
     "data.name": "folder",
     "data.image_size": 32,
     "data.resize": 32,

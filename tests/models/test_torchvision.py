@@ -53,7 +53,7 @@ def to_ours(tensors):
 def torch_tensor(name, shape):
     """A weight by the formula of the recordings (tests/golden/README.md)."""
     s = zlib.crc32(name.encode()) % 1000 / 1000
-    a = np.sin(np.arange(math.prod(shape)) * (0.37 + s) + 7 * s)
+    a = sines(math.prod(shape), 0.37 + s, 7 * s)
     if name.endswith("running_var"):
         a = 1 + 0.3 * a
     elif name.endswith("running_mean"):
@@ -61,8 +61,20 @@ def torch_tensor(name, shape):
     elif len(shape) == 1:
         a = 1 + 0.1 * a if name.endswith("weight") else 0.05 * a
     else:
-        a = 1.4 * a * np.sqrt(2 / math.prod(shape[1:]))
-    return a.reshape(shape).astype(np.float32)
+        a *= np.float32(1.4 * np.sqrt(2 / math.prod(shape[1:])))
+    return a.reshape(shape)
+
+
+def sines(count, rate, start):
+    """``sin(arange(count) * rate + start)``, by the sines of sums: a tenth of the time.
+
+    Place ``i`` is ``4096 * coarse + fine``.
+    """
+    coarse = np.arange(-(-count // 4096)) * (4096 * rate) + start
+    fine = np.arange(min(count, 4096)) * rate
+    parts = np.stack([np.sin(coarse), np.cos(coarse)], 1), [np.cos(fine), np.sin(fine)]
+    left, right = (np.asarray(part, np.float32) for part in parts)
+    return (left @ right).ravel()[:count]
 
 
 def images(shape):

@@ -9,6 +9,7 @@ import pytest
 
 import tpp_jax as tpp
 from tests.experiment.test_errors import small_config
+from tpp_jax.analysis import latency
 from tpp_jax.commands import inspect, profile
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import run
@@ -123,6 +124,7 @@ def test_a_run_that_is_not_finished_is_timed_by_its_own_config(
 ):
     (tmp_path / "config.json").write_bytes((finished / "config.json").read_bytes())
     monkeypatch.setattr(profile, "BATCH_SIZES", (1,))
+    monkeypatch.setattr(latency, "_SECONDS", 0.0)
     profile.profile(small_config(**{"model.name": "mlp7_relu"}), tmp_path)
     shown = capsys.readouterr().out
     assert (
