@@ -67,6 +67,10 @@ def load_gguf(
 
     Warns:
       UserWarning: If the tokenizer is of an unsupported kind.
+
+    Example:
+      >>> load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
+      (Decoder(…), <tokenizers.Tokenizer object at …>)
     """
     require("text", "gguf", "tokenizers")
     import gguf  # pyright: ignore[reportMissingImports]  # late: an optional package
