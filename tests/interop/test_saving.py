@@ -196,7 +196,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         partial.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(torch_weights, "_write_safetensors", fail)
+    monkeypatch.setattr(torch_weights, "write_safetensors", fail)
     with pytest.raises(OSError, match="no space"):
         save_torch(filled(Tiny), path)
     assert path.read_bytes() == before
