@@ -86,6 +86,16 @@ def test_every_pruned_decoder_is_read_back(family, ratios, tmp_path):
     np.testing.assert_array_equal(logits(again), logits(small))
 
 
+def test_rotary_frequencies_must_be_those_of_all_layers(tmp_path):
+    tpp.save_hf(pruned("qwen3", {"*.q_proj#3": 0.25}), tmp_path)
+    content = settings(tmp_path)
+    for wrong in ([], content["tpp_jax"]["frequencies"][:1], [[1.0], ["a"]], None):
+        content["tpp_jax"]["frequencies"] = wrong
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(tpp.TPPError, match="other frequencies than"):
+            tpp.load_hf(tmp_path)
+
+
 def test_weights_may_be_in_several_files(tmp_path):
     from safetensors.numpy import load_file, save_file
 
@@ -121,6 +131,7 @@ def changed(folder, **values):
         ({"model_type": "gpt2"}, "describes a gpt2"),
         ({"model_type": None}, "describes a None"),
         ({"hidden_size": "16"}, "hidden_size: 16, which is no size"),
+        ({"sliding_window": "4"}, "sliding_window: 4, which is no number of tokens"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: 1e-6, which is no positive number"),
         ({"rope_parameters": {"rope_theta": None}}, "rope_theta: None, which is no"),
         ({"model_type": OWN_FAMILY}, "that tpp_jax did not write"),

@@ -16,6 +16,7 @@ from tpp_jax.training import parallel
 from tpp_jax.training.distillation import Teacher, distillation_loss, distilled
 from tpp_jax.training.state import arrays_of, initial_state, teacher_arrays
 from tpp_jax.training.step import StepConfig, graphdef_of, make_train_step
+from tpp_jax.training.watching import watch
 
 TEMPERATURE = 3.0
 
@@ -198,3 +199,11 @@ def test_only_activations_of_equal_widths_are_distilled(mlps):
     ):
         with pytest.raises(TPPError, match=message):
             taught(patterns)(narrow, batch, None)
+
+
+@pytest.mark.parametrize(("patterns", "rolled_from"), [("", 2), ("layer1.0", None)])
+def test_blocks_stay_rolled_unless_activations_inside_are_kept(patterns, rolled_from):
+    model = CifarResNet((2, 1, 1), in_channels=1, rngs=nnx.Rngs(0))
+    model.layer1.rolled_from = 2
+    assert list(watch(model, patterns)) == [name for name in [patterns] if name]
+    assert model.layer1.rolled_from == rolled_from

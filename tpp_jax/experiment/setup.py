@@ -230,15 +230,13 @@ def _check_repairs(setup: Setup) -> None:
             f"{prune.method!r} has no dense network to learn from: set its weight to 0 "
             "and leave its activations empty"
         )
-    if setup.distils("finetune"):
-        _check_activations(setup)
-
-
-def _check_activations(setup: Setup) -> None:
-    """Raises a TPPError if distilled activations are not of the same shape."""
     patterns = setup.config.finetune.distillation.activations
-    if not patterns:
-        return
+    if patterns:
+        _check_activations(setup, patterns)
+
+
+def _check_activations(setup: Setup, patterns: str) -> None:
+    """Raises a TPPError if distilled activations are not of the same shape."""
     cut = cutting.prune(setup.model, setup.plan)
 
     (dense, state), (small, rest) = map(nnx.split, (setup.model, cut))

@@ -143,6 +143,10 @@ def _window(
     settings: Mapping[str, Any], depth: int, file: object
 ) -> int | tuple[int | None, ...] | None:
     window = settings.get("sliding_window")
+    if window is not None and (type(window) is not int or window < 1):
+        raise TPPError(
+            f"{file} has sliding_window: {shown(window)}, which is no number of tokens"
+        )
     kinds = settings.get("layer_types")
     if isinstance(kinds, list):
         known = {"sliding_attention": window, "full_attention": None}

@@ -16,7 +16,7 @@ from flax import nnx
 
 from tpp_jax.errors import TPPError, require
 from tpp_jax.graph.naming import map_named, named_leaves
-from tpp_jax.interop.decoder_config import config_from_json, json_of
+from tpp_jax.interop.decoder_config import OWN_FAMILY, config_from_json, json_of
 from tpp_jax.interop.names import shown
 from tpp_jax.interop.places import Place, places
 from tpp_jax.interop.torch_files import read_torch
@@ -75,9 +75,8 @@ def load_hf(
         dtype=dtype,
         param_dtype=param_dtype,
     )
-    frequencies = settings.get("tpp_jax", {}).get("frequencies", [])
-    for layer, values in zip(model.layers, frequencies, strict=False):
-        layer.self_attn.frequencies = Frequencies(jnp.asarray(values, jnp.float32))
+    if settings["model_type"] == OWN_FAMILY:
+        _set_frequencies(model, settings["tpp_jax"].get("frequencies"), folder)
     return model, _tokenizer(folder / _TOKENIZER)
 
 
@@ -189,6 +188,20 @@ def decoder_from_torch(
     for i, layer in enumerate(model.layers):
         layer.self_attn.frequencies = Frequencies(rotary_frequencies(config, i))
     return model
+
+
+def _set_frequencies(model: Decoder, values: Any, folder: pathlib.Path) -> None:
+    """Sets the rotary frequencies, which pruned dimensions leave out."""
+    present = [layer.self_attn for layer in model.layers]
+    sizes = [len(attention.frequencies[...]) for attention in present]
+    try:
+        new = [np.array(row, np.float32) for row in values]
+    except (TypeError, ValueError):
+        new = []
+    if [row.shape for row in new] != [(size,) for size in sizes]:
+        raise TPPError(f"{folder / _CONFIG} has other frequencies than its sizes imply")
+    for attention, row in zip(present, new, strict=True):
+        attention.frequencies = Frequencies(jnp.asarray(row))
 
 
 def _weights(model: Decoder) -> Any:

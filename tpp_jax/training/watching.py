@@ -14,29 +14,6 @@ Outputs = dict[str, list[Any]]
 """Outputs of each call of a layer, by the layer's name."""
 
 
-def matching(model: nnx.Module, patterns: str) -> tuple[str, ...]:
-    """Returns the names of the layers that patterns choose.
-
-    Args:
-      model: Network.
-      patterns: Patterns of layer names, separated by commas.
-
-    Raises:
-      TPPError: If a pattern chooses no layer.
-    """
-    names = [name for name, module in modules(model) if name and callable(module)]
-    found: dict[str, None] = {}
-    for pattern in filter(None, map(str.strip, patterns.split(","))):
-        chosen = fnmatch.filter(names, pattern)
-        if not chosen:
-            raise TPPError(
-                f"the pattern {pattern!r} of activations chooses no layer of this "
-                f"{type(model).__name__}; it has {', '.join(names[:5])}, …"
-            )
-        found |= dict.fromkeys(chosen)
-    return tuple(found)
-
-
 def watch(model: nnx.Module, patterns: str) -> Outputs:
     """Makes layers of a network keep what they return.
 
@@ -45,7 +22,7 @@ def watch(model: nnx.Module, patterns: str) -> Outputs:
 
     Args:
       model: Network.
-      patterns: Patterns of layer names, separated by commas.
+      patterns: Patterns of layer names, separated by commas; empty for none.
 
     Returns:
       An entry for each chosen layer, to which each call of the layer appends.
@@ -53,13 +30,22 @@ def watch(model: nnx.Module, patterns: str) -> Outputs:
     Raises:
       TPPError: If a pattern chooses no layer.
     """
-    names, outputs = set(matching(model, patterns)), Outputs()
-    for name, module in modules(model):
-        if isinstance(module, Blocks):
+    inside = {name: module for name, module in modules(model) if callable(module)}
+    names = [name for name in inside if name]
+    outputs: Outputs = {}
+    for pattern in filter(None, map(str.strip, patterns.split(","))):
+        chosen = fnmatch.filter(names, pattern)
+        if not chosen:
+            raise TPPError(
+                f"the pattern {pattern!r} of activations chooses no layer of this "
+                f"{type(model).__name__}; it has {', '.join(names[:5])}, …"
+            )
+        outputs |= {name: [] for name in chosen}
+    for name, kept in outputs.items():
+        _keep_outputs(inside[name], kept)
+    for module in inside.values():
+        if outputs and isinstance(module, Blocks):
             module.rolled_from = None  # a value inside a loop cannot be kept
-        if name in names:
-            outputs[name] = []
-            _keep_outputs(module, outputs[name])
     return outputs
 
 
