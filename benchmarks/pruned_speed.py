@@ -49,7 +49,7 @@ def main() -> None:
             plan = tpp.make_plan(groups, dense, ratios, skip=skip, round_to=round_to)
             pruned = tpp.prune(dense, plan)
             for batch in (1, large):
-                pair = compare(dense, pruned, shape, batch, options.dtype)
+                pair = compare(dense, pruned, [example], batch, options.dtype)
                 row = f"{name}, {ratios}, {round_to}, {batch}"
                 results[row] = pair
                 print(

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "tpp_jax"
 ORDER = [
     *("errors", "xla", "graph", "pruning", "models", "data", "method", "interop"),
     *("analysis", "storage", "saving", "reports", "training", "experiment"),
-    *("commands", "__main__"),
+    *("fitting", "commands", "__main__"),
 ]
 
 

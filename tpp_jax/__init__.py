@@ -5,6 +5,7 @@ from tpp_jax.analysis.groups_svg import draw_groups
 from tpp_jax.analysis.groups_text import describe_groups
 from tpp_jax.analysis.jacobian import jacobian_singular_values
 from tpp_jax.errors import TPPError, TPPTypeError
+from tpp_jax.fitting import FitResult, fit
 from tpp_jax.graph.context import Context
 from tpp_jax.graph.records import Group, Groups, Member
 from tpp_jax.graph.rules import register_rule
@@ -46,6 +47,7 @@ __all__ = [
     "ConsumerMoments",
     "Context",
     "Count",
+    "FitResult",
     "Group",
     "GroupCheck",
     "Groups",
@@ -72,6 +74,7 @@ __all__ = [
     "data",
     "describe_groups",
     "draw_groups",
+    "fit",
     "gram_penalty",
     "gram_penalty_grad",
     "growing_schedule",

@@ -31,8 +31,8 @@ class Pair(NamedTuple):
     Attributes:
       dense_seconds: Median duration of a call of the dense network.
       pruned_seconds: Median duration of a call of the pruned network.
-      dense_flops: FLOPs of the dense network for one image.
-      pruned_flops: FLOPs of the pruned network for one image.
+      dense_flops: FLOPs of the dense network for one example.
+      pruned_flops: FLOPs of the pruned network for one example.
     """
 
     dense_seconds: float
@@ -59,7 +59,7 @@ class Pair(NamedTuple):
 def compare(
     dense: nnx.Module,
     pruned: nnx.Module,
-    image_shape: Sequence[int],
+    inputs: Sequence[jax.ShapeDtypeStruct],
     batch_size: int,
     dtype: str = "float32",
 ) -> Pair:
@@ -68,21 +68,20 @@ def compare(
     Args:
       dense: Dense network; not modified.
       pruned: The same network, sliced.
-      image_shape: Shape of one image, ``(h, w, c)``.
-      batch_size: Number of images per call.
+      inputs: Shapes and types of the networks' inputs for a batch of one example.
+      batch_size: Number of examples per call.
       dtype: Type of the computation, parameters included.
     """
-    images = jnp.zeros((batch_size, *image_shape), dtype)
-    calls = [_forward(model, images) for model in (dense, pruned)]
-    one = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    before, after = (count(model, one).flops for model in (dense, pruned))
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in _batch(inputs, batch_size, dtype)]
+    calls = [_forward(model, zeros, dtype) for model in (dense, pruned)]
+    before, after = (count(model, *inputs).flops for model in (dense, pruned))
     return Pair(*_medians(calls), dense_flops=before, pruned_flops=after)
 
 
 def compare_layers(
     dense: nnx.Module,
     pruned: nnx.Module,
-    image_shape: Sequence[int],
+    inputs: Sequence[jax.ShapeDtypeStruct],
     batch_size: int,
     dtype: str = "float32",
 ) -> dict[str, Pair]:
@@ -91,21 +90,20 @@ def compare_layers(
     Args:
       dense: Dense network; not modified.
       pruned: The same network, sliced.
-      image_shape: Shape of one image, ``(h, w, c)``.
-      batch_size: Number of images per call.
+      inputs: Shapes and types of the networks' inputs for a batch of one example.
+      batch_size: Number of examples per call.
       dtype: Type of the computation, parameters included.
 
     Returns:
       Pairs by layer name. They exclude the operations between layers.
     """
-    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
-    traces = [trace(model, images) for model in (dense, pruned)]
+    batch = _batch(inputs, batch_size, "float32")
+    traces = [trace(model, *batch) for model in (dense, pruned)]
     by_name = [
         {layer.name: layer for layer in layers(traced) if _can_be_timed(layer)}
         for traced in traces
     ]
-    one = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    counts = [count(model, one).layers for model in (dense, pruned)]
+    counts = [count(model, *inputs).layers for model in (dense, pruned)]
     pairs: dict[str, Pair] = {}
     known: dict[Any, tuple[float, ...]] = {}
     for name in by_name[0]:
@@ -124,24 +122,37 @@ def _can_be_timed(layer: Layer) -> bool:
     return layer.equation.primitive in ("dot_general", "conv_general_dilated")
 
 
-def _forward(model: nnx.Module, images: jax.Array) -> Callable[[], Any]:
+def _batch(
+    inputs: Sequence[jax.ShapeDtypeStruct], size: int, dtype: str
+) -> list[jax.ShapeDtypeStruct]:
+    """Returns shapes and types of a batch; numbers that are not integers are cast."""
+    return [
+        jax.ShapeDtypeStruct(
+            (size, *x.shape[1:]),
+            dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype,
+        )
+        for x in inputs
+    ]
+
+
+def _forward(
+    model: nnx.Module, inputs: Sequence[jax.Array], dtype: str
+) -> Callable[[], Any]:
     graphdef, state = nnx.split(model)
     state = jax.tree.map(
-        lambda x: (
-            x.astype(images.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        ),
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         state,
     )
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def call(state: nnx.State, images: jax.Array) -> Any:
+    def call(state: nnx.State, *inputs: jax.Array) -> Any:
         merged = nnx.merge(graphdef, state)
         merged.eval()
         use_fast_convolutions(merged)
         hold_blocks(merged)
-        return merged(images)
+        return merged(*inputs)
 
-    return lambda: call(state, images)
+    return lambda: call(state, *inputs)
 
 
 def _shapes(traced: Trace, layer: Layer) -> tuple[tuple[int, ...], ...]:

@@ -162,4 +162,4 @@ def _do(mode: str, config: "ConfigDict", workdir: str) -> None:
             profile.profile(config, workdir or None, given=given)
         case "evaluate":  # the data may have moved to data.dir
             moved = flat(config).get("data.dir", "")
-            print(json.dumps(evaluate.evaluate(workdir, moved)))
+            print(json.dumps(evaluate.evaluate(workdir, moved, config)))

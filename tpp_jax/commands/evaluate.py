@@ -5,24 +5,33 @@ import pathlib
 from typing import Any
 
 import jax
+from flax import nnx
 
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment.fields import build
-from tpp_jax.experiment.sections import DataConfig, ModelConfig
-from tpp_jax.experiment.tasks import make_task, open_data
+from tpp_jax.experiment.config import RunConfig, with_defaults
+from tpp_jax.experiment.fields import Tree, build
+from tpp_jax.experiment.own import check_known
+from tpp_jax.experiment.setup import abstract_model
+from tpp_jax.experiment.tasks import make_task
 from tpp_jax.pruning.flops import count
 from tpp_jax.saving import load_model, load_model_info
 from tpp_jax.training.evaluation import Evaluator
 from tpp_jax.training.step import StepConfig
 from tpp_jax.training.structure import split
+from tpp_jax.training.task import Task
 
 
-def evaluate(workdir: str | pathlib.Path, data_dir: str = "") -> dict[str, Any]:
+def evaluate(
+    workdir: str | pathlib.Path,
+    data_dir: str = "",
+    given: Tree | None = None,
+) -> dict[str, Any]:
     """Measures the pruned network of a finished run again.
 
     Args:
       workdir: Folder of the run, of which only ``model/`` is needed.
       data_dir: Folder of the data; "" if they have not moved.
+      given: Config of the run; needed only if it names code of the user's own.
 
     Returns:
       The metrics that the run's task reports (``accuracy`` in percent and ``loss`` for
@@ -42,15 +51,15 @@ def evaluate(workdir: str | pathlib.Path, data_dir: str = "") -> dict[str, Any]:
         raise TPPError(
             f"{folder} does not name its data: it is not from a finished run"
         )
-    model = load_model(folder)
-    # Runs of earlier versions lack the newest fields.
-    network = build(ModelConfig, dataclasses.asdict(ModelConfig()) | config["model"])
-    settings = build(DataConfig, dataclasses.asdict(DataConfig()) | config["data"])
+    check_known(config, given or {}, str(workdir))
+    typed = build(RunConfig, with_defaults(config))
     if data_dir:
-        settings = dataclasses.replace(settings, dir=data_dir)
-    task = make_task(network, settings, open_data(settings))
-    devices = jax.local_devices()
-    evaluator = Evaluator(task, task.feed(devices), StepConfig(network.dtype), devices)
+        settings = dataclasses.replace(typed.data, dir=data_dir)
+        typed = dataclasses.replace(typed, data=settings)
+    task = make_task(typed)
+    model = load_network(folder, task)
+    devices, arithmetic = jax.local_devices(), StepConfig(typed.model.dtype)
+    evaluator = Evaluator(task, task.feed(devices), arithmetic, devices)
     params, stats = split(model)
     size = count(model, *task.example_inputs())
     return {
@@ -58,3 +67,18 @@ def evaluate(workdir: str | pathlib.Path, data_dir: str = "") -> dict[str, Any]:
         "params": size.params,
         "flops": size.flops,
     }
+
+
+def load_network(folder: pathlib.Path, task: Task) -> nnx.Module:
+    """Returns a network that a run has saved.
+
+    Args:
+      folder: Folder of the network.
+      task: Task of the run, which makes networks of a user's own.
+
+    Raises:
+      TPPError: It cannot be read, or is not that of the task.
+    """
+    if load_model_info(folder)["model"] is not None:
+        return load_model(folder)
+    return load_model(folder, abstract_model(task, 0))

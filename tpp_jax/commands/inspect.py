@@ -6,28 +6,28 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
 
-from tpp_jax import data, models
+from tpp_jax import models
 from tpp_jax.analysis.groups_svg import draw_groups
 from tpp_jax.analysis.groups_text import describe_groups, group_report
-from tpp_jax.data import sources
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.config import RunConfig
 from tpp_jax.experiment.planning import plan_for
 from tpp_jax.experiment.records.folders import config_of
 from tpp_jax.experiment.records.terminal import Terminal, say
-from tpp_jax.experiment.sections import DataConfig
-from tpp_jax.experiment.setup import initial_model, random_model
-from tpp_jax.experiment.tasks import open_data
+from tpp_jax.experiment.setup import abstract_model, initial_model
+from tpp_jax.experiment.tasks import described_task
 from tpp_jax.graph.groups import Groups
+from tpp_jax.interop.modules import name_of
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.flops import count
-from tpp_jax.saving import load_model
+from tpp_jax.training.task import Task
+
+Inputs = tuple[jax.ShapeDtypeStruct, ...]
 
 _WIDTHS = 80, 120  # smallest and largest width of the table on a terminal
 
@@ -60,13 +60,12 @@ def inspect(
 
 
 def _inspect(config: RunConfig, workdir: str | pathlib.Path | None) -> None:
-    model = abstract_model(config)
-    spec = models.spec_of(model)
-    example = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
-    groups = channel_groups(model, example)
-    weights = _weights(config, model, groups)
+    task = described_task(config)
+    model, inputs = network_of(config, task), task.example_inputs()
+    groups = channel_groups(model, *inputs)
+    weights = _weights(config, task, model, groups)
     plan = plan_for(config.prune, groups, weights, config.seed)
-    before, after = count(model, example), count(prune(model, plan), example)
+    before, after = count(model, *inputs), count(prune(model, plan), *inputs)
     picture = None if workdir is None else pathlib.Path(workdir) / "groups.svg"
     if picture is not None:
         try:
@@ -75,8 +74,7 @@ def _inspect(config: RunConfig, workdir: str | pathlib.Path | None) -> None:
         except OSError as error:
             raise TPPError(f"the picture cannot be written: {error}") from error
 
-    shape = "×".join(map(str, spec.image_shape))
-    say(f"{spec.name}, images {shape}, {spec.num_classes} classes")
+    say(title(model, inputs))
     console = Terminal()
     if console.is_terminal:
         console.width = min(max(console.width, _WIDTHS[0]), _WIDTHS[1])
@@ -98,39 +96,25 @@ def _inspect(config: RunConfig, workdir: str | pathlib.Path | None) -> None:
         say(f"drawn in {picture}")
 
 
-def abstract_model(config: RunConfig) -> nnx.Module:
+def title(model: nnx.Module, inputs: Inputs) -> str:
+    """Returns the name of a network and the shapes of its inputs."""
+    spec = getattr(model, "spec", None)
+    shapes = ", ".join("×".join(map(str, x.shape[1:])) or "()" for x in inputs)
+    if isinstance(spec, models.ModelSpec):
+        return f"{spec.name}, images {shapes}, {spec.num_classes} classes"
+    return f"{name_of(model)}, inputs {shapes}"
+
+
+def network_of(config: RunConfig, task: Task) -> nnx.Module:
     """Returns the model of a config, without arrays if the plan needs no weights."""
-    if config.init.model:  # whatever the rest of the config is
-        return load_model(config.init.model)
-    arguments = config.model.name, config.seed, *_shapes(config.data)
-    if config.init.torch and config.prune.scope != "local":
-        return initial_model(*arguments, config.init)
-    return nnx.eval_shape(lambda: random_model(*arguments))
+    if config.init.model or (config.init.torch and config.prune.scope != "local"):
+        return initial_model(task, config.model, config.seed, config.init)
+    return abstract_model(task, config.seed)
 
 
-def _weights(config: RunConfig, model: nnx.Module, groups: Groups) -> Any:
+def _weights(config: RunConfig, task: Task, model: nnx.Module, groups: Groups) -> Any:
     """Returns weights for the plan, of which only the numbers of channels are shown."""
     if config.prune.scope == "local":  # any weights give the same numbers
         return {leaf: np.ones(shape) for leaf, shape in groups.shapes.items()}
-    if config.init.model or config.init.torch:
-        return model
-    spec = models.spec_of(model)
-    return random_model(
-        config.model.name, config.seed, spec.num_classes, spec.image_shape
-    )
-
-
-def _shapes(settings: DataConfig) -> tuple[int, tuple[int, int, int]]:
-    """Returns the number of classes and the image shape, without reading images."""
-    if settings.name in data.STREAMED:
-        size = settings.image_size
-        if settings.name == "imagenet2012":
-            return 1000, (size, size, 3)
-        return open_data(settings).num_classes, (size, size, 3)
-    if settings.name == "digits" or settings.name not in sources.NAMES:
-        dataset = open_data(settings)  # raises for an unknown name
-        return dataset.num_classes, dataset.image_shape
-    features = sources.open_builder(settings.name, settings.dir or None).info.features
-    height, width, channels = features["image"].shape
-    size = sources.padded_size(settings.name, height, width, settings.pad_to)
-    return features["label"].num_classes, (*size, channels)
+    given = config.init.model or config.init.torch
+    return model if given else task.model(nnx.Rngs(config.seed))

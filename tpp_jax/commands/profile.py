@@ -12,17 +12,23 @@ import rich.table
 import rich.text
 from flax import nnx
 
-from tpp_jax import models
 from tpp_jax.analysis.latency import Pair, as_json, compare, compare_layers
-from tpp_jax.commands.inspect import abstract_model
+from tpp_jax.commands.evaluate import load_network
+from tpp_jax.commands.inspect import network_of, title
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment.config import RunConfig
+from tpp_jax.experiment.config import RunConfig, with_defaults
+from tpp_jax.experiment.fields import build
+from tpp_jax.experiment.own import check_known
 from tpp_jax.experiment.planning import plan_for
 from tpp_jax.experiment.records.folders import config_of
 from tpp_jax.experiment.records.terminal import Terminal
+from tpp_jax.experiment.setup import abstract_model
+from tpp_jax.experiment.tasks import described_task
+from tpp_jax.interop.modules import name_of
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import prune
-from tpp_jax.saving import create_abstract, load_model, load_model_info
+from tpp_jax.saving import load_model_info
+from tpp_jax.training.task import Task
 
 BATCH_SIZES = 1, 256
 
@@ -53,25 +59,28 @@ def profile(
     """
     folder = None if workdir is None else pathlib.Path(workdir)
     if folder is not None and (folder / "model").is_dir():
-        dense, pruned, dtype = _of_run(folder)
+        saved = load_model_info(folder / "model")["config"]
+        check_known(saved, config, str(folder))
+        typed = build(RunConfig, with_defaults(saved))
+        task = described_task(typed)
+        dense, pruned = _of_run(folder, task)
     else:
         typed = RunConfig.from_dict(config_of(folder, config, given))
-        dense, pruned = _untrained(typed)
-        dtype = typed.model.dtype
-    spec = models.spec_of(dense)
-    name, shape = spec.name, tuple(spec.image_shape)
+        task = described_task(typed)
+        dense, pruned = _untrained(typed, task)
+    dtype, inputs = typed.model.dtype, task.example_inputs()
     console = Terminal()
     device = jax.devices()[0].device_kind
-    console.print(f"{name}, images {'×'.join(map(str, shape))}, {dtype}, on {device}")
+    console.print(f"{title(dense, inputs)}, {dtype}, on {device}")
     networks = {
-        f"batch {n}": compare(dense, pruned, shape, n, dtype) for n in BATCH_SIZES
+        f"batch {n}": compare(dense, pruned, inputs, n, dtype) for n in BATCH_SIZES
     }
     console.print(table(networks, "network"))
     largest = BATCH_SIZES[-1]
-    by_layer = compare_layers(dense, pruned, shape, largest, dtype)
+    by_layer = compare_layers(dense, pruned, inputs, largest, dtype)
     console.print(table(by_layer, f"layer alone, batch {largest}"))
     result = {
-        "model": name,
+        "model": name_of(dense),
         "dtype": dtype,
         "device": device,
         "networks": as_json(networks),
@@ -87,31 +96,32 @@ def profile(
     return result
 
 
-def _of_run(folder: pathlib.Path) -> tuple[nnx.Module, nnx.Module, str]:
-    """Returns the dense and the pruned network of a finished run, and their dtype."""
-    pruned, info = load_model(folder / "model"), load_model_info(folder / "model")
+def _of_run(folder: pathlib.Path, task: Task) -> tuple[nnx.Module, nnx.Module]:
+    """Returns the dense and the pruned network of a finished run."""
     if (folder / "dense").is_dir():
-        dense = load_model(folder / "dense")
+        dense = load_network(folder / "dense", task)
     else:  # the method pruned before training
-        dense = _with_weights(create_abstract(**info["model"]))
-    return dense, pruned, info["config"]["model"]["dtype"]
+        dense = _with_weights(abstract_model(task, 0))
+    return dense, load_network(folder / "model", task)
 
 
-def _untrained(config: RunConfig) -> tuple[nnx.Module, nnx.Module]:
+def _untrained(config: RunConfig, task: Task) -> tuple[nnx.Module, nnx.Module]:
     """Returns the dense and the pruned network of a config, with random weights."""
-    dense = _with_weights(abstract_model(config), config.seed)
-    shape = models.spec_of(dense).image_shape
-    example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    groups = channel_groups(dense, example)
+    dense = _with_weights(network_of(config, task), config.seed)
+    groups = channel_groups(dense, *task.example_inputs())
     return dense, prune(dense, plan_for(config.prune, groups, dense, config.seed))
 
 
 def _with_weights(model: nnx.Module, seed: int = 0) -> nnx.Module:
     graphdef, state = nnx.split(model)
     draws = np.random.default_rng(seed)
-    filled = jax.tree.map(
-        lambda x: jnp.asarray(draws.uniform(0.1, 1, x.shape), x.dtype), state
-    )
+
+    def fill(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.zeros(x.shape, x.dtype)
+        return jnp.asarray(draws.uniform(0.1, 1, x.shape), x.dtype)
+
+    filled = jax.tree.map(fill, state)
     return nnx.merge(graphdef, filled)
 
 

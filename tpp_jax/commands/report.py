@@ -6,7 +6,6 @@ import pathlib
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.records import folders
 from tpp_jax.experiment.records.summary import draw, read_summary
-from tpp_jax.experiment.tasks import HEADLINE
 from tpp_jax.reports import grids, page, plots
 from tpp_jax.reports.headline import headline_of
 
@@ -80,7 +79,7 @@ def read_grid(workdir: pathlib.Path) -> grids.Grid:
                 (row, column, metric): (mean, std)
                 for row, column, metric, mean, std in described["paper"]
             },
-            headline=HEADLINE,
+            headline=headline_of(described),
         )
     except OSError as error:
         raise TPPError(

@@ -24,14 +24,21 @@ from tpp_jax import data
 from tpp_jax.commands.report import tabulate, write_report
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import run
-from tpp_jax.experiment.config import default_config, near_fields
-from tpp_jax.experiment.fields import flat
+from tpp_jax.experiment.config import (
+    RunConfig,
+    default_config,
+    near_fields,
+    with_defaults,
+)
+from tpp_jax.experiment.dotted import is_dotted
+from tpp_jax.experiment.fields import build, flat
 from tpp_jax.experiment.methods import find_method
 from tpp_jax.experiment.records import folders
 from tpp_jax.experiment.records.history import is_number
 from tpp_jax.experiment.records.terminal import say
-from tpp_jax.experiment.tasks import HEADLINE, Load
+from tpp_jax.experiment.tasks import Load, headline_of_task
 from tpp_jax.reports.grids import metrics_about
+from tpp_jax.reports.headline import Headline
 from tpp_jax.storage import processes
 
 Change = tuple[str, Mapping[str, Any]]
@@ -76,6 +83,7 @@ class Table:
       replicas: Largest number of cells whose steps run as one program; 0 for one on
         the CPU and eight elsewhere.
       only: Pattern of the names of the cells to run; "" for all.
+      headline: Metric by which the runs are judged; that of the base's task.
     """
 
     title: str
@@ -87,6 +95,7 @@ class Table:
     paper: Sequence[tuple[str, str, str, float, float | None]]
     replicas: int
     only: str
+    headline: Headline
 
 
 def default_table() -> ml_collections.ConfigDict:
@@ -268,7 +277,10 @@ def _checked(config: ml_collections.ConfigDict) -> Table:
         )
     _check_values(dict(config.items()))
     names = [one.name for one in dataclasses.fields(Table)]
-    values: dict[str, Any] = {name: config[name] for name in names}
+    values: dict[str, Any] = {name: config[name] for name in names if name in config}
+    values["headline"] = headline_of_task(
+        build(RunConfig, with_defaults(values["base"]))
+    )
     table = Table(**values)
     for what in ("rows", "columns", "seeds"):
         keys = [x if what == "seeds" else x[0] for x in values[what]]
@@ -277,7 +289,7 @@ def _checked(config: ml_collections.ConfigDict) -> Table:
                 f"the {what} of the table are {keys}: there must be at least one, and "
                 "none twice"
             )
-    known = metrics_about(HEADLINE)
+    known = metrics_about(table.headline)
     if odd := {*table.metrics, *(entry[2] for entry in table.paper)} - known.keys():
         raise TPPError(
             f"unknown metric {min(odd)!r} of the table: choose from {', '.join(known)}"
@@ -345,6 +357,7 @@ def _description(table: Table, cells: Sequence[Cell]) -> dict[str, Any]:
     return {
         "title": table.title,
         "metrics": table.metrics,
+        "headline": table.headline.to_dict(),
         "paper": table.paper,
         "base": table.base.to_dict(),
         "cells": [
@@ -399,14 +412,17 @@ def _dense_folder(
         return None
     dense = _dense(config)
     number = zlib.crc32(dense.to_json(sort_keys=True).encode())
-    name = f"{fields['model.name']}_{number:08x}_{fields['seed']}"
+    own = is_dotted(fields["task.name"])
+    network = fields["task.name"] if own else fields["model.name"]
+    network = re.sub(r"[^a-zA-Z0-9.]+", "_", network)
+    name = f"{network}_{number:08x}_{fields['seed']}"
     return workdir / "dense" / name
 
 
 def _dense(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns the config of the dense training, equal for all cells that share it."""
     dense = ml_collections.ConfigDict(default_config().to_dict())
-    shared = ("model", "data", "pretrain", "seed", "num_devices", "parallel")
+    shared = ("task", "model", "data", "pretrain", "seed", "num_devices", "parallel")
     shared += ("accumulate", "sync_bn", "skip_nonfinite", "steps_per_dispatch")
     shared += ("log_every", "eval_every", "checkpoint_every")
     dense.update({name: value for name, value in config.items() if name in shared})

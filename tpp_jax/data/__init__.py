@@ -5,6 +5,7 @@ batch by batch; `augment`, `mix` and `normalize` are pure functions that the com
 training step calls. The package does not depend on models.
 """
 
+from tpp_jax.data.arrays import from_arrays, labelled_images, read_arrays
 from tpp_jax.data.augment import augment, normalize
 from tpp_jax.data.mixing import mix
 from tpp_jax.data.sources import Dataset, load
@@ -15,8 +16,11 @@ __all__ = [
     "Dataset",
     "Stream",
     "augment",
+    "from_arrays",
+    "labelled_images",
     "load",
     "mix",
     "normalize",
     "open_stream",
+    "read_arrays",
 ]

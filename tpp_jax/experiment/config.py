@@ -12,13 +12,22 @@ from typing import Any
 import ml_collections
 
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment.fields import Tree, build, field, flat, sections_of
+from tpp_jax.experiment.fields import (
+    OPEN,
+    Tree,
+    build,
+    field,
+    flat,
+    plain,
+    sections_of,
+)
 from tpp_jax.experiment.sections import (
     DataConfig,
     FinetuneConfig,
     InitConfig,
     ModelConfig,
     PruneConfig,
+    TaskConfig,
     TrainingConfig,
 )
 from tpp_jax.training.parallel import Api
@@ -85,6 +94,7 @@ class RunConfig:
         "",
         "Layer whose Gram matrix the report shows; empty for the first pruned layer.",
     )
+    task: TaskConfig = field(TaskConfig(), "What the network learns.")
     model: ModelConfig = field(ModelConfig(), "The network and its arithmetic.")
     data: DataConfig = field(
         DataConfig(),
@@ -146,6 +156,25 @@ def default_config() -> ml_collections.ConfigDict:
       >>> config.prune.ratios = "*layer*.conv1:0.9"
     """
     return ml_collections.ConfigDict(dataclasses.asdict(RunConfig()))
+
+
+def with_defaults(config: Tree) -> dict[str, Any]:
+    """Returns the config of an earlier version with the newest fields, as nested dicts.
+
+    Args:
+      config: Config that was read from a file, which may lack fields.
+    """
+    return _merged(default_config().to_dict(), plain(config))
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts with the values of others, which replace fields of dicts."""
+    found = dict(old)
+    for name, value in new.items():
+        both = isinstance(value, dict) and isinstance(found.get(name), dict)
+        inner = both and name != OPEN
+        found[name] = _merged(found[name], value) if inner else value
+    return found
 
 
 def check_fields(config: Tree) -> None:

@@ -5,6 +5,7 @@ line of documentation and bounds. Its sections are dataclasses too.
 """
 
 import dataclasses
+import json
 import math
 import pathlib
 import types
@@ -27,14 +28,18 @@ class Declared(Protocol):
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Declared)
-Value = bool | int | float | str
+Value = bool | int | float | str | dict[str, Any]
 Tree = Mapping[str, Any] | ml_collections.ConfigDict
 """A config as nested dicts."""
 
 # Steps are counted and parameters are computed in 32 bits.
 _MOST_INT, _MOST_FLOAT = MOST_STEPS, 3e38
 
+OPEN = "kwargs"
+"""Name of the fields whose value is a dict of the user's own names and values."""
+
 _NOUNS = {
+    dict: "a dict of names and values",
     bool: "True or False",
     int: "a whole number",
     float: "a number",
@@ -86,6 +91,8 @@ class Field:
           TPPError: The value has the wrong type, is out of bounds or is not among the
             choices.
         """
+        if dict in self.types:
+            return _check_keywords(f"config.{self.name}", value)
         wanted = (*self.types, int) if float in self.types else self.types
         # In Python, True is an int.
         odd = isinstance(value, bool) and bool not in self.types
@@ -133,7 +140,8 @@ class Field:
         if self.is_path:
             return "path"
         nouns = " or ".join(_NOUNS[one].removeprefix("a ") for one in self.types)
-        return nouns if self.types[0] in (bool, str) else f"{nouns}, {self._bounds}"
+        free = self.types[0] in (bool, str, dict)
+        return nouns if free else f"{nouns}, {self._bounds}"
 
     @property
     def _bounds(self) -> str:
@@ -160,7 +168,10 @@ def field(default: T, doc: str, **rules: Any) -> T:
     Returns:
       A dataclass field, with the type of its default for type checkers.
     """
-    made: Any = dataclasses.field(default=default, metadata={"doc": doc, **rules})
+    metadata = {"doc": doc, **rules}
+    made: Any = dataclasses.field(default=default, metadata=metadata)
+    if isinstance(default, dict):
+        made = dataclasses.field(default_factory=dict, metadata=metadata)
     return made
 
 
@@ -202,6 +213,7 @@ def sections_of(config: Declared, name: str = "", doc: str = "") -> list[Section
             rules["choices"], hint = typing.get_args(hint), str
         is_union = isinstance(hint, types.UnionType)
         wanted = typing.get_args(hint) if is_union else (hint,)
+        wanted = tuple(typing.get_origin(one) or one for one in wanted)
         fields.append(Field(name=full, default=default, types=wanted, **rules))
     own = Section(name=name, doc=doc, defaults=config, fields=tuple(fields))
     return [own, *inner]
@@ -215,7 +227,9 @@ def flat(config: Tree, prefix: str = "") -> dict[str, Any]:
     """Returns the value of each field of a config, by the field's full name."""
     found: dict[str, Any] = {}
     for name, value in config.items():
-        if isinstance(value, Mapping | ml_collections.ConfigDict):
+        if name == OPEN:
+            found[f"{prefix}{name}"] = plain(value)
+        elif isinstance(value, Mapping | ml_collections.ConfigDict):
             found |= flat(value, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = value
@@ -234,9 +248,38 @@ def build(section: type[S], config: Tree) -> S:
         value, default = config[one.name], one.default
         inner: Any = value  # a field's value, or the dict of a section
         values[one.name] = (
-            build(type(default), inner) if _is_section(default) else value
+            build(type(default), inner) if _is_section(default) else plain(value)
         )
     return section(**values)
+
+
+def plain(value: Any) -> Any:
+    """Returns a value with plain dicts in place of ConfigDicts, at any depth."""
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {name: plain(x) for name, x in value.items()}
+    return [plain(x) for x in value] if isinstance(value, list | tuple) else value
+
+
+def _check_keywords(name: str, value: Any) -> None:
+    """Raises a TPPError unless a value can be keyword arguments kept as JSON."""
+    found = plain(value)
+    if not isinstance(found, dict):
+        raise TPPError(f"{name} is {_short(value)}, must be {_NOUNS[dict]}")
+    for key in found:
+        if not (isinstance(key, str) and key.isidentifier()):
+            raise TPPError(
+                f"{name} has the key {_short(key)}, which cannot be the name of an "
+                "argument"
+            )
+    try:
+        json.dumps(found, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TPPError(
+            f"{name} is {_short(found)}, which cannot be written as JSON ({error}): "
+            "use numbers, texts, lists and dicts"
+        ) from error
 
 
 def _path_problem(path: str) -> str:

@@ -232,6 +232,8 @@ def _save(run: Run, state: TrainState, tools: Tools) -> None:
     if run.teacher is not None:
         arrays |= teacher_arrays(run.teacher)
     tools.checkpoints.save(position.steps_done, arrays, position.to_json())
+    for callback in tools.callbacks:
+        callback.on_checkpoint(position.steps_done)
 
 
 def _stop(signum: int, tools: Tools) -> None:

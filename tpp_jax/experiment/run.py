@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -16,6 +16,7 @@ import ml_collections
 from tpp_jax import data
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import choosing, lockstep, loop, measures
+from tpp_jax.experiment.callbacks import Callback
 from tpp_jax.experiment.config import default_config, differences
 from tpp_jax.experiment.fields import flat
 from tpp_jax.experiment.methods import Stage
@@ -28,7 +29,7 @@ from tpp_jax.experiment.records.progress import Progress
 from tpp_jax.experiment.records.stopping import Signals, Stopped, locked
 from tpp_jax.experiment.records.summary import draw, finish, read_summary
 from tpp_jax.experiment.records.terminal import say
-from tpp_jax.experiment.setup import Setup, make_setup
+from tpp_jax.experiment.setup import Given, Setup, make_setup
 from tpp_jax.experiment.tasks import Load
 from tpp_jax.experiment.tools import Run, Tools
 from tpp_jax.pruning.cutting import prune
@@ -39,13 +40,18 @@ from tpp_jax.training.evaluation import Evaluator
 from tpp_jax.training.state import unprefixed
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path,
+    given: Given = Given(),  # noqa: B008 (it cannot be changed)
+) -> dict:
     """Runs all remaining stages of a run and returns its summary.
 
     Args:
       config: Config from a file in configs/; docs/config.md lists all fields.
       workdir: Folder of the run, which is created if it is missing. A run in it is
         continued.
+      given: Objects of the caller's own.
 
     Returns:
       The content of ``workdir/summary.json``.
@@ -56,7 +62,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dic
       Stopped: SIGTERM or SIGINT (Ctrl-C) arrived; everything is saved.
     """
     with Signals() as signals:
-        return _complete(alone, config, pathlib.Path(workdir), signals)
+        return _complete(alone, config, pathlib.Path(workdir), signals, given=given)
 
 
 def train_together(
@@ -110,27 +116,36 @@ def _complete(
     signals: Signals,
     load: Load = data.load,
     hidden: bool = False,
+    given: Given = Given(),  # noqa: B008 (it cannot be changed)
 ) -> dict[str, Any]:
     """Completes a run whose training steps are run by ``take``."""
     folders.check_layout(workdir)
     if (workdir / "summary.json").exists():
         return _finished(config, workdir, hidden)
-    setup = make_setup(config, load)
+    setup = make_setup(config, load, given.task)
     folders.make(workdir)
     first = processes.is_first()
     with (
         folders.errors_explained(workdir),
         locked(workdir) if first else contextlib.nullcontext(),
         Progress(workdir / "tensorboard", quiet=not first, hidden=hidden) as progress,
-        _opened(setup, workdir, progress, signals, take) as (run, tools),
+        _opened(setup, workdir, progress, signals, take, given) as (run, tools),
     ):
         if first:
             folders.write_config(workdir, config.to_dict())
         processes.check_shared(workdir, config.to_json())
         with processes.explained_losses():
             for stage in setup.stages:
-                run = _perform(run, stage, tools)
+                before, run = run, _perform(run, stage, tools)
+                _report(before, run, given.callbacks)
             return finish(run, tools)
+
+
+def _report(before: Run, after: Run, callbacks: Sequence[Callback]) -> None:
+    """Calls back at the end of a stage that has a result."""
+    for result in after.position.results[len(before.position.results) :]:
+        for callback in callbacks:
+            callback.on_phase(result.name, after.model, result.to_json())
 
 
 def _perform(run: Run, stage: Stage, tools: Tools) -> Run:
@@ -172,6 +187,7 @@ def _opened(
     progress: Progress,
     signals: Signals,
     take: Take,
+    given: Given,
 ) -> Iterator[tuple[Run, Tools]]:
     """Yields a run at the position of its last checkpoint, and its tools.
 
@@ -179,7 +195,8 @@ def _opened(
     which that is impossible.
     """
     config, devices = setup.config, setup.devices
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    keep = config.keep_checkpoints if given.checkpoints else 0
+    checkpoints = Checkpoints(workdir / "checkpoints", keep)
     together = True
     try:
         run = _resumed(setup, workdir, checkpoints, progress)
@@ -202,6 +219,7 @@ def _opened(
             jacobian=meter,
             signals=signals,
             take=take,
+            callbacks=given.callbacks,
         )
         with contextlib.closing(feed):
             yield run, tools

@@ -1,7 +1,7 @@
 """The sections of a run's config: the default, bounds and meaning of each field."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from tpp_jax.experiment.fields import field
 from tpp_jax.method.gram import Target
@@ -17,7 +17,26 @@ METHOD_NAMES = (
 """Names of the methods, whose rows are in :mod:`tpp_jax.experiment.methods`. They are
 here because the functions of a row take sections of the config."""
 
+TASK_NAMES = ("image_classification",)
+"""Names of the tasks of the package."""
+
 _LARGEST_IMAGE = 2**14  # pixels on a side
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What the network learns."""
+
+    name: str = field(
+        "image_classification",
+        "Name of the task; or the dotted path of your own, "
+        "see [own_model.md](own_model.md).",
+        choices=TASK_NAMES,
+        dotted=True,
+    )
+    kwargs: dict[str, Any] = field(
+        {}, "Keyword arguments of the object that a dotted path names."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +44,12 @@ class ModelConfig:
     """The network and its arithmetic."""
 
     name: str = field(
-        "cifar_resnet56", "Name of the network, one of `tpp_jax.models.names()`."
+        "cifar_resnet56",
+        "Name of the network, one of `tpp_jax.models.names()`; or the dotted path of a "
+        "function that makes your own.",
+    )
+    kwargs: dict[str, Any] = field(
+        {}, "Keyword arguments of the function that a dotted path names."
     )
     dtype: Literal["float32", "bfloat16"] = field(
         "float32",
@@ -43,7 +67,14 @@ class ModelConfig:
 class DataConfig:
     """The data set, its batches and its augmentation."""
 
-    name: str = field("cifar10", "Name of the data set, see [data.md](data.md).")
+    name: str = field(
+        "cifar10",
+        "Name of the data set, see [data.md](data.md); the path of a `.npz` file; or "
+        "the dotted path of a function that makes your own.",
+    )
+    kwargs: dict[str, Any] = field(
+        {}, "Keyword arguments of the function that a dotted path names."
+    )
     dir: str = field(
         "",
         "Folder of the prepared data or of class folders; empty for the default folder "

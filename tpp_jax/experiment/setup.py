@@ -9,7 +9,9 @@ from flax import nnx
 
 from tpp_jax import data, models
 from tpp_jax.errors import TPPError
+from tpp_jax.experiment.callbacks import Callback
 from tpp_jax.experiment.config import RunConfig
+from tpp_jax.experiment.dotted import is_dotted
 from tpp_jax.experiment.fields import Tree
 from tpp_jax.experiment.measures import report_layer
 from tpp_jax.experiment.methods import (
@@ -21,8 +23,8 @@ from tpp_jax.experiment.methods import (
 )
 from tpp_jax.experiment.phases import Phase, strength_schedule, training_phase
 from tpp_jax.experiment.planning import plan_for
-from tpp_jax.experiment.sections import DataConfig, InitConfig, TrainingConfig
-from tpp_jax.experiment.tasks import Load, make_task, make_tasks, open_data
+from tpp_jax.experiment.sections import InitConfig, ModelConfig, TrainingConfig
+from tpp_jax.experiment.tasks import Load, make_task, make_tasks
 from tpp_jax.graph.groups import Groups
 from tpp_jax.interop.torch_weights import load_torch
 from tpp_jax.method.schedule import GrowingSchedule
@@ -140,12 +142,28 @@ def _recipes(config: RunConfig) -> dict[str, TrainingConfig]:
     return {"pretrain": config.pretrain, "finetune": config.finetune}
 
 
-def make_setup(tree: Tree, load: Load = data.load) -> Setup:
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the caller of a run passes as objects, in addition to the config.
+
+    Attributes:
+      task: Task in place of the config's; None for the config's.
+      callbacks: Objects that are called during the run.
+      checkpoints: Whether checkpoints are written.
+    """
+
+    task: Task | None = None
+    callbacks: tuple[Callback, ...] = ()
+    checkpoints: bool = True
+
+
+def make_setup(tree: Tree, load: Load = data.load, given: Task | None = None) -> Setup:
     """Loads the data, builds the model and tries the plan, to find errors early.
 
     Args:
       tree: Config of a run, see :func:`tpp_jax.experiment.config.default_config`.
       load: Function that loads data into memory.
+      given: Task in place of the config's.
 
     Raises:
       TPPError: The config or the data are unusable.
@@ -154,21 +172,17 @@ def make_setup(tree: Tree, load: Load = data.load) -> Setup:
     prune, method = config.prune, find_method(config.prune.method)
     devices = _devices(config.num_devices)
     recipes = _recipes(config)
+    tasks = make_tasks(given or make_task(config, load), recipes)
     parallel.check_batch_size(
-        config.data.batch_size,
+        tasks[""].batch_size,
         devices,
         config.accumulate,
         pairs=any(recipe.mixup or recipe.cutmix for recipe in recipes.values()),
+        field="the batch_size of the task"
+        if is_dotted(config.task.name)
+        else "--config.data.batch_size",
     )
-    dataset = _dataset(config.data, load)
-    tasks = make_tasks(make_task(config.model, config.data, dataset), recipes)
-    model = initial_model(
-        config.model.name,
-        config.seed,
-        dataset.num_classes,
-        dataset.image_shape,
-        config.init,
-    )
+    model = initial_model(tasks[""], config.model, config.seed, config.init)
     groups = channel_groups(model, *tasks[""].example_inputs())
     schedule = strength_schedule(prune.schedule)
     plan = plan_for(prune, groups, model, config.seed)
@@ -180,7 +194,7 @@ def make_setup(tree: Tree, load: Load = data.load) -> Setup:
     if prune.scope != "local" and method.penalizes_first:
         # With trained weights, any of the groups may lose channels.
         plan = plan_for(prune, groups, model, config.seed, scope="local")
-    given = bool(config.init.model or config.init.torch)
+    trained = bool(config.init.model or config.init.torch)
     setup = Setup(
         config=config,
         tasks=tasks,
@@ -189,7 +203,7 @@ def make_setup(tree: Tree, load: Load = data.load) -> Setup:
         groups=groups,
         plan=plan,
         schedule=schedule,
-        stages=stages_of(prune.method, prune.rounds, given=given),
+        stages=stages_of(prune.method, prune.rounds, given=trained),
     )
     _check_stages(setup.stages, setup.phases(plan), prune.method)
     _check_repairs(setup)
@@ -267,62 +281,55 @@ def _devices(number: int) -> list[parallel.Device]:
     return devices[: number or None]
 
 
-def _dataset(settings: DataConfig, load: Load) -> data.Dataset | data.Stream:
-    """Opens the data, which must fill a batch."""
-    dataset = open_data(settings, load)
-    if not 1 <= settings.batch_size <= dataset.num_train:
-        raise TPPError(
-            f"config.data.batch_size is {settings.batch_size}, but {settings.name} has "
-            f"{dataset.num_train} training images"
-        )
-    return dataset
-
-
 def initial_model(
-    name: str,
-    seed: int,
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-    init: InitConfig,
+    task: Task, network: ModelConfig, seed: int, init: InitConfig
 ) -> nnx.Module:
     """Returns the initial network of a run: saved, from PyTorch, or random.
 
     Args:
-      name: Name of the architecture.
+      task: Task that makes the network.
+      network: Section ``model`` of the config.
       seed: Seed of random weights.
-      num_classes: Number of classes of the data.
-      image_shape: Height, width and channels of the images.
       init: Section ``init`` of the config.
 
     Raises:
       TPPError: A saved network has another architecture, or is for other data.
     """
+    if not (init.torch or init.model):
+        return task.model(nnx.Rngs(seed))
+    model = abstract_model(task, seed)
     if init.torch:
-        model = nnx.eval_shape(
-            lambda: random_model(name, seed, num_classes, image_shape)
-        )
         return load_torch(init.torch, model)
-    if not init.model:
-        return random_model(name, seed, num_classes, image_shape)
-    model = load_model(init.model)
-    spec = models.spec_of(model)
-    found = spec.name, spec.num_classes, tuple(spec.image_shape)
-    if found != (name, num_classes, tuple(image_shape)):
+    return saved_model(init.model, model, network.name)
+
+
+def abstract_model(task: Task, seed: int) -> nnx.Module:
+    """Returns the network of a task without arrays."""
+    return nnx.eval_shape(lambda: task.model(nnx.Rngs(seed)))
+
+
+def saved_model(folder: str, model: nnx.Module, name: str) -> nnx.Module:
+    """Returns the network in a folder, which must be that of a config.
+
+    Args:
+      folder: Folder of the saved network.
+      model: Network of the config.
+      name: Its name in the config.
+
+    Raises:
+      TPPError: They differ.
+    """
+    wanted = getattr(model, "spec", None)
+    if not isinstance(wanted, models.ModelSpec):
+        loaded = load_model(folder, model)
+        loaded.train()
+        return loaded
+    loaded = load_model(folder)
+    spec = models.spec_of(loaded)
+    if spec != wanted:
         raise TPPError(
             f"config.init.model is a {spec.name} for {spec.num_classes} classes of "
-            f"images {spec.image_shape}, but the config needs {name} for {num_classes} "
-            f"classes of images {image_shape}"
+            f"images {spec.image_shape}, but the config needs {name} for "
+            f"{wanted.num_classes} classes of images {wanted.image_shape}"
         )
-    return model
-
-
-def random_model(
-    name: str, seed: int, num_classes: int, image_shape: tuple[int, int, int]
-) -> nnx.Module:
-    """Returns a network with random weights; see :func:`initial_model`."""
-    return models.create(
-        name,
-        num_classes=num_classes,
-        image_shape=image_shape,
-        rngs=nnx.Rngs(seed),
-    )
+    return loaded

@@ -8,6 +8,7 @@ from typing import Any, Self
 from flax import nnx
 
 from tpp_jax.experiment import measures
+from tpp_jax.experiment.callbacks import Callback
 from tpp_jax.experiment.phases import Phase
 from tpp_jax.experiment.position import Position
 from tpp_jax.experiment.program import Program, Take
@@ -74,6 +75,7 @@ class Tools:
         measured.
       signals: Signals that stop the run.
       take: Function that runs training steps.
+      callbacks: Objects that are called during the run.
     """
 
     setup: Setup
@@ -87,6 +89,7 @@ class Tools:
     jacobian: measures.JacobianMeter | None
     signals: Signals
     take: Take
+    callbacks: tuple[Callback, ...] = ()
 
     def score(self, model: nnx.Module) -> float:
         """Returns a network's score: the task's headline metric on the test set."""
@@ -98,6 +101,8 @@ class Tools:
         step = position.steps_before + position.step
         self.progress.scalars(step, metrics)
         self.history.append({"step": step, "phase": position.phase, **metrics})
+        for callback in self.callbacks:
+            callback.on_step(step, position.phase or "", metrics)
 
     def keep_gram(self, run: Run, name: str, model: nnx.Module) -> None:
         """Saves a Gram matrix for the report, if the first round prunes the layer.

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from tpp_jax import data, models
+from tpp_jax.errors import TPPError
+from tpp_jax.interop.modules import as_function, as_nnx
 from tpp_jax.reports.headline import ACCURACY, Headline
 from tpp_jax.training import parallel
 from tpp_jax.training.feeds import EVAL_BATCH, Resident, Streamed
@@ -39,7 +41,8 @@ class ImageClassification:
 
     Attributes:
       dataset: Images and labels, in memory or streamed.
-      network: Name of the network, one of ``tpp_jax.models.names()``.
+      network: Name of the network, one of ``tpp_jax.models.names()``; or a function of
+        random streams that returns a module of Flax NNX or Linen.
       batch_size: Number of images in a training batch of all devices together.
       crop_padding: Width of the black border around training images before their
         random crop, in pixels. Like ``flip``, it applies only to data in memory; a
@@ -52,7 +55,7 @@ class ImageClassification:
     """
 
     dataset: data.Dataset | data.Stream
-    network: str = ""
+    network: str | Callable[[nnx.Rngs], Any] = ""
     batch_size: int = 128
     crop_padding: int = 0
     flip: bool = False
@@ -78,12 +81,17 @@ class ImageClassification:
 
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Returns the network for the classes and the image shape of the data."""
-        return models.create(
-            self.network,
-            num_classes=self.dataset.num_classes,
-            image_shape=self.dataset.image_shape,
-            rngs=rngs,
-        )
+        dataset = self.dataset
+        if isinstance(self.network, str):
+            return models.create(
+                self.network,
+                num_classes=dataset.num_classes,
+                image_shape=dataset.image_shape,
+                rngs=rngs,
+            )
+        model = as_nnx(self.network(rngs), *self.example_inputs(), rngs=rngs)
+        _check_logits(model, self.example_inputs(), dataset.num_classes)
+        return model
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Returns the shape and type of a batch of one normalised image."""
@@ -185,6 +193,24 @@ class ImageClassification:
         one_hot = jax.nn.one_hot(labels, self.dataset.num_classes)
         targets = optax.smooth_labels(one_hot, self.label_smoothing)
         return data.mix(key, x, targets, mixup=self.mixup, cutmix=self.cutmix)
+
+
+def _check_logits(
+    model: Any, inputs: tuple[jax.ShapeDtypeStruct, ...], num_classes: int
+) -> None:
+    """Raises a TPPError unless a network maps images to logits of the classes."""
+    what = f"{type(model).__name__}, applied to images {inputs[0].shape},"
+    try:
+        found = jax.eval_shape(as_function(model), *inputs)
+    except Exception as error:  # whatever a user's network does
+        reason = str(error).strip().partition("\n")[0]
+        raise TPPError(f"{what} fails with {type(error).__name__}: {reason}") from error
+    if getattr(found, "shape", None) != (1, num_classes):
+        shape = getattr(found, "shape", type(found).__name__)
+        raise TPPError(
+            f"{what} returns {shape}, but the data have {num_classes} classes: it must "
+            f"return logits {(1, num_classes)}"
+        )
 
 
 def _training(

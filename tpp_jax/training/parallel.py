@@ -216,6 +216,7 @@ def check_batch_size(
     devices: Sequence[Device],
     accumulate: int = 1,
     pairs: bool = False,
+    field: str = "--config.data.batch_size",
 ) -> None:
     """Checks that the global batch splits evenly.
 
@@ -224,6 +225,7 @@ def check_batch_size(
       devices: Devices that the batch is split over.
       accumulate: Number of parts in which each device computes its share.
       pairs: Whether a part must hold an even number of images, as mixing needs.
+      field: Where the batch size is set, for the message.
 
     Raises:
       TPPError: It does not.
@@ -237,5 +239,5 @@ def check_batch_size(
         over += " in pairs of images, which mixup and cutmix need" if pairs else ""
         raise TPPError(
             f"the batch of {batch_size} does not split over {over}: set "
-            f"--config.data.batch_size to {near[0]} or {near[1]}"
+            f"{field} to {near[0]} or {near[1]}"
         )

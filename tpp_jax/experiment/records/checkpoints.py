@@ -22,10 +22,11 @@ class Checkpoints:
 
         Args:
           folder: Folder of the checkpoints, which is created if it is missing.
-          keep: Number of latest checkpoints to keep.
+          keep: Number of latest checkpoints to keep; 0 to write none.
         """
+        self._keep = keep
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True
+            max_to_keep=keep or 1, enable_async_checkpointing=True
         )
         self._folder = pathlib.Path(folder).absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,8 @@ class Checkpoints:
         Raises:
           TPPError: This or the previous checkpoint could not be written.
         """
+        if not self._keep:
+            return
         with self._explained():
             self._manager.save(step, args=items.to_save(arrays, meta), force=True)
 

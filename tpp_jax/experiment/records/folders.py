@@ -11,8 +11,9 @@ from typing import Any
 import ml_collections
 
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment.config import differences
+from tpp_jax.experiment.config import differences, with_defaults
 from tpp_jax.experiment.fields import flat
+from tpp_jax.experiment.own import check_known
 from tpp_jax.experiment.records.terminal import say
 from tpp_jax.saving import load_model_info
 
@@ -130,7 +131,8 @@ def config_of(
             f"The config of the run in {workdir} is used and not the given one "
             f"({'; '.join(found[:3])}{more}). Omit --workdir to use the given config."
         )
-    used = ml_collections.ConfigDict(own)
+    check_known(own, config, str(workdir))
+    used = ml_collections.ConfigDict(with_defaults(own))
     if moved := flat(config).get("data.dir"):
         used.update_from_flattened_dict({"data.dir": moved})
     return used

@@ -1,0 +1,85 @@
+"""Calling the functions and classes of a user that a config names."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from tpp_jax.errors import TPPError
+from tpp_jax.experiment.config import RunConfig
+from tpp_jax.experiment.dotted import is_dotted, load_object
+from tpp_jax.experiment.fields import Tree, flat
+
+
+def called(section: str, config: RunConfig, *args: Any) -> Any:
+    """Calls the object that a section's ``name`` is the dotted path of.
+
+    It gets the section's ``kwargs``, and the config if it has a parameter of that name.
+
+    Args:
+      section: Name of the section: ``"task"``, ``"model"`` or ``"data"``.
+      config: Config of the run.
+      *args: Arguments that come first.
+
+    Returns:
+      What the object returns. An object that is no class or function, and for which the
+      config has no arguments, is returned itself.
+
+    Raises:
+      TPPError: There is no such object, or it does not take the arguments.
+    """
+    settings = getattr(config, section)
+    path, what = settings.name, f"config.{section}.name"
+    found = load_object(path, what)
+    kwargs: dict[str, Any] = dict(settings.kwargs)
+    if not callable(found):
+        if args or kwargs:
+            raise TPPError(
+                f"{what} is {path!r}, of type {type(found).__name__}: it must be a "
+                "function or a class"
+            )
+        return found
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # some functions written in C have none
+        return found(*args, **kwargs)
+    if "config" in signature.parameters:
+        kwargs = {"config": config, **kwargs}
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = [*["rngs"][: len(args)], *kwargs]
+        raise TPPError(
+            f"{what} is {path!r}, which cannot be called with "
+            f"{', '.join(given) or 'no argument'} ({error}): its arguments are those "
+            f"of config.{section}.kwargs"
+        ) from None
+    return found(*args, **kwargs)
+
+
+def own_code(config: Tree) -> set[str]:
+    """Returns the dotted paths that a config names."""
+    values: Mapping[str, Any] = flat(config)
+    fields = ("task.name", "model.name", "data.name", "prune.method", "prune.criterion")
+    named = [values.get(name, "") for name in fields]
+    return {path for path in named if isinstance(path, str) and is_dotted(path)}
+
+
+def check_known(found: Tree, given: Tree, where: str) -> None:
+    """Checks that code which a file names is named by the user too.
+
+    Otherwise somebody else's folder could make a command run any function.
+
+    Args:
+      found: Config that was read from a file.
+      given: Config that the user passed.
+      where: The folder of the file, for the message.
+
+    Raises:
+      TPPError: The file's config names code that the user's does not.
+    """
+    if unknown := own_code(found) - own_code(given):
+        raise TPPError(
+            f"the run in {where} uses code of its own, {', '.join(sorted(unknown))}: "
+            "pass its config too (--config=…), since code that only a file names is "
+            "not imported"
+        )

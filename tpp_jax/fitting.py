@@ -1,0 +1,272 @@
+"""A run from Python: the function :func:`fit`."""
+
+import contextlib
+import dataclasses
+import pathlib
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import optax
+from flax import linen, nnx
+
+from tpp_jax.errors import TPPError, require
+from tpp_jax.pruning.plan import Plan
+
+if TYPE_CHECKING:
+    from tpp_jax.experiment.callbacks import Callback
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """What :func:`fit` returns.
+
+    Attributes:
+      dense: Network before the cut, as it was trained; None if the method has none.
+      pruned: Pruned network, fine-tuned; None if nothing was cut.
+      plan: Plan of the cut; None if nothing was cut.
+      summary: Content of ``summary.json``: scores of all phases, parameters, FLOPs.
+      history: Recorded metrics, a dict for each record.
+      folder: Folder of the run with its report; None if there is none.
+    """
+
+    dense: nnx.Module | None
+    pruned: nnx.Module | None
+    plan: Plan | None
+    summary: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    folder: pathlib.Path | None
+
+    @property
+    def report(self) -> pathlib.Path | None:
+        """Path of the report, a page for the browser; None without a folder."""
+        return None if self.folder is None else self.folder / "report.html"
+
+
+def fit(
+    task: Any,
+    data: Any = None,
+    *,
+    loss: Callable[..., Any] | None = None,
+    ratios: float | str | Mapping[str, float] = 0.5,
+    method: str = "tpp",
+    epochs: int = 10,
+    pretrain_epochs: int = 0,
+    learning_rate: float | str = 0.01,
+    batch_size: int = 128,
+    schedule: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    folder: str | pathlib.Path | None = None,
+    callbacks: "Sequence[Callback]" = (),
+    **fields: Any,
+) -> FitResult:
+    """Trains, prunes and fine-tunes a network: the run of ``launch.py``, from Python.
+
+    Args:
+      task: Task, or object that defines a part of one, see docs/own_model.md; or a
+        network, trained or not: a module of Flax NNX or Linen; or a function of
+        ``nnx.Rngs`` that makes one.
+      data: Training and evaluation data of a network, ``(train, evaluation)``: pytrees
+        of arrays whose first axis runs over the examples, or sources of random access.
+      loss: ``loss(model, batch)`` or ``loss(model, batch, key)`` of a network, the mean
+        loss of a batch or a tuple of it and a dict of metrics; None for the
+        cross-entropy of data ``(inputs, labels)``, whose labels are integers.
+      ratios: Share of channels to prune: of every group, or by patterns of layers.
+      method: Name of the method, see docs/config.md.
+      epochs: Length of the fine-tuning in epochs.
+      pretrain_epochs: Length of the dense training before it; 0 for a trained network.
+      learning_rate: Learning rate of both.
+      batch_size: Number of examples in a batch, unless the task has its own.
+      schedule: Fields of ``prune.schedule``, such as ``{"granularity": 0.01}``.
+      config: Other fields of the config by full name: ``{"finetune.optimizer":
+        "adamw"}``.
+      folder: Folder of the run, with checkpoints, from which the same call continues,
+        and a report; None for none.
+      callbacks: Objects that are called during the run.
+      **fields: Further attributes of the task of a network: ``inputs``, ``metrics``,
+        ``report``, ``headline``, ``augment``, ``examples``, ``steps_per_epoch``.
+
+    Returns:
+      The networks, the plan and the records.
+
+    Raises:
+      TPPError: An argument is wrong, which is found before any training; or the loss is
+        no longer finite.
+
+    Example:
+      >>> images = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+      >>> labels = (images.sum(1) > 0).astype("int32")
+      >>> class Net(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.first = nnx.Linear(8, 16, rngs=rngs)
+      ...         self.last = nnx.Linear(16, 2, rngs=rngs)
+      ...
+      ...     def __call__(self, x):
+      ...         return self.last(nnx.relu(self.first(x)))
+      >>> result = fit(
+      ...     Net,
+      ...     ((images, labels), (images, labels)),
+      ...     batch_size=16,
+      ...     epochs=1,
+      ...     pretrain_epochs=1,
+      ...     schedule={"granularity": 0.5, "every": 1, "stabilize": 10},
+      ... )  # doctest: +SKIP
+      >>> result.pruned.first.kernel.shape  # doctest: +SKIP
+      (8, 8)
+    """
+    require("train", "ml_collections", "orbax.checkpoint", "rich", "tensorboardX")
+    from tpp_jax.experiment import run
+    from tpp_jax.experiment.setup import Given
+    from tpp_jax.training.own import complete
+
+    own, name = _own(task, data, loss, fields)
+    tree = _config(
+        {
+            "task.name": name,
+            "data.batch_size": batch_size,
+            "prune.method": method,
+            "prune.ratios": _ratios(ratios),
+            "pretrain.epochs": pretrain_epochs,
+            "pretrain.learning_rate": learning_rate,
+            "finetune.epochs": epochs,
+            "finetune.learning_rate": learning_rate,
+            **{f"prune.schedule.{key}": x for key, x in (schedule or {}).items()},
+            **(config or {}),
+        }
+    )
+    given = Given(
+        complete(own, name.partition(":")[2], batch_size),
+        tuple(callbacks),
+        checkpoints=folder is not None,
+    )
+    with _folder(folder) as place:
+        summary = run.train(tree, place, given)
+        return _result(summary, place, given.task, folder is not None)
+
+
+def _own(
+    task: Any, data: Any, loss: Callable[..., Any] | None, fields: Mapping[str, Any]
+) -> tuple[Any, str]:
+    """Returns the object to complete to a task, and a dotted path that describes it."""
+    named = task if isinstance(task, type | types.FunctionType) else type(task)
+    name = f"{named.__module__}:{named.__qualname__.rpartition('.')[2]}"
+    if hasattr(task, "loss") and not isinstance(task, nnx.Module | linen.Module):
+        given = {"data": data, "loss": loss, **fields}
+        if extra := [key for key, value in given.items() if value is not None]:
+            raise TPPError(
+                f"{name} is a task, which has its own data and loss: leave out "
+                f"{', '.join(extra)}"
+            )
+        return (task() if isinstance(task, type) else task), name
+    if not (isinstance(data, tuple | list) and len(data) == 2):
+        raise TPPError(
+            "a network needs data: a tuple (train, evaluation) of two pytrees of "
+            "arrays or two sources of random access"
+        )
+    if unknown := fields.keys() - _FIELDS:
+        raise TPPError(
+            f"fit has no argument {min(unknown)!r}; a task has {', '.join(_FIELDS)}, "
+            "and config= takes the fields of the config"
+        )
+    if loss is None:
+        loss, extra = cross_entropy, {"report": _percent, "headline": _accuracy()}
+        fields = extra | dict(fields)
+
+    def model(rngs: nnx.Rngs) -> Any:
+        if isinstance(task, nnx.Module):
+            return nnx.clone(task)
+        return task if isinstance(task, linen.Module) else task(rngs)
+
+    own = types.SimpleNamespace(
+        model=model, loss=loss, train=data[0], evaluation=data[1], **fields
+    )
+    return own, name
+
+
+_FIELDS = ("inputs", "metrics", "report", "headline", "augment", "examples")
+_FIELDS += ("steps_per_epoch",)
+
+
+def cross_entropy(model: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns the mean cross-entropy of integer labels, and the accuracy.
+
+    Args:
+      model: Network from inputs to logits.
+      batch: Pair of inputs and labels.
+    """
+    inputs, labels = batch
+    logits = model(inputs).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), {"accuracy": (logits.argmax(-1) == labels).mean()}
+
+
+def _accuracy() -> Any:
+    from tpp_jax.reports.headline import ACCURACY
+
+    return ACCURACY
+
+
+def _percent(means: Mapping[str, float]) -> dict[str, float]:
+    if "accuracy" not in means:
+        return dict(means)
+    return {**means, "accuracy": 100 * means["accuracy"]}
+
+
+def _ratios(ratios: float | str | Mapping[str, float]) -> str:
+    if isinstance(ratios, Mapping):
+        return ",".join(f"{pattern}:{ratio}" for pattern, ratio in ratios.items())
+    return ratios if isinstance(ratios, str) else f"*:{ratios}"
+
+
+def _config(fields: Mapping[str, Any]) -> Any:
+    """Returns the default config with some fields.
+
+    Raises:
+      TPPError: A field is unknown.
+    """
+    import ml_collections
+
+    from tpp_jax.experiment.config import FIELDS, default_config, near_fields
+
+    config = default_config().to_dict()
+    for name, value in fields.items():
+        if name not in FIELDS:
+            raise TPPError(f"there is no field {name!r} of a config{near_fields(name)}")
+        section, _, last = name.rpartition(".")
+        place = config
+        for part in section.split(".") if section else ():
+            place = place[part]
+        place[last] = value
+    return ml_collections.ConfigDict(config)
+
+
+@contextlib.contextmanager
+def _folder(given: str | pathlib.Path | None) -> Iterator[pathlib.Path]:
+    if given is not None:
+        yield pathlib.Path(given)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield pathlib.Path(temporary) / "run"
+
+
+def _result(
+    summary: Mapping[str, Any], place: pathlib.Path, task: Any, kept: bool
+) -> FitResult:
+    """Reads the networks and records from the folder of a run."""
+    from tpp_jax.experiment.records.history import read_history
+    from tpp_jax.experiment.setup import abstract_model
+    from tpp_jax.pruning.channels import channel_groups
+    from tpp_jax.saving import load_model, load_model_info
+
+    model = abstract_model(task, 0)
+    dense = pruned = plan = None
+    if (place / "dense").is_dir():
+        dense = load_model(place / "dense", model)
+    if (place / "model").is_dir():
+        pruned = load_model(place / "model", model)
+        groups = channel_groups(model, *task.example_inputs())
+        plan = Plan.from_dict(load_model_info(place / "model")["plan"], groups)
+    history = read_history(place / "metrics.jsonl")
+    return FitResult(dense, pruned, plan, summary, history, place if kept else None)
