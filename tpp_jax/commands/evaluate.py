@@ -51,7 +51,7 @@ def evaluate(workdir: str | pathlib.Path, data_dir: str = "") -> dict[str, Any]:
     task = make_task(network, settings, open_data(settings))
     devices = jax.local_devices()
     evaluator = Evaluator(task, task.feed(devices), StepConfig(network.dtype), devices)
-    params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+    params, stats = nnx.state(model, nnx.Param, ...)
     size = count(model, *task.example_inputs())
     return {
         **evaluator(model, params, stats),

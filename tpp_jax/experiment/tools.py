@@ -89,7 +89,7 @@ class Tools:
 
     def score(self, model: nnx.Module) -> float:
         """Returns a network's score: the task's headline metric on the test set."""
-        params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+        params, stats = nnx.state(model, nnx.Param, ...)
         return self.evaluate(model, params, stats)[self.task.headline.name]
 
     def record(self, position: Position, metrics: Mapping[str, float]) -> None:

@@ -82,7 +82,8 @@ def with_state(model: nnx.Module, state: TrainState) -> nnx.Module:
 
 
 def _split(model: nnx.Module) -> tuple[nnx.State, nnx.State]:
-    return nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+    params, stats = nnx.state(model, nnx.Param, ...)
+    return params, stats
 
 
 def _filled(tree: Any, arrays: Mapping[str, Any]) -> Any:

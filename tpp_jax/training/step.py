@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: Number of steps done in this phase, int32.
       params: Trainable parameters.
-      stats: Batch statistics.
+      stats: All other variables of the network, such as batch statistics.
       opt_state: State of the optimizer.
       average: Moving averages of ``(params, stats)``; None if none are kept.
       teacher: ``(params, stats)`` of the network that is distilled, which no step
@@ -131,14 +131,13 @@ def make_train_step(
         if axis is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis)
             if not config.sync_bn:
-                stats = jax.lax.pmean(stats, axis)
+                means: Any = jax.lax.pmean(_batch_stats(stats), axis)
+                stats = nnx.merge_state(stats, means)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         average: Any = state.average
         if config.ema:
-            t = state.step.astype(jnp.float32)
-            rate = 1 - jnp.minimum(config.ema, (1 + t) / (10 + t))
-            average = optax.incremental_update((params, stats), average, rate)
+            average = _averaged(average, params, stats, state.step, config.ema)
         after = TrainState(
             state.step + 1, params, stats, opt_state, average, state.teacher
         )
@@ -147,6 +146,22 @@ def make_train_step(
         return after, metrics
 
     return step
+
+
+def _averaged(
+    average: tuple[nnx.State, nnx.State],
+    params: nnx.State,
+    stats: nnx.State,
+    step: Int[Array, ""],
+    decay: float,
+) -> tuple[nnx.State, nnx.State]:
+    """Returns the moving averages after a step, other variables as they are."""
+    t = step.astype(jnp.float32)
+    rate = 1 - jnp.minimum(decay, (1 + t) / (10 + t))
+    new = params, _batch_stats(stats)
+    old = average[0], _batch_stats(average[1])
+    means: Any = optax.incremental_update(new, old, rate)
+    return means[0], nnx.merge_state(stats, means[1])
 
 
 def _with_teacher(
@@ -175,7 +190,7 @@ def _gradients(
         if axis is not None and config.sync_bn:
             _synchronise(model, axis)
         value, metrics = loss(model, batch, key)
-        return value, (nnx.state(model, nnx.BatchStat), {**metrics, "loss": value})
+        return value, (nnx.state(model, nnx.Param, ...)[1], {**metrics, "loss": value})
 
     if config.remat:
         forward = jax.checkpoint(forward, policy=is_expensive)
@@ -245,11 +260,16 @@ def _in(dtype: str, params: nnx.State, stats: nnx.State) -> nnx.State:
     """Casts the parameters, except those of layers that keep batch statistics."""
     if dtype == "float32":
         return params
-    norms = {layer_name(name) for name in named_leaves(stats)}
+    norms = {layer_name(name) for name in named_leaves(_batch_stats(stats))}
     return map_named(
         lambda name, leaf: leaf if layer_name(name) in norms else leaf.astype(dtype),
         params,
     )
+
+
+def _batch_stats(stats: nnx.State) -> nnx.State:
+    """Returns the batch statistics without variables that are not averaged."""
+    return nnx.filter_state(stats, nnx.BatchStat)
 
 
 def is_expensive(primitive: Any, *_: Any, **__: Any) -> bool:
