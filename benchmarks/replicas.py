@@ -31,10 +31,10 @@ from tpp_jax.training.classification import ImageClassification
 from tpp_jax.training.step import (
     StepConfig,
     TrainState,
-    graphdef_of,
     make_train_step,
     make_train_steps,
 )
+from tpp_jax.training.structure import structure_of
 
 CASES = (("mlp7_linear", "*net*:0.5", "net.12"), ("cifar_resnet20", "*conv1:0.5", ""))
 NUMBERS = 1, 3, 8
@@ -83,7 +83,7 @@ def _programs(
     feed.begin(jax.random.key(0), 0)
     order, images = feed.train_data(0)
     loss, config = task.loss, StepConfig()
-    graphdef = graphdef_of(models[0], training=True)
+    graphdef = structure_of(models[0], training=True)
     # On the CPU convolutions in a loop are slow, and dispatching costs little.
     loop = jax.default_backend() != "cpu" or name.startswith("mlp")
     n = np.int32(10 if loop else 1)

@@ -46,6 +46,7 @@ from tpp_jax.training import parallel
 from tpp_jax.training import step as steps
 from tpp_jax.training.classification import ImageClassification
 from tpp_jax.training.optimizers import sgd
+from tpp_jax.training.structure import structure_of
 from tpp_jax.xla.blocks import Blocks
 
 COMPILED = tuple(f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110))
@@ -183,7 +184,7 @@ class Training:
         feed.begin(jax.random.key(1), 0)
         tx = sgd(1e-3, momentum=0.9, weight_decay=5e-4)
         config, select = steps.StepConfig(), feed.train_batch
-        graphdef = steps.graphdef_of(model, training=True)
+        graphdef = structure_of(model, training=True)
         axis = parallel.axis_name(devices)
         step = steps.make_train_step(graphdef, tx, task.loss, config, select, axis)
         params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)

@@ -65,6 +65,7 @@ def _measure(name: str) -> dict[str, float]:
     from tpp_jax.training import step as steps
     from tpp_jax.training.classification import ImageClassification
     from tpp_jax.training.optimizers import sgd
+    from tpp_jax.training.structure import structure_of
 
     keep_compiled_programs()
     model = tpp.models.create(name, rngs=nnx.Rngs(0))
@@ -77,7 +78,7 @@ def _measure(name: str) -> dict[str, float]:
     feed.begin(jax.random.key(1), 0)
     tx = sgd(1e-3, momentum=0.9, weight_decay=5e-4)
     config = steps.StepConfig()
-    graphdef = steps.graphdef_of(model, training=True)
+    graphdef = structure_of(model, training=True)
     step = steps.make_train_step(graphdef, tx, task.loss, config, feed.train_batch)
     params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
     state = steps.TrainState(jax.numpy.int32(0), params, stats, tx.init(params))

@@ -45,6 +45,7 @@ from tpp_jax.training import parallel
 from tpp_jax.training import step as steps
 from tpp_jax.training.classification import ImageClassification
 from tpp_jax.training.optimizers import sgd
+from tpp_jax.training.structure import structure_of
 
 _PRODUCT = "matrix product"
 _PRODUCT_SIZE = 2048 if jax.default_backend() == "cpu" else 16384
@@ -221,7 +222,7 @@ class _Ours:
         feed = task.feed(jax.devices()[:1])
         feed.begin(jax.random.key(1), 0)
         config = steps.StepConfig(dtype)
-        graphdef = steps.graphdef_of(model, training=True)
+        graphdef = structure_of(model, training=True)
         step = steps.make_train_step(graphdef, tx, task.loss, config, feed.train_batch)
         params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
         state = steps.TrainState(jax.numpy.int32(0), params, stats, tx.init(params))

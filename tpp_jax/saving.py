@@ -204,13 +204,15 @@ def with_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:
     """Returns a model of the same structure with the given arrays.
 
     Args:
-      model: Module with the structure.
+      model: Module with the structure, whose random streams are kept.
       arrays: Arrays by name.
 
     Raises:
       TPPError: If the names are not those of the model's arrays.
     """
-    return _filled_module(model, {n: jnp.asarray(x) for n, x in arrays.items()})
+    graphdef, streams, state = nnx.split(model, nnx.RngState, ...)
+    given = {name: jnp.asarray(x) for name, x in arrays.items()}
+    return nnx.merge(graphdef, streams, _filled(state, given, type(model).__name__))
 
 
 # Description of a model

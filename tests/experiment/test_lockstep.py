@@ -21,7 +21,8 @@ from tpp_jax.experiment.program import Program
 from tpp_jax.models import CifarResNet
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import load_model_info
-from tpp_jax.training.step import graphdef_of, make_train_step, make_train_steps
+from tpp_jax.training.step import make_train_step, make_train_steps
+from tpp_jax.training.structure import structure_of
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -144,7 +145,7 @@ def test_a_step_of_replicas_with_convolutions_is_their_single_steps(unroll):
     schedule = tpp.growing_schedule(
         granularity=0.5, every=1, stabilize=10, zero_out_every=1
     )
-    graphdef = graphdef_of(models[0], training=True)
+    graphdef = structure_of(models[0], training=True)
     task = digits_task()
     feed = task.feed(device)
 

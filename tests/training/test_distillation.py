@@ -15,14 +15,15 @@ from tpp_jax.models import CifarResNet
 from tpp_jax.training import parallel
 from tpp_jax.training.distillation import Teacher, distillation_loss, distilled
 from tpp_jax.training.state import arrays_of, initial_state, teacher_arrays
-from tpp_jax.training.step import StepConfig, graphdef_of, make_train_step
+from tpp_jax.training.step import StepConfig, make_train_step
+from tpp_jax.training.structure import structure_of
 from tpp_jax.training.watching import watch
 
 TEMPERATURE = 3.0
 
 
 def teacher_of(model, weight):
-    return Teacher(graphdef_of(model, training=False), weight, TEMPERATURE)
+    return Teacher(structure_of(model, training=False), weight, TEMPERATURE)
 
 
 def two_steps(pupil, dense, weight, n_devices=1, **fields):
@@ -31,7 +32,7 @@ def two_steps(pupil, dense, weight, n_devices=1, **fields):
     task = digits_task(dtype=config.dtype)
     feed, tx = task.feed(devices, config.accumulate), optax.sgd(0.1)
     step = make_train_step(
-        graphdef_of(pupil, training=True),
+        structure_of(pupil, training=True),
         tx,
         task.loss,
         config,

@@ -15,7 +15,8 @@ from tpp_jax.training import parallel
 from tpp_jax.training.evaluation import Evaluator
 from tpp_jax.training.language import LanguageModelling
 from tpp_jax.training.state import arrays_of, initial_state, with_state
-from tpp_jax.training.step import StepConfig, graphdef_of, make_train_step
+from tpp_jax.training.step import StepConfig, make_train_step
+from tpp_jax.training.structure import split, structure_of
 from tpp_jax.training.task import Feed, Task
 
 LENGTH, BATCH, VOCABULARY = 12, 8, 40
@@ -49,8 +50,8 @@ def stepped(model, tx, steps, devices, accumulate=1, first=0, arrays=None, ema=0
     """Trains some steps; returns the loss of each and the state."""
     feed, axis = TASK.feed(devices, accumulate), parallel.axis_name(devices)
     config = StepConfig(accumulate=accumulate, ema=ema)
-    graphdef = graphdef_of(model, training=True)
-    step = make_train_step(graphdef, tx, TASK.loss, config, feed.train_batch, axis)
+    structure = structure_of(model, training=True)
+    step = make_train_step(structure, tx, TASK.loss, config, feed.train_batch, axis)
     run = parallel.on_devices(step, devices, 0, None, accumulate, "pmap")
     state = initial_state(model, tx, average=ema > 0, step=first, arrays=arrays)
     key, state = parallel.replicate((jax.random.key(1), state), devices)
@@ -64,7 +65,7 @@ def stepped(model, tx, steps, devices, accumulate=1, first=0, arrays=None, ema=0
 
 def measured(model, devices):
     evaluate = Evaluator(TASK, TASK.feed(devices), StepConfig(), devices, "pmap")
-    return evaluate(model, *nnx.state(model, nnx.Param, ...))
+    return evaluate(model, *split(model))
 
 
 @functools.cache

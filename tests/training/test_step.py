@@ -19,11 +19,11 @@ from tpp_jax.training.optimizers import sgd
 from tpp_jax.training.step import (
     StepConfig,
     TrainState,
-    graphdef_of,
     is_expensive,
     make_train_step,
     make_train_steps,
 )
+from tpp_jax.training.structure import structure_of
 
 CONFIG = StepConfig()
 
@@ -88,7 +88,7 @@ def followed(model, tx, devices, steps, config=CONFIG, api="pmap", **recipe):
     task = digits_task(dtype=config.dtype, **recipe)
     feed = task.feed(devices, config.accumulate)
     axis = parallel.axis_name(devices)
-    graphdef = graphdef_of(model, training=True)
+    graphdef = structure_of(model, training=True)
     step = make_train_step(graphdef, tx, task.loss, config, feed.train_batch, axis)
     run = parallel.on_devices(step, devices, donate=0, api=api)
     state = initial_state(model, tx, average=config.ema > 0)
@@ -154,7 +154,7 @@ def test_batch_norm_may_leave_each_device_to_itself():
 
 def test_a_step_that_is_not_finite_can_be_left_out():
     model, tx, devices = small_mlp(), optax.sgd(0.1, momentum=0.9), jax.devices()[:4]
-    graphdef = graphdef_of(model, training=True)
+    graphdef = structure_of(model, training=True)
     # A standard deviation of zero makes every black pixel 0/0.
     task = digits_task(digits()._replace(mean=(0.0,), std=(0.0,)))
     feed = task.feed(devices)
@@ -261,7 +261,7 @@ def lowered(config):
     task = digits_task(dtype=config.dtype)
     feed = task.feed(jax.devices()[:1])
     feed.begin(jax.random.key(2), 0)
-    graphdef, tx = graphdef_of(model, training=True), optax.sgd(0.1)
+    graphdef, tx = structure_of(model, training=True), optax.sgd(0.1)
     step = make_train_step(graphdef, tx, task.loss, config, feed.train_batch)
     args = initial_state(model, tx), jax.random.key(1), *feed.train_data(0)
     return jax.jit(step).lower(*args)
@@ -303,7 +303,7 @@ def test_several_steps_in_one_dispatch_equal_single_steps():
     task = digits_task()
     feed = task.feed(jax.devices()[:1])
     feed.begin(jax.random.key(2), 0)
-    graphdef = graphdef_of(model, training=True)
+    graphdef = structure_of(model, training=True)
     step = make_train_step(graphdef, tx, task.loss, CONFIG, feed.train_batch)
     key, images = jax.random.key(1), feed.train_data(0)
     single = jax.jit(make_train_steps(step, loop=False))
@@ -324,7 +324,7 @@ def test_a_phase_compiles_once_and_moves_nothing_between_host_and_device():
     task = digits_task()
     feed = task.feed(jax.devices()[:1])
     feed.begin(jax.random.key(2), 0)
-    graphdef = graphdef_of(model, training=True)
+    graphdef = structure_of(model, training=True)
     step = jax.jit(
         make_train_step(graphdef, tx, task.loss, CONFIG, feed.train_batch),
         donate_argnums=0,
@@ -345,7 +345,7 @@ def test_a_thousand_steps_take_no_more_memory_than_ten():
     feed = task.feed(jax.devices()[:1])
     feed.begin(jax.random.key(2), 0)
     tx = sgd(1e-3, 0.9, 5e-4)
-    graphdef = graphdef_of(model, training=True)
+    graphdef = structure_of(model, training=True)
     step = make_train_step(graphdef, tx, task.loss, CONFIG, feed.train_batch)
     steps = parallel.on_devices(step, jax.devices()[:1], donate=0)
     state = parallel.replicate(initial_state(model, tx), jax.devices()[:1])
@@ -363,7 +363,7 @@ def test_the_penalties_take_at_most_five_percent_more_memory():
     model = tpp.models.create("cifar_vgg11", rngs=nnx.Rngs(0))
     images = jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.uint8)
     plan = tpp.make_plan(tpp.channel_groups(model, images), model, 0.5)
-    plain, graphdef = sgd(1e-3, 0.9, 5e-4), graphdef_of(model, training=True)
+    plain, graphdef = sgd(1e-3, 0.9, 5e-4), structure_of(model, training=True)
     penalties = tpp.add_tpp_penalties(plan, tpp.growing_schedule())
     nothing = np.zeros((0, 32, 32, 3), np.uint8), np.zeros(0, np.int32)
     dataset = tpp.data.Dataset(*nothing, *nothing, 10, (0.4,) * 3, (0.3,) * 3)

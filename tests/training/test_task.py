@@ -16,7 +16,8 @@ from tpp_jax.training.evaluation import Evaluator
 from tpp_jax.training.feeds import Resident, Streamed
 from tpp_jax.training.optimizers import sgd
 from tpp_jax.training.state import initial_state, with_state
-from tpp_jax.training.step import StepConfig, graphdef_of, make_train_step
+from tpp_jax.training.step import StepConfig, make_train_step
+from tpp_jax.training.structure import structure_of
 from tpp_jax.training.task import Feed, Task
 
 N_TRAIN, N_EVAL, BATCH = 96, 37, 16
@@ -126,7 +127,7 @@ def test_the_protocols_are_what_the_generic_code_needs():
 def trained(model, tx, steps, devices, feed, accumulate=1, api="pmap"):
     """Trains some steps; returns the loss of each and the model."""
     graphdef, config = (
-        graphdef_of(model, training=True),
+        structure_of(model, training=True),
         StepConfig(accumulate=accumulate),
     )
     axis, select = parallel.axis_name(devices), feed.train_batch

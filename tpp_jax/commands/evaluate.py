@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-from flax import nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.fields import build
@@ -15,6 +14,7 @@ from tpp_jax.pruning.flops import count
 from tpp_jax.saving import load_model, load_model_info
 from tpp_jax.training.evaluation import Evaluator
 from tpp_jax.training.step import StepConfig
+from tpp_jax.training.structure import split
 
 
 def evaluate(workdir: str | pathlib.Path, data_dir: str = "") -> dict[str, Any]:
@@ -51,7 +51,7 @@ def evaluate(workdir: str | pathlib.Path, data_dir: str = "") -> dict[str, Any]:
     task = make_task(network, settings, open_data(settings))
     devices = jax.local_devices()
     evaluator = Evaluator(task, task.feed(devices), StepConfig(network.dtype), devices)
-    params, stats = nnx.state(model, nnx.Param, ...)
+    params, stats = split(model)
     size = count(model, *task.example_inputs())
     return {
         **evaluator(model, params, stats),

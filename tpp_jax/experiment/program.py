@@ -16,10 +16,10 @@ from tpp_jax.training import parallel
 from tpp_jax.training.distillation import Teacher
 from tpp_jax.training.step import (
     TrainState,
-    graphdef_of,
     make_train_step,
     make_train_steps,
 )
+from tpp_jax.training.structure import structure_of
 from tpp_jax.training.task import Feed
 
 Kept = Mapping[str, Any]
@@ -92,13 +92,13 @@ def make_program(
     on_cpu = jax.default_backend() == "cpu"
     at_once = config.steps_per_dispatch or (1 if on_cpu else feed.at_once)
     at_once = min(at_once, feed.at_once)
-    graphdef = graphdef_of(model, training=True)
+    structure = structure_of(model, training=True)
     step_config, loss = setup.step_config(phase.section), setup.task(phase.section).loss
     taught = None
     if teacher is not None:
         distillation = config.finetune.distillation
         taught = Teacher(
-            graphdef_of(teacher, training=False),
+            structure_of(teacher, training=False),
             distillation.weight,
             distillation.temperature,
             distillation.activations,
@@ -108,7 +108,7 @@ def make_program(
     def steps_of(tx: optax.GradientTransformation) -> Callable[..., Any]:
         axis = parallel.axis_name(devices)
         select = feed.train_batch
-        step = make_train_step(graphdef, tx, loss, step_config, select, axis, taught)
+        step = make_train_step(structure, tx, loss, step_config, select, axis, taught)
         return make_train_steps(step, loop=at_once > 1)
 
     on_devices = functools.partial(

@@ -19,6 +19,7 @@ from tpp_jax.experiment.setup import Setup
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.storage import processes
 from tpp_jax.training.evaluation import Evaluator
+from tpp_jax.training.structure import split
 from tpp_jax.training.task import Feed, Task
 
 
@@ -89,7 +90,7 @@ class Tools:
 
     def score(self, model: nnx.Module) -> float:
         """Returns a network's score: the task's headline metric on the test set."""
-        params, stats = nnx.state(model, nnx.Param, ...)
+        params, stats = split(model)
         return self.evaluate(model, params, stats)[self.task.headline.name]
 
     def record(self, position: Position, metrics: Mapping[str, float]) -> None:

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from tpp_jax.errors import TPPError
+from tpp_jax.training.structure import Structure
 from tpp_jax.training.task import Batch, Loss, Metrics
 from tpp_jax.training.watching import Outputs, pairs, watch
 
@@ -16,14 +17,14 @@ class Teacher(NamedTuple):
     """How a step distils; the arrays of the teacher are part of the step's state.
 
     Attributes:
-      graphdef: Structure of the teacher, in evaluation mode.
+      structure: Structure of the teacher, in evaluation mode.
       weight: Share of the distillation in the loss, from 0 to 1.
       temperature: Temperature of the softened outputs.
       activations: Patterns of the layers whose outputs are distilled too.
       activation_weight: Factor of that part of the loss.
     """
 
-    graphdef: nnx.GraphDef
+    structure: Structure
     weight: float
     temperature: float
     activations: str = ""

@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 
 from tpp_jax.training import parallel
-from tpp_jax.training.step import StepConfig, graphdef_of, make_eval_step
+from tpp_jax.training.step import StepConfig, make_eval_step
+from tpp_jax.training.structure import Structure, structure_of
 from tpp_jax.training.task import Feed, Task
 
 
@@ -35,7 +36,7 @@ class Evaluator:
         self._task, self._feed, self._config = task, feed, config
         self._devices = devices
         self._api: parallel.Api = api
-        self._steps: dict[nnx.GraphDef, Callable[..., Any]] = {}
+        self._steps: dict[Structure, Callable[..., Any]] = {}
 
     def __call__(
         self, model: nnx.Module, params: nnx.State, stats: nnx.State
@@ -47,7 +48,7 @@ class Evaluator:
           params: Parameters of the network.
           stats: Batch statistics of the network.
         """
-        step = self._step(graphdef_of(model, training=False))
+        step = self._step(structure_of(model, training=False))
         params, stats = parallel.replicate((params, stats), self._devices)
         totals: Any = None
         for arguments in self._feed.eval_data():
@@ -59,17 +60,17 @@ class Evaluator:
         sums, n = totals
         return self._task.report({name: float(x / n) for name, x in sums.items()})
 
-    def _step(self, graphdef: nnx.GraphDef) -> Callable[..., Any]:
-        if graphdef not in self._steps:
+    def _step(self, structure: Structure) -> Callable[..., Any]:
+        if structure not in self._steps:
             step = make_eval_step(
-                graphdef,
+                structure,
                 self._task.metrics,
                 self._config,
                 self._feed.eval_batch,
                 parallel.axis_name(self._devices),
             )
             split = 2 if self._feed.split else None
-            self._steps[graphdef] = parallel.on_devices(
+            self._steps[structure] = parallel.on_devices(
                 step, self._devices, split=split, api=self._api
             )
-        return self._steps[graphdef]
+        return self._steps[structure]

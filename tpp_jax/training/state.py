@@ -11,6 +11,7 @@ from flax import nnx
 from tpp_jax.graph.naming import map_named, named_leaves
 from tpp_jax.saving import with_arrays
 from tpp_jax.training.step import TrainState
+from tpp_jax.training.structure import split
 
 
 def initial_state(
@@ -32,7 +33,7 @@ def initial_state(
         averages from; None to initialise both.
       teacher: Network to distil; None for none.
     """
-    params, stats = _split(model)
+    params, stats = split(model)
     averages = (params, stats) if average else None
     if arrays is None:
         opt_state = tx.init(params)
@@ -40,7 +41,7 @@ def initial_state(
         opt_state = jax.eval_shape(tx.init, params)
         opt_state = _filled(opt_state, unprefixed(arrays, "opt."))
         averages = _filled(averages, unprefixed(arrays, "average."))
-    taught = None if teacher is None else _split(teacher)
+    taught = None if teacher is None else split(teacher)
     state = TrainState(jnp.int32(step), params, stats, opt_state, averages, taught)
     # Copied, since the step donates its buffers and the model's are still needed.
     return jax.tree.map(jnp.copy, state)
@@ -62,7 +63,7 @@ def arrays_of(state: TrainState) -> dict[str, Any]:
 
 def teacher_arrays(teacher: nnx.Module) -> dict[str, Any]:
     """Returns the arrays of a teacher for a checkpoint, named ``teacher.<name>``."""
-    params, stats = _split(teacher)
+    params, stats = split(teacher)
     named = named_leaves(params) | named_leaves(stats)
     return {f"teacher.{name}": leaf for name, leaf in named.items()}
 
@@ -79,11 +80,6 @@ def unprefixed(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def with_state(model: nnx.Module, state: TrainState) -> nnx.Module:
     """Returns a model of the same structure with a state's parameters."""
     return with_arrays(model, unprefixed(arrays_of(state), "model."))
-
-
-def _split(model: nnx.Module) -> tuple[nnx.State, nnx.State]:
-    params, stats = nnx.state(model, nnx.Param, ...)
-    return params, stats
 
 
 def _filled(tree: Any, arrays: Mapping[str, Any]) -> Any:

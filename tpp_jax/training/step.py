@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from tpp_jax.graph.naming import layer_name, map_named, named_leaves
-from tpp_jax.models import BatchNorm
 from tpp_jax.training.distillation import Teacher, distilled
+from tpp_jax.training.structure import NOT_TRAINED, Structure
 from tpp_jax.training.task import Batch, Loss, Metrics
 from tpp_jax.xla.blocks import hold_blocks, roll_blocks
 from tpp_jax.xla.convolution import use_fast_convolutions
@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: Number of steps done in this phase, int32.
       params: Trainable parameters.
-      stats: All other variables of the network, such as batch statistics.
+      stats: Batch statistics.
       opt_state: State of the optimizer.
       average: Moving averages of ``(params, stats)``; None if none are kept.
       teacher: ``(params, stats)`` of the network that is distilled, which no step
@@ -79,18 +79,8 @@ Gradients = Callable[..., tuple[nnx.State, tuple[nnx.State, Metrics]]]
 _OF_THE_LOSS = 2**30
 
 
-def graphdef_of(model: nnx.Module, *, training: bool) -> nnx.GraphDef:
-    """Returns the structure of a model in training or evaluation mode.
-
-    It contains no arrays or shapes, so the dense and the sliced network share it.
-    """
-    copy = nnx.merge(*nnx.split(model))
-    copy.train() if training else copy.eval()
-    return nnx.split(copy)[0]
-
-
 def make_train_step(
-    graphdef: nnx.GraphDef,
+    structure: Structure,
     tx: optax.GradientTransformation,
     loss: Loss,
     config: StepConfig,
@@ -101,7 +91,7 @@ def make_train_step(
     """Makes the training step of one device.
 
     Args:
-      graphdef: Structure of the model, in training mode.
+      structure: Structure of the model, in training mode.
       tx: Optimizer.
       loss: ``loss(model, batch, key) -> (loss, metrics)`` of a task.
       config: Arithmetic of the step.
@@ -124,20 +114,21 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
         batch = select(state.step, key, *data)
         taught = _with_teacher(loss, teacher, state.teacher, config.dtype)
-        gradients = _gradients(graphdef, taught, config, axis)
+        gradients = _gradients(structure, taught, config, axis)
         grads, (stats, metrics) = gradients(
             state.params, state.stats, batch, jax.random.fold_in(key, _OF_THE_LOSS)
         )
         if axis is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis)
-            if not config.sync_bn:
-                means: Any = jax.lax.pmean(_batch_stats(stats), axis)
-                stats = nnx.merge_state(stats, means)
+            if structure.local or not config.sync_bn:
+                stats = _mean_over(axis, stats)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         average: Any = state.average
         if config.ema:
-            average = _averaged(average, params, stats, state.step, config.ema)
+            t = state.step.astype(jnp.float32)
+            rate = 1 - jnp.minimum(config.ema, (1 + t) / (10 + t))
+            average = optax.incremental_update((params, stats), average, rate)
         after = TrainState(
             state.step + 1, params, stats, opt_state, average, state.teacher
         )
@@ -146,22 +137,6 @@ def make_train_step(
         return after, metrics
 
     return step
-
-
-def _averaged(
-    average: tuple[nnx.State, nnx.State],
-    params: nnx.State,
-    stats: nnx.State,
-    step: Int[Array, ""],
-    decay: float,
-) -> tuple[nnx.State, nnx.State]:
-    """Returns the moving averages after a step, other variables as they are."""
-    t = step.astype(jnp.float32)
-    rate = 1 - jnp.minimum(decay, (1 + t) / (10 + t))
-    new = params, _batch_stats(stats)
-    old = average[0], _batch_stats(average[1])
-    means: Any = optax.incremental_update(new, old, rate)
-    return means[0], nnx.merge_state(stats, means[1])
 
 
 def _with_teacher(
@@ -173,24 +148,24 @@ def _with_teacher(
     """Returns the loss, distilled if there is a teacher."""
     if teacher is None or arrays is None:
         return loss
-    model = _merged(teacher.graphdef, *arrays, dtype)
+    model = _merged(teacher.structure, *arrays, dtype)
     hold_blocks(model)
     return distilled(loss, model, *teacher[1:])
 
 
 def _gradients(
-    graphdef: nnx.GraphDef, loss: Loss, config: StepConfig, axis: str | None
+    structure: Structure, loss: Loss, config: StepConfig, axis: str | None
 ) -> Gradients:
     """Makes the function that differentiates a device's share of the loss."""
 
     def forward(
         params: nnx.State, stats: nnx.State, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[nnx.State, Metrics]]:
-        model = _merged(graphdef, params, stats, config.dtype)
+        model = _merged(structure, params, stats, config.dtype, key, axis)
         if axis is not None and config.sync_bn:
             _synchronise(model, axis)
         value, metrics = loss(model, batch, key)
-        return value, (nnx.state(model, nnx.Param, ...)[1], {**metrics, "loss": value})
+        return value, (nnx.state(model, NOT_TRAINED), {**metrics, "loss": value})
 
     if config.remat:
         forward = jax.checkpoint(forward, policy=is_expensive)
@@ -240,10 +215,21 @@ def _if_finite(
 
 
 def _merged(
-    graphdef: nnx.GraphDef, params: nnx.State, stats: nnx.State, dtype: str
+    structure: Structure,
+    params: nnx.State,
+    stats: nnx.State,
+    dtype: str,
+    key: Key[Array, ""] | None = None,
+    axis: str | None = None,
 ) -> nnx.Module:
-    """Returns the model with its arrays, prepared for XLA."""
-    model = nnx.merge(graphdef, _in(dtype, params, stats), stats, copy=True)
+    """Returns the model with its arrays, prepared for XLA.
+
+    Its random streams start from the key, on each device of an axis differently.
+    """
+    if structure.rngs and key is not None and axis is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    cast, rngs = _in(dtype, params, stats), structure.streams(key)
+    model = nnx.merge(structure.graphdef, cast, stats, *rngs, copy=True)
     use_fast_convolutions(model)
     roll_blocks(model)
     return model
@@ -252,24 +238,27 @@ def _merged(
 def _synchronise(model: nnx.Module, axis: str) -> None:
     """Makes batch norms normalise by the batch of all devices on an axis."""
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, BatchNorm):
+        if isinstance(module, nnx.BatchNorm):
             module.axis_name = axis
+
+
+def _mean_over(axis: str, stats: nnx.State) -> nnx.State:
+    """Returns the means of statistics over devices; counters are equal on all."""
+    return jax.tree.map(
+        lambda x: jax.lax.pmean(x, axis) if jnp.issubdtype(x, jnp.floating) else x,
+        stats,
+    )
 
 
 def _in(dtype: str, params: nnx.State, stats: nnx.State) -> nnx.State:
     """Casts the parameters, except those of layers that keep batch statistics."""
     if dtype == "float32":
         return params
-    norms = {layer_name(name) for name in named_leaves(_batch_stats(stats))}
+    norms = {layer_name(name) for name in named_leaves(stats)}
     return map_named(
         lambda name, leaf: leaf if layer_name(name) in norms else leaf.astype(dtype),
         params,
     )
-
-
-def _batch_stats(stats: nnx.State) -> nnx.State:
-    """Returns the batch statistics without variables that are not averaged."""
-    return nnx.filter_state(stats, nnx.BatchStat)
 
 
 def is_expensive(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -316,7 +305,7 @@ def make_train_steps(step: Callable[..., Any], *, loop: bool) -> Callable[..., A
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef,
+    structure: Structure,
     metrics: Callable[[nnx.Module, Batch], dict[str, Shaped[Array, " n"]]],
     config: StepConfig,
     select: Callable[..., tuple[Batch, Bool[Array, " n"]]],
@@ -325,7 +314,7 @@ def make_eval_step(
     """Makes the evaluation step of one device.
 
     Args:
-      graphdef: Structure of the model, in evaluation mode.
+      structure: Structure of the model, in evaluation mode.
       metrics: ``metrics(model, batch)`` of a task, which returns values per example.
       config: Arithmetic of the step.
       select: ``select(*data) -> (batch, counts)``, which returns this device's share of
@@ -341,7 +330,7 @@ def make_eval_step(
         params: nnx.State, stats: nnx.State, *data: Any
     ) -> tuple[dict[str, Array], Int[Array, ""]]:
         batch, counts = select(*data)
-        model = _merged(graphdef, params, stats, config.dtype)
+        model = _merged(structure, params, stats, config.dtype)
         hold_blocks(model)
         values = metrics(model, batch)
         sums = {name: jnp.sum(x, where=counts) for name, x in values.items()}

@@ -1,0 +1,114 @@
+"""Steps of models with dropout, with constants, and with norms of Flax's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+from tpp_jax.training import parallel
+from tpp_jax.training.state import initial_state, with_state
+from tpp_jax.training.step import StepConfig, make_train_step
+from tpp_jax.training.structure import split, structure_of
+
+
+class Net(nnx.Module):
+    """A layer with a constant factor and dropout, and a norm of Flax's own."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(6, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.factor = nnx.Variable(jnp.full(8, 2.0))
+
+    def __call__(self, x):
+        return self.dropout(self.norm(self.layer(x))) * self.factor
+
+
+class Norm(linen.Module):
+    """A Linen norm, whose devices cannot be told to normalise together."""
+
+    @linen.compact
+    def __call__(self, x, train):
+        return linen.BatchNorm(use_running_average=not train)(linen.Dense(8)(x))
+
+
+class Bridged(nnx.Module):
+    def __init__(self, rngs):
+        x = jnp.ones((1, 6))
+        self.inner = nnx.bridge.ToNNX(Norm(), rngs).lazy_init(x, train=False)
+
+    def __call__(self, x):
+        return self.inner(x, train=True, mutable=["batch_stats"])
+
+
+def trained(model, devices, steps=1, **config):
+    """Returns the loss of each step and the model after the last."""
+
+    def loss(model, batch, key):
+        del key
+        return jnp.square(model(batch)).mean(), {}
+
+    def batch_of(step, key, x):
+        del step, key
+        axis = parallel.axis_name(devices)
+        n = len(x) // len(devices)
+        start = 0 if axis is None else jax.lax.axis_index(axis) * n
+        return jax.lax.dynamic_slice_in_dim(x, start, n)
+
+    tx, axis = optax.sgd(0.1), parallel.axis_name(devices)
+    structure = structure_of(model, training=True)
+    step = make_train_step(
+        structure, tx, loss, StepConfig(**config), batch_of, axis, None
+    )
+    run = parallel.on_devices(step, devices, 0, None, 1, "pmap")
+    state = initial_state(model, tx, average=False, step=0, arrays=None)
+    x = jax.random.normal(jax.random.key(3), (8, 6))
+    state, key, x = parallel.replicate((state, jax.random.key(1), x), devices)
+    losses = []
+    for _ in range(steps):
+        state, metrics = run(state, key, x)
+        losses.append(float(metrics["loss"]))
+    return losses, with_state(model, parallel.local(state))
+
+
+def test_dropout_draws_anew_in_each_step_and_repeats_with_the_key():
+    model = Net(nnx.Rngs(0))
+    losses, _ = trained(model, jax.devices()[:1], steps=3)
+    assert len(set(losses)) == 3
+    assert trained(model, jax.devices()[:1], steps=3)[0] == losses
+
+
+def test_constants_are_kept_and_batch_statistics_renewed():
+    model = Net(nnx.Rngs(0))
+    _, after = trained(model, jax.devices()[:1])
+    np.testing.assert_array_equal(after.factor[...], model.factor[...])
+    assert not np.allclose(after.norm.mean[...], model.norm.mean[...])
+    assert not np.allclose(after.layer.kernel[...], model.layer.kernel[...])
+    # The streams of dropout are still there, for training outside a run.
+    assert after.dropout.rngs is not None
+    params, stats = split(after)
+    assert {path[-1] for path, _ in nnx.to_flat_state(stats)} == {
+        *("mean", "var", "factor")
+    }
+    assert len(jax.tree.leaves(params)) == 4
+
+
+def test_a_norm_of_flax_uses_the_batch_of_all_devices():
+    model = Net(nnx.Rngs(0))
+    model.dropout.rate = 0.0
+    one = trained(model, jax.devices()[:1], steps=2)
+    two = trained(model, jax.devices()[:2], steps=2)
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    for a, b in zip(*(jax.tree.leaves(split(x[1])) for x in (one, two)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_of_a_norm_in_linen_are_averaged_over_devices():
+    model = Bridged(nnx.Rngs(0))
+    _, one = trained(model, jax.devices()[:1])
+    _, two = trained(model, jax.devices()[:2])
+    means = [x.inner.BatchNorm_0["mean"][...] for x in (one, two)]
+    np.testing.assert_allclose(*means, rtol=1e-5)  # means of equal halves
+    assert structure_of(model, training=True).local
