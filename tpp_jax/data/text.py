@@ -7,6 +7,7 @@ package tokenizers reads.
 import hashlib
 import os
 import pathlib
+import sys
 import sysconfig
 import tempfile
 import zipfile
@@ -156,11 +157,11 @@ def _files(source: pathlib.Path) -> list[pathlib.Path]:
 def _python_files() -> Iterator[pathlib.Path]:
     """Yields modules of the standard library until they have enough bytes."""
     folder = pathlib.Path(sysconfig.get_path("stdlib"))
-    # The settings of the machine that Python was built on are no text.
+    # Without what a distribution of Python adds to the folder.
     modules = [
         file
         for file in sorted(folder.glob("*.py"))
-        if not file.name.startswith("_sysconfigdata")
+        if file.stem in sys.stdlib_module_names
     ]
     if not modules:
         raise TPPError(
