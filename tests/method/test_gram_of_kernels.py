@@ -73,7 +73,7 @@ STACKS = (scanned, scanned_and_cast, indexed, experts, mapped)
 
 
 @pytest.mark.parametrize("fn", STACKS, ids=lambda fn: fn.__name__)
-@pytest.mark.parametrize("target", ["decorrelate", "orthogonal"])
+@pytest.mark.parametrize("target", ["decorrelate", "orthogonal", "relative"])
 def test_stacked_kernels_are_penalised_one_by_one(fn, target):
     params = drawn({"up": (3, 4, 6), "down": (3, 6, 4)})
     groups = tpp.channel_groups(fn, jnp.ones((2, 4)), params=params)
@@ -252,6 +252,7 @@ def mlp_plan():
 TRANSFORMS = {
     "penalties": functools.partial(tpp.add_tpp_penalties, kept_weight=0.1),
     "orthogonal": functools.partial(tpp.add_tpp_penalties, target="orthogonal"),
+    "relative": functools.partial(tpp.add_tpp_penalties, target="relative"),
     "zeroing": tpp.zero_pruned,
     "growing": add_growing_l2,
 }

@@ -1,13 +1,16 @@
-"""Mistakes in data sets: missing and damaged files, classes, sizes."""
+"""Mistakes in data sets: missing and damaged files, classes, sizes, text."""
 
 import functools
 import pathlib
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from PIL import Image
 
+import tpp_jax as tpp
 from tests.mistakes.runs import Cases, train
+from tpp_jax.training.language import LanguageModelling
 
 _STREAMED = {
     "model.name": "cifar_resnet8",
@@ -80,7 +83,61 @@ def _large_batch(folder: pathlib.Path) -> Any:
     return _train_on_folder(folder, **{"data.batch_size": 64})
 
 
+def _text(folder: pathlib.Path, content: bytes = b"a\n", **fields: Any) -> Any:
+    (folder / "part.txt").write_bytes(content)
+    return tpp.data.load_text(folder, **fields)
+
+
+def _tokenizer(folder: pathlib.Path) -> Any:
+    (folder / "tokenizer.json").write_text("{}")
+    return _text(folder, 30 * b"a\n", tokenizer=folder / "tokenizer.json")
+
+
+def _language(folder: pathlib.Path, vocabulary: int = 256, **fields: Any) -> Any:
+    text = _text(folder, b"some text\n" * 300)
+    sizes = {"width": 8, "depth": 1, "heads": 2, "kv_heads": 1, "head_size": 4}
+    config = tpp.models.DecoderConfig(vocabulary=vocabulary, hidden=8, **sizes)
+    make = functools.partial(tpp.models.Decoder, config)
+    task = LanguageModelling(text, lambda rngs: make(rngs=rngs), **fields)
+    return task.model(nnx.Rngs(0))
+
+
+def text() -> Cases:
+    yield from (
+        (
+            "text from a folder that does not exist",
+            lambda f: tpp.data.load_text(f / "none"),
+        ),
+        ("text from a folder without text", tpp.data.load_text),
+        ("text with a file that is not UTF-8", lambda f: _text(f, b"caf\xe9")),
+        ("text from files that are empty", lambda f: _text(f, b"")),
+        ("text of which 0 is held out", lambda f: _text(f, held_out=0)),
+        ("a tokenizer that is none", _tokenizer),
+        (
+            "text for fewer sequences than a batch has",
+            lambda f: _language(f, length=100),
+        ),
+        (
+            "held-out text shorter than a sequence",
+            lambda f: _language(f, length=400, batch_size=2),
+        ),
+        (
+            "sequences of no tokens",
+            lambda f: _language(f, length=0),
+        ),
+        (
+            "a language model with fewer tokens than the text",
+            lambda f: _language(f, length=16, vocabulary=100),
+        ),
+    )
+
+
 def data() -> Cases:
+    yield from images()
+    yield from text()
+
+
+def images() -> Cases:
     damaged = functools.partial(functools.partial, _damaged_images)
     yield from (
         (

@@ -10,6 +10,7 @@ from flax import nnx
 
 import tpp_jax as tpp
 from tpp_jax.models import Decoder, DecoderConfig, generate
+from tpp_jax.models.small import small_decoder
 
 SIZES = DecoderConfig(
     vocabulary=30,
@@ -153,6 +154,27 @@ def test_bfloat16_gives_nearly_the_same():
 def test_contradictions_are_refused(changes, message):
     with pytest.raises(tpp.TPPError, match=message):
         DecoderConfig(**{**vars(SIZES), **changes})
+
+
+def test_a_small_decoder_is_made_by_one_call():
+    sizes = {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "hidden": 8}
+    model = small_decoder(nnx.Rngs(0), **sizes, qk_norm=True)
+    assert model(jnp.zeros((1, 5), int)).shape == (1, 5, 256)
+    assert model.config.head_size == 8 and model.config.tied
+    assert hasattr(model.layers[0].self_attn, "q_norm")
+    assert small_decoder(nnx.Rngs(0), **sizes, head_size=4).config.head_size == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 2}, "no setting 'layers'; it has .*depth"),
+        ({"heads": 3}, "width 128"),
+    ],
+)
+def test_a_small_decoder_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(tpp.TPPError, match=message):
+        small_decoder(nnx.Rngs(0), **changes)
 
 
 def test_a_prompt_and_a_key_are_needed():

@@ -118,22 +118,32 @@ def several_axes(_):
     return {"kernel": True, "norm": {"scale": False, "bias": False}}
 
 
+@pytest.mark.parametrize("penalties", [[], [optax.add_decayed_weights(0.7)]])
 @pytest.mark.parametrize("decay_norms", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_is_the_chain_of_optax_that_its_fields_describe(name, decay_norms):
+def test_an_optimizer_is_the_chain_of_optax_that_its_fields_describe(
+    name, decay_norms, penalties
+):
     mask = None if decay_norms else several_axes
     decay = functools.partial(optax.add_decayed_weights, 0.1, mask)
     chains = {
-        "sgd": [decay(), optax.trace(0.8), optax.scale(-0.01)],
-        "adamw": [optax.scale_by_adam(b1=0.8), decay(), optax.scale(-0.01)],
+        "sgd": [*penalties, decay(), optax.trace(0.8), optax.scale(-0.01)],
+        "adamw": [
+            optax.scale_by_adam(b1=0.8),
+            *penalties,  # not divided by their own size
+            decay(),
+            optax.scale(-0.01),
+        ],
         "lamb": [
             optax.scale_by_adam(b1=0.8, eps=1e-6),
+            *penalties,
             decay(),
             optax.scale_by_trust_ratio(),
             optax.scale(-0.01),
         ],
     }
-    tx = optimizer(name, 0.01, momentum=0.8, weight_decay=0.1, decay_norms=decay_norms)
+    make = functools.partial(optimizer, name, 0.01, momentum=0.8, weight_decay=0.1)
+    tx = make(decay_norms=decay_norms, penalty=penalties[0] if penalties else None)
     found = after_three_steps(tx)
     expected = after_three_steps(optax.chain(*chains[name]))
     jax.tree.map(

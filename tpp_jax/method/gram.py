@@ -28,13 +28,20 @@ from jaxtyping import Array, Bool, Float
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.arrays import is_explicit
 
-Target = Literal["decorrelate", "orthogonal"]
+Target = Literal["decorrelate", "orthogonal", "relative"]
 """Target of the Gram matrix.
 
 ``"decorrelate"``: 0 in the rows and columns of pruned filters, diagonal included, while
 the entries among kept filters are free (TPP). ``"orthogonal"``: the identity among the
 kept filters and 0 for the pruned ones (the ablation "kernel orthogonality for
-pruning").
+pruning"). ``"relative"``: that of ``"decorrelate"``, but the penalty is
+
+    ‖R(G)‖²_F / 4e,    ∂/∂W = R(G) W / e,
+
+where e, the mean of ‖w‖² over the kept filters w, counts as a constant. Its weight
+means the same in layers of any size and scale: if the kept filters are orthogonal and
+of equal norm, a weight of 1 pulls a pruned filter's component in their span to zero as
+L2 of strength λ does. This is not in the paper.
 """
 
 
@@ -113,11 +120,18 @@ def gram_penalty_and_grad(
     gram = _Gram(kernel, pruned, filters, batch)
     if target == "decorrelate":
         residual = jnp.where(gram.any_pruned, gram.matrix, 0)
+    elif target == "relative":
+        residual = jnp.where(gram.any_pruned, gram.matrix, 0)
+        scaled = residual * (pruned.size**2 / 4) / gram.energy(~pruned)
+        grad = gram.penalty_and_grad(scaled)[1]
+        return jnp.sum(residual * scaled) / pruned.size**2, grad
     elif target == "orthogonal":
         identity = gram.diagonal(1 - pruned.astype(kernel.dtype))
         residual = gram.matrix - identity
     else:
-        raise TPPError(f"unknown Gram target {target!r}: decorrelate or orthogonal")
+        raise TPPError(
+            f"unknown Gram target {target!r}: decorrelate, orthogonal or relative"
+        )
     return gram.penalty_and_grad(residual)
 
 
@@ -187,6 +201,13 @@ class _Gram:
         """Returns the matrix with the given values ``[*filters]`` on its diagonal."""
         identity = jnp.eye(values.size, dtype=values.dtype)
         return identity.reshape(self.shape * 2) * self._rows(values)
+
+    def energy(self, kept: Array) -> Array:
+        """Returns the mean ‖w‖² of the filters in a mask, [*batch, 1, …]; 1 for 0."""
+        diagonal = self.diagonal(kept.astype(self.matrix.dtype))
+        axes = tuple(range(len(self.batch), self.matrix.ndim))
+        total = jnp.sum(self.matrix * diagonal, axes, keepdims=True)
+        return jnp.where(total > 0, total / jnp.maximum(jnp.sum(kept), 1), 1)
 
     def penalty_and_grad(self, residual: Array) -> tuple[Array, Array]:
         """Returns ‖R‖² / N², and its gradient with respect to the kernel."""

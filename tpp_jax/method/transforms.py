@@ -91,7 +91,9 @@ def add_tpp_penalties(
     Args:
       plan: Plan that says which filters are pruned.
       schedule: Strength λ by step, counted from 0.
-      gram_weight: Weight of the Gram penalty; 0 for none (ablation, GReg-1).
+      gram_weight: Weight of the Gram penalty; 0 for none (ablation, GReg-1). The
+        default is the paper's, for convolutions; the target ``"relative"`` needs
+        about 1.
       bn: Whether the scales and biases of norms are shrunk.
       l2: Whether pruned filters and their biases are shrunk.
       target: Target of the Gram matrix; see :data:`tpp_jax.method.gram.Target`.
@@ -100,10 +102,10 @@ def add_tpp_penalties(
 
     Returns:
       A transform of gradients that needs ``params``. Chain it before weight decay and
-      the optimizer, as in the module's example (or after ``optax.scale_by_adam`` and
-      before the learning rate, so that Adam does not rescale the penalties). It finds
-      parameters by name, as :func:`tpp_jax.slice_tree` does. Filters that are already
-      cut are not penalised.
+      SGD, as in the module's example. With Adam, chain it behind
+      ``optax.scale_by_adam`` and before the learning rate, so that Adam does not
+      rescale the penalties. It finds parameters by name, as :func:`tpp_jax.slice_tree`
+      does. Filters that are already cut are not penalised.
 
     Raises:
       TPPError: From ``init`` or ``update``, if a parameter that the plan prunes is

@@ -40,6 +40,7 @@ from tpp_jax.models.lenet import LeNet5
 from tpp_jax.models.mlp import MLP
 from tpp_jax.models.mobilenet import MobileNetV2
 from tpp_jax.models.resnet import ResNet
+from tpp_jax.models.small import small_decoder
 from tpp_jax.models.vgg import VGG
 from tpp_jax.models.vit import VisionTransformer
 
@@ -63,6 +64,7 @@ __all__ = [
     "create",
     "generate",
     "names",
+    "small_decoder",
     "spec_of",
 ]
 

@@ -124,8 +124,15 @@ def optimizer(
     weight_decay: float,
     nesterov: bool = False,
     decay_norms: bool = True,
+    penalty: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
     """Returns an optimizer by name.
+
+    Penalties such as :func:`tpp_jax.add_tpp_penalties` are added to the gradient for
+    SGD, as in the original. AdamW and LAMB divide a gradient by its own size: a penalty
+    in it that grows would soon be all that is left, as steps of constant length. So
+    theirs are added behind the moments, where weight decay is. With AdamW, a strength λ
+    then shrinks a weight by the share rate · λ in each step.
 
     Args:
       name: ``"sgd"``, ``"adamw"`` or ``"lamb"``.
@@ -135,6 +142,7 @@ def optimizer(
       nesterov: Whether the momentum of SGD is Nesterov's.
       decay_norms: Whether parameters with one axis, which are biases and the scales of
         norms, decay too.
+      penalty: Transform that adds the gradients of penalties; None for none.
 
     Raises:
       TPPError: The optimizer is unknown.
@@ -145,13 +153,24 @@ def optimizer(
     mask = None if decay_norms else _has_several_axes
     match name:
         case "sgd":
-            return sgd(rate, momentum, weight_decay, nesterov=nesterov, mask=mask)
+            tx = sgd(rate, momentum, weight_decay, nesterov=nesterov, mask=mask)
+            return tx if penalty is None else optax.chain(penalty, tx)
         case "adamw":
-            return optax.adamw(rate, b1=momentum, weight_decay=weight_decay, mask=mask)
+            moments, trust = optax.scale_by_adam(b1=momentum), ()
         case "lamb":
-            return optax.lamb(rate, b1=momentum, weight_decay=weight_decay, mask=mask)
-    raise TPPError(
-        f"unknown optimizer {name!r}: choose {' or '.join(map(repr, OPTIMIZERS))}"
+            moments = optax.scale_by_adam(b1=momentum, eps=1e-6)
+            trust = (optax.scale_by_trust_ratio(),)
+        case _:
+            raise TPPError(
+                f"unknown optimizer {name!r}: choose "
+                f"{' or '.join(map(repr, OPTIMIZERS))}"
+            )
+    return optax.chain(
+        moments,
+        *(() if penalty is None else (penalty,)),
+        optax.add_decayed_weights(weight_decay, mask),
+        *trust,
+        optax.scale_by_learning_rate(rate),
     )
 
 
