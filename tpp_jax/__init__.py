@@ -4,6 +4,7 @@ from tpp_jax import data, models
 from tpp_jax.analysis.groups_svg import draw_groups
 from tpp_jax.analysis.groups_text import describe_groups
 from tpp_jax.analysis.jacobian import jacobian_singular_values
+from tpp_jax.callbacks import Callback
 from tpp_jax.errors import TPPError, TPPTypeError
 from tpp_jax.fitting import FitResult, fit
 from tpp_jax.graph.context import Context
@@ -37,12 +38,14 @@ from tpp_jax.pruning.recalibration import recalibrate
 from tpp_jax.pruning.sensitivity import sensitivity
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
+from tpp_jax.reports.headline import Headline
 from tpp_jax.saving import load_model, load_model_info, save_model
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Bias",
+    "Callback",
     "Checks",
     "ConsumerMoments",
     "Context",
@@ -52,6 +55,7 @@ __all__ = [
     "GroupCheck",
     "Groups",
     "GrowingSchedule",
+    "Headline",
     "LayerCount",
     "Member",
     "Moments",

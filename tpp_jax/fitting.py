@@ -16,7 +16,7 @@ from tpp_jax.errors import TPPError, require
 from tpp_jax.pruning.plan import Plan
 
 if TYPE_CHECKING:
-    from tpp_jax.experiment.callbacks import Callback
+    from tpp_jax.callbacks import Callback
 
 
 @dataclasses.dataclass(frozen=True)

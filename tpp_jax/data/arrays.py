@@ -142,7 +142,8 @@ def labelled_images(found: Any, where: str) -> Dataset | Stream:
 
 def _pair(part: Any, where: str) -> tuple[Any, Any]:
     """Returns images and labels, given so or by random access."""
-    if isinstance(part, tuple | list) and len(part) == 2:
+    two = isinstance(part, tuple | list) and len(part) == 2
+    if two and not isinstance(part[0], tuple | Mapping):
         return part[0], part[1]
     if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
         raise TPPError(f"{where} returned a {type(part).__name__} in place of images")

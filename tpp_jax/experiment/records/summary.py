@@ -50,7 +50,8 @@ def finish(run: Run, tools: Tools) -> dict[str, Any]:
         draw(workdir)
     processes.wait_for_all("summary")
     say(tables.result_table(summary))
-    say(f"{network}{workdir / 'report.html'} is the report of the run.")
+    if tools.kept:
+        say(f"{network}{workdir / 'report.html'} is the report of the run.")
     return summary
 
 
