@@ -10,6 +10,7 @@ from tpp_jax.fitting import FitResult, fit
 from tpp_jax.graph.context import Context
 from tpp_jax.graph.records import Group, Groups, Member
 from tpp_jax.graph.rules import register_rule
+from tpp_jax.headline import Headline
 from tpp_jax.interop.gguf_files import load_gguf
 from tpp_jax.interop.hugging_face import load_hf, save_hf
 from tpp_jax.interop.torch_weights import load_torch, save_torch
@@ -38,7 +39,6 @@ from tpp_jax.pruning.recalibration import recalibrate
 from tpp_jax.pruning.sensitivity import sensitivity
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
-from tpp_jax.reports.headline import Headline
 from tpp_jax.saving import load_model, load_model_info, save_model
 
 __version__ = "0.1.0"

@@ -203,7 +203,7 @@ def cross_entropy(model: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _accuracy() -> Any:
-    from tpp_jax.reports.headline import ACCURACY
+    from tpp_jax.headline import ACCURACY
 
     return ACCURACY
 

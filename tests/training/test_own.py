@@ -8,7 +8,7 @@ from flax import linen, nnx
 
 import tpp_jax as tpp
 from tpp_jax.errors import TPPError
-from tpp_jax.reports.headline import Headline
+from tpp_jax.headline import Headline
 from tpp_jax.training.evaluation import Evaluator
 from tpp_jax.training.own import complete
 from tpp_jax.training.step import StepConfig

@@ -11,13 +11,14 @@ from flax import nnx
 
 from tpp_jax import data, models
 from tpp_jax.data import sources
+from tpp_jax.data.arrays import labelled_images
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.config import RunConfig
 from tpp_jax.experiment.dotted import is_dotted
 from tpp_jax.experiment.own import called
 from tpp_jax.experiment.sections import TrainingConfig
+from tpp_jax.headline import ACCURACY, Headline
 from tpp_jax.interop.modules import as_nnx
-from tpp_jax.reports.headline import ACCURACY, Headline
 from tpp_jax.training.classification import ImageClassification
 from tpp_jax.training.language import PERPLEXITY, LanguageModelling
 from tpp_jax.training.own import complete
@@ -95,7 +96,7 @@ def open_images(
     if settings.name.endswith(".npz"):
         found = data.read_arrays(settings.name)
     elif is_dotted(settings.name):
-        found = data.labelled_images(called("data", config), settings.name)
+        found = labelled_images(called("data", config), settings.name)
     elif settings.name not in data.STREAMED:
         found = load(settings.name, settings.dir or None, settings.pad_to)
     else:

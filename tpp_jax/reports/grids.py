@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from tpp_jax.reports.headline import ACCURACY, Headline, headline_of
+from tpp_jax.headline import ACCURACY, Headline, headline_of
 
 
 def metrics_about(headline: Headline) -> dict[str, str]:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tpp_jax.headline import headline_of, title_of
 from tpp_jax.reports import grids, plots, tables
-from tpp_jax.reports.headline import headline_of, title_of
 
 _STYLE = """
 :root { color-scheme: light dark; }

@@ -12,9 +12,9 @@ import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 
+from tpp_jax.headline import headline_of, title_of
 from tpp_jax.pruning.curves import Sensitivity
 from tpp_jax.reports import grids
-from tpp_jax.reports.headline import headline_of, title_of
 
 _COLORS = {
     "pretrain": "#4c72b0",

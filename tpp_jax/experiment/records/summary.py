@@ -14,10 +14,10 @@ from tpp_jax.experiment.records.folders import write
 from tpp_jax.experiment.records.history import read_history
 from tpp_jax.experiment.setup import Setup
 from tpp_jax.experiment.tools import Run, Tools
+from tpp_jax.headline import Headline, headline_of
 from tpp_jax.pruning.flops import Count, count
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.reports import page, plots, tables
-from tpp_jax.reports.headline import Headline, headline_of
 from tpp_jax.saving import save_model
 from tpp_jax.storage import processes
 
