@@ -29,6 +29,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import core  # noqa: E402
 from jax._src.interpreters import mlir  # noqa: E402
 
 from tpp_jax.commands.compilation import keep_compiled_programs  # noqa: E402
@@ -55,9 +56,20 @@ def _keep_dialects(make_context, programs=200):
     return context
 
 
-# It is no public function of JAX: where it has another name, nothing is saved.
+def _no_sharding(self):
+    """Refuses an attribute of arrays, as a tracer of JAX does, in fewer words.
+
+    JAX looks through everything traced so far to say where the tracer is from. Flax
+    asks for the attribute twice whenever it draws a key, and forgets the message.
+    """
+    raise AttributeError(f"{type(self).__name__} has no sharding")
+
+
+# These are no public functions of JAX: where they have other names, nothing is saved.
 if hasattr(mlir, "make_ir_context"):
     mlir.make_ir_context = _keep_dialects(mlir.make_ir_context)
+if hasattr(core.Tracer, "sharding"):
+    core.Tracer.sharding = property(_no_sharding)
 
 # Compilation makes the first example of a property slow, so there is no deadline, and
 # the examples are the same in every run: a failure is never a matter of luck.
