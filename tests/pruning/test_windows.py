@@ -77,7 +77,7 @@ def test_sums_are_those_of_patches(name):
 
 def test_products_of_wide_rows_are_built_of_strips():
     rows = np.random.default_rng(0).normal(size=(2, 5, 1027)).astype(np.float32)
-    strips = jax.vmap(gram)(rows)
+    strips = jax.vmap(gram)(jnp.asarray(rows))
     assert [strip.shape for strip in strips] == [
         (2, 343, 1027),
         (2, 343, 684),
