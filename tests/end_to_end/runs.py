@@ -71,4 +71,5 @@ def history_of(workdir: pathlib.Path) -> list[dict]:
     """The metrics without speeds."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in rows]
+    speed = "_per_second"
+    return [{k: v for k, v in r.items() if not k.endswith(speed)} for r in rows]
