@@ -22,6 +22,7 @@ from tests.mistakes.calls import library
 from tests.mistakes.configs import command_lines, fields, patterns, tables
 from tests.mistakes.data import data
 from tests.mistakes.folders import folders
+from tests.mistakes.own import own
 from tests.mistakes.runs import Cases, Make
 from tests.mistakes.weights import weights
 from tpp_jax.errors import TPPError
@@ -83,6 +84,7 @@ SECTIONS: dict[str, Callable[[], Cases]] = {
     "Command lines": command_lines,
     "Tables": tables,
     "Data": data,
+    "Models, data and tasks of your own": own,
     "Folders of runs, checkpoints, saved models": folders,
     "Files of weights": weights,
     "Calls of the library": library,

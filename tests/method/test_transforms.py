@@ -284,3 +284,29 @@ def test_one_program_serves_plans_of_equal_counts():
         tx = tpp.add_tpp_penalties(plan, SCHEDULE)
         state = tx.init(params)._replace(step=STEP_OF_STRENGTH_HALF)
         chex.assert_trees_all_close(got, tx.update(ones, state, params), rtol=1e-4)
+
+
+def test_each_group_may_have_its_own_strength():
+    plain, _ = penalty_gradients()
+    found, state = penalty_gradients(strengths={"*": 3.0, "hidden": 0.5})
+    for name, gradient in found.items():
+        factor = 0.5 if name.startswith("hidden") else 3.0  # the norm follows conv
+        np.testing.assert_allclose(gradient, factor * plain[name], rtol=1e-5, atol=1e-7)
+    assert float(state.strength) == 0.5  # that of the schedule
+    same, _ = penalty_gradients(strengths="conv:1")
+    chex.assert_trees_all_equal(same, plain)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "message"),
+    [
+        ({"conv9": 2.0}, "'conv9' matches no layer"),
+        ({"conv": -1.0}, "must be a number of at least 0"),
+        ("conv", "cannot read the strength 'conv'"),
+        (2.0, "strengths"),
+    ],
+)
+def test_a_strength_that_cannot_be_is_named(strengths, message):
+    _, _, plan = small()
+    with pytest.raises(tpp.TPPError, match=message):
+        tpp.add_tpp_penalties(plan, SCHEDULE, strengths=strengths)

@@ -90,6 +90,11 @@ class RunConfig:
     jacobian_images: int = field(
         16, "Number of test images that the Jacobian is measured on.", least=1
     )
+    callbacks: str = field(
+        "",
+        "Dotted paths, separated by commas, of callbacks: `tpp_jax.loggers:Wandb`, "
+        "`tpp_jax.loggers:MLflow` or your own, see [own_model.md](own_model.md).",
+    )
     report_layer: str = field(
         "",
         "Layer whose Gram matrix the report shows; empty for the first pruned layer.",

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from tpp_jax.callbacks import Callback
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.config import RunConfig
 from tpp_jax.experiment.dotted import is_dotted, load_object
@@ -56,11 +57,41 @@ def called(section: str, config: RunConfig, *args: Any) -> Any:
     return found(*args, **kwargs)
 
 
+def callbacks_of(config: RunConfig) -> tuple[Callback, ...]:
+    """Returns the callbacks that a config names.
+
+    Args:
+      config: Config of the run, which a callback gets if it has a parameter of that
+        name.
+
+    Raises:
+      TPPError: There is no such object, or it makes no callback.
+    """
+    found = []
+    for path in filter(None, map(str.strip, config.callbacks.split(","))):
+        what = "config.callbacks"
+        if not is_dotted(path):
+            raise TPPError(
+                f"{what} is {path!r}: write a dotted path, package.module:name"
+            )
+        make = load_object(path, what)
+        takes = callable(make) and "config" in inspect.signature(make).parameters
+        made = make(config=config) if takes else make() if callable(make) else make
+        if not isinstance(made, Callback):
+            raise TPPError(
+                f"{what} is {path!r}, which makes a {type(made).__name__}: it must be "
+                "a tpp_jax.Callback"
+            )
+        found.append(made)
+    return tuple(found)
+
+
 def own_code(config: Tree) -> set[str]:
     """Returns the dotted paths that a config names."""
     values: Mapping[str, Any] = flat(config)
     fields = ("task.name", "model.name", "data.name", "prune.method", "prune.criterion")
     named = [values.get(name, "") for name in fields]
+    named += values.get("callbacks", "").split(",")
     return {path for path in named if isinstance(path, str) and is_dotted(path)}
 
 

@@ -178,6 +178,7 @@ def tpp_phases(
         prune.l2,
         prune.target,
         prune.kept_weight,
+        prune.strengths,
     )
     tx = optax.chain(_descent(prune, penalty), zero_pruned(plan, schedule))
     rate = optax.constant_schedule(prune.learning_rate)

@@ -20,6 +20,7 @@ from tpp_jax.experiment import choosing, lockstep, loop, measures
 from tpp_jax.experiment.config import default_config, differences
 from tpp_jax.experiment.fields import flat
 from tpp_jax.experiment.methods import Stage
+from tpp_jax.experiment.own import callbacks_of
 from tpp_jax.experiment.position import Position
 from tpp_jax.experiment.program import Take, alone
 from tpp_jax.experiment.records import folders
@@ -123,6 +124,8 @@ def _complete(
     if (workdir / "summary.json").exists():
         return _finished(config, workdir, hidden)
     setup = make_setup(config, load, given.task)
+    own = callbacks_of(setup.config) if processes.is_first() else ()
+    given = dataclasses.replace(given, callbacks=(*given.callbacks, *own))
     folders.make(workdir)
     first = processes.is_first()
     with (
@@ -137,7 +140,7 @@ def _complete(
         with processes.explained_losses():
             for stage in setup.stages:
                 before, run = run, _perform(run, stage, tools)
-                _report(before, run, given.callbacks)
+                _report(before, run, tools.callbacks)
             return finish(run, tools)
 
 
@@ -219,7 +222,7 @@ def _opened(
             jacobian=meter,
             signals=signals,
             take=take,
-            callbacks=given.callbacks,
+            callbacks=given.callbacks if processes.is_first() else (),
             kept=given.checkpoints,
         )
         with contextlib.closing(feed):

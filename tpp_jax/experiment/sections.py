@@ -381,8 +381,14 @@ class PruneConfig:
     l2: bool = field(True, "Whether pruned filters and their biases are shrunk.")
     target: Target = field(
         "decorrelate",
-        "Goal of the Gram penalty: pruned filters decorrelated from all others, or "
-        "kept filters orthonormal (an ablation).",
+        "Goal of the Gram penalty: pruned filters decorrelated from all others, with a "
+        "weight for convolutions or relative to the kept filters; or kept filters "
+        "orthonormal (an ablation).",
+    )
+    strengths: str = field(
+        "",
+        "Factors on λ for some groups, as pattern:factor pairs separated by commas; "
+        "empty for the same λ in all.",
     )
     kept_weight: float = field(
         0.0,

@@ -34,6 +34,7 @@ from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import load_model
 from tpp_jax.training import parallel
 from tpp_jax.training.distillation import activation_loss
+from tpp_jax.training.own import check_task
 from tpp_jax.training.step import StepConfig
 from tpp_jax.training.task import Task
 from tpp_jax.training.watching import watch
@@ -183,6 +184,8 @@ def make_setup(tree: Tree, load: Load = data.load, given: Task | None = None) ->
         else "--config.data.batch_size",
     )
     model = initial_model(tasks[""], config.model, config.seed, config.init)
+    if is_dotted(config.task.name):
+        check_task(tasks[""], model, config.task.name)
     groups = channel_groups(model, *tasks[""].example_inputs())
     schedule = strength_schedule(prune.schedule)
     plan = plan_for(prune, groups, model, config.seed)

@@ -12,6 +12,7 @@ code. After the cut both transforms change nothing, so the same ``tx`` continues
 ``slice_tree(plan, opt_state)`` and the pruned parameters.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ from tpp_jax.pruning.filters import (
     pruned_filters,
 )
 from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.planning import strengths_of
 from tpp_jax.pruning.readiness import UNDONE
 
 _NO_PARAMS = "the transform needs the parameters: call update(updates, state, params)"
@@ -80,6 +82,7 @@ def add_tpp_penalties(
     l2: bool = True,
     target: Target = "decorrelate",
     kept_weight: float = 0.0,
+    strengths: Mapping[str, float] | str = "",
 ) -> optax.GradientTransformation:
     """Adds the gradients of the TPP penalties (method steps 2–4).
 
@@ -99,6 +102,8 @@ def add_tpp_penalties(
       target: Target of the Gram matrix; see :data:`tpp_jax.method.gram.Target`.
       kept_weight: Weight of ‖W Wᵀ − I‖² / N² among the kept filters, which does not
         grow with λ (ablation; 0.1 in the original).
+      strengths: Pattern of layers → factor on λ for the groups that it matches, or
+        ``"pattern:factor,…"``; empty for the same λ in all groups.
 
     Returns:
       A transform of gradients that needs ``params``. Chain it before weight decay and
@@ -108,8 +113,9 @@ def add_tpp_penalties(
       does. Filters that are already cut are not penalised.
 
     Raises:
-      TPPError: From ``init`` or ``update``, if a parameter that the plan prunes is
-        missing from the tree of parameters, occurs twice, or has another shape.
+      TPPError: If a pattern of ``strengths`` matches no layer; from ``init`` or
+        ``update``, if a parameter that the plan prunes is missing from the tree of
+        parameters, occurs twice, or has another shape.
 
     References:
       Wang & Fu, Trainability Preserving Neural Pruning, ICLR 2023, section 3.2.
@@ -130,6 +136,7 @@ def add_tpp_penalties(
       (2, 0.5, 0.25)
     """
     filters = pruned_filters(plan)
+    factors = strengths_of(plan.groups, strengths)
 
     def init(params: optax.Params) -> TPPState:
         find_filters(plan, filters, params)
@@ -149,7 +156,8 @@ def add_tpp_penalties(
             if name not in found:
                 return gradient
             here = found[name]
-            factor, kernel = strength.astype(gradient.dtype), here.kernel
+            own = max(factors[group] for group in here.groups)
+            factor, kernel = own * strength.astype(gradient.dtype), here.kernel
             if kernel is not None and gram_weight:
                 mask = _delayed(_pruned_mask(here, kernel, parameter), gradient)
                 penalty, grad = gram_penalty_and_grad(

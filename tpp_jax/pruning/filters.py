@@ -34,11 +34,13 @@ class Filters:
       members: Axes along which positions are pruned, none of them contracted.
       pruned: For each axis, bool ``[n]``, True for pruned positions.
       cut: Shape of the parameter after the cut.
+      groups: Names of the groups that run along these axes.
     """
 
     members: tuple[Member, ...]
     pruned: tuple[Mask, ...]
     cut: tuple[int, ...]
+    groups: tuple[str, ...] = ()
 
     @property
     def kernel(self) -> Member | None:
@@ -78,15 +80,17 @@ def pruned_filters(plan: Plan) -> dict[str, Filters]:
     found, shapes = {}, cut_shapes(plan)
     for leaf, shape in shapes.items():
         keep = keep_masks(plan, leaf)
-        members = {
-            m.axis: m
-            for _, m in plan.groups.members[leaf]
+        pairs = {
+            m.axis: (group.name, m)
+            for group, m in plan.groups.members[leaf]
             if m.role != "contracted" and m.axis in keep
         }
+        members = {axis: m for axis, (_, m) in pairs.items()}
+        names = tuple(name for name, _ in pairs.values())
         kernel = any(m.role in ("produced", "depthwise") for m in members.values())
         if members and (kernel or leaf in plan.groups.trainable):
             masks = tuple(~keep[axis][0] for axis in members)
-            found[leaf] = Filters(tuple(members.values()), masks, shape)
+            found[leaf] = Filters(tuple(members.values()), masks, shape, names)
     return found
 
 

@@ -215,19 +215,7 @@ def parse_ratios(ratios: Mapping[str, float] | str) -> dict[str, float]:
       {'*layer*.conv1': 0.9, '*layer3*': 0.5}
     """
     if isinstance(ratios, str):
-        pairs = []
-        for part in parse_patterns(ratios):
-            pattern, colon, number = part.rpartition(":")
-            try:
-                pairs.append((pattern.strip(), float(number)))
-            except ValueError:
-                colon = ""
-            if not colon or not pattern.strip():
-                raise TPPError(
-                    f"cannot read the pruning ratio {part!r}: write pattern:ratio, as "
-                    "in '*layer*.conv1:0.5', several separated by commas"
-                )
-        ratios = dict(pairs)
+        ratios = _numbers(ratios, "the pruning ratio")
     check_mapping("ratios", ratios, "share of its channels to remove, or one number")
     for pattern, ratio in ratios.items():
         _check_ratio(ratio, repr(pattern))
@@ -316,6 +304,51 @@ def ratios_of(groups: Groups, ratios: Ratios, skip: list[str]) -> dict[str, floa
         if any(_matches(pattern, group) for pattern in skip):
             asked.pop(group.name, None)
     return asked
+
+
+def strengths_of(
+    groups: Groups, strengths: Mapping[str, float] | str
+) -> dict[str, float]:
+    """Returns group name → factor on the strength of its penalties; 1 if none is given.
+
+    Args:
+      groups: All groups of the model.
+      strengths: Pattern → factor, or ``"pattern:factor,pattern:factor"``; the last
+        pattern that matches a group counts.
+
+    Raises:
+      TPPError: A factor is not a number of at least 0, or a pattern matches no layer.
+    """
+    if isinstance(strengths, str):
+        strengths = _numbers(strengths, "the strength")
+    check_mapping("strengths", strengths, "factor on the strength of its penalties")
+    found = {group.name: 1.0 for group in groups}
+    for pattern, factor in strengths.items():
+        if not (is_number(factor) and 0 <= factor < float("inf")):
+            raise TPPError(
+                f"the strength {factor!r} of {pattern!r} must be a number of at least 0"
+            )
+        _check_pattern(groups, pattern, must_prune=False)
+        found |= {g.name: float(factor) for g in groups if _matches(pattern, g)}
+    return found
+
+
+def _numbers(text: str, what: str) -> dict[str, float]:
+    """Returns pattern → number of a text ``"pattern:number,pattern:number"``."""
+    pairs = []
+    for part in parse_patterns(text):
+        pattern, colon, number = part.rpartition(":")
+        try:
+            pairs.append((pattern.strip(), float(number)))
+        except ValueError:
+            colon = ""
+        if not colon or not pattern.strip():
+            last = what.rpartition(" ")[2]
+            raise TPPError(
+                f"cannot read {what} {part!r}: write pattern:{last}, as in "
+                "'*layer*.conv1:0.5', several separated by commas"
+            )
+    return dict(pairs)
 
 
 def _matches(pattern: str, group: Group) -> bool:

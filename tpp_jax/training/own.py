@@ -322,3 +322,43 @@ def _headline(given: Any) -> Headline:
         f"the headline of the task is {given!r}: give a tpp_jax.Headline, or the name "
         "of a metric of which less is better"
     )
+
+
+def check_task(task: Task, model: nnx.Module, name: str) -> None:
+    """Tries the loss and the metrics of a task on shapes, before any training.
+
+    Args:
+      task: Task from :func:`complete`.
+      model: Its network.
+      name: Name of the task, for messages.
+
+    Raises:
+      TPPError: The loss is not one number, a metric has not one value per example, or
+        the headline is not among the metrics.
+    """
+    graphdef, state = nnx.split(model)
+    batch, probes = next(iter(task.samples(0))), task.probes(2)
+
+    def losses(state: Any, batch: Batch, key: Array) -> Any:
+        return task.loss(nnx.merge(graphdef, state, copy=True), batch, key)
+
+    def metrics(state: Any, batch: Batch) -> Any:
+        copy = nnx.merge(graphdef, state, copy=True)
+        copy.eval()
+        return task.metrics(copy, batch)
+
+    jax.eval_shape(losses, state, batch, jax.random.key(0))
+    found = jax.eval_shape(metrics, state, probes)
+    n = _number(probes, name)
+    for key, value in found.items():
+        if value.shape != (n,):
+            raise TPPError(
+                f"the metric {key!r} of {name} has the shape {value.shape} for {n} "
+                f"examples, must be {(n,)}: return one value per example"
+            )
+    reported = task.report(dict.fromkeys(found, 1.0))
+    if task.headline.name not in reported:
+        raise TPPError(
+            f"the headline of {name} is {task.headline.name!r}, but its metrics are "
+            f"{', '.join(reported)}: define a report that returns it"
+        )
