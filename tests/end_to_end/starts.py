@@ -199,12 +199,12 @@ def _watch(status: int) -> bool:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(50_000, 20, 10)
     for module in _IMPORTED:
         importlib.import_module(module)
     # Threads of libraries for linear algebra, which know how to fork.
     warnings.filterwarnings("ignore", message="This process .* is multi-threaded")
     gc.freeze()  # what was imported is not looked through for garbage again
-    gc.set_threshold(50_000, 20, 10)
     words, pictures, folder = _serve(socket.socket(fileno=int(sys.argv[1])))
     os.chdir(folder or ROOT)
     if not pictures:

@@ -49,17 +49,26 @@ def texts_of(pictures):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_of_a_run_show_names_as_they_are(tmp_path, name):
+def test_titles_of_a_run_show_names_as_they_are(tmp_path, name):
     rows = [{"step": n, "phase": name, "test_accuracy": 90.0} for n in (1, 2)]
-    grams = {**GRAMS, "layer": name}
-    drawings = plots.of_run(rows, summary_of(name), grams)
-    pictures = plots.save(drawings, tmp_path)
-    assert list(pictures) == ["curves", "channels", "jacobian", "gram"]
-    texts = texts_of(pictures)
+    drawings = plots.of_run(rows, summary_of(name), {**GRAMS, "layer": name})
+    assert list(drawings) == ["curves", "channels", "jacobian", "gram"]
+    titled = {title: drawings[title] for title in ("curves", "gram")}
+    texts = texts_of(plots.save(titled, tmp_path))
     assert any(text.startswith(f"{name} on {name}: 1.00×") for text in texts)
-    assert name in texts  # the layer's bar
-    assert any(text.startswith(f"{name}: mean 1") for text in texts)
     assert any(text.startswith(f"W Wᵀ of {name}: 1 kept filters") for text in texts)
+
+
+def test_bars_and_histograms_of_a_run_show_names_as_they_are(tmp_path):
+    run = summary_of("a")
+    run["phases"] = [phase for name in NAMES for phase in summary_of(name)["phases"]]
+    run["layers"] = {name: run["layers"]["a"] for name in NAMES}
+    drawings = plots.of_run([], run, {})
+    listed = {title: drawings[title] for title in ("channels", "jacobian")}
+    texts = texts_of(plots.save(listed, tmp_path))
+    for name in NAMES:
+        assert texts.count(name) == 1  # the layer's bar
+        assert sum(text.startswith(f"{name}: mean 1") for text in texts) == 1
 
 
 def grid_of(names, columns=("0.5",)):
@@ -82,9 +91,14 @@ def test_pictures_of_a_sweep_show_every_row_and_column_as_it_is(tmp_path):
         assert texts.count(name) == 1
 
 
+def curves(rows):
+    """The only picture of a run that depends on the rows of its log."""
+    return {"curves": plots.of_run(rows, summary_of("a"), {})["curves"]}
+
+
 def test_the_scale_of_a_logarithm_is_still_a_formula(tmp_path):
     rows = [{"step": n, "phase": "pretrain", "loss": 10.0**-n} for n in range(9)]
-    pictures = plots.save(plots.of_run(rows, summary_of("a"), {}), tmp_path)
+    pictures = plots.save(curves(rows), tmp_path)
     assert not [text for text in texts_of(pictures) if "mathdefault" in text]
 
 
@@ -121,7 +135,7 @@ ROWS = [
 def test_curves_are_drawn_of_any_rows(tmp_path, rows):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pictures = plots.save(plots.of_run(rows, summary_of("a"), {}), tmp_path)
+        pictures = plots.save(curves(rows), tmp_path)
     assert "test_accuracy" not in pictures["curves"] and len(pictures["curves"]) > 1000
 
 
