@@ -4,11 +4,12 @@
 
 *Moments* is the time that ``input_moments`` takes for one batch, of all groups, once it
 is compiled; with all covariances (full) and with variances alone (diagonal). Before
-each batch, the same process runs a plain compiled forward pass over it, so that other
-load of the machine affects both in the same way. Ratios are medians over batches, of
-processor time. *Compensate* is the time to prune all groups by half and to refit what
-reads them, from moments that were measured before; it is compared with the number of
-examples whose forward pass takes as long.
+each batch, the same process runs a plain compiled forward pass over it, and one with
+the package's convolutions for the CPU, which ``input_moments`` uses as well (fast). So
+other load of the machine affects all in the same way. Ratios are medians over batches,
+of processor time. *Compensate* is the time to prune all groups by half and to refit
+what reads them, from moments that were measured before; it is compared with the number
+of examples whose forward pass takes as long.
 
 Peak memory is that of the process while it runs forward passes, and during the complete
 call of ``input_moments``, with compilation. Each network and mode has a process of its
@@ -39,6 +40,7 @@ from flax import nnx
 import tpp_jax as tpp
 from benchmarks import machine
 from benchmarks.architectures import Llama, LlamaShape
+from tpp_jax.xla.convolution import use_fast_convolutions
 
 MODES = "full", "diagonal"
 FILE = machine.RESULTS / "recovery_cpu.json"
@@ -80,7 +82,8 @@ def main() -> None:
     if options.child:
         print(json.dumps(_measure(*options.child, options.batches)))
         return
-    columns = "forward, s", "moments, s", "ratio", "GiB", "GiB", "refit, s", "examples"
+    columns = "forward, s", "fast, s", "moments, s", "ratio", "to fast"
+    columns += "GiB", "GiB", "refit, s", "examples"
     print(f"{'network':<16}{'':<10}" + "".join(f"{name:>12}" for name in columns))
     record = json.loads(FILE.read_text()) if FILE.exists() else {"networks": {}}
     for name, mode in itertools.product(options.networks, MODES):
@@ -107,29 +110,39 @@ def _measure(name: str, mode: str, n: int) -> dict[str, Any]:
     model = _with_weights(case.create)
     model.eval()
     graphdef, state = nnx.split(model)
-    forward = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+
+    def call(state: nnx.State, x: jax.Array, fast: bool) -> jax.Array:
+        merged = nnx.merge(graphdef, state)
+        if fast:
+            use_fast_convolutions(merged)
+        return merged(x)
+
+    compiled = jax.jit(call, static_argnames="fast")
+    forward, fast = (functools.partial(compiled, state, fast=x) for x in (False, True))
     batches = [_draw(case, seed) for seed in range(n + 1)]
     for batch in batches[:2]:
-        forward(state, batch).block_until_ready()
+        jax.block_until_ready([forward(batch), fast(batch)])
     groups = tpp.channel_groups(model, batches[0])
     _reset_peak()
-    times: dict[str, list[float]] = {"forward": [], "moments": []}
-    each = _timed(batches, functools.partial(forward, state), times)
-    forward(state, batches[0]).block_until_ready()
+    times: dict[str, list[float]] = {"forward": [], "fast": [], "moments": []}
+    each = _timed(batches, {"forward": forward, "fast": fast}, times)
+    forward(batches[0]).block_until_ready()
     peak = {"forward": _peak()}
     _reset_peak()
     moments = tpp.input_moments(model, each, groups=groups, diagonal=mode == "diagonal")
     peak["moments"] = _peak()
-    plain, ours = np.array(times["forward"][1:]), np.array(times["moments"][1:])
+    plain, quick, ours = (np.array(some[1:]) for some in times.values())
     found = {
         "shape": list(case.shape),
         "batches": n,
         "consumers": len(moments.consumers),
         "largest": max(len(entry.features) for entry in moments.consumers),
         "forward_seconds": float(np.median(plain)),
+        "fast_forward_seconds": float(np.median(quick)),
         "moments_seconds": float(np.median(ours)),
         "first_batch_seconds": times["moments"][0],
         "ratio": float(np.median(ours / plain)),
+        "ratio_to_fast": float(np.median(ours / quick)),
         "peak_gib": peak,
     }
     if mode == "full":
@@ -161,16 +174,19 @@ def _draw(case: Case, seed: int) -> jax.Array:
 
 
 def _timed(
-    batches: list[jax.Array], forward: Callable[..., Any], times: dict[str, list[float]]
+    batches: list[jax.Array],
+    passes: dict[str, Callable[[jax.Array], jax.Array]],
+    times: dict[str, list[float]],
 ) -> Iterator[jax.Array]:
-    """Yields batches; notes the time of a forward pass and of what is done with each.
+    """Yields batches; notes the time of forward passes and of what is done with each.
 
     ``input_moments`` asks for a batch when it is done with the one before.
     """
     for batch in batches:
-        start = time.process_time()
-        forward(batch).block_until_ready()
-        times["forward"].append(time.process_time() - start)
+        for name, forward in passes.items():
+            start = time.process_time()
+            forward(batch).block_until_ready()
+            times[name].append(time.process_time() - start)
         start = time.process_time()
         yield batch
         times["moments"].append(time.process_time() - start)
@@ -204,7 +220,8 @@ def _show(name: str, mode: str, found: dict[str, Any]) -> None:
     refit = found.get("compensate", {"seconds": np.nan, "examples": np.nan})
     print(
         f"{name:<16}{mode:<10}{found['forward_seconds']:>12.3f}"
-        f"{found['moments_seconds']:>12.3f}{found['ratio']:>12.2f}"
+        f"{found['fast_forward_seconds']:>12.3f}{found['moments_seconds']:>12.3f}"
+        f"{found['ratio']:>12.2f}{found['ratio_to_fast']:>12.2f}"
         f"{found['peak_gib']['forward']:>12.2f}{found['peak_gib']['moments']:>12.2f}"
         f"{refit['seconds']:>12.2f}{refit['examples']:>12.0f}",
         flush=True,

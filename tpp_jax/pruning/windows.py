@@ -7,8 +7,9 @@ an autocorrelation, which is one convolution of the images with themselves. Posi
 outside of the output are subtracted: of those that are outside along the first axis,
 and of those along the second, the products depend on the distance along the other axis
 alone; those that are outside along both are then added again. Means and variances
-follow from sums over the examples. What batches have in common is therefore added up in
-this form, and the matrix is built once, at the end.
+follow from sums over the examples. Of images with no more pixels than the window has
+taps, the products of all pixels are fewer still. What batches have in common is
+therefore added up in this form, and the matrix is built once, at the end.
 """
 
 import functools
@@ -89,7 +90,7 @@ class PatchSums(NamedTuple):
       pixels: Sum of the pixels over examples, ``[*spatial, channels]``.
       products: Sum of their squares, ``[*spatial, channels]``; or products of pixels by
         distance, ``[*distances, channels, channels]``; or strips of those of the
-        features of patches, ``[groups, some, rest]``.
+        features of patches, ``[groups, some, rest]``, or of all pixels and channels.
       borders: Products of pixels by distance at positions outside of the output, as
         :func:`_borders` lists them, ``[*distances, features, features]``.
     """
@@ -124,6 +125,8 @@ def patch_sums(
     n = jnp.asarray(len(z) * math.prod(line.outputs for line in lines), z.dtype)
     if diagonal:
         products = _over_examples(jnp.square(z))
+    elif _few(lines, groups):
+        products = jax.vmap(gram)(z.reshape(1, len(z), -1))
     elif _overlap(lines, groups):
         products = _autocorrelation(z, lines)
         borders = tuple(_border(z, lines, each) for each in _borders(lines))
@@ -158,7 +161,9 @@ def as_sums(sums: PatchSums, lines: Sequence[Line], groups: int) -> Sums:
     mean = _by_group(totals / n + share * centre, groups)
     rows = np.full(groups, n)
     grouped = _by_group(totals, groups)
-    if isinstance(sums.products, tuple):
+    if _few(lines, groups) and isinstance(sums.products, tuple):
+        products = _of_pixels(sums, reads)
+    elif isinstance(sums.products, tuple):
         products = filled(Sums(rows, grouped, sums.products)).scatter
     elif sums.products.shape != sums.pixels.shape:
         products = _by_taps(sums, lines)[None]
@@ -224,6 +229,28 @@ def _overlap(lines: Sequence[Line], groups: int) -> bool:
     """Returns whether the products of a window follow from an autocorrelation."""
     several = any(line.taps > 1 for line in lines)
     return groups == 1 and several and all(line.stride == 1 for line in lines)
+
+
+def _few(lines: Sequence[Line], groups: int) -> bool:
+    """Returns whether an image has no more pixels than a window."""
+    pixels = math.prod(line.size for line in lines)
+    return groups == 1 and pixels <= math.prod(line.taps for line in lines)
+
+
+def _of_pixels(
+    sums: PatchSums, reads: Sequence[np.ndarray]
+) -> Float[np.ndarray, "1 features features"]:
+    """Returns the products of features from those of all pixels and channels."""
+    pixels = filled(Sums(1, sums.pixels.reshape(1, -1), sums.products)).scatter
+    n, channels = math.prod(sums.pixels.shape[:-1]), len(sums.centre)
+    tables = [np.einsum("tox,uoy->tuxy", table, table) for table in reads]
+    products = np.tensordot(
+        functools.reduce(np.kron, tables),
+        pixels.reshape(n, channels, n, channels),
+        ((2, 3), (0, 2)),
+    )
+    size = len(products) * channels
+    return products.swapaxes(1, 2).reshape(1, size, size)
 
 
 def _borders(lines: Sequence[Line]) -> Iterator[tuple[_Outside | None, ...]]:
