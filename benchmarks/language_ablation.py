@@ -93,10 +93,13 @@ WAYS = {
     "gram 1": Way("TPP, Gram 1", gram=1.0),
     "gram 1000": Way("TPP, Gram 1000 (paper)", gram=1000.0),
     "relative 1": Way("TPP, relative Gram 1", gram=1.0, target="relative"),
-    "inside": Way("TPP, no Gram penalty, before Adam", gram=0.0, inside=True),
+}
+FURTHER = {
     "quick": Way(
         "TPP, no Gram penalty, λ to 100 in 30 steps", gram=0.0, schedule=QUICK
     ),
+    "quick wanda": Way("the same, `wanda`", "wanda", gram=0.0, schedule=QUICK),
+    "inside": Way("TPP, no Gram penalty, before Adam", gram=0.0, inside=True),
 }
 
 
@@ -112,9 +115,9 @@ def main() -> None:
     if options.workdir is None:
         parser.error("--workdir is needed")
     keep_compiled_programs()
-    for seed in SEEDS:
+    for ways, seed in itertools.product((WAYS, FURTHER), SEEDS):
         dense = trained(options.workdir / f"dense{seed}", seed)
-        for key, way in WAYS.items():
+        for key, way in ways.items():
             name = f"{key}, seed {seed}"
             if name not in record["cells"]:
                 before = time.process_time()
@@ -252,7 +255,7 @@ def table(record: dict[str, Any]) -> str:
         f"| | parameters | {' | '.join(columns)} | perplexity at the end |",
         "|---" * (3 + len(columns)) + "|",
     ]
-    for key, way in WAYS.items():
+    for key, way in {**WAYS, **FURTHER}.items():
         cells = [record["cells"].get(f"{key}, seed {seed}") for seed in SEEDS]
         cells = [cell for cell in cells if cell is not None]
         if cells:
@@ -264,7 +267,10 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _mean(values: list[float]) -> str:
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if values else "–"
+    if not values:
+        return "–"
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 if __name__ == "__main__":
