@@ -5,6 +5,7 @@ import os
 import pathlib
 import signal
 import tempfile
+import threading
 
 # XLA reads this once, when it first compiles. Eight devices let the tests of the
 # parallel step run on any machine. Programs run only a few times here, and with less
@@ -28,11 +29,47 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import core  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 
 from tpp_jax.commands.compilation import keep_compiled_programs  # noqa: E402
 
 # Many tests train the same small networks.
 keep_compiled_programs()
+
+
+def _keep_dialects(make_context, programs=200):
+    """Has JAX load MLIR's dialects once for many programs, which it does for each.
+
+    That is a third of what a tiny program costs that is compiled already, and the tests
+    run tens of thousands of them. A context holds the constants of its programs, so a
+    new one is made from time to time.
+    """
+    kept = threading.local()
+
+    def context():
+        if getattr(kept, "left", 0) == 0:
+            kept.context, kept.left = make_context(), programs
+        kept.left -= 1
+        return kept.context
+
+    return context
+
+
+def _no_sharding(self):
+    """Refuses an attribute of arrays, as a tracer of JAX does, in fewer words.
+
+    JAX looks through everything traced so far to say where the tracer is from. Flax
+    asks for the attribute twice whenever it draws a key, and forgets the message.
+    """
+    raise AttributeError(f"{type(self).__name__} has no sharding")
+
+
+# These are no public functions of JAX: where they have other names, nothing is saved.
+if hasattr(mlir, "make_ir_context"):
+    mlir.make_ir_context = _keep_dialects(mlir.make_ir_context)
+if hasattr(core.Tracer, "sharding"):
+    core.Tracer.sharding = property(_no_sharding)
 
 # Compilation makes the first example of a property slow, so there is no deadline, and
 # the examples are the same in every run: a failure is never a matter of luck.

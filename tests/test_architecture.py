@@ -9,9 +9,9 @@ import re
 PACKAGE = pathlib.Path(__file__).parents[1] / "tpp_jax"
 # Each may import those before it; docs/architecture.md says what they are for.
 ORDER = [
-    *("errors", "xla", "graph", "pruning", "models", "data", "method", "interop"),
-    *("analysis", "storage", "saving", "reports", "training", "experiment"),
-    *("fitting", "commands", "__main__"),
+    *("errors", "callbacks", "headline", "xla", "graph", "pruning", "models", "data"),
+    *("method", "interop", "analysis", "storage", "saving", "reports", "training"),
+    *("experiment", "fitting", "commands", "__main__"),
 ]
 
 

@@ -4,11 +4,13 @@ from tpp_jax import data, models
 from tpp_jax.analysis.groups_svg import draw_groups
 from tpp_jax.analysis.groups_text import describe_groups
 from tpp_jax.analysis.jacobian import jacobian_singular_values
+from tpp_jax.callbacks import Callback
 from tpp_jax.errors import TPPError, TPPTypeError
 from tpp_jax.fitting import FitResult, fit
 from tpp_jax.graph.context import Context
 from tpp_jax.graph.records import Group, Groups, Member
 from tpp_jax.graph.rules import register_rule
+from tpp_jax.headline import Headline
 from tpp_jax.interop.gguf_files import load_gguf
 from tpp_jax.interop.hugging_face import load_hf, save_hf
 from tpp_jax.interop.torch_weights import load_torch, save_torch
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Bias",
+    "Callback",
     "Checks",
     "ConsumerMoments",
     "Context",
@@ -52,6 +55,7 @@ __all__ = [
     "GroupCheck",
     "Groups",
     "GrowingSchedule",
+    "Headline",
     "LayerCount",
     "Member",
     "Moments",

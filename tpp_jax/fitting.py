@@ -16,7 +16,7 @@ from tpp_jax.errors import TPPError, require
 from tpp_jax.pruning.plan import Plan
 
 if TYPE_CHECKING:
-    from tpp_jax.experiment.callbacks import Callback
+    from tpp_jax.callbacks import Callback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ def cross_entropy(model: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _accuracy() -> Any:
-    from tpp_jax.reports.headline import ACCURACY
+    from tpp_jax.headline import ACCURACY
 
     return ACCURACY
 

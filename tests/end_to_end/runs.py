@@ -13,19 +13,23 @@ from tpp_jax.graph.naming import named_leaves
 from tpp_jax.saving import load_model
 
 
-def launch(*arguments: str, xla_flags: str = "") -> subprocess.CompletedProcess:
+def launch(
+    *arguments: str, xla_flags: str = "", folder: str | pathlib.Path = ""
+) -> subprocess.CompletedProcess:
     """Runs launch.py, on one device unless told; returns what it printed."""
-    process = start(*arguments, pictures=False, XLA_FLAGS=xla_flags)
+    process = start(*arguments, pictures=False, folder=folder, XLA_FLAGS=xla_flags)
     output, errors = process.communicate()
     return subprocess.CompletedProcess(
         ["launch.py", *arguments], process.returncode, output, errors
     )
 
 
-def kill_after(workdir: pathlib.Path, step: int, *arguments: str) -> int:
+def kill_after(
+    workdir: pathlib.Path, step: int, *arguments: str, folder: str | pathlib.Path = ""
+) -> int:
     """Runs launch.py and kills it once a later step is saved; returns that step."""
     flags = f"--workdir={workdir}", *arguments
-    process = start(*flags, pictures=False, XLA_FLAGS="")
+    process = start(*flags, pictures=False, folder=folder, XLA_FLAGS="")
     saved = 0
     while process.poll() is None and saved <= step:
         time.sleep(0.01)
@@ -42,10 +46,13 @@ def last_saved(workdir: pathlib.Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def assert_same_end(workdir: pathlib.Path, other: pathlib.Path) -> None:
+def assert_same_end(
+    workdir: pathlib.Path, other: pathlib.Path, unpruned: nnx.Module | None = None
+) -> None:
     """Two runs ended with the same bits: networks, summary, all metrics."""
     for network in ("model", "best"):
-        ours, theirs = arrays_of(workdir, network), arrays_of(other, network)
+        ours = arrays_of(workdir, network, unpruned)
+        theirs = arrays_of(other, network, unpruned)
         assert ours.keys() == theirs.keys()
         for name, array in theirs.items():
             np.testing.assert_array_equal(ours[name], array, err_msg=name)
@@ -53,9 +60,11 @@ def assert_same_end(workdir: pathlib.Path, other: pathlib.Path) -> None:
     assert history_of(workdir) == history_of(other)
 
 
-def arrays_of(workdir: pathlib.Path, network: str = "model") -> dict[str, np.ndarray]:
+def arrays_of(
+    workdir: pathlib.Path, network: str = "model", unpruned: nnx.Module | None = None
+) -> dict[str, np.ndarray]:
     """The pruned network's arrays by name, at the end of the run or at its best."""
-    state = nnx.state(load_model(workdir / network))
+    state = nnx.state(load_model(workdir / network, unpruned))
     return {name: np.asarray(array) for name, array in named_leaves(state).items()}
 
 
@@ -71,5 +80,4 @@ def history_of(workdir: pathlib.Path) -> list[dict]:
     """The metrics without speeds."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    speed = "_per_second"
-    return [{k: v for k, v in r.items() if not k.endswith(speed)} for r in rows]
+    return [{k: v for k, v in r.items() if "_per_second" not in k} for r in rows]

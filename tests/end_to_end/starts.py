@@ -92,11 +92,11 @@ class Started:
 class Separate(Started):
     """A process that imports everything itself, where forking is not safe."""
 
-    def __init__(self, words: list[str], environment: dict[str, str]):
+    def __init__(self, words: list[str], environment: dict[str, str], folder: str):
         self._output = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, *words],
-            cwd=ROOT,
+            cwd=folder or ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=self._output[0],
@@ -118,23 +118,26 @@ def start(
     program: str = "launch.py",
     locale: str = "",
     pictures: bool = True,
+    folder: str | os.PathLike[str] = "",
     **variables: str,
 ) -> Started:
-    """Starts launch.py or another program, from the top of the checkout.
+    """Starts launch.py or another program.
 
     Args:
       *arguments: What follows the program on the command line.
       program: File of the program.
       locale: Locale in place of the user's.
       pictures: Whether the pictures of a report are made, the slowest part of it.
+      folder: Working directory; "" for the top of the checkout.
       **variables: Changes to the environment.
     """
     environment = _environment(locale) | variables
+    program = os.fspath(ROOT / program)
     if sys.platform != "linux":
-        return Separate([program, *arguments], environment)
+        return Separate([program, *arguments], environment, os.fspath(folder))
     words = [os.fsencode(word) for word in (program, *arguments)]
     values = {os.fsencode(k): os.fsencode(v) for k, v in environment.items()}
-    return Started(_server(locale), words, values, pictures)
+    return Started(_server(locale), words, values, pictures, os.fspath(folder))
 
 
 def _environment(locale: str) -> dict[str, str]:
@@ -158,7 +161,7 @@ def _server(locale: str) -> socket.socket:
     return ours
 
 
-def _serve(requests: socket.socket) -> tuple[list[bytes], bool]:
+def _serve(requests: socket.socket) -> tuple[list[bytes], bool, str]:
     """Forks for each request, until there are no more; returns in what was forked."""
     while True:
         message, files, *_ = socket.recv_fds(requests, 2**20, 3)
@@ -178,10 +181,10 @@ def _serve(requests: socket.socket) -> tuple[list[bytes], bool]:
         os.dup2(file, target)
     for file in files:
         os.close(file)
-    words, environment, pictures = pickle.loads(message)
+    words, environment, pictures, folder = pickle.loads(message)
     os.environb.clear()
     os.environb.update(environment)
-    return words, pictures
+    return words, pictures, folder
 
 
 def _watch(status: int) -> bool:
@@ -202,7 +205,8 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="This process .* is multi-threaded")
     gc.freeze()  # what was imported is not looked through for garbage again
     gc.set_threshold(50_000, 20, 10)
-    words, pictures = _serve(socket.socket(fileno=int(sys.argv[1])))
+    words, pictures, folder = _serve(socket.socket(fileno=int(sys.argv[1])))
+    os.chdir(folder or ROOT)
     if not pictures:
         plots.save = sketched
     sys.argv = [os.fsdecode(word) for word in words]

@@ -16,6 +16,7 @@ PAGES = (
     "trainability.md",
     "config.md",
     "extend.md",
+    "own_model.md",
 )
 
 

@@ -87,7 +87,7 @@ def test_numbers_choices_and_paths_are_found():
     assert rules == {f.name for f in dataclasses.fields(Field)} - {
         "name", "default", "types", "doc"
     }  # fmt: skip
-    assert len(NUMBERS) > 40 and len(CHOICES) > 10 and len(PATHS) == 3
+    assert len(NUMBERS) > 40 and len(CHOICES) > 10 and len(PATHS) == 4
 
 
 def rules_of(one):

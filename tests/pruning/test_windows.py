@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tpp_jax as tpp
-from tpp_jax.pruning.sums import gram
+from tpp_jax.pruning.sums import Sums, filled, gram
 from tpp_jax.pruning.windows import Line, as_sums, patch_sums, some_of
 
 # Name → (window along each axis, groups of the 4 channels).
@@ -75,10 +75,16 @@ def test_sums_are_those_of_patches(name):
             np.testing.assert_allclose(got, scatter / len(rows), rtol=1e-5, atol=2e-5)
 
 
-def test_products_of_wide_rows_are_built_of_blocks():
+def test_products_of_wide_rows_are_built_of_strips():
     rows = np.random.default_rng(0).normal(size=(2, 5, 1027)).astype(np.float32)
-    expected = rows.swapaxes(1, 2) @ rows
-    np.testing.assert_allclose(gram(jnp.asarray(rows)), expected, atol=1e-4)
+    strips = jax.vmap(gram)(jnp.asarray(rows))
+    assert [strip.shape for strip in strips] == [
+        (2, 343, 1027),
+        (2, 343, 684),
+        (2, 341, 341),
+    ]
+    sums = filled(Sums(np.full(2, 5), rows[:, 0], strips))
+    np.testing.assert_allclose(sums.scatter, rows.swapaxes(1, 2) @ rows, atol=1e-4)
 
 
 def test_some_examples_are_enough_but_at_least_a_quarter():

@@ -13,8 +13,8 @@ import pytest
 
 from tests.browser import look_at, needs_browser
 from tests.reports.test_tables_plots import SUMMARY
+from tpp_jax.headline import Headline
 from tpp_jax.reports import grids, page, plots
-from tpp_jax.reports.headline import Headline
 
 JACOBIAN = {
     "mean": 0.5,

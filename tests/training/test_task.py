@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import tpp_jax as tpp
-from tpp_jax.reports.headline import Headline, headline_of
+from tpp_jax.headline import Headline, headline_of
 from tpp_jax.training import parallel
 from tpp_jax.training.evaluation import Evaluator
 from tpp_jax.training.feeds import Resident, Streamed

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 
 import tpp_jax as tpp
+from tpp_jax.pruning.replay import evaluate
 from tpp_jax.xla import convolution
 from tpp_jax.xla.convolution import (
     compiler_options,
@@ -113,6 +114,34 @@ def test_depthwise_convolutions_are_no_convolutions_of_xla() -> None:
 
     program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(images, kernel).as_text()
     assert "convolution" not in program
+
+
+@pytest.mark.parametrize(
+    "layout", ["NHWC HWIO NHWC", "NCHW OIHW NCHW", "CWNH HOIW WNCH"]
+)
+def test_depthwise_equations_of_any_layout_are_no_convolutions(layout: str) -> None:
+    lhs, rhs, out = layout.split()
+    sizes = {"N": 2, "H": 8, "W": 7, "C": 5, "O": 5, "I": 1}
+    draws = np.random.default_rng(0)
+    images = draws.normal(size=[sizes[axis] for axis in lhs])
+    kernel = draws.normal(size=[{**sizes, "H": 3, "W": 2}[axis] for axis in rhs])
+    images, kernel = jnp.float32(images), jnp.float32(kernel)
+
+    def call(images, kernel):
+        return lax.conv_general_dilated(
+            images,
+            kernel,
+            (2, 1),
+            ((1, 1), (0, 1)),
+            dimension_numbers=(lhs, rhs, out),
+            feature_group_count=5,
+        )
+
+    [eqn] = jax.make_jaxpr(call)(images, kernel).eqns
+    run = jax.jit(lambda images, kernel: evaluate(eqn, [images, kernel]))
+    assert "convolution" not in run.lower(images, kernel).as_text()
+    [ours] = run(images, kernel)
+    np.testing.assert_allclose(ours, call(images, kernel), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

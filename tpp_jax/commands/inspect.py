@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
@@ -25,7 +26,7 @@ from tpp_jax.interop.modules import name_of
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import prune
 from tpp_jax.pruning.flops import count
-from tpp_jax.training.task import Task
+from tpp_jax.saving import load_model, load_model_info
 
 Inputs = tuple[jax.ShapeDtypeStruct, ...]
 
@@ -60,10 +61,9 @@ def inspect(
 
 
 def _inspect(config: RunConfig, workdir: str | pathlib.Path | None) -> None:
-    task = described_task(config)
-    model, inputs = network_of(config, task), task.example_inputs()
+    model, inputs = network_of(config)
     groups = channel_groups(model, *inputs)
-    weights = _weights(config, task, model, groups)
+    weights = _weights(config, model, groups)
     plan = plan_for(config.prune, groups, weights, config.seed)
     before, after = count(model, *inputs), count(prune(model, plan), *inputs)
     picture = None if workdir is None else pathlib.Path(workdir) / "groups.svg"
@@ -74,7 +74,9 @@ def _inspect(config: RunConfig, workdir: str | pathlib.Path | None) -> None:
         except OSError as error:
             raise TPPError(f"the picture cannot be written: {error}") from error
 
-    say(title(model, inputs))
+    spec = getattr(model, "spec", None)
+    classes = isinstance(spec, models.ModelSpec) and f", {spec.num_classes} classes"
+    say(f"{title(model, inputs)}{classes or ''}")
     console = Terminal()
     if console.is_terminal:
         console.width = min(max(console.width, _WIDTHS[0]), _WIDTHS[1])
@@ -101,20 +103,32 @@ def title(model: nnx.Module, inputs: Inputs) -> str:
     spec = getattr(model, "spec", None)
     shapes = ", ".join("×".join(map(str, x.shape[1:])) or "()" for x in inputs)
     if isinstance(spec, models.ModelSpec):
-        return f"{spec.name}, images {shapes}, {spec.num_classes} classes"
+        return f"{spec.name}, images {shapes}"
     return f"{name_of(model)}, inputs {shapes}"
 
 
-def network_of(config: RunConfig, task: Task) -> nnx.Module:
-    """Returns the model of a config, without arrays if the plan needs no weights."""
-    if config.init.model or (config.init.torch and config.prune.scope != "local"):
-        return initial_model(task, config.model, config.seed, config.init)
-    return abstract_model(task, config.seed)
+def network_of(config: RunConfig) -> tuple[nnx.Module, Inputs]:
+    """Returns the model of a config and shapes and types of its inputs.
+
+    The model has no arrays if the plan needs no weights. A saved network of the package
+    is taken whatever the rest of the config is.
+    """
+    saved = config.init.model
+    if saved and load_model_info(saved)["model"] is not None:
+        model = load_model(saved)
+        shape = models.spec_of(model).image_shape
+        return model, (jax.ShapeDtypeStruct((1, *shape), jnp.float32),)
+    task = described_task(config)
+    if saved or (config.init.torch and config.prune.scope != "local"):
+        model = initial_model(task, config.model, config.seed, config.init)
+    else:
+        model = abstract_model(task, config.seed)
+    return model, task.example_inputs()
 
 
-def _weights(config: RunConfig, task: Task, model: nnx.Module, groups: Groups) -> Any:
+def _weights(config: RunConfig, model: nnx.Module, groups: Groups) -> Any:
     """Returns weights for the plan, of which only the numbers of channels are shown."""
     if config.prune.scope == "local":  # any weights give the same numbers
         return {leaf: np.ones(shape) for leaf, shape in groups.shapes.items()}
     given = config.init.model or config.init.torch
-    return model if given else task.model(nnx.Rngs(config.seed))
+    return model if given else described_task(config).model(nnx.Rngs(config.seed))

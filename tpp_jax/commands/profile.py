@@ -14,7 +14,7 @@ from flax import nnx
 
 from tpp_jax.analysis.latency import Pair, as_json, compare, compare_layers
 from tpp_jax.commands.evaluate import load_network
-from tpp_jax.commands.inspect import network_of, title
+from tpp_jax.commands.inspect import Inputs, network_of, title
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.config import RunConfig, with_defaults
 from tpp_jax.experiment.fields import build
@@ -64,11 +64,11 @@ def profile(
         typed = build(RunConfig, with_defaults(saved))
         task = described_task(typed)
         dense, pruned = _of_run(folder, task)
+        inputs = task.example_inputs()
     else:
         typed = RunConfig.from_dict(config_of(folder, config, given))
-        task = described_task(typed)
-        dense, pruned = _untrained(typed, task)
-    dtype, inputs = typed.model.dtype, task.example_inputs()
+        dense, pruned, inputs = _untrained(typed)
+    dtype = typed.model.dtype
     console = Terminal()
     device = jax.devices()[0].device_kind
     console.print(f"{title(dense, inputs)}, {dtype}, on {device}")
@@ -105,11 +105,16 @@ def _of_run(folder: pathlib.Path, task: Task) -> tuple[nnx.Module, nnx.Module]:
     return dense, load_network(folder / "model", task)
 
 
-def _untrained(config: RunConfig, task: Task) -> tuple[nnx.Module, nnx.Module]:
-    """Returns the dense and the pruned network of a config, with random weights."""
-    dense = _with_weights(network_of(config, task), config.seed)
-    groups = channel_groups(dense, *task.example_inputs())
-    return dense, prune(dense, plan_for(config.prune, groups, dense, config.seed))
+def _untrained(config: RunConfig) -> tuple[nnx.Module, nnx.Module, Inputs]:
+    """Returns the dense and the pruned network of a config, and their inputs.
+
+    The weights are random.
+    """
+    model, inputs = network_of(config)
+    dense = _with_weights(model, config.seed)
+    groups = channel_groups(dense, *inputs)
+    plan = plan_for(config.prune, groups, dense, config.seed)
+    return dense, prune(dense, plan), inputs
 
 
 def _with_weights(model: nnx.Module, seed: int = 0) -> nnx.Module:

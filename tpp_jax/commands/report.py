@@ -6,8 +6,8 @@ import pathlib
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.records import folders
 from tpp_jax.experiment.records.summary import draw, read_summary
+from tpp_jax.headline import headline_of
 from tpp_jax.reports import grids, page, plots
-from tpp_jax.reports.headline import headline_of
 
 
 def write_report(workdir: str | pathlib.Path) -> pathlib.Path:

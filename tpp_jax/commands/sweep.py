@@ -37,8 +37,8 @@ from tpp_jax.experiment.records import folders
 from tpp_jax.experiment.records.history import is_number
 from tpp_jax.experiment.records.terminal import say
 from tpp_jax.experiment.tasks import Load, headline_of_task
+from tpp_jax.headline import Headline
 from tpp_jax.reports.grids import metrics_about
-from tpp_jax.reports.headline import Headline
 from tpp_jax.storage import processes
 
 Change = tuple[str, Mapping[str, Any]]

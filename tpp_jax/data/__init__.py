@@ -6,7 +6,7 @@ training step calls. `load_text` reads text as tokens. The package does not depe
 models.
 """
 
-from tpp_jax.data.arrays import from_arrays, labelled_images, read_arrays
+from tpp_jax.data.arrays import from_arrays, read_arrays
 from tpp_jax.data.augment import augment, normalize
 from tpp_jax.data.mixing import mix
 from tpp_jax.data.sources import Dataset, load
@@ -20,7 +20,6 @@ __all__ = [
     "Text",
     "augment",
     "from_arrays",
-    "labelled_images",
     "load",
     "load_text",
     "mix",

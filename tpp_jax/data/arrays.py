@@ -26,11 +26,11 @@ def from_arrays(
     """Returns a data set of arrays in memory.
 
     Args:
-      train_images: uint8 ``[n, h, w, c]`` or ``[n, h, w]``, from 0 to 255.
+      train_images: Pixels from 0 to 255, uint8 ``[n, h, w, c]`` or ``[n, h, w]``.
       train_labels: Classes of these, integers ``[n]`` from 0.
-      test_images: The same for the test.
+      test_images: Pixels of the test images.
       test_labels: Classes of these.
-      num_classes: Number of classes; None for the largest label and one.
+      num_classes: Number of classes; None for the largest label plus 1.
       where: Origin of the arrays, for messages.
 
     Returns:
@@ -85,8 +85,20 @@ def read_arrays(path: str) -> Dataset:
       path: File with the arrays ``train_images``, ``train_labels``, ``test_images`` and
         ``test_labels``, see :func:`from_arrays`, and if wanted ``num_classes``.
 
+    Returns:
+      The data set.
+
     Raises:
       TPPError: The file is missing or damaged, or its arrays do not fit.
+
+    Example:
+      >>> import tempfile
+      >>> file = f"{tempfile.mkdtemp()}/own.npz"
+      >>> images, labels = np.zeros((6, 8, 8), np.uint8), np.arange(6) % 3
+      >>> arrays = dict(zip(_PARTS, (images, labels) * 2, strict=True))
+      >>> np.savez(file, **arrays)
+      >>> read_arrays(file).num_classes
+      3
     """
     try:
         with np.load(pathlib.Path(path)) as file:
@@ -142,7 +154,8 @@ def labelled_images(found: Any, where: str) -> Dataset | Stream:
 
 def _pair(part: Any, where: str) -> tuple[Any, Any]:
     """Returns images and labels, given so or by random access."""
-    if isinstance(part, tuple | list) and len(part) == 2:
+    two = isinstance(part, tuple | list) and len(part) == 2
+    if two and not isinstance(part[0], tuple | Mapping):
         return part[0], part[1]
     if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
         raise TPPError(f"{where} returned a {type(part).__name__} in place of images")

@@ -14,7 +14,7 @@ from tpp_jax.method.rivals import add_group_lasso, add_growing_l2
 from tpp_jax.method.schedule import GrowingSchedule, growing_schedule
 from tpp_jax.method.transforms import add_tpp_penalties, zero_pruned
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.training.optimizers import MOST_STEPS, learning_rate, optimizer, sgd
+from tpp_jax.training.optimizers import MOST_STEPS, learning_rate, optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,19 +170,16 @@ def tpp_phases(
     Raises:
       TPPError: Stabilization ends before the zero-out of the last layer.
     """
-    tx = optax.chain(
-        add_tpp_penalties(
-            plan,
-            schedule,
-            prune.gram_weight,
-            prune.bn,
-            prune.l2,
-            prune.target,
-            prune.kept_weight,
-        ),
-        sgd(prune.learning_rate, prune.momentum, prune.weight_decay),
-        zero_pruned(plan, schedule),
+    penalty = add_tpp_penalties(
+        plan,
+        schedule,
+        prune.gram_weight,
+        prune.bn,
+        prune.l2,
+        prune.target,
+        prune.kept_weight,
     )
+    tx = optax.chain(_descent(prune, penalty), zero_pruned(plan, schedule))
     rate = optax.constant_schedule(prune.learning_rate)
     regularize = Phase(
         "regularize", schedule.regularize_steps, tx, rate, section="prune", shrinks=True
@@ -209,7 +206,7 @@ def extra_phase(
       schedule: Schedule of TPP's strength.
     """
     del plan
-    return (_with_sgd("extra", schedule.total_steps, prune),)
+    return (_penalized("extra", schedule.total_steps, prune),)
 
 
 def growing_l2_phase(
@@ -232,7 +229,7 @@ def growing_l2_phase(
     )
     _countable(growth, "config.prune.grow")
     penalty = add_growing_l2(plan, growth)
-    return (_with_sgd("grow", growth.regularize_steps, prune, penalty),)
+    return (_penalized("grow", growth.regularize_steps, prune, penalty),)
 
 
 def group_lasso_phase(
@@ -248,14 +245,26 @@ def group_lasso_phase(
     """
     steps = prune.grow.steps or schedule.total_steps
     penalty = add_group_lasso(plan, prune.grow.weight)
-    return (_with_sgd("grow", steps, prune, penalty),)
+    return (_penalized("grow", steps, prune, penalty),)
 
 
-def _with_sgd(
+def _penalized(
     kind: str, steps: int, prune: PruneConfig, *penalties: optax.GradientTransformation
 ) -> Phase:
-    """Returns a phase of SGD with TPP's constants and some penalties."""
-    descent = sgd(prune.learning_rate, prune.momentum, prune.weight_decay)
-    tx = optax.chain(*penalties, descent) if penalties else descent
+    """Returns a phase with TPP's optimizer and some penalties."""
+    tx = _descent(prune, *penalties)
     rate = optax.constant_schedule(prune.learning_rate)
     return Phase(kind, steps, tx, rate, section="prune")
+
+
+def _descent(
+    prune: PruneConfig, *penalties: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Returns the optimizer with TPP's constants and some penalties."""
+    return optimizer(
+        prune.optimizer,
+        prune.learning_rate,
+        momentum=prune.momentum,
+        weight_decay=prune.weight_decay,
+        penalty=optax.chain(*penalties) if penalties else None,
+    )

@@ -14,9 +14,9 @@ from typing import Any
 import ml_collections
 
 from tpp_jax import data
+from tpp_jax.callbacks import Callback
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment import choosing, lockstep, loop, measures
-from tpp_jax.experiment.callbacks import Callback
 from tpp_jax.experiment.config import default_config, differences
 from tpp_jax.experiment.fields import flat
 from tpp_jax.experiment.methods import Stage
@@ -220,6 +220,7 @@ def _opened(
             signals=signals,
             take=take,
             callbacks=given.callbacks,
+            kept=given.checkpoints,
         )
         with contextlib.closing(feed):
             yield run, tools

@@ -17,7 +17,7 @@ METHOD_NAMES = (
 """Names of the methods, whose rows are in :mod:`tpp_jax.experiment.methods`. They are
 here because the functions of a row take sections of the config."""
 
-TASK_NAMES = ("image_classification",)
+TASK_NAMES = ("image_classification", "language_modelling")
 """Names of the tasks of the package."""
 
 _LARGEST_IMAGE = 2**14  # pixels on a side
@@ -45,11 +45,14 @@ class ModelConfig:
 
     name: str = field(
         "cifar_resnet56",
-        "Name of the network, one of `tpp_jax.models.names()`; or the dotted path of a "
-        "function that makes your own.",
+        "Name of the network, one of `tpp_jax.models.names()` for images and "
+        "`small_decoder` for text; or the dotted path of a function that makes your "
+        "own.",
     )
     kwargs: dict[str, Any] = field(
-        {}, "Keyword arguments of the function that a dotted path names."
+        {},
+        "Keyword arguments of `small_decoder`, or of the function that a dotted path "
+        "names.",
     )
     dtype: Literal["float32", "bfloat16"] = field(
         "float32",
@@ -69,8 +72,9 @@ class DataConfig:
 
     name: str = field(
         "cifar10",
-        "Name of the data set, see [data.md](data.md); the path of a `.npz` file; or "
-        "the dotted path of a function that makes your own.",
+        "Name of a data set of images, path of a `.npz` file, or the dotted path of a "
+        "function that returns your own; for text, a file, a folder or `python`. See "
+        "[data.md](data.md).",
     )
     kwargs: dict[str, Any] = field(
         {}, "Keyword arguments of the function that a dotted path names."
@@ -89,7 +93,7 @@ class DataConfig:
     )
     batch_size: int = field(
         128,
-        "Number of images in a training batch of all devices together.",
+        "Number of examples in a training batch of all devices together.",
         least=1,
     )
     crop_padding: int = field(
@@ -117,6 +121,19 @@ class DataConfig:
         "Number of processes that decode streamed images; 0 to decode in threads of "
         "the main process.",
         most=1000,
+    )
+
+    length: int = field(
+        128, "Number of tokens of a sequence, for text.", least=1, most=2**20
+    )
+    tokenizer: str = field(
+        "",
+        "File of a tokenizer (`tokenizer.json` of Hugging Face), for text; empty for "
+        "bytes.",
+        is_path=True,
+    )
+    held_out: float = field(
+        0.1, "Share of a text on which networks are evaluated.", above=0, below=1
     )
 
 
@@ -343,9 +360,15 @@ class PruneConfig:
     min_channels: int = field(
         1, "Smallest number of channels to keep in a group.", least=1
     )
+    optimizer: str = field(
+        "sgd",
+        "Name of the optimizer in all phases except `pretrain` and `finetune`. AdamW "
+        "and LAMB add the penalties after their moments.",
+        choices=OPTIMIZERS,
+    )
     learning_rate: float = field(
         1e-3,
-        "Constant learning rate of SGD in all phases except `pretrain` and `finetune`.",
+        "Constant learning rate in all phases except `pretrain` and `finetune`.",
     )
     momentum: float = field(0.9, "Momentum in the same phases.", below=1)
     weight_decay: float = field(5e-4, "Weight decay in the same phases.")

@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 
 from tpp_jax import data, models
+from tpp_jax.callbacks import Callback
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment.callbacks import Callback
 from tpp_jax.experiment.config import RunConfig
 from tpp_jax.experiment.dotted import is_dotted
 from tpp_jax.experiment.fields import Tree

@@ -7,16 +7,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
-from tpp_jax import data
+from tpp_jax import data, models
 from tpp_jax.data import sources
+from tpp_jax.data.arrays import labelled_images
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.config import RunConfig
 from tpp_jax.experiment.dotted import is_dotted
 from tpp_jax.experiment.own import called
 from tpp_jax.experiment.sections import TrainingConfig
-from tpp_jax.reports.headline import ACCURACY, Headline
+from tpp_jax.headline import ACCURACY, Headline
+from tpp_jax.interop.modules import as_nnx
 from tpp_jax.training.classification import ImageClassification
+from tpp_jax.training.language import PERPLEXITY, LanguageModelling
 from tpp_jax.training.own import complete
 from tpp_jax.training.task import Task
 
@@ -24,7 +28,10 @@ Load = Callable[[str, str | None, int], data.Dataset]
 """Function of a data set's name, its folder and ``pad_to`` that loads it into memory;
 :func:`tpp_jax.data.load`, or the same with a cache."""
 
-_HEADLINES: dict[str, Headline] = {"image_classification": ACCURACY}
+_HEADLINES: dict[str, Headline] = {
+    "image_classification": ACCURACY,
+    "language_modelling": PERPLEXITY,
+}
 """Headlines of the tasks of the package."""
 
 
@@ -42,6 +49,8 @@ def make_task(config: RunConfig, load: Load = data.load) -> Task:
     if is_dotted(config.task.name):
         own = called("task", config)
         return complete(own, config.task.name, config.data.batch_size)
+    if config.task.name == "language_modelling":
+        return _language(config)
     return _classification(config, open_images(config, load))
 
 
@@ -57,7 +66,7 @@ def described_task(config: RunConfig) -> Task:
     Raises:
       TPPError: An object of the user's own is missing or incomplete.
     """
-    if is_dotted(config.task.name):
+    if config.task.name != "image_classification":
         return make_task(config)
     num_classes, shape = _shapes(config)
     none = np.zeros((0, *shape), np.uint8), np.zeros(0, np.int32)
@@ -87,7 +96,7 @@ def open_images(
     if settings.name.endswith(".npz"):
         found = data.read_arrays(settings.name)
     elif is_dotted(settings.name):
-        found = data.labelled_images(called("data", config), settings.name)
+        found = labelled_images(called("data", config), settings.name)
     elif settings.name not in data.STREAMED:
         found = load(settings.name, settings.dir or None, settings.pad_to)
     else:
@@ -113,6 +122,11 @@ def _classification(
 ) -> ImageClassification:
     settings, network = config.data, config.model.name
     own = is_dotted(network)
+    if config.model.kwargs and not own:
+        raise TPPError(
+            f"config.model.kwargs is {config.model.kwargs}, but the network {network} "
+            "takes none"
+        )
     return ImageClassification(
         dataset,
         functools.partial(called, "model", config) if own else network,
@@ -121,6 +135,36 @@ def _classification(
         settings.flip,
         config.model.dtype,
     )
+
+
+def _language(config: RunConfig) -> LanguageModelling:
+    settings, name = config.data, config.model.name
+    if is_dotted(settings.name):
+        text = called("data", config)
+        if not isinstance(text, data.Text):
+            raise TPPError(
+                f"config.data.name is {settings.name!r}, which returned a "
+                f"{type(text).__name__}: language modelling needs a tpp_jax.data.Text"
+            )
+    else:
+        tokenizer = settings.tokenizer or None
+        text = data.load_text(
+            settings.name, tokenizer, held_out=settings.held_out, cache=None
+        )
+
+    def network(rngs: nnx.Rngs) -> nnx.Module:
+        if is_dotted(name):
+            tokens = jax.ShapeDtypeStruct((1, settings.length), "int32")
+            return as_nnx(called("model", config, rngs), tokens, rngs=rngs)
+        kwargs: dict[str, Any] = {"vocabulary": text.vocabulary, **config.model.kwargs}
+        return models.small_decoder(rngs, **kwargs)
+
+    if not is_dotted(name) and name != "small_decoder":
+        raise TPPError(
+            f"config.model.name is {name!r}, but the networks for text are "
+            "small_decoder and those of a dotted path"
+        )
+    return LanguageModelling(text, network, settings.length, settings.batch_size)
 
 
 def _shapes(config: RunConfig) -> tuple[int, tuple[int, int, int]]:

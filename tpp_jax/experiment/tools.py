@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from flax import nnx
 
+from tpp_jax.callbacks import Callback
 from tpp_jax.experiment import measures
-from tpp_jax.experiment.callbacks import Callback
 from tpp_jax.experiment.phases import Phase
 from tpp_jax.experiment.position import Position
 from tpp_jax.experiment.program import Program, Take
@@ -76,6 +76,7 @@ class Tools:
       signals: Signals that stop the run.
       take: Function that runs training steps.
       callbacks: Objects that are called during the run.
+      kept: Whether the folder is the user's, and not removed at the end.
     """
 
     setup: Setup
@@ -90,6 +91,7 @@ class Tools:
     signals: Signals
     take: Take
     callbacks: tuple[Callback, ...] = ()
+    kept: bool = True
 
     def score(self, model: nnx.Module) -> float:
         """Returns a network's score: the task's headline metric on the test set."""

@@ -20,7 +20,7 @@ from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.consumers import Place, Weights
 from tpp_jax.pruning.findings import GAIN, STREAM, Findings
 from tpp_jax.pruning.probe import run
-from tpp_jax.pruning.sums import Sums, merge
+from tpp_jax.pruning.sums import Sums, filled, merge
 from tpp_jax.pruning.windows import PatchSums, as_sums
 
 _NOT_FOLLOWED = (
@@ -272,6 +272,7 @@ def _total(
         sums = jax.device_get(total.pop(place))
         if isinstance(sums, PatchSums):
             sums = as_sums(sums, place.lines, place.groups)
+        sums = filled(sums)
         known = merged.get(place.key)
         merged[place.key] = sums if known is None else merge(known, sums)
     return merged, findings

@@ -137,7 +137,7 @@ class _Probe:
     def _note_outputs(self, what: str, tag: Tag, rows: Array) -> None:
         """Sums up rows of numbers of which a kernel's outputs have one each."""
         stacks = len(self.findings.weights[tag.name].stacks) // math.prod(tag.steps)
-        rows = held(rows.reshape(len(rows), stacks, -1).transpose(1, 0, 2))
+        rows = rows.reshape(len(rows), stacks, -1).transpose(1, 0, 2)
         self._add(what + tag.name, sums_of(rows, diagonal=True), tag.loops)
 
     def _step(self, eqn: Any, values: list[Value]) -> list[Value]:

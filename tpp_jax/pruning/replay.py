@@ -7,6 +7,7 @@ import jax
 from jax.extend import core as jex_core
 
 from tpp_jax.graph.unfolding import CALLS
+from tpp_jax.xla.convolution import convolve
 
 ValueT = TypeVar("ValueT")
 
@@ -85,11 +86,13 @@ def _variables(atoms: Sequence[Any]) -> list[Any]:
 
 
 def evaluate(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
-    """Returns the results of an equation."""
+    """Returns the results of an equation; they have no forward-mode derivative."""
     if eqn.primitive.name == "shard_map":
         body = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(eqn.params["jaxpr"], ()))
         specs = tuple(eqn.params["out_specs"])
         return list(over_shards(eqn, lambda *own: tuple(body(*own)), specs, arrays))
+    if eqn.primitive.name == "conv_general_dilated":
+        return [convolve(*arrays, **eqn.params)]
     results = eqn.primitive.bind(*arrays, **eqn.params)
     return list(results) if eqn.primitive.multiple_results else [results]
 

@@ -28,7 +28,7 @@ from tpp_jax.pruning.moments import ConsumerMoments, Moments
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.replay import equations, evaluate
 from tpp_jax.pruning.ridge import Damping, Errors, refit
-from tpp_jax.pruning.sums import Sums, merge, sums_of
+from tpp_jax.pruning.sums import Sums, filled, merge, sums_of
 
 
 class _Value(NamedTuple):
@@ -235,7 +235,7 @@ def _refit_layer(
             for one in jax.device_get(sums)
         ]
         if exact:
-            totals.append(functools.reduce(merge, exact))
+            totals.append(filled(functools.reduce(merge, exact)))
     weights = _flat(dense.leaf, current, new)
     before = np.asarray(originals[dense.leaf], np.float64).reshape(-1)
     before = before[_kept_entries(plan, dense.leaf)]

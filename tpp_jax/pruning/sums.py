@@ -1,13 +1,24 @@
-"""Sums over rows of features, from which their moments follow."""
+"""Sums over rows of features, from which their moments follow.
 
+Matrices of products are symmetric. Where they are computed and added up, a matrix is a
+tuple of *strips*: some of its rows, from the diagonal on. So three fifths of a wide
+matrix are computed, moved and kept.
+"""
+
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-_EXACT = jax.lax.Precision.HIGHEST
-_WIDE = 512
+from tpp_jax.xla.holding import held
+
+# Most rows of a strip: narrower products take XLA longer than they save.
+_STRIP = 384
+
+Strips = tuple[Float[Array, "some rest"], ...]
 
 
 class Sums(NamedTuple):
@@ -16,8 +27,9 @@ class Sums(NamedTuple):
     Attributes:
       rows: Number of rows, ``[stacks]``.
       mean: Mean of each feature, ``[stacks, features]``.
-      scatter: Sum of the products of the centred features, ``[stacks, features,
-        features]``, or that of their squares, ``[stacks, features]``.
+      scatter: Sum of the products of the centred features: strips ``[stacks, some,
+        rest]``, or from :func:`filled` on ``[stacks, features, features]``. Or that of
+        their squares, ``[stacks, features]``.
     """
 
     rows: Any
@@ -37,7 +49,8 @@ def sums_of(
       diagonal: Whether only squares are summed up.
       used: Whether a row is one of a stack; the same rows are then offered to all.
     """
-    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    # The sums have several passes: none shall repeat the computation of the rows.
+    rows = held(rows.astype(jnp.promote_types(rows.dtype, jnp.float32)))
     if used is None:
         used = jnp.ones(rows.shape[1], rows.dtype)
         return jax.vmap(lambda own: _sums(own, used, diagonal))(rows)
@@ -56,24 +69,37 @@ def _sums(
     centred = (rows - mean) * used[:, None]
     if diagonal:
         return Sums(count, mean, jnp.sum(jnp.square(centred), axis=0))
-    return Sums(count, mean, gram(centred[None])[0])
+    return Sums(count, mean, gram(centred))
 
 
-def gram(
-    rows: Float[Array, "stacks rows features"],
-) -> Float[Array, "stacks features features"]:
-    """Returns the products of features, summed over rows.
+def gram(rows: Float[Array, "rows features"]) -> Strips:
+    """Returns the products of features, summed over rows, as strips."""
+    n = rows.shape[-1]
+    width = -(-n // -(-n // _STRIP))
+    return tuple(
+        jax.lax.dot_general(
+            rows[:, start : start + width],
+            rows[:, start:],
+            (((0,), (0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        for start in range(0, n, width)
+    )
 
-    Wide matrices are halved: the block above the diagonal serves for that below it.
-    """
-    width = rows.shape[-1]
-    if width < _WIDE:
-        return jnp.matmul(rows.swapaxes(1, 2), rows, precision=_EXACT)
-    one, other = jnp.split(rows, [width // 2], axis=-1)
-    across = jnp.matmul(one.swapaxes(1, 2), other, precision=_EXACT)
-    upper = jnp.concatenate([gram(one), across], axis=2)
-    lower = jnp.concatenate([across.swapaxes(1, 2), gram(other)], axis=2)
-    return jnp.concatenate([upper, lower], axis=1)
+
+def filled(sums: Sums) -> Sums:
+    """Returns sums on the host with all entries of their matrices."""
+    if not isinstance(sums.scatter, tuple):
+        return sums
+    stacks, n = sums.mean.shape
+    scatter = np.empty((stacks, n, n), sums.mean.dtype)
+    start = 0
+    for strip in sums.scatter:
+        stop = start + strip.shape[1]
+        scatter[:, start:stop, start:] = strip
+        scatter[:, stop:, start:stop] = strip[:, :, stop - start :].swapaxes(1, 2)
+        start = stop
+    return sums._replace(scatter=scatter)
 
 
 def merge(one: Sums, other: Sums) -> Sums:
@@ -81,16 +107,11 @@ def merge(one: Sums, other: Sums) -> Sums:
     rows = one.rows + other.rows
     share = other.rows / (rows + (rows == 0))
     apart = other.mean - one.mean
-    weight = one.rows * share
-    if one.scatter.ndim == one.mean.ndim:
-        between = weight[:, None] * apart**2
-    else:
-        between = weight[:, None, None] * (apart[:, :, None] * apart[:, None, :])
-    return Sums(
-        rows,
-        one.mean + share[:, None] * apart,
-        one.scatter + other.scatter + between,
+    between = _products((one.rows * share)[:, None] * apart, apart, one.scatter)
+    scatter = jax.tree.map(
+        lambda own, more, also: own + more + also, one.scatter, other.scatter, between
     )
+    return Sums(rows, one.mean + share[:, None] * apart, scatter)
 
 
 def combined(parts: Sums) -> Sums:
@@ -99,8 +120,20 @@ def combined(parts: Sums) -> Sums:
     mean = jnp.sum(share[..., None] * parts.mean, axis=0)
     apart = parts.mean - mean
     weighted = parts.rows[..., None] * apart
-    if parts.scatter.ndim == parts.mean.ndim:
-        between = jnp.sum(weighted * apart, axis=0)
-    else:
-        between = jnp.einsum("psf,psg->sfg", weighted, apart, precision=_EXACT)
-    return Sums(parts.rows.sum(0), mean, parts.scatter.sum(0) + between)
+    between = jax.vmap(_products)(weighted, apart, parts.scatter)
+    scatter = jax.tree.map(
+        lambda own, more: (own + more).sum(0), parts.scatter, between
+    )
+    return Sums(parts.rows.sum(0), mean, scatter)
+
+
+def _products(one: Any, other: Any, like: Any) -> Any:
+    """Returns products of features, ``[stacks, features]``, in the form of others."""
+    if not isinstance(like, tuple):
+        squares = like.ndim == one.ndim
+        return one * other if squares else one[:, :, None] * other[:, None, :]
+    ends = np.cumsum([0, *(strip.shape[1] for strip in like)])
+    return tuple(
+        one[:, start:stop, None] * other[:, None, start:]
+        for start, stop in itertools.pairwise(ends)
+    )

@@ -17,12 +17,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from tpp_jax.pruning.sums import Sums, gram
+from tpp_jax.pruning.sums import Sums, filled, gram
+from tpp_jax.xla.holding import held
 
 _Outside = tuple[range, range]
 """Positions outside of an output that see pixels, and the taps that read them."""
@@ -86,8 +88,8 @@ class PatchSums(NamedTuple):
       centre: Value that is subtracted from the pixels of each channel, ``[channels]``.
       pixels: Sum of the pixels over examples, ``[*spatial, channels]``.
       products: Sum of their squares, ``[*spatial, channels]``; or products of pixels by
-        distance, ``[*distances, channels, channels]``; or of the features of patches,
-        ``[groups, features, features]``.
+        distance, ``[*distances, channels, channels]``; or strips of those of the
+        features of patches, ``[groups, some, rest]``.
       borders: Products of pixels by distance at positions outside of the output, as
         :func:`_borders` lists them, ``[*distances, features, features]``.
     """
@@ -116,18 +118,26 @@ def patch_sums(
       centre_of: Function of the mean of each channel that returns a value near it, so
         that float32 is enough; the same for all batches.
     """
-    pixels = images.sum(0)
+    pixels = _over_examples(images)
     centre = centre_of(pixels.mean(range(len(lines))) / len(images))
     z, pixels, borders = images - centre, pixels - len(images) * centre, ()
     n = jnp.asarray(len(z) * math.prod(line.outputs for line in lines), z.dtype)
     if diagonal:
-        products = jnp.square(z).sum(0)
+        products = _over_examples(jnp.square(z))
     elif _overlap(lines, groups):
         products = _autocorrelation(z, lines)
         borders = tuple(_border(z, lines, each) for each in _borders(lines))
     else:
-        products = gram(patch_rows(z, lines, groups))
+        products = jax.vmap(gram)(held(patch_rows(z, lines, groups)))
     return PatchSums(n, centre, pixels, products, borders)
+
+
+def _over_examples(
+    images: Float[Array, "examples *spatial channels"],
+) -> Float[Array, "*spatial channels"]:
+    """Returns a sum over the first axis; XLA's reduction is up to 19 times slower."""
+    ones = jnp.ones(len(images), images.dtype)
+    return jnp.tensordot(ones, images, 1, precision=lax.Precision.HIGHEST)
 
 
 def as_sums(sums: PatchSums, lines: Sequence[Line], groups: int) -> Sums:
@@ -147,15 +157,16 @@ def as_sums(sums: PatchSums, lines: Sequence[Line], groups: int) -> Sums:
     share = _product([table.sum(2).mean(1)[:, None] for table in reads])
     mean = _by_group(totals / n + share * centre, groups)
     rows = np.full(groups, n)
-    if sums.products.shape == sums.pixels.shape:
+    grouped = _by_group(totals, groups)
+    if isinstance(sums.products, tuple):
+        products = filled(Sums(rows, grouped, sums.products)).scatter
+    elif sums.products.shape != sums.pixels.shape:
+        products = _by_taps(sums, lines)[None]
+    else:
         squares = _over_pixels(sums.products, own).reshape(taps, -1)
         border = centre * (1 - share) * (2 * totals + n * share * centre)
         scatter = squares - totals**2 / n + border
         return Sums(rows, mean, _by_group(scatter, groups))
-    products = sums.products
-    if _overlap(lines, groups):
-        products = _by_taps(sums, lines)[None]
-    grouped = _by_group(totals, groups)
     scatter = products - grouped[:, :, None] * (grouped / n)[:, None, :]
     if (share < 1).any():
         both = _with_others(sums.pixels, reads) - totals[:, None] * share

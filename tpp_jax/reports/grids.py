@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from tpp_jax.reports.headline import ACCURACY, Headline, headline_of
+from tpp_jax.headline import ACCURACY, Headline, headline_of
 
 
 def metrics_about(headline: Headline) -> dict[str, str]:
@@ -184,7 +184,7 @@ def text(grid: Grid, row: str, column: str, metric: str) -> str:
       metric: Name of the metric.
     """
     found = entry(grid, row, column, metric)
-    digits = 4 if metric == "jsv_mean" else 2
+    digits = _digits(grid, metric, found.mean)
     ours = "–" if not found.n else f"{found.mean:.{digits}f}"
     if found.n > 1:
         ours += f" ± {found.std:.{digits}f}"
@@ -196,6 +196,15 @@ def text(grid: Grid, row: str, column: str, metric: str) -> str:
     if found.difference is not None:
         published += f", {found.difference:+.{digits}f}"
     return f"{ours} [{published}]"
+
+
+def _digits(grid: Grid, metric: str, value: float) -> int:
+    """Returns the number of decimals of a metric."""
+    if metric == "jsv_mean":
+        return 4
+    if grid.headline.unit == "%" or not metric.endswith(f"_{grid.headline.name}"):
+        return 2
+    return next((n for n, most in ((4, 1), (3, 10)) if abs(value) < most), 2)
 
 
 def csv(grid: Grid) -> str:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tpp_jax.headline import headline_of, title_of
 from tpp_jax.reports import grids, plots, tables
-from tpp_jax.reports.headline import headline_of
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -50,7 +50,7 @@ def of_run(
       pictures: SVG pictures by name, from :func:`tpp_jax.reports.plots.save`.
     """
     config = summary["config"]
-    title = f"{config['model']['name']} on {config['data']['name']}"
+    title = title_of(config)
     dense, small = summary["dense"], summary["pruned"] or summary["dense"]
     sizes = [
         ("parameters", dense["params"], small["params"]),

@@ -12,9 +12,9 @@ import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 
+from tpp_jax.headline import headline_of, title_of
 from tpp_jax.pruning.curves import Sensitivity
 from tpp_jax.reports import grids
-from tpp_jax.reports.headline import headline_of
 
 _COLORS = {
     "pretrain": "#4c72b0",
@@ -197,15 +197,12 @@ def _draw_gram(axes: Any, history: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _title(summary: Mapping[str, Any]) -> str:
-    model = literal(summary["config"]["model"]["name"])
-    data = literal(summary["config"]["data"]["name"])
+    title = literal(title_of(summary["config"]))
     headline = headline_of(summary)
     dense = summary["dense"][headline.name]
     pruned = summary["pruned"] and summary["pruned"][headline.name]
     change = " → ".join(headline.text(x) for x in (dense, pruned) if x is not None)
-    return (
-        f"{model} on {data}: {summary['speedup']:.2f}× fewer FLOPs, {literal(change)}"
-    )
+    return f"{title}: {summary['speedup']:.2f}× fewer FLOPs, {literal(change)}"
 
 
 def _steps_of_the_cuts(summary: Mapping[str, Any]) -> list[int]:

@@ -6,8 +6,8 @@ from typing import Any
 import rich.table
 import rich.text
 
+from tpp_jax.headline import headline_of
 from tpp_jax.pruning.flops import Count
-from tpp_jax.reports.headline import headline_of
 
 _DONE = {"stabilize": "regularized", "grow": "shrunk"}
 _REPAIRS = {

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from tpp_jax import data, models
 from tpp_jax.errors import TPPError
+from tpp_jax.headline import ACCURACY, Headline
 from tpp_jax.interop.modules import as_function, as_nnx
-from tpp_jax.reports.headline import ACCURACY, Headline
 from tpp_jax.training import parallel
 from tpp_jax.training.feeds import EVAL_BATCH, Resident, Streamed
 from tpp_jax.training.task import Feed, Metrics

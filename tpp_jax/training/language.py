@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from tpp_jax.data.text import Text
 from tpp_jax.errors import TPPError
-from tpp_jax.reports.headline import Headline
+from tpp_jax.headline import Headline
 from tpp_jax.training import parallel
 from tpp_jax.training.feeds import Resident
 from tpp_jax.training.task import Feed, Metrics

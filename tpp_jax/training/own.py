@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, Shaped
 
 from tpp_jax.errors import TPPError
+from tpp_jax.headline import Headline
 from tpp_jax.interop.modules import as_nnx
-from tpp_jax.reports.headline import Headline
 from tpp_jax.training import parallel
 from tpp_jax.training.feeds import EVAL_BATCH, Resident, Streamed
 from tpp_jax.training.task import Batch, Feed, Metrics, Task

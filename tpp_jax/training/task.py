@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
-from tpp_jax.reports.headline import Headline
+from tpp_jax.headline import Headline
 from tpp_jax.training import parallel
 
 Batch = Any

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
@@ -78,6 +79,30 @@ def use_fast_convolutions(model: nnx.Module) -> None:
         own = getattr(layer, "conv_general_dilated", None)
         if isinstance(layer, nnx.Conv) and own is lax.conv_general_dilated:
             layer.conv_general_dilated = conv_on_cpu
+
+
+def convolve(images: Array, kernel: Array, **params: Any) -> Array:
+    """Applies ``lax.conv_general_dilated`` in the fastest form for the backend.
+
+    Args:
+      images: Images in any layout; those of a depthwise convolution are moved to
+        channels last.
+      kernel: Kernel in any layout.
+      **params: Parameters of the primitive, as an equation of a jaxpr has them.
+    """
+    if jax.default_backend() != "cpu":
+        return lax.conv_general_dilated_p.bind(images, kernel, **params)
+    dims, groups = params["dimension_numbers"], params["feature_group_count"]
+    depthwise = 1 < groups == kernel.shape[dims.rhs_spec[0]] and images.ndim == 4
+    if not depthwise or dims == _CHANNELS_LAST:
+        return _compiled(images, kernel, **params)
+    (n, c, *sides), (out, one, *taps), (first, last, *others) = dims
+    result = _compiled(
+        images.transpose(n, *sides, c),
+        kernel.transpose(*taps, one, out),
+        **(params | {"dimension_numbers": _CHANNELS_LAST}),
+    )
+    return result.transpose(np.argsort([first, *others, last]))
 
 
 @functools.cache
@@ -149,6 +174,21 @@ def conv_on_cpu(
     if taps * outputs <= _THIN * inputs:
         return _scattered(images, kernel, case)
     return _convolved(images, kernel, case)
+
+
+# Compiled as one where equations are run one by one.
+_compiled = jax.jit(
+    conv_on_cpu,
+    static_argnames=(
+        "window_strides",
+        "padding",
+        "dimension_numbers",
+        "feature_group_count",
+        "precision",
+        *_DILATIONS,
+        *_SCALARS,
+    ),
+)
 
 
 class _Case(NamedTuple):

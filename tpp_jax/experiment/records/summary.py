@@ -14,10 +14,10 @@ from tpp_jax.experiment.records.folders import write
 from tpp_jax.experiment.records.history import read_history
 from tpp_jax.experiment.setup import Setup
 from tpp_jax.experiment.tools import Run, Tools
+from tpp_jax.headline import Headline, headline_of
 from tpp_jax.pruning.flops import Count, count
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.reports import page, plots, tables
-from tpp_jax.reports.headline import Headline, headline_of
 from tpp_jax.saving import save_model
 from tpp_jax.storage import processes
 
@@ -50,7 +50,8 @@ def finish(run: Run, tools: Tools) -> dict[str, Any]:
         draw(workdir)
     processes.wait_for_all("summary")
     say(tables.result_table(summary))
-    say(f"{network}{workdir / 'report.html'} is the report of the run.")
+    if tools.kept:
+        say(f"{network}{workdir / 'report.html'} is the report of the run.")
     return summary
 
 

@@ -31,8 +31,13 @@ class Headline:
         return value > best if self.better == "higher" else value < best
 
     def text(self, value: float) -> str:
-        """Returns a value as tables and messages show it."""
-        return f"{value:.2f} {self.unit}".rstrip()
+        """Returns a value as tables and messages show it.
+
+        A percentage has two decimals; anything else has four digits at least.
+        """
+        decimals = self.unit == "%" or abs(value) >= 100
+        number = f"{value:.2f}" if decimals else f"{value:#.4g}"
+        return f"{number} {self.unit}".rstrip()
 
     def to_dict(self) -> dict[str, str]:
         """Returns the fields, to be written into a summary."""
@@ -50,3 +55,20 @@ def headline_of(summary: Mapping[str, Any]) -> Headline:
     """
     found = summary.get("headline")
     return ACCURACY if found is None else Headline(**found)
+
+
+def title_of(config: Mapping[str, Any]) -> str:
+    """Returns the title of a run: its network and data, or the task of a user's own.
+
+    Args:
+      config: Config of the run, as nested dicts.
+
+    Example:
+      >>> title_of({"model": {"name": "lenet5"}, "data": {"name": "digits"}})
+      'lenet5 on digits'
+    """
+    task = config.get("task", {}).get("name", "")
+    if ":" in task:
+        return task.partition(":")[2]
+    model, data = (config[part]["name"] for part in ("model", "data"))
+    return f"{model.rpartition(':')[2]} on {data.rpartition(':')[2]}"

@@ -1,0 +1,175 @@
+"""Objects that define a part of a task become tasks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import tpp_jax as tpp
+from tpp_jax.errors import TPPError
+from tpp_jax.headline import Headline
+from tpp_jax.training.evaluation import Evaluator
+from tpp_jax.training.own import complete
+from tpp_jax.training.step import StepConfig
+from tpp_jax.training.structure import split
+
+DEVICES = jax.devices()[:1]
+
+
+def waves(n, seed=0):
+    x = np.random.default_rng(seed).uniform(-1, 1, (n, 3)).astype("float32")
+    return x, np.sin(x.sum(1))
+
+
+class Arrays:
+    """Data in arrays, and the least that a task needs."""
+
+    train, evaluation = waves(96), waves(37, 1)
+
+    def model(self, rngs):
+        return nnx.Linear(3, 1, rngs=rngs)
+
+    def loss(self, model, batch):
+        x, y = batch
+        error = model(x)[:, 0] - y
+        return jnp.square(error).mean(), {"bias": error.mean()}
+
+
+class Source:
+    """Random access to examples, as Grain's sources have it."""
+
+    def __init__(self, arrays):
+        self._arrays = arrays
+
+    def __len__(self):
+        return len(self._arrays[0])
+
+    def __getitem__(self, i):
+        return tuple(array[i] for array in self._arrays)
+
+
+class Sources(Arrays):
+    train, evaluation = Source(Arrays.train), Source(Arrays.evaluation)
+
+
+class Steps:
+    """Batches by their number."""
+
+    model, loss = Arrays.model, Arrays.loss
+
+    def train_batches(self, key, step):
+        del key
+        x, y = Arrays.train
+        place = step * 16 % 96
+        return x[place : place + 16], y[place : place + 16]
+
+    def eval_batches(self):
+        x, y = Arrays.evaluation
+        yield x[:20], y[:20]
+        yield x[20:], y[20:]
+
+
+OWN = [Arrays, Sources, Steps]
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_the_evaluation_is_the_mean_over_all_examples(own):
+    task = complete(own(), batch_size=16)
+    model = task.model(nnx.Rngs(0))
+    evaluate = Evaluator(task, task.feed(DEVICES), StepConfig(), DEVICES, "pmap")
+    x, y = Arrays.evaluation
+    error = np.asarray(model(x))[:, 0] - y
+    found = evaluate(model, *split(model))
+    assert found["loss"] == pytest.approx(np.square(error).mean(), rel=1e-5)
+    assert found["bias"] == pytest.approx(error.mean(), rel=1e-4)
+    assert task.headline == Headline("loss", better="lower")
+    [shape] = task.example_inputs()
+    assert shape.shape == (1, 3) and shape.dtype == "float32"
+
+
+@pytest.mark.parametrize(("own", "steps"), [(Arrays, 6), (Sources, 6), (Steps, 1)])
+def test_the_length_of_an_epoch(own, steps):
+    task = complete(own(), batch_size=16)
+    assert (task.batch_size, task.steps_per_epoch) == (16, steps)
+    batches = list(task.samples(seed=0))
+    assert len(batches) == steps and batches[0][0].shape == (16, 3)
+
+
+def test_batches_from_random_access_depend_on_the_step_alone():
+    task = complete(Sources(), batch_size=40)
+    feed = task.feed(DEVICES)
+    key = jax.random.key(1)
+    feed.begin(key, 0)
+    seen = [feed.train_data(i)[0] for i in range(5)]
+    for start in (1, 2, 4):
+        feed.begin(key, start)
+        again = feed.train_data(start)[0]
+        np.testing.assert_array_equal(again[0], seen[start][0])
+    first, second = (np.concatenate([x[0] for x in seen[i : i + 2]]) for i in (0, 2))
+    assert len(np.unique(first, axis=0)) == len(np.unique(second, axis=0)) == 80
+    assert not np.array_equal(first, second)
+    feed.close()
+
+
+def test_a_model_of_linen_and_inputs_of_its_own():
+    class Own:
+        batch_size = 4
+
+        def __init__(self):
+            self.train = self.evaluation = {"x": np.ones((8, 3), "float32")}
+
+        def model(self, rngs):
+            del rngs
+            return linen.Dense(2)
+
+        def inputs(self, batch):
+            return batch["x"]
+
+        def loss(self, model, batch, key):
+            return model(batch["x"] + jax.random.normal(key)).mean()
+
+    task = complete(Own())
+    groups = tpp.channel_groups(task.model(nnx.Rngs(0)), *task.example_inputs())
+    assert groups.shapes["module.kernel"] == (3, 2)
+
+
+def broken(**changes):
+    return type("Own", (Arrays,), changes)()
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (broken(loss=None), "has no function loss"),
+        (broken(model=3), "has no function model"),
+        (broken(train=None), "has no data"),
+        (broken(train=(np.ones(3), np.ones(4))), "must be the examples"),
+        (broken(train=(np.ones((0, 3)), np.ones(0))), "no examples"),
+        (broken(batch_size=200), "batch size is 200, but Own has 96"),
+        (broken(headline=3), "headline of the task is 3"),
+        (broken(feed=3), "has a feed, but lacks"),
+    ],
+)
+def test_what_is_missing_is_named(own, message):
+    with pytest.raises(TPPError, match=message):
+        complete(own, "Own")
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (broken(loss=lambda self, model, batch: model(batch[0])), "one number"),
+        (broken(evaluation={"x": np.ones((8, 3))}), "define inputs"),
+        (broken(model=lambda self, rngs: jnp.sin), "must be a module of"),
+    ],
+)
+def test_what_does_not_fit_is_named(own, message):
+    task = complete(own, "Own", 8)
+
+    def use():
+        model = task.model(nnx.Rngs(0))
+        task.loss(model, next(task.samples(0)), jax.random.key(0))
+
+    with pytest.raises(TPPError, match=message):
+        use()
