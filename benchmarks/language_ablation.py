@@ -24,6 +24,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -31,6 +32,7 @@ from flax import nnx
 import tpp_jax as tpp
 from benchmarks import machine
 from tpp_jax.commands.compilation import keep_compiled_programs
+from tpp_jax.graph.naming import named_leaves
 from tpp_jax.method.gram import Target
 from tpp_jax.models.small import small_decoder
 from tpp_jax.training.evaluation import Evaluator
@@ -54,6 +56,10 @@ CALIBRATION = 32  # batches
 SCHEDULE = tpp.growing_schedule(
     granularity=20 / 30, every=10, ceiling=20.0, stabilize=199, zero_out_every=5
 )
+# The same number of steps, but the weights are gone after 50.
+QUICK = tpp.growing_schedule(
+    granularity=100 / 30, every=1, ceiling=100.0, stabilize=469, zero_out_every=5
+)
 TEXT = tpp.data.load_text("python", held_out=0.04)
 
 
@@ -67,6 +73,7 @@ class Way(NamedTuple):
       gram: Weight of the Gram penalty; None for a cut at once.
       target: Target of the Gram penalty.
       inside: Whether the penalties are added before Adam's moments.
+      schedule: Schedule of their strength.
     """
 
     title: str
@@ -75,6 +82,7 @@ class Way(NamedTuple):
     gram: float | None = None
     target: Target = "decorrelate"
     inside: bool = False
+    schedule: tpp.GrowingSchedule = SCHEDULE
 
 
 WAYS = {
@@ -85,6 +93,12 @@ WAYS = {
     "gram 1": Way("TPP, Gram 1", gram=1.0),
     "gram 1000": Way("TPP, Gram 1000 (paper)", gram=1000.0),
     "relative 1": Way("TPP, relative Gram 1", gram=1.0, target="relative"),
+}
+FURTHER = {
+    "quick": Way(
+        "TPP, no Gram penalty, λ to 100 in 30 steps", gram=0.0, schedule=QUICK
+    ),
+    "quick wanda": Way("the same, `wanda`", "wanda", gram=0.0, schedule=QUICK),
     "inside": Way("TPP, no Gram penalty, before Adam", gram=0.0, inside=True),
 }
 
@@ -101,9 +115,9 @@ def main() -> None:
     if options.workdir is None:
         parser.error("--workdir is needed")
     keep_compiled_programs()
-    for seed in SEEDS:
+    for ways, seed in itertools.product((WAYS, FURTHER), SEEDS):
         dense = trained(options.workdir / f"dense{seed}", seed)
-        for key, way in WAYS.items():
+        for key, way in ways.items():
             name = f"{key}, seed {seed}"
             if name not in record["cells"]:
                 before = time.process_time()
@@ -112,6 +126,14 @@ def main() -> None:
                 record["cells"][name] = cell
                 machine.write(NAME, record)
                 print(name, json.dumps(cell), flush=True)
+    if "the paper's weight" not in record:
+        record["the paper's weight"] = {
+            "this network": paper_weights(trained(options.workdir / "dense0", 0)),
+            "cifar_resnet56, not trained": paper_weights(
+                tpp.models.create("cifar_resnet56", rngs=nnx.Rngs(0))
+            ),
+        }
+        machine.write(NAME, record)
     print(table(record))
 
 
@@ -178,9 +200,9 @@ def measured(way: Way, dense: nnx.Module, seed: int) -> dict[str, float]:
     )
     model, left = dense, STEPS
     if way.gram is not None:
-        model = fitted(model, penalized(way, plan), SCHEDULE.total_steps, seed)
+        model = fitted(model, penalized(way, plan), way.schedule.total_steps, seed)
         found["before the cut"] = nats(model)
-        left -= SCHEDULE.total_steps
+        left -= way.schedule.total_steps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a cut at once changes the function
         if way.refit:
@@ -196,11 +218,34 @@ def measured(way: Way, dense: nnx.Module, seed: int) -> dict[str, float]:
 def penalized(way: Way, plan: tpp.Plan) -> optax.GradientTransformation:
     """Returns AdamW with TPP's penalties, at a constant rate."""
     penalty = tpp.add_tpp_penalties(
-        plan, SCHEDULE, gram_weight=way.gram or 0.0, target=way.target
+        plan, way.schedule, gram_weight=way.gram or 0.0, target=way.target
     )
     make = functools.partial(optimizer, "adamw", RATE, momentum=0.9, weight_decay=DECAY)
     descent = optax.chain(penalty, make()) if way.inside else make(penalty=penalty)
-    return optax.chain(descent, tpp.zero_pruned(plan, SCHEDULE))
+    return optax.chain(descent, tpp.zero_pruned(plan, way.schedule))
+
+
+def paper_weights(model: nnx.Module) -> dict[str, float]:
+    """Returns, by kernel, the relative weight that pulls as the paper's 1000 does."""
+    convolutions = not isinstance(model, tpp.models.Decoder)
+    x = jnp.ones((1, 32, 32, 3)) if convolutions else jnp.ones((1, LENGTH), int)
+    ratios = {"*layer*.conv1": 0.5} if convolutions else RATIOS
+    plan = tpp.make_plan(tpp.channel_groups(model, x), model, ratios)
+    params = nnx.state(model, nnx.Param)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def norms(target: Target, weight: float) -> dict[str, float]:
+        tx = tpp.add_tpp_penalties(
+            plan, SCHEDULE, weight, target=target, bn=False, l2=False
+        )
+        state: Any = tx.init(params)
+        pulls = tx.update(zeros, state._replace(step=jnp.int32(20)), params)[0]
+        named = named_leaves(pulls).items()
+        return {name: float(jnp.linalg.norm(x.ravel())) for name, x in named}
+
+    relative = norms("relative", 1.0)
+    paper = norms("decorrelate", 1000.0)
+    return {name: paper[name] / x for name, x in relative.items() if x}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -210,7 +255,7 @@ def table(record: dict[str, Any]) -> str:
         f"| | parameters | {' | '.join(columns)} | perplexity at the end |",
         "|---" * (3 + len(columns)) + "|",
     ]
-    for key, way in WAYS.items():
+    for key, way in {**WAYS, **FURTHER}.items():
         cells = [record["cells"].get(f"{key}, seed {seed}") for seed in SEEDS]
         cells = [cell for cell in cells if cell is not None]
         if cells:
@@ -222,7 +267,10 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _mean(values: list[float]) -> str:
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if values else "–"
+    if not values:
+        return "–"
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 if __name__ == "__main__":
