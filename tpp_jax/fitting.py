@@ -181,6 +181,8 @@ def _own(
     def model(rngs: nnx.Rngs) -> Any:
         if isinstance(task, nnx.Module):
             return nnx.clone(task)
+        if isinstance(task, type) and issubclass(task, linen.Module):
+            return _made(task, name)
         return task if isinstance(task, linen.Module) else task(rngs)
 
     own = types.SimpleNamespace(
