@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from tpp_jax.errors import TPPError
 from tpp_jax.headline import Headline
-from tpp_jax.interop.modules import as_nnx
+from tpp_jax.interop.modules import as_function, as_nnx
 from tpp_jax.training import parallel
 from tpp_jax.training.feeds import EVAL_BATCH, Resident, Streamed
 from tpp_jax.training.task import Batch, Feed, Metrics, Task
@@ -58,7 +58,7 @@ def complete(own: Any, name: str = "", batch_size: int = 128) -> Task:
         - ``headline``: a :class:`tpp_jax.Headline`, or the name of a metric of which
           less is better; by default the loss;
         - ``augment(keys, batch)``: a random change of a training batch from one key per
-          example; only for arrays;
+          example; only with arrays;
         - ``examples``: plural noun for the examples.
       name: Name of the object, for messages.
       batch_size: Number of examples in a training batch, if the object has none.
@@ -160,12 +160,22 @@ class OwnTask:
     def feed(self, devices: Sequence[parallel.Device], accumulate: int = 1) -> Feed:
         """Returns the batches: from arrays on the devices, or made on the host."""
         own, size = self._own, self.batch_size
+        augment = getattr(own, "augment", None)
         if not self._by_step and not (
             _is_source(own.train) or _is_source(own.evaluation)
         ):
-            augment = getattr(own, "augment", None)
+            if augment is not None:
+                batch = self._chosen(own.train, np.arange(2))
+                keys = jax.random.split(jax.random.key(0))
+                what = f"augment of {self._name} with one key for each example"
+                _tried(jax.eval_shape, what, augment, keys, batch)
             return Resident(
                 own.train, own.evaluation, size, devices, accumulate, augment
+            )
+        if augment is not None:
+            raise TPPError(
+                f"{self._name} has augment, which changes data in arrays, but its data "
+                "are made on the host: change them there, and leave out augment"
             )
         if jax.process_count() > 1:
             raise TPPError(
@@ -414,6 +424,8 @@ def check_task(task: Task, model: nnx.Module, name: str) -> None:
         return task.metrics(copy, batch)
 
     call = functools.partial(_tried, jax.eval_shape)
+    inputs = task.example_inputs()
+    call(f"the network on the inputs of {name}", as_function(model), *inputs)
     _, trained = call(f"the loss of {name}", losses, state, batch, jax.random.key(0))
     found = call(f"the metrics of {name}", metrics, state, probes)
     n = _number(probes, name)
