@@ -125,11 +125,11 @@ def fit(
     from tpp_jax.training.own import complete
 
     own, name = _own(task, data, loss, fields)
-    made = complete(own, name.partition(":")[2], int(batch_size))
+    listeners = _callbacks(callbacks)
     tree = _config(
         {
             "task.name": name,
-            "data.batch_size": made.batch_size,
+            "data.batch_size": batch_size,
             "prune.method": method,
             "prune.ratios": _ratios(ratios),
             "pretrain.epochs": pretrain_epochs,
@@ -140,7 +140,9 @@ def fit(
             **(config or {}),
         }
     )
-    given = Given(made, _callbacks(callbacks), checkpoints=folder is not None)
+    made = complete(own, name.partition(":")[2], int(batch_size))
+    tree.data.batch_size = made.batch_size
+    given = Given(made, listeners, checkpoints=folder is not None)
     with _folder(folder) as place:
         summary = run.train(tree, place, given)
         return _result(summary, place, made, folder is not None)

@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_named(own, message):
     [
         (
             broken(loss=lambda self, model, batch: model(batch[0][:, 1:]).mean()),
-            "calling the loss of Own fails with .*test_own.py",
+            r"calling the loss of Own fails with Type.* \(line \d+ of .*test_own.py\)",
         ),
         (
             broken(report=lambda self, means: {"root": means["mae"] ** 0.5}),
