@@ -18,10 +18,11 @@ _RESTS = "deterministic", "use_running_average", "inference"
 
 
 def as_nnx(module: Any, *inputs: Any, rngs: nnx.Rngs) -> nnx.Module:
-    """Returns a network as a module of NNX.
+    """Returns a network as a module of NNX, in training mode.
 
     Args:
-      module: Module of NNX, which is returned as it is, or of Linen.
+      module: Module of NNX, of which a copy with the same arrays is returned, or of
+        Linen.
       *inputs: Inputs for a batch of one example, or their shapes and types.
       rngs: Random streams for the weights of a Linen module.
 
@@ -29,7 +30,9 @@ def as_nnx(module: Any, *inputs: Any, rngs: nnx.Rngs) -> nnx.Module:
       TPPError: If it is neither.
     """
     if isinstance(module, nnx.Module):
-        return module
+        copy = nnx.merge(*nnx.split(module))  # the user's keeps its mode
+        copy.train()
+        return copy
     if isinstance(module, linen.Module):
         return LinenModel(module, *inputs, rngs=rngs)
     raise TPPError(
