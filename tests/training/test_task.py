@@ -53,7 +53,8 @@ class Regression:
 
     headline = Headline("rms", "m", better="lower")
     examples = "waves"
-    batch_size, steps_per_epoch = BATCH, N_TRAIN // BATCH
+    batch_size = examples_per_step = BATCH
+    steps_per_epoch = N_TRAIN // BATCH
     blur = 0.01
 
     def __init__(self, streamed=False):

@@ -127,6 +127,7 @@ class OwnTask:
             self._first = self._chosen(own.evaluation, np.arange(1))
         self.batch_size: int = int(getattr(own, "batch_size", None) or batch_size)
         self.examples: str = getattr(own, "examples", "examples")
+        self.examples_per_step: int = self.batch_size
         self.headline: Headline = _headline(getattr(own, "headline", LOSS))
         self.steps_per_epoch: int = self._steps_per_epoch()
         self._takes_key = len(inspect.signature(own.loss).parameters) > 2
