@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
-import scipy.optimize
 from jaxtyping import Float, Int
 
 from tpp_jax.errors import TPPError
@@ -211,6 +210,8 @@ def obs(
     Raises:
       TPPError: No covariances are known at all.
     """
+    from scipy.optimize import isotonic_regression  # late: slow to import
+
     if all(entry.covariance is None for entry in moments.consumers):
         raise TPPError(
             "the criterion 'obs' needs covariances, but the moments are means and "
@@ -220,7 +221,7 @@ def obs(
     for member, entry in moments.readers_of(group):
         readers += _readers_of(member, entry, np.asarray(leaves[member.leaf]))
     order, costs = removals(readers, group.size)
-    ascending = scipy.optimize.isotonic_regression(costs).x
+    ascending = isotonic_regression(costs).x
     scores = np.zeros(group.size)
     # The order decides between equal scores.
     steps = 1 + 1e-9 * np.arange(group.size)
