@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import pathlib
 import tempfile
 import types
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen, nnx
 
@@ -138,8 +140,8 @@ def fit(
         }
     )
     given = Given(
-        complete(own, name.partition(":")[2], batch_size),
-        tuple(callbacks),
+        complete(own, name.partition(":")[2], int(batch_size)),
+        _callbacks(callbacks),
         checkpoints=folder is not None,
     )
     with _folder(folder) as place:
@@ -152,15 +154,16 @@ def _own(
 ) -> tuple[Any, str]:
     """Returns the object to complete to a task, and a dotted path that describes it."""
     named = task if isinstance(task, type | types.FunctionType) else type(task)
+    kind = named if isinstance(named, type) else types.FunctionType
     name = f"{named.__module__}:{named.__qualname__.rpartition('.')[2]}"
-    if hasattr(task, "loss") and not isinstance(task, nnx.Module | linen.Module):
+    if hasattr(task, "loss") and not issubclass(kind, nnx.Module | linen.Module):
         given = {"data": data, "loss": loss, **fields}
         if extra := [key for key, value in given.items() if value is not None]:
             raise TPPError(
                 f"{name} is a task, which has its own data and loss: leave out "
                 f"{', '.join(extra)}"
             )
-        return (task() if isinstance(task, type) else task), name
+        return (_made(task, name) if isinstance(task, type) else task), name
     if not (isinstance(data, tuple | list) and len(data) == 2):
         raise TPPError(
             "a network needs data: a tuple (train, evaluation) of two pytrees of "
@@ -172,6 +175,7 @@ def _own(
             "and config= takes the fields of the config"
         )
     if loss is None:
+        _check_labels(data)
         loss, extra = cross_entropy, {"report": _percent, "headline": _accuracy()}
         fields = extra | dict(fields)
 
@@ -191,6 +195,51 @@ _FIELDS = ("inputs", "metrics", "report", "headline", "augment", "examples")
 _FIELDS += ("steps_per_epoch",)
 
 
+def _callbacks(given: Any) -> "tuple[Callback, ...]":
+    from tpp_jax.callbacks import Callback
+
+    found = tuple(given) if isinstance(given, tuple | list) else (given,)
+    for one in found:
+        if not isinstance(one, Callback):
+            name = one.__name__ if isinstance(one, type) else type(one).__name__
+            raise TPPError(
+                f"callbacks has {name}, must be a list of objects of tpp_jax.Callback"
+            )
+    return found
+
+
+def _made(task: type, name: str) -> Any:
+    try:
+        inspect.signature(task).bind()
+    except TypeError as error:
+        raise TPPError(
+            f"{name} is a class that needs arguments ({error}): pass an object of it"
+        ) from None
+    return task()
+
+
+def _check_labels(data: Sequence[Any]) -> None:
+    """Raises a TPPError unless arrays are inputs and labels for a cross-entropy."""
+    for part, examples in zip(("training", "evaluation"), data, strict=True):
+        if not isinstance(examples, tuple | list):
+            if isinstance(examples, Mapping) or hasattr(examples, "shape"):
+                raise TPPError(
+                    f"the {part} data are a {type(examples).__name__}, but without "
+                    "loss= they must be a pair (inputs, labels)"
+                )
+            continue  # random access, whose examples are not read here
+        if len(examples) != 2 or not hasattr(examples[1], "dtype"):
+            continue  # what else is wrong is found with the batch
+        labels = np.asarray(examples[1])
+        whole = np.issubdtype(labels.dtype, np.integer)
+        if not whole or (labels.size and labels.min() < 0):
+            found = f"the label {labels.min()}" if whole else f"{labels.dtype} labels"
+            raise TPPError(
+                f"the {part} data have {found}, but without loss= labels are classes, "
+                "integers from 0"
+            )
+
+
 def cross_entropy(model: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
     """Returns the mean cross-entropy of integer labels, and the accuracy.
 
@@ -200,7 +249,13 @@ def cross_entropy(model: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
     """
     inputs, labels = batch
     logits = model(inputs).astype(jnp.float32)
+    if logits.shape[:-1] != labels.shape:
+        raise TPPError(
+            f"the network returns {logits.shape} for labels {labels.shape}, but "
+            "without loss= it must return logits, one axis more than the labels"
+        )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses = jnp.where((labels < 0) | (labels >= logits.shape[-1]), jnp.nan, losses)
     return losses.mean(), {"accuracy": (logits.argmax(-1) == labels).mean()}
 
 
@@ -240,7 +295,7 @@ def _config(fields: Mapping[str, Any]) -> Any:
         place = config
         for part in section.split(".") if section else ():
             place = place[part]
-        place[last] = value
+        place[last] = value.item() if hasattr(value, "item") else value
     return ml_collections.ConfigDict(config)
 
 

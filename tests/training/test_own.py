@@ -1,5 +1,7 @@
 """Objects that define a part of a task become tasks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import tpp_jax as tpp
 from tpp_jax.errors import TPPError
 from tpp_jax.headline import Headline
 from tpp_jax.training.evaluation import Evaluator
-from tpp_jax.training.own import complete
+from tpp_jax.training.own import check_task, complete
 from tpp_jax.training.step import StepConfig
 from tpp_jax.training.structure import split
 
@@ -147,6 +149,7 @@ def broken(**changes):
         (broken(train=(np.ones(3), np.ones(4))), "must be the examples"),
         (broken(train=(np.ones((0, 3)), np.ones(0))), "no examples"),
         (broken(batch_size=200), "batch size is 200, but Own has 96"),
+        (broken(batch_size=200, steps_per_epoch=1), "batch size is 200"),
         (broken(headline=3), "headline of the task is 3"),
         (broken(feed=3), "has a feed, but lacks"),
     ],
@@ -156,10 +159,24 @@ def test_what_is_missing_is_named(own, message):
         complete(own, "Own")
 
 
+def with_metric(make, name="own"):
+    def loss(self, model, batch):
+        del self
+        return model(batch[0]).mean(), {name: make(model(batch[0]))}
+
+    return broken(loss=loss)
+
+
 @pytest.mark.parametrize(
     ("own", "message"),
     [
         (broken(loss=lambda self, model, batch: model(batch[0])), "one number"),
+        (with_metric(lambda x: x), "'own' of the loss of Own is of shape"),
+        (with_metric(lambda x: {"a": x.mean()}), "is of type dict, must be one number"),
+        (broken(loss=lambda self, model, batch: (0.0, batch[0])), "dict of mean"),
+        (broken(loss=lambda self, model, batch: [0.0, {}]), "of type list"),
+        (broken(loss=lambda self, model, batch: jnp.int32(3)), "int32, which has no"),
+        (broken(model=lambda self: None), "calling the model of Own fails with Type"),
         (broken(evaluation={"x": np.ones((8, 3))}), "define inputs"),
         (broken(model=lambda self, rngs: jnp.sin), "must be a module of"),
     ],
@@ -173,3 +190,82 @@ def test_what_does_not_fit_is_named(own, message):
 
     with pytest.raises(TPPError, match=message):
         use()
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (
+            broken(loss=lambda self, model, batch: model(batch[0][:, 1:]).mean()),
+            "calling the loss of Own fails with .*test_own.py",
+        ),
+        (
+            broken(report=lambda self, means: {"root": means["mae"] ** 0.5}),
+            "report of Own, given those of training, fails with KeyError: 'mae'",
+        ),
+        (with_metric(jnp.mean, "step"), "has a metric 'step', a name that each row"),
+    ],
+)
+def test_what_fails_in_training_is_found_before(own, message):
+    task = complete(own, "Own", 8)
+    with pytest.raises(TPPError, match=message):
+        check_task(task, task.model(nnx.Rngs(0)), "Own")
+
+
+def keyed(model, batch, *, key):
+    return model(batch[0]).mean() + jax.random.normal(key)
+
+
+def weighted(model, batch, weight=0.1):
+    return weight * model(batch[0]).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "draws"),
+    [
+        (keyed, True),
+        (lambda model, batch, rng: keyed(model, batch, key=rng), True),
+        (lambda model, batch, key=None: keyed(model, batch, key=key), True),
+        (weighted, False),
+        (functools.partial(weighted, weight=2.0), False),
+        (functools.partial(lambda m, b, w: w * m(b[0]).mean(), w=2.0), False),
+        (functools.partial(lambda m, b, key, w: w * keyed(m, b, key=key), w=1), True),
+    ],
+)
+def test_a_loss_gets_a_key_if_it_has_a_parameter_for_one(loss, draws):
+    task = complete(broken(loss=staticmethod(loss)), batch_size=16)
+    model, batch = task.model(nnx.Rngs(0)), next(task.samples(0))
+    found = {float(task.loss(model, batch, jax.random.key(i))[0]) for i in range(2)}
+    assert len(found) == 1 + draws
+
+
+def test_means_are_added_up_in_single_precision():
+    def loss(self, model, batch):
+        del self
+        value = model(batch[0]).mean().astype("bfloat16")
+        return value, {"finite": jnp.isfinite(value), "n": jnp.int8(100), "one": 1}
+
+    own = broken(loss=loss, report=lambda self, means: jax.tree.map(jnp.sqrt, means))
+    task = complete(own, batch_size=16)
+    model, batch = task.model(nnx.Rngs(0)), next(task.samples(0))
+    value, metrics = task.loss(model, batch, jax.random.key(0))
+    assert {x.dtype for x in (value, *metrics.values())} == {jnp.dtype("float32")}
+    per_example = task.metrics(model, batch)
+    assert all(x.dtype == jnp.float32 for x in per_example.values())
+    assert type(task.report({"loss": 4.0})["loss"]) is float
+
+
+def test_more_steps_than_a_pass_continue_with_the_next_pass():
+    task = complete(broken(train=Sources.train, steps_per_epoch=5), batch_size=40)
+    feed = task.feed(DEVICES)
+    feed.begin(jax.random.key(0), 0)
+    assert [len(feed.train_data(i)[0][0]) for i in range(5)] == [40] * 5
+    feed.close()
+
+
+def test_the_network_of_the_user_keeps_its_mode():
+    mine = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    mine.eval()
+    own = broken(model=lambda self, rngs: mine)
+    made = complete(own, batch_size=16).model(nnx.Rngs(0))
+    assert mine.deterministic and not made.deterministic

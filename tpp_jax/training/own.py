@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import pathlib
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,14 +132,12 @@ class OwnTask:
         self.examples: str = getattr(own, "examples", "examples")
         self.examples_per_step: int = self.batch_size
         self.headline: Headline = _headline(getattr(own, "headline", LOSS))
-        self.steps_per_epoch: int = self._steps_per_epoch()
-        self._takes_key = len(inspect.signature(own.loss).parameters) > 2
+        self._per_pass = 1 if self._by_step else self._batches_of_a_pass()
+        given = getattr(own, "steps_per_epoch", None)
+        self.steps_per_epoch: int = int(given or self._per_pass)
+        self._loss = _with_key(own.loss)
 
-    def _steps_per_epoch(self) -> int:
-        if given := getattr(self._own, "steps_per_epoch", 0):
-            return int(given)
-        if self._by_step:
-            return 1
+    def _batches_of_a_pass(self) -> int:
         n = _number(self._own.train, f"{self._name}.train")
         if self.batch_size > n:
             raise TPPError(
@@ -147,8 +148,11 @@ class OwnTask:
 
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Returns the network with random weights, as a module of NNX."""
-        made = self._own.model(rngs)
-        return as_nnx(made, *self.inputs(self._one()), rngs=rngs)
+        made = _tried(self._own.model, f"the model of {self._name}", rngs)
+        made = as_nnx(made, *self.inputs(self._one()), rngs=rngs)
+        model = nnx.merge(*nnx.split(made))  # the user's keeps its mode
+        model.train()
+        return model
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Returns shapes and types of the network's inputs for one example."""
@@ -177,21 +181,32 @@ class OwnTask:
         self, model: nnx.Module, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], Metrics]:
         """Returns the loss of a batch and its metrics."""
-        found = self._own.loss(model, batch, *[key][: self._takes_key])
-        value, metrics = found if isinstance(found, tuple) else (found, {})
-        if jnp.shape(value) != ():
+        found: Any = self._loss(model, batch, key)
+        pair = isinstance(found, tuple) and len(found) == 2
+        value: Any = found[0] if pair else found
+        metrics: Any = found[1] if pair else {}
+        if not isinstance(metrics, Mapping):
             raise TPPError(
-                f"the loss of {self._name} has the shape {jnp.shape(value)}, must be "
-                "one number: take its mean over the batch"
+                f"the loss of {self._name} returns a tuple whose second entry is no "
+                "dict: it must be a dict of mean metrics"
             )
-        return value, dict(metrics)
+        if not jnp.issubdtype(getattr(value, "dtype", float), jnp.floating):
+            raise TPPError(
+                f"the loss of {self._name} is {value.dtype}, which has no gradient"
+            )
+        what = f"the loss of {self._name}"
+        return _one_number(value, what), {
+            name: _one_number(x, f"the metric {name!r} of {what}")
+            for name, x in metrics.items()
+        }
 
     def metrics(
         self, model: nnx.Module, batch: Batch
     ) -> dict[str, Shaped[Array, " n"]]:
         """Returns the metrics of each example; by default loss and its metrics."""
         if hasattr(self._own, "metrics"):
-            return self._own.metrics(model, batch)
+            found = self._own.metrics(model, batch)
+            return {name: jnp.asarray(x, jnp.float32) for name, x in found.items()}
         graphdef, state = nnx.split(model)
 
         def one(example: Batch) -> Metrics:
@@ -205,7 +220,7 @@ class OwnTask:
     def report(self, means: Mapping[str, float]) -> dict[str, float]:
         """Returns the metrics to show."""
         report = getattr(self._own, "report", dict)
-        return report(means)
+        return {name: float(x) for name, x in report(means).items()}
 
     def inputs(self, batch: Batch) -> tuple[Array, ...]:
         """Returns the network's inputs."""
@@ -268,10 +283,10 @@ class OwnTask:
         n, epoch, order = len(own.train), -1, np.arange(0)
         seed = int(jax.random.bits(key, dtype=jnp.uint32))
         for i in itertools.count(step):
-            if epoch != i // self.steps_per_epoch:
-                epoch = i // self.steps_per_epoch
+            if epoch != i // self._per_pass:
+                epoch = i // self._per_pass
                 order = np.random.default_rng((seed, epoch)).permutation(n)
-            start = i % self.steps_per_epoch * self.batch_size
+            start = i % self._per_pass * self.batch_size
             yield self._chosen(own.train, order[start : start + self.batch_size])
 
     def _eval_size(self) -> int:
@@ -314,6 +329,39 @@ def _number(examples: Any, what: str) -> int:
     return sizes.pop()[0]
 
 
+def _with_key(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a loss of a model, a batch and a key, of which the user's needs two.
+
+    The key is a parameter of that name, or the third of those without a default.
+    """
+    try:
+        parameters = inspect.signature(loss).parameters
+    except (TypeError, ValueError):  # some functions written in C have none
+        parameters = {}
+    needed = [
+        one
+        for one in parameters.values()
+        if one.default is one.empty
+        and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
+    if "key" in parameters and parameters["key"] not in needed:
+        return lambda model, batch, key: loss(model, batch, key=key)
+    if len(needed) > 2:
+        return loss
+    return lambda model, batch, _: loss(model, batch)
+
+
+def _one_number(x: Any, what: str) -> Float[Array, ""]:
+    """Returns a mean in single precision, in which it is added up."""
+    shape = () if isinstance(x, bool | int | float) else getattr(x, "shape", None)
+    if shape != ():
+        found = f"of type {type(x).__name__}" if shape is None else f"of shape {shape}"
+        raise TPPError(
+            f"{what} is {found}, must be one number: take its mean over the batch"
+        )
+    return jnp.asarray(x, jnp.float32)
+
+
 def _headline(given: Any) -> Headline:
     if isinstance(given, Headline):
         return given
@@ -348,8 +396,9 @@ def check_task(task: Task, model: nnx.Module, name: str) -> None:
         copy.eval()
         return task.metrics(copy, batch)
 
-    jax.eval_shape(losses, state, batch, jax.random.key(0))
-    found = jax.eval_shape(metrics, state, probes)
+    call = functools.partial(_tried, jax.eval_shape)
+    _, trained = call(f"the loss of {name}", losses, state, batch, jax.random.key(0))
+    found = call(f"the metrics of {name}", metrics, state, probes)
     n = _number(probes, name)
     for key, value in found.items():
         if value.shape != (n,):
@@ -357,9 +406,42 @@ def check_task(task: Task, model: nnx.Module, name: str) -> None:
                 f"the metric {key!r} of {name} has the shape {value.shape} for {n} "
                 f"examples, must be {(n,)}: return one value per example"
             )
-    reported = task.report(dict.fromkeys(found, 1.0))
+    if taken := _ROW & trained.keys():
+        raise TPPError(
+            f"the loss of {name} has a metric {min(taken)!r}, a name that each row of "
+            "metrics.jsonl has itself: choose another name"
+        )
+    of_training = dict.fromkeys([*trained, "loss"], 0.5)
+    _tried(task.report, f"the report of {name}, given those of training,", of_training)
+    reported = _tried(task.report, f"the report of {name}", dict.fromkeys(found, 0.5))
     if task.headline.name not in reported:
         raise TPPError(
             f"the headline of {name} is {task.headline.name!r}, but its metrics are "
             f"{', '.join(reported)}: define a report that returns it"
         )
+
+
+_ROW = {"step", "phase", "learning_rate", "skipped"}
+"""Names of a record that are not metrics of a task."""
+
+
+def _tried(run: Callable[..., Any], what: str, *args: Any) -> Any:
+    """Calls a user's function; an exception in it becomes a TPPError that names it."""
+    try:
+        return run(*args)
+    except TPPError:
+        raise
+    except Exception as error:  # whatever a user's function does
+        reason = str(error).strip().partition("\n")[0]
+        calls = traceback.extract_tb(error.__traceback__)
+        ours = pathlib.Path(__file__).parents[1]
+        places = [
+            f", in line {call.lineno} of {call.filename}"
+            for call in calls
+            if "site-packages" not in call.filename
+            and ours not in pathlib.Path(call.filename).parents
+        ]
+        raise TPPError(
+            f"calling {what} fails with {type(error).__name__}: "
+            f"{reason}{''.join(places[-1:])}"
+        ) from error
