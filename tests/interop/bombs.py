@@ -125,6 +125,14 @@ def nested_checkpoints() -> bytes:
 
 def pickles() -> Iterator[tuple[str, bytes]]:
     """Yields what stands in data.pkl of each archive."""
+    yield from _repeated()
+    yield from _nested()
+    yield from _numerous()
+    yield from _weights()
+
+
+def _repeated() -> Iterator[tuple[str, bytes]]:
+    """Yields pickles in which something large is used many times."""
     count = 3000
     yield (
         "a set of one list many times",
@@ -180,6 +188,10 @@ def pickles() -> Iterator[tuple[str, bytes]]:
         "a global of a very long name, many times",
         filled(text("a" * 300_000) + kept(1), again(1) + again(1) + b"\x93", b"."),
     )
+
+
+def _nested() -> Iterator[tuple[str, bytes]]:
+    """Yields pickles of deep structures."""
     yield (
         "a storage whose name is a tuple of tuples",
         (START + doubled(60) + b"(" + text("storage") + called("torch.FloatStorage"))
@@ -226,6 +238,10 @@ def pickles() -> Iterator[tuple[str, bytes]]:
             b"s.",
         ),
     )
+
+
+def _numerous() -> Iterator[tuple[str, bytes]]:
+    """Yields pickles of long numbers, and of very many small things."""
     yield (
         "a number of a million digits",
         (
@@ -258,6 +274,10 @@ def pickles() -> Iterator[tuple[str, bytes]]:
         filled(b"}q\x01", text("a") + again(1) + b"s", b"."),
     )
     yield "one list that holds itself", filled(b"]q\x01(", again(1), b"e.")
+
+
+def _weights() -> Iterator[tuple[str, bytes]]:
+    """Yields pickles that look like weights."""
     size = b"(" + 100_000 * b"K\x00" + b"t" + kept(5)
     start = size + STORAGE + kept(6) + REBUILD + kept(7) + b"}("
     parts = b"".join(
