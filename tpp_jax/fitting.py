@@ -125,10 +125,11 @@ def fit(
     from tpp_jax.training.own import complete
 
     own, name = _own(task, data, loss, fields)
+    made = complete(own, name.partition(":")[2], int(batch_size))
     tree = _config(
         {
             "task.name": name,
-            "data.batch_size": batch_size,
+            "data.batch_size": made.batch_size,
             "prune.method": method,
             "prune.ratios": _ratios(ratios),
             "pretrain.epochs": pretrain_epochs,
@@ -139,14 +140,10 @@ def fit(
             **(config or {}),
         }
     )
-    given = Given(
-        complete(own, name.partition(":")[2], int(batch_size)),
-        _callbacks(callbacks),
-        checkpoints=folder is not None,
-    )
+    given = Given(made, _callbacks(callbacks), checkpoints=folder is not None)
     with _folder(folder) as place:
         summary = run.train(tree, place, given)
-        return _result(summary, place, given.task, folder is not None)
+        return _result(summary, place, made, folder is not None)
 
 
 def _own(
@@ -182,6 +179,8 @@ def _own(
     def model(rngs: nnx.Rngs) -> Any:
         if isinstance(task, nnx.Module):
             return nnx.clone(task)
+        if isinstance(task, type) and issubclass(task, linen.Module):
+            return _made(task, name)
         made = isinstance(task, linen.Module) or is_equinox(task)
         return task if made else task(rngs)
 

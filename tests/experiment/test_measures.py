@@ -12,6 +12,7 @@ from flax import nnx
 import tpp_jax as tpp
 from tests.experiment.test_errors import small_config
 from tests.reference import filled
+from tpp_jax.errors import TPPError
 from tpp_jax.experiment import measures
 from tpp_jax.experiment.choosing import counts_of_round
 from tpp_jax.experiment.config import FIELDS
@@ -170,3 +171,16 @@ def test_the_norm_of_what_is_pruned_and_the_gram_matrix_of_a_layer(tmp_path):
     assert np.flatnonzero(saved["pruned"]).tolist() == plan.pruned("fc4").tolist()
     # It has another scale, since its inputs were cut too.
     assert np.diag(saved["cut"]).max() < 1.2
+
+
+@pytest.mark.parametrize(
+    ("inputs", "types"),
+    [
+        ((np.ones((2, 3)), np.ones((2, 3))), "float64, float64"),
+        ((np.ones((2, 3), int),), "int64"),
+        (({"x": np.ones((2, 3))},), "dict"),
+    ],
+)
+def test_jacobians_need_one_array_of_real_numbers(inputs, types):
+    with pytest.raises(TPPError, match=f"inputs of the network are {types}: its"):
+        measures.JacobianMeter(*inputs)

@@ -151,6 +151,9 @@ def broken(**changes):
         (broken(batch_size=200), "batch size is 200, but Own has 96"),
         (broken(batch_size=200, steps_per_epoch=1), "batch size is 200"),
         (broken(headline=3), "headline of the task is 3"),
+        (broken(headline="top5_accuracy"), "of which less is better"),
+        (broken(train=object()), "the shapes object: their first axes must be"),
+        (broken(train=range(2**40)), "examples, more than can be put in random order"),
         (broken(feed=3), "has a feed, but lacks"),
     ],
 )
@@ -260,6 +263,17 @@ def test_more_steps_than_a_pass_continue_with_the_next_pass():
     feed = task.feed(DEVICES)
     feed.begin(jax.random.key(0), 0)
     assert [len(feed.train_data(i)[0][0]) for i in range(5)] == [40] * 5
+    feed.close()
+
+
+def test_batches_of_a_step_that_do_not_split_over_devices():
+    own = Steps()
+    own.train_batches = lambda key, step: waves(7 if step else 16)
+    feed = complete(own, "Own").feed(jax.devices()[:2])
+    feed.begin(jax.random.key(0), 0)
+    feed.train_data(0)
+    with pytest.raises(TPPError, match="step 1 of Own has 7 examples, which do not"):
+        feed.train_data(1)
     feed.close()
 
 

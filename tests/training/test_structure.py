@@ -7,6 +7,8 @@ import optax
 import pytest
 from flax import linen, nnx
 
+from tpp_jax.errors import TPPError
+from tpp_jax.interop.modules import as_nnx
 from tpp_jax.training import parallel
 from tpp_jax.training.state import initial_state, with_state
 from tpp_jax.training.step import StepConfig, make_train_step
@@ -41,6 +43,59 @@ class Bridged(nnx.Module):
 
     def __call__(self, x):
         return self.inner(x, train=True, mutable=["batch_stats"])
+
+
+class Modes(linen.Module):
+    """A Linen module with two arguments for its mode, and attributes."""
+
+    widths: tuple = (4,)
+
+    @linen.compact
+    def __call__(self, x, train=False, deterministic=True):
+        x = linen.Dense(self.widths[0])(x)
+        x = linen.BatchNorm(use_running_average=not train)(x)
+        return linen.Dropout(0.5)(x, deterministic=deterministic)
+
+
+class Fixed(linen.Module):
+    training: bool = False
+
+    def __call__(self, x):
+        return x
+
+
+def test_a_module_of_linen_gets_its_mode_in_all_arguments_for_it():
+    x = jax.random.normal(jax.random.key(0), (64, 6))
+    model = as_nnx(Modes(), x[:1], rngs=nnx.Rngs(0))
+    model.train()
+    assert 0.3 < np.mean(np.asarray(model(x)) == 0) < 0.7
+    assert not np.allclose(model.module.BatchNorm_0["mean"], 0)
+    model.eval()
+    assert np.all(np.asarray(model(x)) != 0)
+
+
+def test_a_bound_module_of_linen_keeps_its_variables():
+    x = jnp.ones((2, 6))
+    variables = Modes().init(jax.random.key(5), x)
+    variables["batch_stats"]["BatchNorm_0"]["mean"] += 1
+    model = as_nnx(Modes().bind(variables), x[:1], rngs=nnx.Rngs(0))
+    model.eval()
+    np.testing.assert_array_equal(model(x), Modes().apply(variables, x))
+    hash(nnx.graphdef(model))
+    with pytest.raises(TPPError, match="are not those that its initialisation makes"):
+        as_nnx(Modes((5,)).bind(variables), x[:1], rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Modes([4]), "attribute 'widths' of Modes is of type list, which has no hash"),
+        (Fixed(), "Fixed has its mode in the attribute 'training', which a run"),
+    ],
+)
+def test_modules_of_linen_that_a_run_cannot_use(module, message):
+    with pytest.raises(TPPError, match=message):
+        as_nnx(module, jnp.ones((1, 6)), rngs=nnx.Rngs(0))
 
 
 def trained(model, devices, steps=1, **config):
@@ -103,6 +158,31 @@ def test_a_norm_of_flax_uses_the_batch_of_all_devices():
     assert two[0] == pytest.approx(one[0], rel=1e-5)
     for a, b in zip(*(jax.tree.leaves(split(x[1])) for x in (one, two)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+class Centred(nnx.Module):
+    """A layer with a mean of its own kind, a counter, and a constant."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(6, 4, rngs=rngs)
+        self.mean, self.count = nnx.Variable(jnp.zeros(4)), nnx.Variable(jnp.int32(0))
+        self.bound = nnx.Variable(jnp.array([0.1, jnp.inf]))
+
+    def __call__(self, x):
+        x = self.layer(x)
+        self.mean[...] = 0.9 * self.mean[...] + 0.1 * x.mean(0)
+        self.count[...] += 1
+        return jnp.minimum(x, self.bound[1])
+
+
+def test_variables_that_a_step_changes_are_averaged_over_devices():
+    model = Centred(nnx.Rngs(0))
+    _, one = trained(model, jax.devices()[:1])
+    _, more = trained(model, jax.devices()[:4])
+    for name in ("mean", "count", "bound"):
+        a, b = (getattr(x, name)[...] for x in (one, more))
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    np.testing.assert_array_equal(more.bound[...], model.bound[...])
 
 
 def test_statistics_of_a_norm_in_linen_are_averaged_over_devices():

@@ -32,13 +32,25 @@ _BINS = 50
 class JacobianMeter:
     """Function that measures Jacobian singular values, always at the same inputs."""
 
-    def __init__(self, inputs: Float[Array, "n ..."]) -> None:
+    def __init__(self, *inputs: Any) -> None:
         """Keeps the inputs.
 
         Args:
-          inputs: Inputs of the network for some examples.
+          *inputs: Inputs of the network for some examples, of which there must be one.
+
+        Raises:
+          TPPError: They are not one array of floating-point numbers.
         """
-        self._inputs = inputs
+        types = [str(getattr(x, "dtype", type(x).__name__)) for x in inputs]
+        dtypes = [x.dtype for x in inputs if hasattr(x, "dtype")]
+        real = [x for x in dtypes if jnp.issubdtype(x, jnp.floating)]
+        if not len(real) == len(types) == 1:
+            raise TPPError(
+                "config.jacobian_every is set, but the inputs of the network are "
+                f"{', '.join(types)}: its Jacobian needs one array of "
+                "floating-point numbers. Set it to 0"
+            )
+        self._inputs = inputs[0]
 
     def __call__(self, model: nnx.Module) -> dict[str, Any]:
         """Measures a network, in evaluation mode and single precision.

@@ -1,9 +1,11 @@
 """Modules of other libraries as modules of Flax NNX, for runs."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import flax.core
 import jax
 from flax import linen, nnx
 from jaxtyping import Array
@@ -64,20 +66,26 @@ def name_of(model: nnx.Module) -> str:
 class LinenModel(nnx.Module):
     """A Linen module with its variables, in the two modes of an NNX module.
 
-    If its ``__call__`` has an argument for the mode (``train``, ``training``,
-    ``is_training``, ``deterministic`` or ``use_running_average``), this module passes
-    it. In training, all collections except the parameters are renewed.
+    If its ``__call__`` has arguments for the mode (``train``, ``training``,
+    ``is_training``, ``deterministic``, ``use_running_average`` or ``inference``), this
+    module passes them. In training, all collections except the parameters are renewed.
 
     Args:
-      module: Linen module.
+      module: Linen module, whose variables are kept if it is bound to some.
       *inputs: Inputs to initialise it with, or their shapes and types.
       rngs: Random streams for the weights, and later for dropout.
+
+    Raises:
+      TPPError: The mode of the module cannot be set, or an attribute has no hash.
     """
 
     def __init__(self, module: linen.Module, *inputs: Any, rngs: nnx.Rngs) -> None:
-        parameters = inspect.signature(module.__call__).parameters
-        names = [name for name in (*_TRAINS, *_RESTS) if name in parameters]
-        self.mode = names[0] if names else ""
+        given: Any = None
+        if module.scope is not None:
+            unbound, given = module.unbind()
+            module = cast(linen.Module, unbound)
+        _check_attributes(module)
+        self.modes = _modes_of(module)
         self.deterministic = False
 
         def variables(*inputs: Any) -> Any:
@@ -90,6 +98,8 @@ class LinenModel(nnx.Module):
         self.linen = module
         bridge = nnx.bridge.ToNNX(module, rngs)
         self.module = bridge.lazy_init(*zeros, **self._keywords())
+        if given is not None:
+            _put(given, made, bridge)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Array:
         """Applies the Linen module."""
@@ -98,6 +108,54 @@ class LinenModel(nnx.Module):
         return self.module(*inputs, mutable=[*renewed] or False, **kwargs)
 
     def _keywords(self) -> dict[str, bool]:
-        if not self.mode:
-            return {}
-        return {self.mode: self.deterministic == (self.mode in _RESTS)}
+        return {name: self.deterministic == (name in _RESTS) for name in self.modes}
+
+
+def _modes_of(module: linen.Module) -> tuple[str, ...]:
+    """Returns the names of the arguments of a module's call that set its mode."""
+    names, known = inspect.signature(module.__call__).parameters, (*_TRAINS, *_RESTS)
+    if found := tuple(name for name in known if name in names):
+        return found
+    if fixed := [name for name in known if name in _attributes(module)]:
+        raise TPPError(
+            f"{type(module).__name__} has its mode in the attribute {fixed[0]!r}, "
+            f"which a run cannot change: make {fixed[0]} an argument of its __call__"
+        )
+    return ()
+
+
+def _check_attributes(module: linen.Module) -> None:
+    """Raises a TPPError unless programs can be kept by a module's attributes."""
+    for name, value in _attributes(module).items():
+        try:
+            hash(value)
+        except TypeError:
+            raise TPPError(
+                f"the attribute {name!r} of {type(module).__name__} is of type "
+                f"{type(value).__name__}, which has no hash: use numbers, texts and "
+                "tuples, or make it a variable"
+            ) from None
+
+
+def _attributes(module: linen.Module) -> dict[str, Any]:
+    names = [one.name for one in dataclasses.fields(cast(Any, module))]
+    return {x: getattr(module, x) for x in names if x not in ("parent", "name")}
+
+
+def _put(given: Any, made: Any, module: nnx.Module) -> None:
+    """Puts the variables that a Linen module is bound to into its bridge.
+
+    Raises:
+      TPPError: They are not those of the module.
+    """
+    given, made = map(flax.core.unfreeze, (given, made))
+    ours, theirs = jax.tree.map(jax.numpy.shape, (made, given))
+    if ours != theirs:
+        raise TPPError(
+            "the variables that the Linen module is bound to are not those that its "
+            "initialisation makes: bind it to what init returned, or to trained values "
+            "of it"
+        )
+    found = nnx.bridge.variables.linen_vars_to_nnx_attrs(given)
+    for name, value in found.items():
+        setattr(module, name, value)

@@ -41,7 +41,7 @@ def complete(own: Any, name: str = "", batch_size: int = 128) -> Task:
         data are needed:
 
         - ``model(rngs)``: the network with random weights, a module of Flax NNX or
-          Linen or of Equinox;
+          Linen;
         - ``loss(model, batch)`` or ``loss(model, batch, key)``: the mean loss of a
           batch, or a tuple of it and a dict of mean metrics;
         - ``train`` and ``evaluation``: all examples, a pytree of arrays whose first
@@ -173,9 +173,8 @@ class OwnTask:
                 f"the data of {self._name} are made on the host, which works in one "
                 "process only: keep them in arrays, or define a feed"
             )
-        return Streamed(
-            self._made_batches, self._evaluation_batches, self._eval_size(), devices
-        )
+        made = functools.partial(self._made_batches, parts=len(devices) * accumulate)
+        return Streamed(made, self._evaluation_batches, self._eval_size(), devices)
 
     def loss(
         self, model: nnx.Module, batch: Batch, key: Key[Array, ""]
@@ -272,13 +271,19 @@ class OwnTask:
             ) from error
 
     def _made_batches(
-        self, key: Key[Array, ""], step: int
+        self, key: Key[Array, ""], step: int, parts: int = 1
     ) -> Generator[Batch, None, None]:
-        """Yields the batches of a phase from a step on."""
+        """Yields the batches of a phase from a step on, each of so many equal parts."""
         own = self._own
         if self._by_step:
             for i in itertools.count(step):
-                yield own.train_batches(jax.random.fold_in(key, i), i)
+                batch = own.train_batches(jax.random.fold_in(key, i), i)
+                if (n := _number(batch, f"{self._name}.train_batches")) % parts:
+                    raise TPPError(
+                        f"the batch of step {i} of {self._name} has {n} examples, "
+                        f"which do not split into {parts} equal parts"
+                    )
+                yield batch
             return
         n, epoch, order = len(own.train), -1, np.arange(0)
         seed = int(jax.random.bits(key, dtype=jnp.uint32))
@@ -317,16 +322,25 @@ def _is_source(examples: Any) -> bool:
 def _number(examples: Any, what: str) -> int:
     """Returns the number of examples."""
     if _is_source(examples):
+        if len(examples) > _MOST:
+            raise TPPError(
+                f"{what} has {len(examples):,} examples, more than can be put in "
+                "random order: leave out its repetition"
+            )
         return len(examples)
     leaves = jax.tree.leaves(examples)
-    sizes = {jnp.shape(x)[:1] for x in leaves}
+    shapes: list[Any] = [getattr(x, "shape", ()) for x in leaves]
+    sizes = {shape[:1] for shape in shapes}
     if len(sizes) != 1 or sizes == {()}:
-        shapes = ", ".join(str(jnp.shape(x)) for x in leaves[:4])
+        found = [str(getattr(x, "shape", type(x).__name__)) for x in leaves[:4]]
         raise TPPError(
-            f"the arrays of {what} have the shapes {shapes or 'of nothing'}: their "
-            "first axes must be the examples, of equal number"
+            f"the arrays of {what} have the shapes {', '.join(found) or 'of nothing'}:"
+            " their first axes must be the examples, of equal number"
         )
     return sizes.pop()[0]
+
+
+_MOST = 2**31
 
 
 def _with_key(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -365,12 +379,16 @@ def _one_number(x: Any, what: str) -> Float[Array, ""]:
 def _headline(given: Any) -> Headline:
     if isinstance(given, Headline):
         return given
-    if isinstance(given, str) and given:
+    if isinstance(given, str) and given and _RISING.isdisjoint(given.split("_")):
         return dataclasses.replace(LOSS, name=given)
     raise TPPError(
         f"the headline of the task is {given!r}: give a tpp_jax.Headline, or the name "
         "of a metric of which less is better"
     )
+
+
+_RISING = {"accuracy", "acc", "auc", "f1", "iou", "miou", "psnr", "ssim", "recall"}
+"""Words in names of metrics of which more is certainly better."""
 
 
 def check_task(task: Task, model: nnx.Module, name: str) -> None:

@@ -243,11 +243,18 @@ def _synchronise(model: nnx.Module, axis: str) -> None:
 
 
 def _mean_over(axis: str, stats: nnx.State) -> nnx.State:
-    """Returns the means of statistics over devices; counters are equal on all."""
-    return jax.tree.map(
-        lambda x: jax.lax.pmean(x, axis) if jnp.issubdtype(x, jnp.floating) else x,
-        stats,
-    )
+    """Returns the means of statistics over devices; counters are equal on all.
+
+    Constants are equal too and are kept bit by bit, which their mean need not be.
+    """
+
+    def mean(x: Array) -> Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        least, most = jax.lax.pmin(x, axis), jax.lax.pmax(x, axis)
+        return jnp.where(least == most, most, jax.lax.pmean(x, axis))
+
+    return jax.tree.map(mean, stats)
 
 
 def _in(dtype: str, params: nnx.State, stats: nnx.State) -> nnx.State:

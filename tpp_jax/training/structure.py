@@ -16,8 +16,8 @@ class Structure(NamedTuple):
     Attributes:
       graphdef: Structure of the modules.
       rngs: Shapes and types of the random streams (those of dropout, say), by path.
-      local: Whether modules other than batch norms keep statistics of a batch, which
-        are those of a device's share.
+      local: Whether modules other than batch norms have floating-point numbers that are
+        not trained. If a step changes them, they are those of a device's share.
     """
 
     graphdef: nnx.GraphDef
@@ -58,8 +58,10 @@ def structure_of(model: nnx.Module, *, training: bool) -> Structure:
         for path, x in nnx.to_flat_state(rngs)
     )
     norms = {path for path, m in nnx.iter_modules(copy) if isinstance(m, nnx.BatchNorm)}
-    stats = nnx.to_flat_state(nnx.state(copy, nnx.BatchStat))
-    local = any(path[:-1] not in norms for path, _ in stats)
+    local = any(
+        path[:-1] not in norms and jnp.issubdtype(x.dtype, jnp.floating)
+        for path, x in nnx.to_flat_state(nnx.state(copy, NOT_TRAINED))
+    )
     return Structure(graphdef, streams, local)
 
 
