@@ -255,7 +255,10 @@ def _energy(
 ) -> Float[np.ndarray, " stacks"]:
     """Returns the sum, over rows and outputs, of what an error is relative to."""
     if entry.stream is not None:
-        own = entry.stream[:, 0 if entry.bias is None else 1] * weights.shape[2]
+        # A network without biases normalises its stream row by row (an RMS norm). There
+        # a few huge rows, as of the first tokens of language models, make no error of
+        # the others small.
+        own = entry.stream[:, 2 if entry.bias is None else 1] * weights.shape[2]
         return entry.rows * own
     found = np.zeros(len(entry.rows))
     for s, rows in enumerate(entry.rows):
