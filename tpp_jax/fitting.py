@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import pathlib
 import tempfile
@@ -125,11 +126,11 @@ def fit(
     from tpp_jax.training.own import complete
 
     own, name = _own(task, data, loss, fields)
-    made = complete(own, name.partition(":")[2], int(batch_size))
+    listeners = _callbacks(callbacks)
     tree = _config(
         {
             "task.name": name,
-            "data.batch_size": made.batch_size,
+            "data.batch_size": batch_size,
             "prune.method": method,
             "prune.ratios": _ratios(ratios),
             "pretrain.epochs": pretrain_epochs,
@@ -140,7 +141,9 @@ def fit(
             **(config or {}),
         }
     )
-    given = Given(made, _callbacks(callbacks), checkpoints=folder is not None)
+    made = complete(own, name.partition(":")[2], int(batch_size))
+    tree.data.batch_size = made.batch_size
+    given = Given(made, listeners, checkpoints=folder is not None)
     with _folder(folder) as place:
         summary = run.train(tree, place, given)
         return _result(summary, place, made, folder is not None)
@@ -172,8 +175,8 @@ def _own(
             "and config= takes the fields of the config"
         )
     if loss is None:
-        _check_labels(data)
-        loss, extra = cross_entropy, {"report": _percent, "headline": _accuracy()}
+        loss = functools.partial(cross_entropy, largest=_largest_label(data))
+        extra = {"report": _percent, "headline": _accuracy()}
         fields = extra | dict(fields)
 
     def model(rngs: nnx.Rngs) -> Any:
@@ -217,8 +220,13 @@ def _made(task: type, name: str) -> Any:
     return task()
 
 
-def _check_labels(data: Sequence[Any]) -> None:
-    """Raises a TPPError unless arrays are inputs and labels for a cross-entropy."""
+def _largest_label(data: Sequence[Any]) -> int:
+    """Returns the largest label of data in arrays; -1 if it is not known.
+
+    Raises:
+      TPPError: They are not inputs and labels for a cross-entropy.
+    """
+    largest = -1
     for part, examples in zip(("training", "evaluation"), data, strict=True):
         if not isinstance(examples, tuple | list):
             if isinstance(examples, Mapping) or hasattr(examples, "shape"):
@@ -237,14 +245,22 @@ def _check_labels(data: Sequence[Any]) -> None:
                 f"the {part} data have {found}, but without loss= labels are classes, "
                 "integers from 0"
             )
+        largest = max(largest, int(labels.max(initial=-1)))
+    return largest
 
 
-def cross_entropy(model: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+def cross_entropy(
+    model: Any, batch: Any, largest: int = -1
+) -> tuple[Any, dict[str, Any]]:
     """Returns the mean cross-entropy of integer labels, and the accuracy.
 
     Args:
       model: Network from inputs to logits.
-      batch: Pair of inputs and labels.
+      batch: Pair of inputs and labels. The loss of a label that is no class is NaN.
+      largest: Largest label of all data; -1 if it is not known.
+
+    Raises:
+      TPPError: The logits do not fit the labels.
     """
     inputs, labels = batch
     logits = model(inputs).astype(jnp.float32)
@@ -252,6 +268,11 @@ def cross_entropy(model: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         raise TPPError(
             f"the network returns {logits.shape} for labels {labels.shape}, but "
             "without loss= it must return logits, one axis more than the labels"
+        )
+    if largest >= logits.shape[-1]:
+        raise TPPError(
+            f"the data have the label {largest}, but the network returns logits of "
+            f"{logits.shape[-1]} classes, of which the first is 0"
         )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     losses = jnp.where((labels < 0) | (labels >= logits.shape[-1]), jnp.nan, losses)

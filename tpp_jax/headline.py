@@ -1,6 +1,7 @@
 """The metric that a run is judged by: how it is written and which value is better."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -25,8 +26,11 @@ class Headline:
     better: Literal["higher", "lower"] = "higher"
 
     def improves(self, value: float, best: float | None) -> bool:
-        """Returns whether a value is better than the best so far; None is the worst."""
-        if best is None:
+        """Returns whether a value is better than the best so far.
+
+        None and NaN are the worst.
+        """
+        if best is None or math.isnan(best):
             return True
         return value > best if self.better == "higher" else value < best
 

@@ -184,3 +184,14 @@ def test_the_norm_of_what_is_pruned_and_the_gram_matrix_of_a_layer(tmp_path):
 def test_jacobians_need_one_array_of_real_numbers(inputs, types):
     with pytest.raises(TPPError, match=f"inputs of the network are {types}: its"):
         measures.JacobianMeter(*inputs)
+
+
+def test_a_network_without_a_jacobian_is_found_before_training():
+    class Two(nnx.Module):
+        def __call__(self, x):
+            return x, x
+
+    meter = measures.JacobianMeter(np.ones((2, 3), "float32"))
+    meter.check(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(TPPError, match="jacobian_every is set, but the model returns"):
+        meter.check(Two())

@@ -48,6 +48,10 @@ vars(_MINE).update(
     Summed=type(
         "Summed", (_Task,), {"metrics": lambda self, m, x: {"n": m(x[0]).sum()}}
     ),
+    Broken=type("Broken", (_Task,), {"loss": lambda self, m, x: m(x[1]).mean()}),
+    Unmeasured=type("Unmeasured", (_Task,), {"report": lambda self, x: x["rms"]}),
+    Words=type("Words", (_Task,), {"loss": lambda self, m, x: (m(x[0]).mean(), 3)}),
+    Rising=type("Rising", (_Task,), {"headline": "accuracy"}),
     Function=type("Function", (_Task,), {"model": lambda self, rngs: jnp.tanh}),
 )
 
@@ -79,6 +83,10 @@ def own() -> Cases:
         {"task.name": "mine:Unreported"},
         {"task.name": "mine:Summed"},
         {"task.name": "mine:Function"},
+        {"task.name": "mine:Broken"},
+        {"task.name": "mine:Unmeasured"},
+        {"task.name": "mine:Words"},
+        {"task.name": "mine:Rising"},
         {"task.name": "mine:Task", "data.batch_size": 200},
         {"task.name": "mine:Task", "finetune.mixup": 0.2},
         {"task.name": "language_modelling", "data.name": "python"},
@@ -99,6 +107,18 @@ def own() -> Cases:
         (
             "`tpp.fit(task, data)` of a task with data of its own",
             lambda f: tpp.fit(_Task, data),
+        ),
+        (
+            "`tpp.fit(model, data)` with labels -1",
+            lambda f: tpp.fit(_network, (data[0], (_PIXELS, _LABELS - 1))),
+        ),
+        (
+            "`tpp.fit(model, data)` with labels that are no integers",
+            lambda f: tpp.fit(_network, (data[0], (_PIXELS, _LABELS / 2))),
+        ),
+        (
+            "`tpp.fit(model, data, callbacks=print)`",
+            lambda f: tpp.fit(_network, data, callbacks=print),  # type: ignore
         ),
         (
             "`tpp.fit(model, data, momentum=0.5)`",

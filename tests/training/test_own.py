@@ -200,11 +200,15 @@ def test_what_does_not_fit_is_named(own, message):
     [
         (
             broken(loss=lambda self, model, batch: model(batch[0][:, 1:]).mean()),
-            "calling the loss of Own fails with .*test_own.py",
+            r"calling the loss of Own fails with Type.* \(line \d+ of .*test_own.py\)",
         ),
         (
             broken(report=lambda self, means: {"root": means["mae"] ** 0.5}),
             "report of Own, given those of training, fails with KeyError: 'mae'",
+        ),
+        (
+            broken(inputs=lambda self, batch: batch),
+            "calling the network on the inputs of Own fails with TypeError",
         ),
         (with_metric(jnp.mean, "step"), "has a metric 'step', a name that each row"),
     ],
@@ -264,6 +268,24 @@ def test_more_steps_than_a_pass_continue_with_the_next_pass():
     feed.begin(jax.random.key(0), 0)
     assert [len(feed.train_data(i)[0][0]) for i in range(5)] == [40] * 5
     feed.close()
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (
+            broken(augment=lambda self, key, batch: jax.random.normal(key)),
+            "calling augment of Own with one key for each example fails",
+        ),
+        (
+            broken(train=Sources.train, augment=lambda self, keys, batch: batch),
+            "has augment, which changes data in arrays, but its data are made",
+        ),
+    ],
+)
+def test_an_augment_that_cannot_be_used(own, message):
+    with pytest.raises(TPPError, match=message):
+        complete(own, "Own", 8).feed(DEVICES)
 
 
 def test_batches_of_a_step_that_do_not_split_over_devices():

@@ -4,6 +4,7 @@ They are the Jacobian's singular values, the Gram matrix of a layer, the norm of
 filters to prune, and the early progress of fine-tuning.
 """
 
+import functools
 import math
 import os
 import pathlib
@@ -51,6 +52,14 @@ class JacobianMeter:
                 "floating-point numbers. Set it to 0"
             )
         self._inputs = inputs[0]
+
+    def check(self, model: nnx.Module) -> None:
+        """Raises a TPPError if a network has no Jacobian at the inputs."""
+        measure = functools.partial(jacobian_singular_values, model)
+        try:
+            jax.eval_shape(measure, self._inputs[:1])
+        except TPPError as error:
+            raise TPPError(f"config.jacobian_every is set, but {error}") from error
 
     def __call__(self, model: nnx.Module) -> dict[str, Any]:
         """Measures a network, in evaluation mode and single precision.

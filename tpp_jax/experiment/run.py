@@ -210,6 +210,7 @@ def _opened(
         if config.jacobian_every:
             probes = task.probes(config.jacobian_images)
             meter = measures.JacobianMeter(*task.inputs(probes))
+            meter.check(run.model)
         tools = Tools(
             setup=setup,
             task=task,

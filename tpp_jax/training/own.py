@@ -3,11 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import inspect
 import itertools
-import pathlib
-import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +15,9 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from tpp_jax.errors import TPPError
 from tpp_jax.headline import Headline
-from tpp_jax.interop.modules import as_nnx
+from tpp_jax.interop.modules import as_function, as_nnx
 from tpp_jax.training import parallel
+from tpp_jax.training.calling import one_number, tried, with_key
 from tpp_jax.training.feeds import EVAL_BATCH, Resident, Streamed
 from tpp_jax.training.task import Batch, Feed, Metrics, Task
 
@@ -58,7 +56,7 @@ def complete(own: Any, name: str = "", batch_size: int = 128) -> Task:
         - ``headline``: a :class:`tpp_jax.Headline`, or the name of a metric of which
           less is better; by default the loss;
         - ``augment(keys, batch)``: a random change of a training batch from one key per
-          example; only for arrays;
+          example; only with arrays;
         - ``examples``: plural noun for the examples.
       name: Name of the object, for messages.
       batch_size: Number of examples in a training batch, if the object has none.
@@ -135,7 +133,7 @@ class OwnTask:
         self._per_pass = 1 if self._by_step else self._batches_of_a_pass()
         given = getattr(own, "steps_per_epoch", None)
         self.steps_per_epoch: int = int(given or self._per_pass)
-        self._loss = _with_key(own.loss)
+        self._loss = with_key(own.loss)
 
     def _batches_of_a_pass(self) -> int:
         n = _number(self._own.train, f"{self._name}.train")
@@ -148,7 +146,7 @@ class OwnTask:
 
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Returns the network with random weights, as a module of NNX."""
-        made = _tried(self._own.model, f"the model of {self._name}", rngs)
+        made = tried(self._own.model, f"the model of {self._name}", rngs)
         made = as_nnx(made, *self.inputs(self._one()), rngs=rngs)
         model = nnx.merge(*nnx.split(made))  # the user's keeps its mode
         model.train()
@@ -161,12 +159,22 @@ class OwnTask:
     def feed(self, devices: Sequence[parallel.Device], accumulate: int = 1) -> Feed:
         """Returns the batches: from arrays on the devices, or made on the host."""
         own, size = self._own, self.batch_size
+        augment = getattr(own, "augment", None)
         if not self._by_step and not (
             _is_source(own.train) or _is_source(own.evaluation)
         ):
-            augment = getattr(own, "augment", None)
+            if augment is not None:
+                batch = self._chosen(own.train, np.arange(2))
+                keys = jax.random.split(jax.random.key(0))
+                what = f"augment of {self._name} with one key for each example"
+                tried(jax.eval_shape, what, augment, keys, batch)
             return Resident(
                 own.train, own.evaluation, size, devices, accumulate, augment
+            )
+        if augment is not None:
+            raise TPPError(
+                f"{self._name} has augment, which changes data in arrays, but its data "
+                "are made on the host: change them there, and leave out augment"
             )
         if jax.process_count() > 1:
             raise TPPError(
@@ -194,8 +202,8 @@ class OwnTask:
                 f"the loss of {self._name} is {value.dtype}, which has no gradient"
             )
         what = f"the loss of {self._name}"
-        return _one_number(value, what), {
-            name: _one_number(x, f"the metric {name!r} of {what}")
+        return one_number(value, what), {
+            name: one_number(x, f"the metric {name!r} of {what}")
             for name, x in metrics.items()
         }
 
@@ -343,39 +351,6 @@ def _number(examples: Any, what: str) -> int:
 _MOST = 2**31
 
 
-def _with_key(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a loss of a model, a batch and a key, of which the user's needs two.
-
-    The key is a parameter of that name, or the third of those without a default.
-    """
-    try:
-        parameters = inspect.signature(loss).parameters
-    except (TypeError, ValueError):  # some functions written in C have none
-        parameters = {}
-    needed = [
-        one
-        for one in parameters.values()
-        if one.default is one.empty
-        and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
-    ]
-    if "key" in parameters and parameters["key"] not in needed:
-        return lambda model, batch, key: loss(model, batch, key=key)
-    if len(needed) > 2:
-        return loss
-    return lambda model, batch, _: loss(model, batch)
-
-
-def _one_number(x: Any, what: str) -> Float[Array, ""]:
-    """Returns a mean in single precision, in which it is added up."""
-    shape = () if isinstance(x, bool | int | float) else getattr(x, "shape", None)
-    if shape != ():
-        found = f"of type {type(x).__name__}" if shape is None else f"of shape {shape}"
-        raise TPPError(
-            f"{what} is {found}, must be one number: take its mean over the batch"
-        )
-    return jnp.asarray(x, jnp.float32)
-
-
 def _headline(given: Any) -> Headline:
     if isinstance(given, Headline):
         return given
@@ -414,7 +389,9 @@ def check_task(task: Task, model: nnx.Module, name: str) -> None:
         copy.eval()
         return task.metrics(copy, batch)
 
-    call = functools.partial(_tried, jax.eval_shape)
+    call = functools.partial(tried, jax.eval_shape)
+    inputs = task.example_inputs()
+    call(f"the network on the inputs of {name}", as_function(model), *inputs)
     _, trained = call(f"the loss of {name}", losses, state, batch, jax.random.key(0))
     found = call(f"the metrics of {name}", metrics, state, probes)
     n = _number(probes, name)
@@ -430,8 +407,8 @@ def check_task(task: Task, model: nnx.Module, name: str) -> None:
             "metrics.jsonl has itself: choose another name"
         )
     of_training = dict.fromkeys([*trained, "loss"], 0.5)
-    _tried(task.report, f"the report of {name}, given those of training,", of_training)
-    reported = _tried(task.report, f"the report of {name}", dict.fromkeys(found, 0.5))
+    tried(task.report, f"the report of {name}, given those of training,", of_training)
+    reported = tried(task.report, f"the report of {name}", dict.fromkeys(found, 0.5))
     if task.headline.name not in reported:
         raise TPPError(
             f"the headline of {name} is {task.headline.name!r}, but its metrics are "
@@ -441,25 +418,3 @@ def check_task(task: Task, model: nnx.Module, name: str) -> None:
 
 _ROW = {"step", "phase", "learning_rate", "skipped"}
 """Names of a record that are not metrics of a task."""
-
-
-def _tried(run: Callable[..., Any], what: str, *args: Any) -> Any:
-    """Calls a user's function; an exception in it becomes a TPPError that names it."""
-    try:
-        return run(*args)
-    except TPPError:
-        raise
-    except Exception as error:  # whatever a user's function does
-        reason = str(error).strip().partition("\n")[0]
-        calls = traceback.extract_tb(error.__traceback__)
-        ours = pathlib.Path(__file__).parents[1]
-        places = [
-            f", in line {call.lineno} of {call.filename}"
-            for call in calls
-            if "site-packages" not in call.filename
-            and ours not in pathlib.Path(call.filename).parents
-        ]
-        raise TPPError(
-            f"calling {what} fails with {type(error).__name__}: "
-            f"{reason}{''.join(places[-1:])}"
-        ) from error
