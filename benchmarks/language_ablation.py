@@ -249,28 +249,38 @@ def paper_weights(model: nnx.Module) -> dict[str, float]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Returns the record as a table in Markdown."""
+    """Returns the record as a table in Markdown.
+
+    Its last column is the loss at the end minus that of TPP without a Gram penalty, of
+    the same seed.
+    """
     columns = "before the cut", "after the cut", "end"
     lines = [
-        f"| | parameters | {' | '.join(columns)} | perplexity at the end |",
+        f"| | parameters | {' | '.join(columns)} | difference |",
         "|---" * (3 + len(columns)) + "|",
     ]
+    found = record["cells"]
     for key, way in {**WAYS, **FURTHER}.items():
-        cells = [record["cells"].get(f"{key}, seed {seed}") for seed in SEEDS]
-        cells = [cell for cell in cells if cell is not None]
-        if cells:
-            words = [_mean([c[x] for c in cells if x in c]) for x in columns]
-            share = np.mean([cell.get("parameters", 1.0) for cell in cells])
-            end = _mean([float(np.exp(cell["end"])) for cell in cells])
-            lines.append(f"| {way.title} | {share:.0%} | {' | '.join(words)} | {end} |")
+        seeds = [seed for seed in SEEDS if f"{key}, seed {seed}" in found]
+        cells = [found[f"{key}, seed {seed}"] for seed in seeds]
+        plain = [found[f"gram 0, seed {seed}"]["end"] for seed in seeds]
+        words = [_mean([c[x] for c in cells if x in c]) for x in columns]
+        if key != "gram 0":
+            ends = zip(cells, plain, strict=True)
+            words.append(_mean([cell["end"] - other for cell, other in ends], "+"))
+        else:
+            words.append("–")
+        share = np.mean([cell.get("parameters", 1.0) for cell in cells])
+        lines.append(f"| {way.title} | {share:.0%} | {' | '.join(words)} |")
     return "\n".join(lines)
 
 
-def _mean(values: list[float]) -> str:
+def _mean(values: list[float], sign: str = "") -> str:
+    """Returns mean and standard deviation over seeds."""
     if not values:
         return "–"
-    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
+    mean = f"{np.mean(values):{sign}.3f}".replace("-", "−")
+    return f"{mean} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else mean
 
 
 if __name__ == "__main__":

@@ -218,10 +218,12 @@ def _peak() -> float:
 
 def _show(name: str, mode: str, found: dict[str, Any]) -> None:
     refit = found.get("compensate", {"seconds": np.nan, "examples": np.nan})
+    fast, to_fast = (
+        found.get(key, np.nan) for key in ("fast_forward_seconds", "ratio_to_fast")
+    )
     print(
-        f"{name:<16}{mode:<10}{found['forward_seconds']:>12.3f}"
-        f"{found['fast_forward_seconds']:>12.3f}{found['moments_seconds']:>12.3f}"
-        f"{found['ratio']:>12.2f}{found['ratio_to_fast']:>12.2f}"
+        f"{name:<16}{mode:<10}{found['forward_seconds']:>12.3f}{fast:>12.3f}"
+        f"{found['moments_seconds']:>12.3f}{found['ratio']:>12.2f}{to_fast:>12.2f}"
         f"{found['peak_gib']['forward']:>12.2f}{found['peak_gib']['moments']:>12.2f}"
         f"{refit['seconds']:>12.2f}{refit['examples']:>12.0f}",
         flush=True,

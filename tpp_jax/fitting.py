@@ -16,6 +16,7 @@ import optax
 from flax import linen, nnx
 
 from tpp_jax.errors import TPPError, require
+from tpp_jax.interop.equinox_modules import is_equinox
 from tpp_jax.pruning.plan import Plan
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def fit(
 
     Args:
       task: Task, or object that defines a part of one, see docs/own_model.md; or a
-        network, trained or not: a module of Flax NNX or Linen; or a function of
-        ``nnx.Rngs`` that makes one.
+        network, trained or not: a module of Flax NNX or Linen or of Equinox; or a
+        function of ``nnx.Rngs`` that makes one.
       data: Training and evaluation data of a network, ``(train, evaluation)``: pytrees
         of arrays whose first axis runs over the examples, or sources of random access.
       loss: ``loss(model, batch)`` or ``loss(model, batch, key)`` of a network, the mean
@@ -184,7 +185,8 @@ def _own(
             return nnx.clone(task)
         if isinstance(task, type) and issubclass(task, linen.Module):
             return _made(task, name)
-        return task if isinstance(task, linen.Module) else task(rngs)
+        made = isinstance(task, linen.Module) or is_equinox(task)
+        return task if made else task(rngs)
 
     own = types.SimpleNamespace(
         model=model, loss=loss, train=data[0], evaluation=data[1], **fields

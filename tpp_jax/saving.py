@@ -20,7 +20,7 @@ from flax import linen, nnx
 from tpp_jax import models
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.bridge import counted_groups, follow_arrays, group_counts
-from tpp_jax.graph.fields import with_values
+from tpp_jax.graph.fields import set_fields_of_modules
 from tpp_jax.graph.naming import longest_known_suffix, named_leaves
 from tpp_jax.graph.nnx_layers import modules
 from tpp_jax.pruning.plan import Plan
@@ -285,10 +285,8 @@ def _restore_attributes(
     shapes = {name: jnp.shape(leaf) for name, leaf in state.items()}
     follow_arrays(loaded, counted_groups(numbers), shapes)
     _set(loaded, meta.get("contents", {}).get("settings", {}))
-    for path, module in modules(loaded):  # settings that a cut has changed
-        saved_fields = (meta.get("fields") or {}).get(path, {})
-        for name, value in with_values(module, saved_fields).items():
-            setattr(module, name, value)
+    # Settings that a cut has changed.
+    set_fields_of_modules(modules(loaded), meta.get("fields") or {})
 
 
 def _unpruned_shapes(plan: Plan, names: Sequence[str]) -> dict[str, list[int]]:

@@ -6,6 +6,7 @@ The pickles are put together instruction by instruction: ``h`` and a byte take a
 from the memo again, so that two bytes stand for whatever it is.
 """
 
+import functools
 import gc
 import io
 import json
@@ -16,6 +17,7 @@ import sys
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 
 MIB = 2**20
@@ -123,6 +125,14 @@ def nested_checkpoints() -> bytes:
 
 def pickles() -> Iterator[tuple[str, bytes]]:
     """Yields what stands in data.pkl of each archive."""
+    yield from _repeated()
+    yield from _nested()
+    yield from _numerous()
+    yield from _weights()
+
+
+def _repeated() -> Iterator[tuple[str, bytes]]:
+    """Yields pickles in which something large is used many times."""
     count = 3000
     yield (
         "a set of one list many times",
@@ -178,6 +188,10 @@ def pickles() -> Iterator[tuple[str, bytes]]:
         "a global of a very long name, many times",
         filled(text("a" * 300_000) + kept(1), again(1) + again(1) + b"\x93", b"."),
     )
+
+
+def _nested() -> Iterator[tuple[str, bytes]]:
+    """Yields pickles of deep structures."""
     yield (
         "a storage whose name is a tuple of tuples",
         (START + doubled(60) + b"(" + text("storage") + called("torch.FloatStorage"))
@@ -224,6 +238,10 @@ def pickles() -> Iterator[tuple[str, bytes]]:
             b"s.",
         ),
     )
+
+
+def _numerous() -> Iterator[tuple[str, bytes]]:
+    """Yields pickles of long numbers, and of very many small things."""
     yield (
         "a number of a million digits",
         (
@@ -256,6 +274,10 @@ def pickles() -> Iterator[tuple[str, bytes]]:
         filled(b"}q\x01", text("a") + again(1) + b"s", b"."),
     )
     yield "one list that holds itself", filled(b"]q\x01(", again(1), b"e.")
+
+
+def _weights() -> Iterator[tuple[str, bytes]]:
+    """Yields pickles that look like weights."""
     size = b"(" + 100_000 * b"K\x00" + b"t" + kept(5)
     start = size + STORAGE + kept(6) + REBUILD + kept(7) + b"}("
     parts = b"".join(
@@ -344,10 +366,20 @@ def overlapping_archive() -> bytes:
 
 
 def compressed_archive() -> bytes:
+    """Zeros, compressed once and repeated: compressing all of them takes seconds."""
+    zeros, times = bytes(9 * MIB), 100
+    deflate = zlib.compressobj(wbits=-15)
+    part = deflate.compress(zeros) + deflate.flush(zlib.Z_FULL_FLUSH)
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a/data.pkl", b"\x80\x02}.")
-        file.writestr("a/data/0", bytes(900 * MIB))
+        packed = times * part + deflate.flush()
+        file.writestr("a/data/0", packed, zipfile.ZIP_STORED)
+        info = file.getinfo("a/data/0")
+        info.compress_type, info.file_size = zipfile.ZIP_DEFLATED, times * len(zeros)
+        info.CRC = functools.reduce(lambda c, _: zlib.crc32(zeros, c), range(times), 0)
+        stream.seek(info.header_offset)
+        stream.write(info.FileHeader())
     return stream.getvalue()
 
 

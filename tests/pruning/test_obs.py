@@ -170,7 +170,9 @@ def test_what_is_behind_a_kernel_is_measured():
     np.testing.assert_array_equal(narrow.gain, np.ones((1, 4)))
     for entry, output in zip((down, narrow), model(x), strict=True):
         y = np.asarray(output, np.float64)
-        expected = np.mean(y**2), np.mean(y.var(axis=0))
+        square, rows = np.mean(y**2), np.mean(y**2, axis=1)
+        harmonic = square if entry is down else 1 / np.mean(1 / rows)
+        expected = square, np.mean(y.var(axis=0)), harmonic
         np.testing.assert_allclose(entry.stream[0], expected, rtol=1e-5)
 
 
@@ -193,7 +195,10 @@ def test_errors_are_those_behind_a_norm_relative_to_the_stream():
         if name == "up":
             variance = np.trace(read.T @ read / 200) / 6
             damped = square + 0.1 * 6 / 200 * variance * np.eye(6)
-        weights = kernel / np.sqrt(np.sum(output**2) / 200)
+        size = np.sum(output**2, axis=1)
+        if name == "wide":  # as a norm of each row sees it
+            size = 1 / np.mean(1 / size)
+        weights = kernel / np.sqrt(np.mean(size))
         order, costs = search([(damped, weights, np.arange(6)[:, None])], 6)
         leaves = {f"{reader}.kernel": getattr(model, reader).kernel[...]}
         scores = group_scores(groups[name], leaves, CRITERIA["obs"], statistics=moments)

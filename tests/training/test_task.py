@@ -53,7 +53,8 @@ class Regression:
 
     headline = Headline("rms", "m", better="lower")
     examples = "waves"
-    batch_size, steps_per_epoch = BATCH, N_TRAIN // BATCH
+    batch_size = examples_per_step = BATCH
+    steps_per_epoch = N_TRAIN // BATCH
     blur = 0.01
 
     def __init__(self, streamed=False):
@@ -220,6 +221,6 @@ def test_a_headline_knows_what_is_better_and_how_it_is_written():
     assert low.improves(1.0, 2.0) and not low.improves(2.0, 2.0)
     assert high.improves(2.0, 1.0) and not high.improves(1.0, 1.0)
     assert low.improves(9.0, None) and high.improves(0.0, None)
-    assert (low.text(1.234), high.text(97)) == ("1.23 m", "97.00 %")
+    assert (low.text(1.234), high.text(97)) == ("1.234 m", "97.00 %")
     assert headline_of({"headline": low.to_dict()}) == low
     assert headline_of({"dense": {"accuracy": 1.0}}) == high

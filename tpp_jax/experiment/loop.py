@@ -166,7 +166,7 @@ def _log(
         metrics["pruned_norm"] = float(norm)
     tools.progress.step(done, metrics)
     metrics["learning_rate"] = float(np.asarray(phase.learning_rate(done - 1)))
-    rate = tools.progress.rate(done) * tools.task.batch_size
+    rate = tools.progress.rate(done) * tools.task.examples_per_step
     tools.record(run.position, {**metrics, f"{tools.task.examples}_per_second": rate})
 
 

@@ -81,8 +81,8 @@ class DataConfig:
     )
     dir: str = field(
         "",
-        "Folder of the prepared data or of class folders; empty for the default folder "
-        "of TensorFlow Datasets.",
+        "Folder of the prepared data or of class folders, by default that of "
+        "TensorFlow Datasets; for text, a folder that keeps the tokens of a tokenizer.",
         is_path=True,
     )
     pad_to: int = field(

@@ -147,9 +147,11 @@ def _language(config: RunConfig) -> LanguageModelling:
                 f"{type(text).__name__}: language modelling needs a tpp_jax.data.Text"
             )
     else:
-        tokenizer = settings.tokenizer or None
         text = data.load_text(
-            settings.name, tokenizer, held_out=settings.held_out, cache=None
+            settings.name,
+            settings.tokenizer or None,
+            held_out=settings.held_out,
+            cache=settings.dir or None,
         )
 
     def network(rngs: nnx.Rngs) -> nnx.Module:

@@ -7,7 +7,7 @@ channels once such a number is set to the number that is left, every cut sets it
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -169,6 +169,60 @@ def _with_value(node: Any, name: str, value: Any) -> Any:
         if str(key) == outer:
             return _changed(node, {key: _with_value(before, inner, value)})
     return node
+
+
+class Skeleton:
+    """A tree of dataclasses without its arrays, which an NNX module holds.
+
+    The arrays are attributes of the module, at the same places below another name. Such
+    a tree is compared by identity.
+
+    Attributes:
+      tree: Nested dataclasses, an Equinox module.
+      name: Name of the attribute that has the arrays.
+    """
+
+    def __init__(self, tree: Any, name: str) -> None:
+        self.tree, self.name = tree, name
+
+
+def fields_of_module(module: Any, path: str) -> dict[Field, type]:
+    """Finds the integers in a module's attributes, and in the trees that it holds.
+
+    Args:
+      module: NNX module.
+      path: Path of the module.
+    """
+    found = own_fields(module, path, vars(module))
+    for held in _skeletons(module).values():
+        found |= fields_of_tree(held.tree, f"{path}.{held.name}".strip("."))
+    return found
+
+
+def set_fields_of_modules(found: Iterable[tuple[str, Any]], values: Values) -> None:
+    """Sets attributes of NNX modules, and of the trees that they hold, in place.
+
+    Args:
+      found: Modules with their paths.
+      values: New values; see :data:`Values`.
+    """
+    for path, module in found:
+        for name, value in with_values(module, values.get(path, {})).items():
+            setattr(module, name, value)
+        for attribute, held in _skeletons(module).items():
+            prefix = f"{path}.{held.name}".strip(".")
+            inner = {
+                name.removeprefix(prefix).strip("."): changed
+                for name, changed in values.items()
+                if f"{name}.".startswith(f"{prefix}.")
+            }
+            if inner:
+                tree = set_fields_of_tree(held.tree, inner)
+                setattr(module, attribute, Skeleton(tree, held.name))
+
+
+def _skeletons(module: Any) -> dict[str, Skeleton]:
+    return {n: x for n, x in vars(module).items() if isinstance(x, Skeleton)}
 
 
 def fields_of_tree(tree: Any, path: str = "") -> dict[Field, type]:

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from tpp_jax import models
 from tpp_jax.errors import TPPError
+from tpp_jax.interop.equinox_modules import EquinoxModel, is_equinox
 
 _TRAINS = "train", "training", "is_training"
 _RESTS = "deterministic", "use_running_average", "inference"
@@ -21,13 +22,13 @@ def as_nnx(module: Any, *inputs: Any, rngs: nnx.Rngs) -> nnx.Module:
     """Returns a network as a module of NNX, in training mode.
 
     Args:
-      module: Module of NNX, of which a copy with the same arrays is returned, or of
-        Linen.
+      module: Module of NNX, of which a copy with the same arrays is returned, of Linen
+        or of Equinox.
       *inputs: Inputs for a batch of one example, or their shapes and types.
-      rngs: Random streams for the weights of a Linen module.
+      rngs: Random streams for the weights of a Linen module, and for dropout.
 
     Raises:
-      TPPError: If it is neither.
+      TPPError: If it is none of these, or an Equinox module with a state.
     """
     if isinstance(module, nnx.Module):
         copy = nnx.merge(*nnx.split(module))  # the user's keeps its mode
@@ -35,9 +36,11 @@ def as_nnx(module: Any, *inputs: Any, rngs: nnx.Rngs) -> nnx.Module:
         return copy
     if isinstance(module, linen.Module):
         return LinenModel(module, *inputs, rngs=rngs)
+    if is_equinox(module):
+        return EquinoxModel(module, rngs=rngs)
     raise TPPError(
         f"the model is of type {type(module).__name__}, must be a module of "
-        "flax.nnx or flax.linen"
+        "flax.nnx, flax.linen or equinox"
     )
 
 
@@ -58,6 +61,8 @@ def name_of(model: nnx.Module) -> str:
     spec = getattr(model, "spec", None)
     if isinstance(spec, models.ModelSpec):
         return spec.name
+    if isinstance(model, EquinoxModel):
+        return model.name
     return type(model.linen if isinstance(model, LinenModel) else model).__name__
 
 

@@ -8,8 +8,9 @@ import numpy as np
 from tpp_jax.pruning.consumers import Tag, Weights
 
 # Before the key of a consumer, these are keys of sums over what its outputs are
-# multiplied by, squared, and over what they are added to.
-GAIN, STREAM = "gain|", "stream|"
+# multiplied by, squared, over what they are added to, and over the inverse mean square
+# of each row of that.
+GAIN, STREAM, INVERSE = "gain|", "stream|", "inverse|"
 
 
 class Value(NamedTuple):

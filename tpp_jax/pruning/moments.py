@@ -18,7 +18,7 @@ from tpp_jax.graph.functions import Function, as_function
 from tpp_jax.graph.records import Group, Member
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.consumers import Place, Weights
-from tpp_jax.pruning.findings import GAIN, STREAM, Findings
+from tpp_jax.pruning.findings import GAIN, INVERSE, STREAM, Findings
 from tpp_jax.pruning.probe import run
 from tpp_jax.pruning.sums import Sums, filled, merge
 from tpp_jax.pruning.windows import PatchSums, as_sums
@@ -74,8 +74,9 @@ class ConsumerMoments:
         scale of a batch norm divided by its standard deviation, float64 ``[stacks,
         outputs]``.
       stream: Mean square and variance of the sums that the outputs become part of, such
-        as a residual stream, averaged over outputs, float64 ``[stacks, 2]``; None if
-        they are added to nothing.
+        as a residual stream, averaged over outputs; and the harmonic mean of the rows'
+        mean squares (of layers with a bias the mean square again); float64 ``[stacks,
+        3]``. None if the outputs are added to nothing.
       steps: Number of steps of loops whose kernels are the stacks, one after the other;
         1 outside of loops.
       once: Whether the weights are read by one product, outside of loops and branches.
@@ -93,7 +94,7 @@ class ConsumerMoments:
     bias: Bias | None
     fixed: str | None
     gain: Float[np.ndarray, "stacks outputs"]
-    stream: Float[np.ndarray, "stacks 2"] | None
+    stream: Float[np.ndarray, "stacks 3"] | None
     steps: int
     once: bool
 
@@ -359,7 +360,7 @@ def _entry(
         _bias_of(key, weights, findings),
         fixed,
         _gain(weights, others.get(GAIN + key)),
-        _stream(others.get(STREAM + key)),
+        _stream(others.get(STREAM + key), others.get(INVERSE + key)),
         findings.steps[key],
         findings.uses[key] == 1,
     )
@@ -370,12 +371,16 @@ def _gain(weights: Weights, squares: Sums | None) -> np.ndarray:
     return np.ones(shape) if squares is None else np.sqrt(squares.mean)
 
 
-def _stream(sums: Sums | None) -> np.ndarray | None:
+def _stream(sums: Sums | None, inverse: Sums | None) -> np.ndarray | None:
     if sums is None:
         return None
     variance = sums.scatter / np.maximum(sums.rows, 1)[:, None]
-    square = variance + sums.mean**2
-    return np.stack([square.mean(axis=1), variance.mean(axis=1)], axis=1)
+    square = (variance + sums.mean**2).mean(axis=1)
+    harmonic = square
+    if inverse is not None:
+        found = inverse.mean[:, 0]
+        harmonic = np.divide(1, found, out=np.zeros_like(found), where=found > 0)
+    return np.stack([square, variance.mean(axis=1), harmonic], axis=1)
 
 
 def _in_order(sums: Sums, order: Int[np.ndarray, " features"]) -> Sums:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
-import scipy.optimize
 from jaxtyping import Float, Int
 
 from tpp_jax.errors import TPPError
@@ -211,6 +210,8 @@ def obs(
     Raises:
       TPPError: No covariances are known at all.
     """
+    from scipy.optimize import isotonic_regression  # late: slow to import
+
     if all(entry.covariance is None for entry in moments.consumers):
         raise TPPError(
             "the criterion 'obs' needs covariances, but the moments are means and "
@@ -220,7 +221,7 @@ def obs(
     for member, entry in moments.readers_of(group):
         readers += _readers_of(member, entry, np.asarray(leaves[member.leaf]))
     order, costs = removals(readers, group.size)
-    ascending = scipy.optimize.isotonic_regression(costs).x
+    ascending = isotonic_regression(costs).x
     scores = np.zeros(group.size)
     # The order decides between equal scores.
     steps = 1 + 1e-9 * np.arange(group.size)
@@ -254,7 +255,10 @@ def _energy(
 ) -> Float[np.ndarray, " stacks"]:
     """Returns the sum, over rows and outputs, of what an error is relative to."""
     if entry.stream is not None:
-        own = entry.stream[:, 0 if entry.bias is None else 1] * weights.shape[2]
+        # A network without biases normalises its stream row by row (an RMS norm). There
+        # a few huge rows, as of the first tokens of language models, make no error of
+        # the others small.
+        own = entry.stream[:, 2 if entry.bias is None else 1] * weights.shape[2]
         return entry.rows * own
     found = np.zeros(len(entry.rows))
     for s, rows in enumerate(entry.rows):

@@ -30,7 +30,7 @@ from tpp_jax.pruning.consumers import (
     read_ragged,
     weights_of,
 )
-from tpp_jax.pruning.findings import GAIN, STREAM, Findings, Value
+from tpp_jax.pruning.findings import GAIN, INVERSE, STREAM, Findings, Value
 from tpp_jax.pruning.replay import evaluate, over_shards, replay
 from tpp_jax.pruning.sums import Sums, combined, merge, sums_of
 from tpp_jax.pruning.windows import PatchSums
@@ -138,6 +138,9 @@ class _Probe:
         """Sums up rows of numbers of which a kernel's outputs have one each."""
         stacks = len(self.findings.weights[tag.name].stacks) // math.prod(tag.steps)
         rows = rows.reshape(len(rows), stacks, -1).transpose(1, 0, 2)
+        if what == INVERSE:
+            squares = jnp.square(rows.astype(jnp.float32)).mean(2, keepdims=True)
+            rows = jnp.where(squares > 0, 1 / squares, 0)
         self._add(what + tag.name, sums_of(rows, diagonal=True), tag.loops)
 
     def _step(self, eqn: Any, values: list[Value]) -> list[Value]:
@@ -290,6 +293,8 @@ class _Probe:
             rows = value.tag and by_output(_replicated(result.array), value.tag)
             if value.tag is not None and rows is not None:
                 self._note_outputs(STREAM, value.tag, rows)
+                if value.tag.name not in self.findings.added:
+                    self._note_outputs(INVERSE, value.tag, rows)
         return result
 
     def _scan(self, eqn: Any, values: list[Value]) -> list[Value]:

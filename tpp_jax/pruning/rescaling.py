@@ -14,7 +14,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import linprog
 from scipy.sparse import csr_array, eye_array, hstack
 
 from tpp_jax.graph.functions import is_array
@@ -254,6 +253,8 @@ def _least(
       costs: Cost of the absolute value of each unknown.
       relaxed: Cost of the amount by which each equation is not met.
     """
+    from scipy.optimize import linprog  # late: slow to import
+
     rows, names = matrix.shape
     one, sparse = eye_array(rows), csr_array(matrix)
     cost = np.concatenate([costs, costs, relaxed, relaxed])

@@ -6,7 +6,7 @@ with the new weights.
 """
 
 import functools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,15 +76,13 @@ def refit_in_order(
     new: dict[str, np.ndarray] = {}
     originals = dict(zip(dense.names, jax.tree.leaves(dense.params), strict=True))
     current = dict(zip(small.names, jax.tree.leaves(small.params), strict=True))
+    # The same calls for all batches, so that JAX traces those of one shape once.
+    calls = [functools.partial(function.call, **kwargs) for function in (dense, small)]
     walks = []
     for batch in batches:
         inputs = batch if isinstance(batch, tuple) else (batch,)
-        walks.append(
-            [
-                _uses(function, inputs, wanted, followed, changed, kwargs)
-                for function, changed in ((dense, {}), (small, new))
-            ]
-        )
+        networks = zip((dense, small), calls, ({}, new), strict=True)
+        walks.append([_uses(*each, inputs, wanted, followed) for each in networks])
     left = list(entries)
     while left:  # what follows the last of them need not be computed
         pairs = [[next(walk, None) for walk in walk_pair] for walk_pair in walks]
@@ -126,23 +124,22 @@ def _is_refit(plan: Plan, entry: ConsumerMoments) -> bool:
 
 def _uses(
     function: Function,
+    call: Callable[..., Any],
+    changed: Mapping[str, np.ndarray],
     inputs: tuple[Any, ...],
     wanted: set[str],
     followed: set[str],
-    changed: Mapping[str, np.ndarray],
-    kwargs: Mapping[str, Any],
 ) -> Generator[_Use, None, None]:
     """Runs a network on a batch and yields each layer of interest before it is applied.
 
     Args:
       function: Network.
+      call: What computes it from its parameters and a batch.
+      changed: Name of a parameter → its values by now, flat, if they have changed.
       inputs: Batch.
       wanted: Names of the kernels of interest.
       followed: Names of the parameters that may change on the way.
-      changed: Name of a parameter → its values by now, flat, if they have changed.
-      kwargs: Keyword arguments of the network.
     """
-    call = functools.partial(function.call, **kwargs)
     closed = jax.make_jaxpr(call)(function.params, *inputs)
     arguments = []
     leaves = jax.tree.leaves(function.params)

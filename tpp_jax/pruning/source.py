@@ -17,10 +17,10 @@ from tpp_jax.graph.arrays import fitting
 from tpp_jax.graph.bridge import follow_modules
 from tpp_jax.graph.fields import (
     Field,
+    fields_of_module,
     fields_of_tree,
-    own_fields,
+    set_fields_of_modules,
     set_fields_of_tree,
-    with_values,
 )
 from tpp_jax.graph.functions import (
     Function,
@@ -173,18 +173,15 @@ def adapt(found: list[tuple[str, nnx.Module]], plan: Any) -> None:
       plan: Plan of the cut.
     """
     follow_modules(found, plan.kept_blocks, plan.groups.shapes)
-    values = plan.field_values()
-    if values:
-        for path, inner in found:
-            for name, value in with_values(inner, values.get(path, {})).items():
-                setattr(inner, name, value)
+    if values := plan.field_values():
+        set_fields_of_modules(found, values)
 
 
 def _fields_of_nnx(root: nnx.Module) -> dict[Field, type]:
     found: dict[Field, type] = {}
     for path, module in modules(root):
         if type(module).__module__.partition(".")[0] != "flax":
-            found |= own_fields(module, path, vars(module))
+            found |= fields_of_module(module, path)
     return found  # Flax's layers follow their arrays
 
 

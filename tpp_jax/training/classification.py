@@ -75,6 +75,11 @@ class ImageClassification:
         return "images"
 
     @property
+    def examples_per_step(self) -> int:
+        """Number of images in a training batch."""
+        return self.batch_size
+
+    @property
     def steps_per_epoch(self) -> int:
         """Number of batches in one pass over the training images."""
         return self.dataset.num_train // self.batch_size

@@ -92,8 +92,13 @@ class LanguageModelling:
 
     @property
     def examples(self) -> str:
-        """Plural noun for the examples."""
-        return "sequences"
+        """Plural noun for what the log counts per second."""
+        return "tokens"
+
+    @property
+    def examples_per_step(self) -> int:
+        """Number of predicted tokens in a training batch."""
+        return self.batch_size * self.length
 
     @property
     def steps_per_epoch(self) -> int:

@@ -131,6 +131,7 @@ class OwnTask:
             self._first = self._chosen(own.evaluation, np.arange(1))
         self.batch_size: int = int(getattr(own, "batch_size", None) or batch_size)
         self.examples: str = getattr(own, "examples", "examples")
+        self.examples_per_step: int = self.batch_size
         self.headline: Headline = _headline(getattr(own, "headline", LOSS))
         self._per_pass = 1 if self._by_step else self._batches_of_a_pass()
         given = getattr(own, "steps_per_epoch", None)

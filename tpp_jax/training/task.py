@@ -104,12 +104,17 @@ class Task(Protocol):
 
     @property
     def examples(self) -> str:
-        """Plural noun for the examples, such as ``"images"``."""
+        """Plural noun for what the log counts per second, such as ``"images"``."""
         ...
 
     @property
     def batch_size(self) -> int:
         """Number of examples in a training batch of all devices together."""
+        ...
+
+    @property
+    def examples_per_step(self) -> int:
+        """Number of what ``examples`` names in a training batch."""
         ...
 
     @property
