@@ -160,6 +160,13 @@ def test_a_run_that_a_callback_ended_continues_with_the_same_bits(fitted, tmp_pa
     assert lines[-1] == fitted.result.history[-1]
 
 
+def test_a_saved_network_that_was_pruned_is_pruned_again(fitted):
+    start = {"init.model": str(fitted.folder / "model")}
+    result = fast(Net, DATA, ratios={"first": 0.5}, config=start)
+    assert_equal(result.dense, fitted.result.pruned)
+    assert result.pruned.first.kernel.shape == (4, 2)
+
+
 fast = functools.partial(tpp.fit, method="oneshot", epochs=1, batch_size=8)
 
 

@@ -146,7 +146,7 @@ def fit(
     given = Given(made, listeners, checkpoints=folder is not None)
     with _folder(folder) as place:
         summary = run.train(tree, place, given)
-        return _result(summary, place, made, folder is not None)
+        return _result(summary, place, made, tree, folder is not None)
 
 
 def _own(
@@ -331,15 +331,16 @@ def _folder(given: str | pathlib.Path | None) -> Iterator[pathlib.Path]:
 
 
 def _result(
-    summary: Mapping[str, Any], place: pathlib.Path, task: Any, kept: bool
+    summary: Mapping[str, Any], place: pathlib.Path, task: Any, tree: Any, kept: bool
 ) -> FitResult:
     """Reads the networks and records from the folder of a run."""
+    from tpp_jax.experiment.config import RunConfig
     from tpp_jax.experiment.records.history import read_history
-    from tpp_jax.experiment.setup import abstract_model
+    from tpp_jax.experiment.setup import start_of
     from tpp_jax.pruning.channels import channel_groups
     from tpp_jax.saving import load_model, load_model_info
 
-    model = abstract_model(task, 0)
+    model = start_of(task, RunConfig.from_dict(tree))
     dense = pruned = plan = None
     if (place / "dense").is_dir():
         dense = load_model(place / "dense", model)

@@ -11,7 +11,7 @@ from tpp_jax.errors import TPPError
 from tpp_jax.experiment.config import RunConfig, with_defaults
 from tpp_jax.experiment.fields import Tree, build
 from tpp_jax.experiment.own import check_known
-from tpp_jax.experiment.setup import abstract_model
+from tpp_jax.experiment.setup import start_of
 from tpp_jax.experiment.tasks import make_task
 from tpp_jax.pruning.flops import count
 from tpp_jax.saving import load_model, load_model_info
@@ -57,7 +57,7 @@ def evaluate(
         settings = dataclasses.replace(typed.data, dir=data_dir)
         typed = dataclasses.replace(typed, data=settings)
     task = make_task(typed)
-    model = load_network(folder, task)
+    model = load_network(folder, task, typed)
     devices, arithmetic = jax.local_devices(), StepConfig(typed.model.dtype)
     evaluator = Evaluator(task, task.feed(devices), arithmetic, devices)
     params, stats = split(model)
@@ -69,16 +69,17 @@ def evaluate(
     }
 
 
-def load_network(folder: pathlib.Path, task: Task) -> nnx.Module:
+def load_network(folder: pathlib.Path, task: Task, config: RunConfig) -> nnx.Module:
     """Returns a network that a run has saved.
 
     Args:
       folder: Folder of the network.
       task: Task of the run, which makes networks of a user's own.
+      config: Config of the run, which names the network that it started from.
 
     Raises:
       TPPError: It cannot be read, or is not that of the task.
     """
     if load_model_info(folder)["model"] is not None:
         return load_model(folder)
-    return load_model(folder, abstract_model(task, 0))
+    return load_model(folder, start_of(task, config))

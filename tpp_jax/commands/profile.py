@@ -63,7 +63,7 @@ def profile(
         check_known(saved, config, str(folder))
         typed = build(RunConfig, with_defaults(saved))
         task = described_task(typed)
-        dense, pruned = _of_run(folder, task)
+        dense, pruned = _of_run(folder, task, typed)
         inputs = task.example_inputs()
     else:
         typed = RunConfig.from_dict(config_of(folder, config, given))
@@ -96,13 +96,15 @@ def profile(
     return result
 
 
-def _of_run(folder: pathlib.Path, task: Task) -> tuple[nnx.Module, nnx.Module]:
+def _of_run(
+    folder: pathlib.Path, task: Task, config: RunConfig
+) -> tuple[nnx.Module, nnx.Module]:
     """Returns the dense and the pruned network of a finished run."""
     if (folder / "dense").is_dir():
-        dense = load_network(folder / "dense", task)
+        dense = load_network(folder / "dense", task, config)
     else:  # the method pruned before training
         dense = _with_weights(abstract_model(task, 0))
-    return dense, load_network(folder / "model", task)
+    return dense, load_network(folder / "model", task, config)
 
 
 def _untrained(config: RunConfig) -> tuple[nnx.Module, nnx.Module, Inputs]:

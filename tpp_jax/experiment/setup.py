@@ -1,6 +1,7 @@
 """Setup of a run: its config checked, and its data, model, groups and plan made."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -315,6 +316,20 @@ def abstract_model(task: Task, seed: int) -> nnx.Module:
         # Under a trace, Flax loses arrays that are in no variable.
         return task.model(nnx.Rngs(seed))
     return model
+
+
+def start_of(task: Task, config: RunConfig) -> nnx.Module:
+    """Returns the network of a run's start, whose shapes its saved networks refer to.
+
+    Args:
+      task: Task of the run.
+      config: Config of the run. A saved network that it started from may have been
+        pruned before; if it is no longer there, it counts as unpruned.
+    """
+    saved = config.init.model
+    if saved and pathlib.Path(saved).is_dir():
+        return initial_model(task, config.model, config.seed, config.init)
+    return abstract_model(task, config.seed)
 
 
 def saved_model(folder: str, model: nnx.Module, name: str) -> nnx.Module:
