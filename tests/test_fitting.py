@@ -200,9 +200,11 @@ class Mixture:
                 self.first = nnx.Linear(2, 6, rngs=rngs)
                 self.other = nnx.Linear(2, 6, rngs=rngs)
                 self.last = nnx.Linear(6, 1, rngs=rngs)
+                self.scale = jnp.full(6, 0.5)  # an array that is in no variable
 
             def __call__(self, a, b):
-                return self.last(nnx.relu(self.first(a) + self.other(b)))[:, 0]
+                x = nnx.relu(self.first(a) + self.other(b))
+                return self.last(x * self.scale)[:, 0]
 
         return Sum()
 
@@ -220,7 +222,7 @@ class Mixture:
 def test_a_task_of_one_s_own():
     result = fast(Mixture, ratios={"first": 0.5})
     shapes = {getattr(result.pruned, x).kernel.shape for x in ("first", "other")}
-    assert shapes == {(2, 3)}
+    assert shapes == {(2, 3)} and result.pruned.scale.shape == (3,)
     row = next(row for row in result.history if "pairs_per_second" in row)
     assert row["r2"] == pytest.approx(1 - row["loss"] / 0.25, rel=1e-5)
     assert result.summary["last_r2"] == result.history[-1]["test_r2"]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-    """What :func:`fit` returns.
+    """What :func:`fit` returns. The networks are in evaluation mode.
 
     Attributes:
       dense: Network before the cut, as it was trained; None if the method has none.
@@ -169,6 +169,7 @@ def _own(
             "a network needs data: a tuple (train, evaluation) of two pytrees of "
             "arrays or two sources of random access"
         )
+    fields = {name: x for name, x in fields.items() if x is not None}
     if unknown := fields.keys() - _FIELDS:
         raise TPPError(
             f"fit has no argument {min(unknown)!r}; a task has {', '.join(_FIELDS)}, "

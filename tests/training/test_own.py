@@ -154,6 +154,8 @@ def broken(**changes):
         (broken(headline="top5_accuracy"), "of which less is better"),
         (broken(train=object()), "the shapes object: their first axes must be"),
         (broken(train=range(2**40)), "examples, more than can be put in random order"),
+        (broken(inputs=3), "inputs of the task Own is no function"),
+        (broken(eval_batches=[]), "eval_batches of the task Own is no function"),
         (broken(feed=3), "has a feed, but lacks"),
     ],
 )

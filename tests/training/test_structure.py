@@ -118,13 +118,15 @@ def trained(model, devices, steps=1, **config):
         structure, tx, loss, StepConfig(**config), batch_of, axis, None
     )
     run = parallel.on_devices(step, devices, 0, None, 1, "pmap")
-    state = initial_state(model, tx, average=False, step=0, arrays=None)
+    state = initial_state(model, tx, average="ema" in config, step=0, arrays=None)
     x = jax.random.normal(jax.random.key(3), (8, 6))
     state, key, x = parallel.replicate((state, jax.random.key(1), x), devices)
     losses = []
     for _ in range(steps):
         state, metrics = run(state, key, x)
         losses.append(float(metrics["loss"]))
+    params, stats = state.network
+    state = state._replace(params=params, stats=stats)
     return losses, with_state(model, parallel.local(state))
 
 
@@ -167,6 +169,8 @@ class Centred(nnx.Module):
         self.layer = nnx.Linear(6, 4, rngs=rngs)
         self.mean, self.count = nnx.Variable(jnp.zeros(4)), nnx.Variable(jnp.int32(0))
         self.bound = nnx.Variable(jnp.array([0.1, jnp.inf]))
+        self.mask = nnx.Variable(jnp.array([True, False]))
+        self.half = jnp.ones(3, "bfloat16")  # an array that is in no variable
 
     def __call__(self, x):
         x = self.layer(x)
@@ -179,10 +183,22 @@ def test_variables_that_a_step_changes_are_averaged_over_devices():
     model = Centred(nnx.Rngs(0))
     _, one = trained(model, jax.devices()[:1])
     _, more = trained(model, jax.devices()[:4])
-    for name in ("mean", "count", "bound"):
+    for name in ("mean", "count"):
         a, b = (getattr(x, name)[...] for x in (one, more))
         np.testing.assert_allclose(a, b, rtol=1e-5)
     np.testing.assert_array_equal(more.bound[...], model.bound[...])
+
+
+def test_averages_keep_the_types_of_all_arrays():
+    model = Centred(nnx.Rngs(0))
+    _, last = trained(model, jax.devices()[:1], steps=2)
+    _, after = trained(model, jax.devices()[:1], steps=2, ema=0.9)
+    for name in ("count", "bound", "mask"):
+        a, b = (getattr(x, name)[...] for x in (after, last))
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+    assert after.half.dtype == "bfloat16"
+    assert not np.allclose(after.mean[...], last.mean[...])
 
 
 def test_statistics_of_a_norm_in_linen_are_averaged_over_devices():

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 from flax import nnx
 
 from tpp_jax import data, models
@@ -307,8 +308,13 @@ def initial_model(
 
 
 def abstract_model(task: Task, seed: int) -> nnx.Module:
-    """Returns the network of a task without arrays."""
-    return nnx.eval_shape(lambda: task.model(nnx.Rngs(seed)))
+    """Returns the network of a task, without arrays if that is possible."""
+    model = nnx.eval_shape(lambda: task.model(nnx.Rngs(seed)))
+    attributes = [x for _, part in nnx.iter_modules(model) for x in vars(part).values()]
+    if any(isinstance(x, jax.core.Tracer) for x in attributes):
+        # Under a trace, Flax loses arrays that are in no variable.
+        return task.model(nnx.Rngs(seed))
+    return model
 
 
 def saved_model(folder: str, model: nnx.Module, name: str) -> nnx.Module:

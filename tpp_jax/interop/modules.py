@@ -19,10 +19,11 @@ _RESTS = "deterministic", "use_running_average", "inference"
 
 
 def as_nnx(module: Any, *inputs: Any, rngs: nnx.Rngs) -> nnx.Module:
-    """Returns a network as a module of NNX.
+    """Returns a network as a module of NNX, in training mode.
 
     Args:
-      module: Module of NNX, which is returned as it is, of Linen or of Equinox.
+      module: Module of NNX, of which a copy with the same arrays is returned, of Linen
+        or of Equinox.
       *inputs: Inputs for a batch of one example, or their shapes and types.
       rngs: Random streams for the weights of a Linen module, and for dropout.
 
@@ -30,7 +31,9 @@ def as_nnx(module: Any, *inputs: Any, rngs: nnx.Rngs) -> nnx.Module:
       TPPError: If it is none of these, or an Equinox module with a state.
     """
     if isinstance(module, nnx.Module):
-        return module
+        copy = nnx.merge(*nnx.split(module))  # the user's keeps its mode
+        copy.train()
+        return copy
     if isinstance(module, linen.Module):
         return LinenModel(module, *inputs, rngs=rngs)
     if is_equinox(module):

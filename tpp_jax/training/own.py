@@ -84,6 +84,9 @@ def complete(own: Any, name: str = "", batch_size: int = 128) -> Task:
             f"the task {name} has no data: define train and evaluation, or "
             "train_batches(key, step) and eval_batches()"
         )
+    for optional in (*_BATCHES, "inputs", "metrics", "report", "augment"):
+        if not callable(getattr(own, optional, str)):
+            raise TPPError(f"{optional} of the task {name} is no function")
     return OwnTask(own, name, batch_size)
 
 
@@ -147,10 +150,7 @@ class OwnTask:
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Returns the network with random weights, as a module of NNX."""
         made = tried(self._own.model, f"the model of {self._name}", rngs)
-        made = as_nnx(made, *self.inputs(self._one()), rngs=rngs)
-        model = nnx.merge(*nnx.split(made))  # the user's keeps its mode
-        model.train()
-        return model
+        return as_nnx(made, *self.inputs(self._one()), rngs=rngs)
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Returns shapes and types of the network's inputs for one example."""

@@ -128,7 +128,7 @@ def make_train_step(
         if config.ema:
             t = state.step.astype(jnp.float32)
             rate = 1 - jnp.minimum(config.ema, (1 + t) / (10 + t))
-            average = optax.incremental_update((params, stats), average, rate)
+            average = _averaged((params, stats), average, rate)
         after = TrainState(
             state.step + 1, params, stats, opt_state, average, state.teacher
         )
@@ -137,6 +137,17 @@ def make_train_step(
         return after, metrics
 
     return step
+
+
+def _averaged(new: Any, average: Any, rate: Float[Array, ""]) -> Any:
+    """Returns moving averages after a step; counters and masks have their new value."""
+
+    def one(x: Array, mean: Array) -> Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return (rate * x + (1.0 - rate) * mean).astype(x.dtype)
+
+    return jax.tree.map(one, new, average)
 
 
 def _with_teacher(
