@@ -156,7 +156,8 @@ def _own(
     named = task if isinstance(task, type | types.FunctionType) else type(task)
     kind = named if isinstance(named, type) else types.FunctionType
     name = f"{named.__module__}:{named.__qualname__.rpartition('.')[2]}"
-    if hasattr(task, "loss") and not issubclass(kind, nnx.Module | linen.Module):
+    network = issubclass(kind, nnx.Module | linen.Module) or is_equinox(task)
+    if hasattr(task, "loss") and not network:
         given = {"data": data, "loss": loss, **fields}
         if extra := [key for key, value in given.items() if value is not None]:
             raise TPPError(

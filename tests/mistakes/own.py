@@ -89,6 +89,8 @@ def own() -> Cases:
         {"task.name": "mine:Rising"},
         {"task.name": "mine:Task", "data.batch_size": 200},
         {"task.name": "mine:Task", "finetune.mixup": 0.2},
+        {"task.name": "mine:Task", "model.name": "mine:network"},
+        {"task.name": "mine:Task", "data.kwargs": {"n": 3}},
         {"task.name": "language_modelling", "data.name": "python"},
         {"callbacks": "print"},
         {"callbacks": "mine:nothing"},

@@ -39,12 +39,13 @@ def called(section: str, config: RunConfig, *args: Any) -> Any:
                 "function or a class"
             )
         return found
-    try:
-        signature = inspect.signature(found)
-    except (TypeError, ValueError):  # some functions written in C have none
+    signature = _signature(found)
+    if signature is None:
         return found(*args, **kwargs)
     if "config" in signature.parameters:
         kwargs = {"config": config, **kwargs}
+    elif section == "task":
+        _check_read(config)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -55,6 +56,26 @@ def called(section: str, config: RunConfig, *args: Any) -> Any:
             f"of config.{section}.kwargs"
         ) from None
     return found(*args, **kwargs)
+
+
+def _signature(found: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(found)
+    except (TypeError, ValueError):  # some functions written in C have none
+        return None
+
+
+def _check_read(config: RunConfig) -> None:
+    """Raises a TPPError if fields are set that a task without a config cannot read."""
+    for name in ("model", "data"):
+        section = getattr(config, name)
+        for field, value in (("name", section.name), ("kwargs", section.kwargs)):
+            if value if field == "kwargs" else is_dotted(value):
+                raise TPPError(
+                    f"config.{name}.{field} is {value!r}, but the task "
+                    f"{config.task.name} has its own {name}: use config.task.kwargs, "
+                    "or give the task a parameter named config"
+                )
 
 
 def callbacks_of(config: RunConfig) -> tuple[Callback, ...]:
@@ -75,7 +96,8 @@ def callbacks_of(config: RunConfig) -> tuple[Callback, ...]:
                 f"{what} is {path!r}: write a dotted path, package.module:name"
             )
         make = load_object(path, what)
-        takes = callable(make) and "config" in inspect.signature(make).parameters
+        signature = _signature(make) if callable(make) else None
+        takes = signature is not None and "config" in signature.parameters
         made = make(config=config) if takes else make() if callable(make) else make
         if not isinstance(made, Callback):
             raise TPPError(
