@@ -45,7 +45,8 @@ ROWS = {
     "imagenet_resnet50_advanced:1g": (IMAGENET, "4.09", RESNET50, ("0.9997", None)),
     "tiny_imagenet_resnet18": ((200, (64, 64, 3)), "1.86", None, None),
 }
-FILES = {row.partition(":")[0] for row in ROWS}
+# The config for text is run by tests/end_to_end/test_own_task.py.
+FILES = {row.partition(":")[0] for row in ROWS} | {"chars_transformer_tpp"}
 
 
 def load(row):

@@ -1,5 +1,7 @@
 """Distillation: the loss, and the step that learns from a teacher."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,14 @@ from tests.training.test_task import Regression
 from tpp_jax.errors import TPPError
 from tpp_jax.models import CifarResNet
 from tpp_jax.training import parallel
-from tpp_jax.training.distillation import Teacher, distillation_loss, distilled
+from tpp_jax.training.distillation import (
+    Teacher,
+    distillation_loss,
+    distilled,
+    distilled_from_outputs,
+)
+from tpp_jax.training.evaluation import teacher_outputs
+from tpp_jax.training.feeds import TaughtResident
 from tpp_jax.training.state import arrays_of, initial_state, teacher_arrays
 from tpp_jax.training.step import StepConfig, make_train_step
 from tpp_jax.training.structure import structure_of
@@ -98,6 +107,45 @@ def test_the_weight_divides_the_loss_between_labels_and_teacher(mlps):
         expected = (1 - weight) * plain + weight * own
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         assert metrics.keys() == {"accuracy", "distillation"}
+
+
+@pytest.mark.parametrize("n_devices", [1, 2])
+def test_outputs_computed_in_advance_give_the_same_steps(mlps, n_devices):
+    pupil, dense = mlps
+    devices, config = jax.devices()[:n_devices], StepConfig()
+    task = dataclasses.replace(digits_task(), crop_padding=0, flip=False)
+    feed = task.feed(devices)
+    outputs = teacher_outputs(task, feed, dense, config)
+    taught = TaughtResident(feed, outputs)
+    states = []
+    for source, loss, teacher in (
+        (feed, task.loss, dense),
+        (taught, distilled_from_outputs(task.loss, 0.3, TEMPERATURE), None),
+    ):
+        step = make_train_step(
+            structure_of(pupil, training=True),
+            optax.sgd(0.1),
+            loss,
+            config,
+            source.train_batch,
+            parallel.axis_name(devices),
+            None if teacher is None else teacher_of(teacher, 0.3),
+        )
+        run = parallel.on_devices(step, devices, donate=0)
+        state = initial_state(pupil, optax.sgd(0.1), False, 0, None, teacher)
+        state, key = parallel.replicate((state, jax.random.key(1)), devices)
+        source.begin(jax.random.key(2), 0)
+        for i in range(2):
+            state, metrics = run(state, key, *source.train_data(i))
+        states.append((jax.device_get(state.params), jax.device_get(metrics)))
+    assert_alike(*states, rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_are_fixed_only_for_images_that_no_step_changes():
+    plain = dataclasses.replace(digits_task(), crop_padding=0, flip=False)
+    assert plain.fixed_inputs
+    for change in ({"crop_padding": 1}, {"flip": True}, {"mixup": 0.2}, {"cutmix": 1}):
+        assert not dataclasses.replace(plain, **change).fixed_inputs
 
 
 def test_no_weight_trains_as_without_a_teacher(mlps):

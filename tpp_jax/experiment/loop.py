@@ -1,5 +1,6 @@
 """The training loop: the stage that trains a run for one phase."""
 
+import dataclasses
 import functools
 import math
 import time
@@ -23,6 +24,8 @@ from tpp_jax.pruning.plan import Plan
 from tpp_jax.saving import save_model
 from tpp_jax.storage import processes
 from tpp_jax.training import parallel
+from tpp_jax.training.evaluation import teacher_outputs
+from tpp_jax.training.feeds import Resident, TaughtResident
 from tpp_jax.training.state import (
     arrays_of,
     initial_state,
@@ -30,6 +33,7 @@ from tpp_jax.training.state import (
     with_state,
 )
 from tpp_jax.training.step import TrainState
+from tpp_jax.training.task import Feed
 
 Recent = Sequence[tuple[int, Mapping[str, Any]]]
 """Number of steps and mean metrics of each dispatch that is not logged yet."""
@@ -45,6 +49,7 @@ def train(run: Run, stage: Stage, tools: Tools) -> Run:
     if run.position.finished(stage.name):
         return run
     phase, config = run.phases[stage.kind], tools.setup.config
+    tools = dataclasses.replace(tools, feed=_feed(run, phase, tools))
     program = _program(run, phase, tools)
     run = run.but(position=run.position.within(stage.name), program=program)
     state, recent = _state(run, phase, tools), [*run.position.recent]
@@ -77,9 +82,26 @@ def _program(run: Run, phase: Phase, tools: Tools) -> Program:
     return make_program(phase, run.model, plan, tools.setup, tools.feed, teacher)
 
 
+def _feed(run: Run, phase: Phase, tools: Tools) -> Feed:
+    """Returns the feed of a phase, with its teacher's outputs if those are fixed."""
+    setup, feed = tools.setup, tools.feed
+    task, distillation = setup.task(phase.section), setup.config.finetune.distillation
+    teacher = _teacher(run, phase, tools)
+    if teacher is None or distillation.activations or not phase.steps:
+        return feed
+    if not isinstance(feed, Resident) or not getattr(task, "fixed_inputs", False):
+        return feed
+    outputs = teacher_outputs(task, feed, teacher, setup.step_config(phase.section))
+    return TaughtResident(feed, outputs)
+
+
 def _teacher(run: Run, phase: Phase, tools: Tools) -> nnx.Module | None:
-    """Returns the network that a phase distils; None if it does not."""
-    return run.teacher if tools.setup.distils(phase.section) else None
+    """Returns the network that a phase's steps distil; None if they do not.
+
+    They do not either if the batches have its outputs.
+    """
+    known = isinstance(tools.feed, TaughtResident)
+    return run.teacher if tools.setup.distils(phase.section) and not known else None
 
 
 def _state(run: Run, phase: Phase, tools: Tools) -> TrainState:

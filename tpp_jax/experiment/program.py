@@ -13,7 +13,8 @@ from tpp_jax.experiment.phases import Phase
 from tpp_jax.experiment.setup import Setup
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.training import parallel
-from tpp_jax.training.distillation import Teacher
+from tpp_jax.training.distillation import Teacher, distilled_from_outputs
+from tpp_jax.training.feeds import TaughtResident
 from tpp_jax.training.step import (
     TrainState,
     make_train_step,
@@ -86,7 +87,8 @@ def make_program(
       plan: Plan of the phase's optimizer.
       setup: Setup of the run.
       feed: Source of the batches.
-      teacher: Network to distil, of which only the structure is used; None for none.
+      teacher: Network to distil in the step, of which only the structure is used; None
+        for none, or if the batches have its outputs.
     """
     config, devices = setup.config, setup.devices
     on_cpu = jax.default_backend() == "cpu"
@@ -94,9 +96,12 @@ def make_program(
     at_once = min(at_once, feed.at_once)
     structure = structure_of(model, training=True)
     step_config, loss = setup.step_config(phase.section), setup.task(phase.section).loss
-    taught = None
-    if teacher is not None:
-        distillation = config.finetune.distillation
+    taught, distillation = None, config.finetune.distillation
+    if isinstance(feed, TaughtResident):
+        loss = distilled_from_outputs(
+            loss, distillation.weight, distillation.temperature
+        )
+    elif teacher is not None:
         taught = Teacher(
             structure_of(teacher, training=False),
             distillation.weight,

@@ -84,6 +84,12 @@ class ImageClassification:
         """Number of batches in one pass over the training images."""
         return self.dataset.num_train // self.batch_size
 
+    @property
+    def fixed_inputs(self) -> bool:
+        """Whether an image is the same in every step, so that a teacher's output is."""
+        changed = self.crop_padding or self.flip or self.mixup or self.cutmix
+        return isinstance(self.dataset, data.Dataset) and not changed
+
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Returns the network for the classes and the image shape of the data."""
         dataset = self.dataset

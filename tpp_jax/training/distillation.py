@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from tpp_jax.errors import TPPError
+from tpp_jax.training.feeds import Taught
 from tpp_jax.training.structure import Structure
 from tpp_jax.training.task import Batch, Loss, Metrics
 from tpp_jax.training.watching import Outputs, pairs, watch
@@ -132,6 +133,51 @@ def distilled(
         return total, metrics
 
     return fn
+
+
+def distilled_from_outputs(loss: Loss, weight: float, temperature: float) -> Loss:
+    """Returns a task's loss with a share of distillation from outputs in the batch.
+
+    Args:
+      loss: Loss of a task, which calls the model once.
+      weight: Share of the distillation.
+      temperature: Temperature of the softened outputs.
+
+    Returns:
+      A loss of batches :class:`tpp_jax.training.feeds.Taught`, as :func:`distilled`.
+    """
+
+    def fn(
+        model: nnx.Module, batch: Taught, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        pupil = _Observed(model)
+        value, metrics = loss(cast(Any, pupil), batch.examples, key)
+        outputs = [output for _, _, output in pupil.calls]
+        own = _mean_distance(outputs, [batch.outputs], temperature)
+        return (1 - weight) * value + weight * own, {**metrics, "distillation": own}
+
+    return fn
+
+
+def output_of(loss: Loss, model: nnx.Module, batch: Batch) -> Array:
+    """Returns what a model returns where a loss calls it.
+
+    Args:
+      loss: Loss of a task, which calls the model once.
+      model: Network in evaluation mode.
+      batch: Batch.
+
+    Raises:
+      TPPError: The loss calls the model never, or more than once.
+    """
+    seen = _Observed(model)
+    loss(cast(Any, seen), batch, jax.random.key(0))
+    if len(seen.calls) != 1:
+        raise TPPError(
+            f"the loss of the task calls the model {len(seen.calls)} times, but one "
+            "call's outputs are distilled: set config.finetune.distillation.weight to 0"
+        )
+    return seen.calls[0][2]
 
 
 class _Observed:

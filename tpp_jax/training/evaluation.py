@@ -5,12 +5,52 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from tpp_jax.training import parallel
-from tpp_jax.training.step import StepConfig, make_eval_step
-from tpp_jax.training.structure import Structure, structure_of
-from tpp_jax.training.task import Feed, Task
+from tpp_jax.training.distillation import output_of
+from tpp_jax.training.feeds import EVAL_BATCH, Resident
+from tpp_jax.training.step import StepConfig, make_eval_step, merged
+from tpp_jax.training.structure import Structure, split, structure_of
+from tpp_jax.training.task import Batch, Feed, Task
+from tpp_jax.xla.blocks import hold_blocks
+
+
+def teacher_outputs(
+    task: Task, feed: Resident, teacher: nnx.Module, config: StepConfig
+) -> Array:
+    """Returns the outputs of a network for all training examples, in their order.
+
+    Args:
+      task: Task whose loss calls the network; its inputs are the same in every step.
+      feed: Feed with the examples.
+      teacher: Network; its own mode does not matter.
+      config: Arithmetic of the step.
+
+    Raises:
+      TPPError: The loss calls the network never, or more than once.
+    """
+    structure, (params, stats) = structure_of(teacher, training=False), split(teacher)
+
+    @jax.jit
+    def outputs(params: nnx.State, stats: nnx.State, batch: Batch) -> Array:
+        model = merged(structure, params, stats, config.dtype)
+        hold_blocks(model)
+        return output_of(task.loss, model, batch)
+
+    examples, found = feed.train_examples, []
+    n = len(jax.tree.leaves(examples)[0])
+    size = min(n, EVAL_BATCH)
+    for start in range(0, n, size):
+        start = min(start, n - size)  # the last batch overlaps the one before
+        batch = jax.tree.map(lambda x, i=start: x[i : i + size], examples)
+        found.append((start, outputs(params, stats, batch)))
+    table = jnp.zeros((n, *found[0][1].shape[1:]), found[0][1].dtype)
+    for start, rows in found:
+        table = table.at[start : start + size].set(rows)
+    return table
 
 
 class Evaluator:

@@ -6,7 +6,7 @@ methods.
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,11 @@ class Resident:
         per_epoch = self._n // self._batch_size
         return per_epoch - step % per_epoch
 
+    @property
+    def train_examples(self) -> Batch:
+        """All training examples, on the first device."""
+        return parallel.local(self._train)
+
     def train_data(self, step: int) -> tuple[Any, ...]:
         """Returns the order of the step's epoch and the data."""
         epoch = step // (self._n // self._batch_size)
@@ -130,6 +135,46 @@ class Resident:
 
     def close(self) -> None:
         """Does nothing, since there is no background work."""
+
+
+class Taught(NamedTuple):
+    """A batch with what a teacher returns for it.
+
+    Attributes:
+      examples: Batch.
+      outputs: Outputs of the teacher, ``[n, …]``.
+    """
+
+    examples: Batch
+    outputs: Array
+
+
+class TaughtResident(Resident):
+    """Resident data that are not augmented, with the outputs of a teacher."""
+
+    def __init__(self, feed: Resident, outputs: Array) -> None:
+        """Puts the outputs on the devices.
+
+        Args:
+          feed: Data, which are shared and not copied.
+          outputs: Outputs of the teacher for all training examples, in their order.
+        """
+        vars(self).update(vars(feed))
+        self._augment = None
+        self._outputs = parallel.replicate(outputs, self._devices)
+
+    def train_data(self, step: int) -> tuple[Any, ...]:
+        """Returns the order of the step's epoch with the outputs, and the data."""
+        order, examples = super().train_data(step)
+        return (order, self._outputs), examples
+
+    def train_batch(
+        self, step: Int[Array, ""], key: Key[Array, ""], order: Any, examples: Batch
+    ) -> Taught:
+        """Returns the next examples of the epoch's order, and their outputs."""
+        places, outputs = order
+        batch = super().train_batch(step, key, places, (examples, outputs))
+        return Taught(*batch)
 
 
 class Streamed:

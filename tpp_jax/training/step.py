@@ -159,7 +159,7 @@ def _with_teacher(
     """Returns the loss, distilled if there is a teacher."""
     if teacher is None or arrays is None:
         return loss
-    model = _merged(teacher.structure, *arrays, dtype)
+    model = merged(teacher.structure, *arrays, dtype)
     hold_blocks(model)
     return distilled(loss, model, *teacher[1:])
 
@@ -172,7 +172,7 @@ def _gradients(
     def forward(
         params: nnx.State, stats: nnx.State, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[nnx.State, Metrics]]:
-        model = _merged(structure, params, stats, config.dtype, key, axis)
+        model = merged(structure, params, stats, config.dtype, key, axis)
         if axis is not None and config.sync_bn:
             _synchronise(model, axis)
         value, metrics = loss(model, batch, key)
@@ -225,7 +225,7 @@ def _if_finite(
     return state, {**metrics, "skipped": 1.0 - ok}
 
 
-def _merged(
+def merged(
     structure: Structure,
     params: nnx.State,
     stats: nnx.State,
@@ -348,7 +348,7 @@ def make_eval_step(
         params: nnx.State, stats: nnx.State, *data: Any
     ) -> tuple[dict[str, Array], Int[Array, ""]]:
         batch, counts = select(*data)
-        model = _merged(structure, params, stats, config.dtype)
+        model = merged(structure, params, stats, config.dtype)
         hold_blocks(model)
         values = metrics(model, batch)
         sums = {name: jnp.sum(x, where=counts) for name, x in values.items()}
