@@ -94,7 +94,7 @@ def own() -> Cases:
         {"task.name": "language_modelling", "data.name": "python"},
         {"callbacks": "print"},
         {"callbacks": "mine:nothing"},
-        {"task.name": "mine:Task", "prune.strengths": "kernel:-1"},
+        {"prune.strengths": "net.0:-1"},
         {
             "task.name": "language_modelling",
             "data.name": "nowhere.txt",
