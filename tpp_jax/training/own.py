@@ -38,8 +38,8 @@ def complete(own: Any, name: str = "", batch_size: int = 128) -> Task:
       own: Object with these attributes, of which only the first two and one kind of
         data are needed:
 
-        - ``model(rngs)``: the network with random weights, a module of Flax NNX or
-          Linen;
+        - ``model(rngs)``: the network with random weights, a module of Flax NNX, of
+          Linen or of Equinox;
         - ``loss(model, batch)`` or ``loss(model, batch, key)``: the mean loss of a
           batch, or a tuple of it and a dict of mean metrics;
         - ``train`` and ``evaluation``: all examples, a pytree of arrays whose first
@@ -164,7 +164,7 @@ class OwnTask:
             _is_source(own.train) or _is_source(own.evaluation)
         ):
             if augment is not None:
-                batch = self._chosen(own.train, np.arange(2))
+                batch = self._chosen(own.train, np.zeros(2, int))
                 keys = jax.random.split(jax.random.key(0))
                 what = f"augment of {self._name} with one key for each example"
                 tried(jax.eval_shape, what, augment, keys, batch)
