@@ -1,7 +1,7 @@
 """A small transformer on the sources of Python's library: half its heads and MLPs.
 
-The network reads bytes; the text is on every machine that has Python. Five minutes of
-processor time.
+The network reads bytes; the text is on every machine that has Python. Less than five
+minutes on two CPU cores.
 
     python launch.py --config=configs/chars_transformer_tpp.py --workdir=runs/chars
 """
