@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from tpp_jax import data, models
 from tpp_jax.errors import TPPError
 from tpp_jax.headline import ACCURACY, Headline
-from tpp_jax.interop.modules import as_function, as_nnx
+from tpp_jax.interop.modules import as_function, as_nnx, name_of
 from tpp_jax.training import parallel
 from tpp_jax.training.feeds import EVAL_BATCH, Resident, Streamed
 from tpp_jax.training.task import Feed, Metrics
@@ -210,7 +210,7 @@ def _check_logits(
     model: Any, inputs: tuple[jax.ShapeDtypeStruct, ...], num_classes: int
 ) -> None:
     """Raises a TPPError unless a network maps images to logits of the classes."""
-    what = f"{type(model).__name__}, applied to images {inputs[0].shape},"
+    what = f"{name_of(model)}, applied to images {inputs[0].shape},"
     try:
         found = jax.eval_shape(as_function(model), *inputs)
     except Exception as error:  # whatever a user's network does
