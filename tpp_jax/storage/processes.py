@@ -83,10 +83,23 @@ def explained_losses() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if not is_loss(error):
             raise
-        raise LostProcess(
-            "another process of the run is lost "
-            f"({' '.join(str(error).split())[:200]}). Start all of them again: they "
-            "continue from the last checkpoint"
-        ) from error
+        raise lost(error) from error
+
+
+def is_loss(error: BaseException | None) -> bool:
+    """Reports whether an error, or one that caused it, is a broken connection."""
+    if jax.process_count() == 1 or error is None:
+        return False
+    broken = isinstance(error, jax.errors.JaxRuntimeError)
+    return broken or is_loss(error.__cause__)
+
+
+def lost(error: BaseException) -> LostProcess:
+    """Returns the error to raise for the loss of a process."""
+    return LostProcess(
+        "another process of the run is lost "
+        f"({' '.join(str(error).split())[:200]}). Start all of them again: they "
+        "continue from the last checkpoint"
+    )

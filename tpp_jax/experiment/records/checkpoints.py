@@ -44,6 +44,7 @@ class Checkpoints:
 
         Raises:
           TPPError: This or the previous checkpoint could not be written.
+          LostProcess: Another process has ended.
         """
         if not self._keep:
             return
@@ -109,6 +110,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many types
+            if processes.is_loss(error):  # Orbax waits for the other processes
+                raise processes.lost(error) from error
             latest = self.latest()
             kept = "There is no earlier one"
             if latest is not None:
