@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from tpp_jax.callbacks import Callback
 from tpp_jax.errors import require
@@ -59,7 +60,8 @@ class MLflow(Callback):
         if mlflow.active_run() is None:
             mlflow.start_run(**settings)
         if config is not None:
-            mlflow.log_params(_flat(dataclasses.asdict(config)))
+            fields = flatten_dict(dataclasses.asdict(config), sep=".")
+            mlflow.log_params(fields)
 
     def on_step(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Logs metrics at a step of the run."""
@@ -80,13 +82,3 @@ def _numbers(phase: str, result: Mapping[str, Any]) -> dict[str, float]:
         for name, value in result.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
