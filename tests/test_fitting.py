@@ -141,6 +141,14 @@ def test_the_same_call_returns_the_finished_run(fitted):
         fitted.run(epochs=1)
 
 
+def test_without_a_folder_nothing_is_saved_and_the_result_is_the_same(fitted):
+    calls = Calls()
+    result = fitted.run(folder=None, callbacks=[calls])
+    assert calls.phases == fitted.calls.phases and not calls.saved
+    assert fitted.calls.saved and result.report is None
+    assert_equal(result.pruned, fitted.result.pruned)
+
+
 def test_a_run_that_a_callback_ended_continues_with_the_same_bits(fitted, tmp_path):
     class Fails(tpp.Callback):
         def on_checkpoint(self, step):

@@ -254,7 +254,7 @@ def _save(run: Run, state: TrainState, tools: Tools) -> None:
     if run.teacher is not None:
         arrays |= teacher_arrays(run.teacher)
     tools.checkpoints.save(position.steps_done, arrays, position.to_json())
-    for callback in tools.callbacks:
+    for callback in tools.callbacks if tools.kept else ():
         callback.on_checkpoint(position.steps_done)
 
 
