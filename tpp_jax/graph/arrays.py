@@ -225,34 +225,28 @@ def _taken(
     """Takes the kept positions along axes, on the devices that hold the array."""
     loops = dict(steps)
     for axis, positions in kept.items():
-        if (loop := loops[axis]) is not None:
-            array = _taken_in_steps(array, axis, positions, loop)
+        if (loop := loops[axis]) is None:
+            array = _taken_along(array, axis, positions)
             continue
-        where = (slice(None),) * axis + (positions,)
-        sharding = None
-        if is_explicit(array):
-            shape = (*array.shape[:axis], len(positions), *array.shape[axis + 1 :])
-            sharding = _fitting_named(jax.typeof(array).sharding, shape)
-        array = array.at[where].get(
-            mode="promise_in_bounds",
-            indices_are_sorted=True,
-            unique_indices=True,
-            out_sharding=sharding,
-        )
+        inner = axis - (axis > loop)
+        own = functools.partial(_taken_along, axis=inner)
+        array = jax.vmap(
+            lambda layer, there, own=own: own(layer, positions=there),
+            in_axes=(loop, 0),
+            out_axes=loop,
+        )(array, positions)
     return array
 
 
-def _taken_in_steps(array: Array, axis: int, positions: Any, loop: int) -> Array:
-    """Takes other positions along an axis in each step of a loop."""
-    shape = (*array.shape[:axis], positions.shape[-1], *array.shape[axis + 1 :])
-    index = Positions(positions, positions.shape[-1], loop).over(
-        axis, range(array.ndim)
-    )
+def _taken_along(array: Array, axis: int, positions: Any) -> Array:
+    """Takes positions along an axis."""
     sharding = None
     if is_explicit(array):
+        shape = (*array.shape[:axis], len(positions), *array.shape[axis + 1 :])
         sharding = _fitting_named(jax.typeof(array).sharding, shape)
-    where = tuple(
-        index if i == axis else jax.lax.broadcasted_iota(index.dtype, shape, i)
-        for i in range(array.ndim)
+    return array.at[(slice(None),) * axis + (positions,)].get(
+        mode="promise_in_bounds",
+        indices_are_sorted=True,
+        unique_indices=True,
+        out_sharding=sharding,
     )
-    return array.at[where].get(mode="promise_in_bounds", out_sharding=sharding)
