@@ -156,7 +156,6 @@ def penalized(
 ) -> optax.GradientTransformation:
     """Returns AdamW with TPP's penalties behind its moments, at a constant rate."""
     penalty = tpp.add_tpp_penalties(plan, schedule, gram_weight, target=target)
-    descent = optimizer(
+    return optimizer(
         "adamw", rate, momentum=MOMENTUM, weight_decay=DECAY, penalty=penalty
     )
-    return optax.chain(descent, tpp.zero_pruned(plan, schedule))
