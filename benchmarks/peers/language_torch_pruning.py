@@ -4,9 +4,8 @@
     python -m benchmarks.peers.language_torch_pruning --model runs/smollm2/dense \
         --test persuasion.txt,opticks.txt
 
-``--model`` is a folder with the unpruned model and its tokenizer, which
-``tpp_jax.save_hf(*tpp_jax.load_gguf(file), folder)``  wrote. The settings are those of
-Torch-Pruning's example for language models, ``examples/LLMs/prune_llm.py``: the L2 norm
+``--model`` is a folder with the unpruned model and its tokenizer, written by
+``tpp_jax.save_hf(model, folder, tokenizer)``. The settings are those of Torch-Pruning's example for language models, ``examples/LLMs/prune_llm.py``: the L2 norm
 of a group, its mean, locally, rounded to multiples of 4; the width of the residual
 stream, heads and units are pruned by one ratio, and the logits are not. Two rows prune
 the units alone. Nothing is trained. Results are written after every row to
