@@ -5,7 +5,8 @@
         --test persuasion.txt,opticks.txt
 
 ``--model`` is a folder with the unpruned model and its tokenizer, written by
-``tpp_jax.save_hf(model, folder, tokenizer)``. The settings are those of Torch-Pruning's example for language models, ``examples/LLMs/prune_llm.py``: the L2 norm
+``tpp_jax.save_hf(model, folder, tokenizer)``. The settings are those of
+Torch-Pruning's example for language models, ``examples/LLMs/prune_llm.py``: the L2 norm
 of a group, its mean, locally, rounded to multiples of 4; the width of the residual
 stream, heads and units are pruned by one ratio, and the logits are not. Two rows prune
 the units alone. Nothing is trained. Results are written after every row to

