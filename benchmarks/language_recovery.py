@@ -130,9 +130,10 @@ def _cells() -> list[Cell]:
     other = Cell(quarter, "obs", "global", refit=True)
     plain = Cell(quarter, "l1")
     dense = Cell("nothing", training="plain")
-    first = [Cell("nothing"), best, other, dense]
+    first = [Cell("nothing"), best, other]
+    first += [cell._replace(target=half) for cell in (best, other)] + [dense]
     first += [best._replace(training=t) for t in ("distil", "plain")]
-    first += [best._replace(target=half), Cell(quarter, "wanda")]
+    first += [Cell(quarter, "wanda")]
     first += [best._replace(training="distil trained")]
     tpp_of = Cell(quarter, "wanda")
     first += [tpp_of._replace(training=t) for t in ("tpp 0", "tpp 0 distil")]
