@@ -33,7 +33,7 @@ from benchmarks import machine
 NAME = "language_torch_pruning"
 FILE = machine.RESULTS / f"{NAME}_cpu.json"
 LENGTH, SEQUENCES, FIRST = 256, 64, 4096
-ROWS = {
+ROWS = {"nothing": (0.0, 0.0)} | {
     f"{ratio:.0%} of {what}": (ratio, ratio if what == "all widths" else 0.0)
     for what in ("the units", "all widths")
     for ratio in (0.25, 0.5)
@@ -62,7 +62,8 @@ def main() -> None:
     for row, (units, others) in ROWS.items():
         if row not in record["rows"]:
             model = copy.deepcopy(dense)
-            prune(model, units, others, prompt)
+            if units:
+                prune(model, units, others, prompt)
             found = perplexities(model, tests)
             unique = {id(p): p.numel() for p in model.parameters()}
             record["rows"][row] = {"parameters": sum(unique.values()), **found}
