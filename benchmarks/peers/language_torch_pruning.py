@@ -52,7 +52,7 @@ def main() -> None:
         options.model, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     tokenizer = tokenizers.Tokenizer.from_file(str(options.model / "tokenizer.json"))
-    # With the cache or with fused attention, the search for groups does not end.
+    # With the cache of keys and values, the search for groups does not end.
     dense.config.use_cache = False
     prompt = torch.tensor([tokenizer.encode("Hello world.").ids])
     texts = {pathlib.Path(f).stem: f for f in options.test.split(",")}
