@@ -158,7 +158,7 @@ def _filters(traced: Trace, layer: Layer) -> int:
     for i in produced:
         own = [axis for leaf, axis in layer.axes[i] if leaf == layer.kernel]
         # The operand may be a part of the kernel: a shard, or one half of it.
-        is_part = len(own) == 1 and shape[own[0]] % operand[i] == 0
+        is_part = len(own) == 1 and shape[own[0]] % max(operand[i], 1) == 0
         total *= shape[own[0]] if is_part else operand[i]
     return total
 

@@ -21,6 +21,7 @@ from tpp_jax.graph.groups import read_groups
 from tpp_jax.graph.records import Groups
 from tpp_jax.graph.tracing import Trace, lines_of_error, raised_in
 from tpp_jax.pruning.arrangement import arrangement
+from tpp_jax.pruning.emptying import undefined, without_empty
 from tpp_jax.pruning.literals import OtherNumber, Widths, other_numbers
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.source import Source
@@ -122,7 +123,12 @@ class Trial:
             new = self.source.trace_cut(Plan(everything, groups), shapes)
         except Exception as error:  # any that the user's code raises for odd shapes
             return self._raised(error, kept)
+        emptied = any(len(indices) == 0 for indices in kept.values())
+        if emptied:
+            old, new = without_empty(old, new, positions)
         found = difference(old, new, reading, positions)
+        if found is None and emptied:
+            found = undefined(groups.traced, new)
         if found and found.order and self._rearranged(new, everything, positions):
             return None
         if found is not None:
