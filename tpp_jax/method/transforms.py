@@ -38,7 +38,7 @@ from tpp_jax.pruning.filters import (
     pruned_filters,
 )
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.planning import strengths_of
+from tpp_jax.pruning.ratios import strengths_of
 from tpp_jax.pruning.readiness import UNDONE
 
 _NO_PARAMS = "the transform needs the parameters: call update(updates, state, params)"

@@ -64,7 +64,7 @@ class DecoderConfig:
     """Sizes and settings of a decoder.
 
     Sizes may differ between layers: a number stands for all layers, a tuple has one for
-    each.
+    each. A layer may have no heads or no units.
 
     Attributes:
       vocabulary: Number of tokens that exist.
@@ -127,7 +127,7 @@ class DecoderConfig:
                 )
         pairs = zip(self.of_layers("heads"), self.of_layers("kv_heads"), strict=True)
         for heads, kv_heads in pairs:
-            if kv_heads < 1 or heads % kv_heads:
+            if heads % kv_heads if kv_heads > 0 else heads or kv_heads:
                 raise TPPError(
                     f"{heads} query heads cannot be shared out to {kv_heads} "
                     "key-value heads: heads must be a multiple of kv_heads"

@@ -158,7 +158,7 @@ class Plan:
             in_range = isinstance(indices, Sequence) and all(
                 type(i) is int and 0 <= i < sizes[name] for i in indices
             )
-            if not in_range or not indices or (np.diff(indices) <= 0).any():
+            if not in_range or (np.diff(indices) <= 0).any():
                 raise TPPError(
                     f"the plan is for another model: {name} has {sizes[name]} "
                     f"channels, and {indices!r} are not ascending indices of them"

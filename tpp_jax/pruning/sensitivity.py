@@ -26,7 +26,8 @@ from tpp_jax.pruning.curves import Sensitivity
 from tpp_jax.pruning.masks import keep_masks
 from tpp_jax.pruning.moments import Moments
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.planning import best_channels, is_number, parse_patterns, ratios_of
+from tpp_jax.pruning.planning import best_channels
+from tpp_jax.pruning.ratios import is_number, parse_patterns, ratios_of
 from tpp_jax.pruning.scoring import channel_scores
 from tpp_jax.pruning.targets import Limits
 
