@@ -119,7 +119,9 @@ def kept_features(plan: Plan, entry: ConsumerMoments) -> Bool[np.ndarray, " feat
 
 
 def _is_refit(plan: Plan, entry: ConsumerMoments) -> bool:
-    return entry.fixed is None and entry.once and not kept_features(plan, entry).all()
+    keep = kept_features(plan, entry)
+    empty = any(not count for _, count in keep_masks(plan, entry.leaf).values())
+    return entry.fixed is None and entry.once and not (keep.all() or empty)
 
 
 def _uses(
