@@ -44,7 +44,7 @@ def reshape(ctx: Context) -> list[Axes]:
     out: Axes = []
     if 0 in new:  # nothing moves; which axes are the same is not known of the others
         same = [len(axis) == n > 0 for axis, n in zip(old, new, strict=False)]
-        first = (same + [False]).index(False)
+        first = [*same, False].index(False)
         return [old[:first] + [ctx.fresh(n) for n in new[first:]]]
     for old_axes, new_axes in _matching_axes(tuple(map(len, old)), new):
         block = [old[i] for i in old_axes]
