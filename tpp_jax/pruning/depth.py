@@ -272,8 +272,8 @@ def _changes(
         places = [streams.found[name] for name in own if name in streams.found]
         if not places:
             raise TPPError(
-                f"what {block!r} computes is not added to a stream that it reads, or is "
-                "in a loop: there is no change to measure. Pass loss=, which is "
+                f"what {block!r} computes is not added to a stream that it reads, or "
+                "is in a loop: there is no change to measure. Pass loss=, which is "
                 "measured without each block"
             )
         first = min(places, key=lambda place: place.order)

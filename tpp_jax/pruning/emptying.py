@@ -8,6 +8,7 @@ by the number of the channels, and the outputs must still depend on the inputs.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tpp_jax.graph.comparing import Difference, Kept
 from tpp_jax.graph.tracing import Trace, source_line, source_lines
@@ -47,13 +48,7 @@ def without_empty(old: Trace, new: Trace, kept: Kept) -> tuple[Trace, Trace]:
         return 0 in new.shapes[value]
 
     before, after = _computing(old, is_empty), _computing(new, is_empty_now)
-    number = {n: old.leaves[name] for name, n in new.leaves.items()}
-    number |= dict(zip(new.inputs, old.inputs, strict=False))
-    number |= dict(zip(new.constants, old.constants, strict=False))
-    for one, other in zip(before, after, strict=False):
-        if one.primitive != other.primitive or len(one.outputs) != len(other.outputs):
-            break
-        number |= dict(zip(other.outputs, one.outputs, strict=True))
+    number = _numbers(old, new, before, after)
     shapes = list(old.shapes)
     for n, same in number.items():
         both = is_empty(same) and is_empty_now(n)
@@ -63,6 +58,7 @@ def without_empty(old: Trace, new: Trace, kept: Kept) -> tuple[Trace, Trace]:
         if n is None:
             return None
         if same is not None and is_empty_now(n) and is_empty(same):
+            shapes[same] = kept.shape(same)
             return same
         return number.get(n, -1 - n)
 
@@ -77,15 +73,15 @@ def without_empty(old: Trace, new: Trace, kept: Kept) -> tuple[Trace, Trace]:
                 outputs=tuple(number.get(n, -1 - n) for n in other.outputs),
             )
         )
-    ends = zip(new.outputs, old.outputs, strict=False)
+    ends = [renamed(*pair) for pair in zip(new.outputs, old.outputs, strict=False)]
     changed = dataclasses.replace(
         new,
+        shapes=tuple(shapes),
         leaves=dict(old.leaves),
         inputs=old.inputs,
         constants=old.constants,
         equations=tuple(equations),
-        outputs=tuple(renamed(*pair) for pair in ends),
-        shapes=tuple(shapes),
+        outputs=tuple(ends),
         literals=tuple(
             (value, source, None if n is None else number.get(n))
             for value, source, n in _literals(new, after)
@@ -95,6 +91,20 @@ def without_empty(old: Trace, new: Trace, kept: Kept) -> tuple[Trace, Trace]:
         old, equations=tuple(before), literals=tuple(_literals(old, before))
     )
     return first, changed
+
+
+def _numbers(
+    old: Trace, new: Trace, before: Sequence[Equation], after: Sequence[Equation]
+) -> dict[int, int]:
+    """Returns the value of the first trace that each value of the second is."""
+    number = {n: old.leaves[name] for name, n in new.leaves.items()}
+    number |= dict(zip(new.inputs, old.inputs, strict=False))
+    number |= dict(zip(new.constants, old.constants, strict=False))
+    for one, other in zip(before, after, strict=False):
+        if one.primitive != other.primitive or len(one.outputs) != len(other.outputs):
+            break
+        number |= dict(zip(other.outputs, one.outputs, strict=True))
+    return number
 
 
 def _computing(traced: Trace, is_empty: IsEmpty) -> list[Equation]:
@@ -109,7 +119,9 @@ def _computing(traced: Trace, is_empty: IsEmpty) -> list[Equation]:
     return found[::-1]
 
 
-def _literals(traced: Trace, equations: Sequence[Equation]) -> list[tuple]:
+def _literals(
+    traced: Trace, equations: Sequence[Equation]
+) -> list[tuple[Any, Any, int | None]]:
     """Returns the literals in some operations, and the arrays of the function."""
     made = {n for eqn in equations for n in eqn.outputs}
     return [one for one in traced.literals if one[2] is None or one[2] in made]
