@@ -80,7 +80,7 @@ def test_widths_and_depth_go_in_one_plan():
 
 
 def test_a_target_is_met_by_what_is_left():
-    model, groups = decoder()
+    model, _ = decoder()
     dense = tpp.count(model, TOKENS)
     plan = plan_of({"*.q_proj": 0.1, **BOTH}, params=0.5)
     assert widths(plan)["layers.1.self_attn.q_proj"] == 0

@@ -218,11 +218,11 @@ def without_idle_layers(model: Decoder) -> Decoder:
     busy = []
     for i, layer in enumerate(model.layers):
         ends = layer.self_attn.o_proj, layer.mlp.down_proj
-        if any(end.kernel[...].size or end.bias is not None for end in ends):
+        if any(math.prod(end.kernel.shape) or end.bias is not None for end in ends):
             busy.append(i)
     if not busy or len(busy) == len(model.layers):
         return model
-    fields = {
+    fields: Json = {
         name: tuple(value[i] for i in busy) if isinstance(value, tuple) else value
         for name, value in vars(model.config).items()
     }

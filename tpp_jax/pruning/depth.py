@@ -103,7 +103,7 @@ def depth_scores(
     )
     runs = (batch if isinstance(batch, tuple) else (batch,) for batch in given)
     changes = [measure(function.params, inputs) for inputs in runs]
-    means = np.mean(jax.device_get(changes), axis=0, dtype=np.float64)
+    means = np.asarray(jax.device_get(changes), np.float64).mean(axis=0)
     return dict(zip(inside, means.tolist(), strict=True))
 
 
