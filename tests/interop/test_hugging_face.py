@@ -70,11 +70,16 @@ def test_transformers_opens_what_was_saved(family, tmp_path):
 
 
 def test_a_layer_without_heads_and_units_is_left_out(tmp_path):
-    small = pruned("llama", {"*.mlp.gate_proj": 0.5, "layers.0.*": 1})
+    small = pruned("smollm2", {"*.mlp.gate_proj": 0.5, "layers.0.*": 1})
     tpp.save_hf(small, tmp_path)
     again = tpp.load_hf(tmp_path)[0]
     assert settings(tmp_path)["num_hidden_layers"] == again.config.depth == 1
     np.testing.assert_allclose(logits(again), logits(small), rtol=1e-5, atol=1e-6)
+
+
+def test_transformers_opens_what_was_left(tmp_path):
+    small = pruned("smollm2", {"layers.1.*": 1})
+    tpp.save_hf(small, tmp_path)
     found = opened_by_transformers(tmp_path)
     np.testing.assert_allclose(logits(small), found, rtol=1e-4, atol=1e-5)
 
@@ -82,7 +87,7 @@ def test_a_layer_without_heads_and_units_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("family", "ratios"),
     [
-        ("llama", {"layers.0.mlp.*": 1, "layers.1.self_attn.*": 1}),
+        ("smollm2", {"layers.0.mlp.*": 1, "layers.1.self_attn.*": 1}),
         ("qwen2", {"layers.0.mlp.gate_proj": 0.5, "layers.1.self_attn.q_proj": 0.5}),
         ("gemma", {"*.q_proj#2": 0.5, "embed_tokens": 0.25}),
         ("qwen3", {"*.q_proj#3": 0.25, "layers.0.self_attn.v_proj#2": 0.5}),

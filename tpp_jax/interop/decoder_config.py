@@ -226,9 +226,10 @@ def without_idle_layers(model: Decoder) -> Decoder:
         name: tuple(value[i] for i in busy) if isinstance(value, tuple) else value
         for name, value in vars(model.config).items()
     }
+    fields["depth"] = len(busy)
     short = nnx.merge(*nnx.split(model))
     short.layers = nnx.List([short.layers[i] for i in busy])
-    short.config = DecoderConfig(**fields | {"depth": len(busy)})
+    short.config = DecoderConfig(**fields)
     return short
 
 
