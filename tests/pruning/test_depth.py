@@ -228,7 +228,7 @@ def test_a_block_of_a_resnet_becomes_its_shortcut():
 @pytest.mark.parametrize(
     ("ratios", "options", "message"),
     [
-        ({"layers.1.*": 1.0}, {}, "with min_channels=0 it may be 1"),
+        ({"layers.1.*": 1.0}, {}, "min_channels=0.* takes 1"),
         ({"layers.1.*": 1.5}, {"min_channels": 0}, r"1.5 .* is not in \[0, 1\)"),
         (1.0, {"min_channels": 0}, r"every group is not in \[0, 1\)"),
         ({"*.down_proj": 1}, {"min_channels": 0}, "produced by layers outside of it"),

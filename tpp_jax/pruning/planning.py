@@ -138,13 +138,14 @@ def make_plan(
       {'w1': [4, 5, 6, 7]}
     """
     wanted = {"params": params, "flops": flops, "kv_cache": kv_cache}
+    if sensitivity is not None:
+        _check_sensitivity_alone(ratios, counts, scope, wanted)
     _check_arguments(groups, ratios, counts, wanted)
     _check_limits(round_to, min_channels)
     limits = Limits(max(min_channels, 1), round_to)
     layers = [] if kv_cache is None else cached_layers(groups, parse_patterns(cached))
     asked: dict[str, float] = {}
     if sensitivity is not None:
-        _check_sensitivity_alone(ratios, counts, scope, wanted)
         matched = _measured(groups, sensitivity, parse_patterns(skip), limits)
     elif counts is None:
         given = 0.5 if ratios is None else ratios

@@ -181,7 +181,7 @@ def _check_ratio(ratio: float, of: str) -> None:
 def _hint(ratio: object, of: str) -> str:
     if ratio != 1 or of == "every group":
         return ""
-    return "; with min_channels=0 it may be 1, which removes all of a group"
+    return "; tpp_jax.make_plan(..., min_channels=0) takes 1, which removes all"
 
 
 def _matches(pattern: str, group: Group) -> bool:
