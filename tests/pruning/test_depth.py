@@ -214,6 +214,8 @@ def test_a_block_of_a_resnet_becomes_its_shortcut():
     model.eval()
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     groups = tpp.channel_groups(model, x)
+    scores = tpp.depth_scores(model, groups, [x], "layer{}.0.*")
+    assert all(0 < score < 2 for score in scores.values())
     plan = tpp.make_plan(groups, model, {"layer1.*": 1}, min_channels=0)
     assert widths(plan) == {"layer1.0.conv1": 0}
     small, weights = tpp.prune(model, plan), nnx.state(model, nnx.Param)
@@ -221,6 +223,12 @@ def test_a_block_of_a_resnet_becomes_its_shortcut():
     nnx.update(zeros, jax.tree.map(jnp.multiply, weights, tpp.mask_tree(plan, weights)))
     forward = nnx.jit(lambda model: model(x))
     np.testing.assert_allclose(forward(small), forward(zeros), rtol=1e-4, atol=1e-5)
+    refit = tpp.compensate(model, plan, [x, x])
+    again = tpp.recalibrate(refit, [x], like=model, plan=plan)
+    assert jnp.isfinite(forward(again)).all()
+    small.train()
+    gradients = nnx.jit(nnx.grad(lambda model: (model(x) ** 2).mean()))(small)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
     with pytest.raises(tpp.TPPError, match="no longer depends"):
         tpp.make_plan(groups, model, counts={"conv1": 0})
 

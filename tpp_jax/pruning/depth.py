@@ -206,10 +206,13 @@ class _Streams:
 
     Attributes:
       found: Group name → the first such place.
+      nearly: Group name → the first place where they add to anything that depends on
+        the inputs, such as a shortcut that is computed too.
     """
 
     def __init__(self) -> None:
         self.found: dict[str, _Sum] = {}
+        self.nearly: dict[str, _Sum] = {}
         self._values = 0
 
     def value(
@@ -226,10 +229,13 @@ class _Streams:
         if eqn.primitive.name in ("add", "add_any"):
             for one, other in (values, values[::-1]):
                 new = one.groups - other.groups - self.found.keys()
+                if not new or not other.varies:
+                    continue
+                place = dict.fromkeys(new, _Sum(self._values, other.array, results[0]))
+                self.nearly = place | self.nearly
                 # A bit of its own is the highest of what a value depends on.
-                if new and other.varies and _own(other) & one.before:
-                    place = _Sum(self._values, other.array, results[0])
-                    self.found |= dict.fromkeys(new, place)
+                if _own(other) & one.before:
+                    self.found |= place
         groups -= self.found.keys()
         before = functools.reduce(lambda a, b: a | b.before, values, 0)
         varies = any(value.varies for value in values)
@@ -267,9 +273,9 @@ def _changes(
     ]
     arguments += [streams.value(x, varies=True) for x in jax.tree.leaves(inputs)]
     replay(closed.jaxpr, closed.consts, arguments, streams.value, streams.step)
-    changes = []
+    changes, found = [], streams.nearly | streams.found
     for block, own in inside.items():
-        places = [streams.found[name] for name in own if name in streams.found]
+        places = [found[name] for name in own if name in found]
         if not places:
             raise TPPError(
                 f"what {block!r} computes is not added to a stream that it reads, or "
