@@ -108,7 +108,8 @@ def measured(bench: Bench, patterns: tuple[str, ...], measure: str) -> dict[str,
 
 def cache_size(model: Any) -> int:
     """Returns the number of keys and values for each token."""
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(model.empty_cache(1, 1)))
+    cache = model.empty_cache(1, 1)
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(cache.layers))
 
 
 def table(record: dict[str, Any]) -> str:

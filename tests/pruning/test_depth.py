@@ -162,6 +162,25 @@ def test_penalties_empty_a_layer_and_the_cut_is_free(target):
     assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates))
 
 
+def test_transforms_pass_over_empty_kernels():
+    small = tpp.prune(decoder()[0], plan_of(BOTH))
+    params = nnx.state(small, nnx.Param)
+    groups = tpp.channel_groups(small, TOKENS)
+    plan = tpp.make_plan(groups, small, {"embed_tokens": 0.5})
+    schedule = tpp.growing_schedule(
+        granularity=1.0, every=1, stabilize=60, zero_out_every=1
+    )
+    tx = optax.chain(
+        tpp.add_orthogonality(),
+        tpp.add_tpp_penalties(plan, schedule, kept_weight=0.1),
+        tpp.zero_pruned(plan, schedule),
+    )
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    remade = tpp.reinitialize(params, "kaiming", key=jax.random.key(0))
+    for tree in (updates, remade):
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
 def residual(p, x, way):
     h = jnp.maximum(x @ p["up"], 0)
     if way == "mean":

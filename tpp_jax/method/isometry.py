@@ -232,7 +232,7 @@ def reinitialize(
     names = kernels_of(model, layers)
 
     def fresh(name: str, leaf: Array) -> Array:
-        if name not in names:
+        if name not in names or not leaf.size:
             return leaf
         # A number from the name, so that the draw does not depend on other layers.
         own = (

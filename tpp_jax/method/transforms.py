@@ -153,7 +153,7 @@ def add_tpp_penalties(
         penalties = []
 
         def add(name: str, gradient: Array, parameter: Array) -> Array:
-            if name not in found:
+            if name not in found or not parameter.size:  # a removed branch
                 return gradient
             here = found[name]
             own = max(factors[group] for group in here.groups)
