@@ -38,7 +38,7 @@ from tpp_jax.pruning.filters import (
     pruned_filters,
 )
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.planning import strengths_of
+from tpp_jax.pruning.ratios import strengths_of
 from tpp_jax.pruning.readiness import UNDONE
 
 _NO_PARAMS = "the transform needs the parameters: call update(updates, state, params)"
@@ -153,7 +153,7 @@ def add_tpp_penalties(
         penalties = []
 
         def add(name: str, gradient: Array, parameter: Array) -> Array:
-            if name not in found:
+            if name not in found or not parameter.size:  # a removed branch
                 return gradient
             here = found[name]
             own = max(factors[group] for group in here.groups)

@@ -305,6 +305,10 @@ def group_scores(
     members = [m for m in group.members if m.role == "produced"]
     if criterion.of == "norms":
         members = _scales(group)
+    # Kernels of a removed branch have filters without weights.
+    members = [member for member in members if np.size(leaves[member.leaf])]
+    if not members:
+        return np.zeros(group.size)
     scores = []
     for member in members:
         arguments = [filters_of(member, leaves[member.leaf])]

@@ -193,11 +193,10 @@ class Plan:
 
 
 def _ascending(indices: Any, size: int) -> bool:
-    """Reports whether something is a list of ascending indices, at least one."""
+    """Reports whether something is a list of ascending indices."""
     return (
         isinstance(indices, Sequence)
         and all(type(i) is int and 0 <= i < size for i in indices)
-        and len(indices) > 0
         and not (np.diff(indices) <= 0).any()
     )
 

@@ -342,7 +342,7 @@ class _Meter:
         mean = exact.mean(axes, keepdims=True)
         var = jnp.square(exact - mean).mean(axes).reshape(-1)[order]
         flat = mean.reshape(-1)[order]
-        rows = jnp.full(1, x.size // flat.size, exact.dtype)
+        rows = jnp.full(1, x.size // max(flat.size, 1), exact.dtype)
         sums = Sums(rows, flat[None], (var * rows)[None])
         known = self.sums.get(tag.name)
         self.sums[tag.name] = sums if known is None else merge(known, sums)

@@ -126,7 +126,9 @@ def kept_features(
 
 
 def _is_refit(plan: Plan, entry: ConsumerMoments) -> bool:
-    return entry.fixed is None and entry.once and not kept_features(plan, entry).all()
+    keep = kept_features(plan, entry)
+    empty = any(not kept.number for kept in keep_masks(plan, entry.leaf).values())
+    return entry.fixed is None and entry.once and not (keep.all() or empty)
 
 
 def _uses(

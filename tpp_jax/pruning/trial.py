@@ -21,6 +21,7 @@ from tpp_jax.graph.groups import read_groups
 from tpp_jax.graph.records import Groups
 from tpp_jax.graph.tracing import Trace, lines_of_error, raised_in
 from tpp_jax.pruning.arrangement import arrangement
+from tpp_jax.pruning.emptying import undefined, without_empty
 from tpp_jax.pruning.literals import OtherNumber, Widths, other_numbers
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.source import Source
@@ -122,9 +123,14 @@ class Trial:
             new = self.source.trace_cut(plans[0], shapes)
         except Exception as error:  # any that the user's code raises for odd shapes
             return self._raised(error, kept)
+        emptied = any(indices.shape[-1] == 0 for indices in kept.values())
+        if emptied:
+            old, new = without_empty(old, new, positions)
         for one in plans:
             positions = self._positions(one)
             found = difference(old, new, reading, positions)
+            if found is None and emptied:
+                found = undefined(groups.traced, new)
             if found and found.order and self._rearranged(new, one, positions):
                 return None
             if found is not None:
