@@ -63,6 +63,13 @@ def is_explicit(array: Any) -> bool:
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
 
 
+def is_spread(array: Any) -> bool:
+    """Reports whether several devices hold an array, or parts of it."""
+    if not isinstance(array, jax.Array) or isinstance(array, Tracer):
+        return False
+    return len(array.sharding.device_set) > 1
+
+
 def cut(array: Any, cuts: Cuts) -> Any:
     """Returns an array without its pruned positions.
 

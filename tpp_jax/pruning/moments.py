@@ -116,6 +116,20 @@ class ConsumerMoments:
             return self.variance[stack] + mean**2
         return self.covariance[stack] + np.outer(mean, mean)
 
+    def reads_all(self, shape: tuple[int, ...], axis: int) -> bool:
+        """Reports whether each position along an axis of the kernel is one feature.
+
+        All weights of the kernel are then read once, as those of a dense layer are.
+
+        Args:
+          shape: Shape of the kernel.
+          axis: Axis that channels run along.
+        """
+        positions = self.positions[axis]
+        one_each = np.array_equal(np.sort(positions), np.arange(shape[axis]))
+        size = len(positions) * len(self.outputs)
+        return one_each and len(self.stacks) == 1 and size == int(np.prod(shape))
+
     def weight_index(self) -> Int[np.ndarray, "stacks features outputs"]:
         """Returns the flat index of each weight."""
         return self.stacks[:, None, None] + self.features[:, None] + self.outputs
