@@ -286,6 +286,27 @@ def test_a_tree_and_the_optimizers_state_are_cut_on_their_devices(
     assert_equal(pruned, small)
 
 
+@pytest.mark.parametrize(
+    "ratios",
+    [{"*gate_proj": 0.3}, {"*q_proj": 0.3}, {"*v_proj#2": 0.3}, 0.35],
+)
+def test_counts_can_be_rounded_to_what_the_mesh_divides(ratios, groups, many):
+    cut = {}
+    for round_to in (1, "sharding"):
+        plan = tpp.make_plan(groups, many.params, ratios, round_to=round_to)
+        cut[round_to] = tpp.slice_tree(plan, many.params)
+    assert_divided_alike(cut["sharding"], many.params)
+    sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in cut.values()]
+    assert sizes[0] <= sizes[1] < sum(x.size for x in jax.tree.leaves(many.params))
+    if ratios == 0.35:
+        with pytest.raises(AssertionError):
+            assert_divided_alike(cut[1], many.params)
+        plan = tpp.make_plan(
+            groups, many.params, params=0.7, round_to="sharding", check=False
+        )
+        assert_divided_alike(tpp.slice_tree(plan, many.params), many.params)
+
+
 def test_compensation_keeps_the_division(plan, plan_of_one, many, one, moments):
     small, wanted = (
         tpp.compensate(c.fn, p, params=c.params, moments=m, damping=0.1)

@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from flax import nnx
@@ -15,6 +15,7 @@ from tpp_jax.graph.records import Group, Groups
 from tpp_jax.pruning.criteria import Criterion, Score, Scores, is_additive
 from tpp_jax.pruning.curves import Sensitivity, check_measured
 from tpp_jax.pruning.cutting import check_plan
+from tpp_jax.pruning.multiples import multiples_of
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.scoring import channel_scores, check_mapping
 from tpp_jax.pruning.targets import (
@@ -46,7 +47,7 @@ def make_plan(
     scope: str = "local",
     reduce: str = "mean",
     seed: int = 0,
-    round_to: int = 1,
+    round_to: int | Literal["sharding"] = 1,
     min_channels: int = 1,
     allow_uncounted: bool = False,
     check: bool = True,
@@ -97,6 +98,9 @@ def make_plan(
         it: ``"mean"``, ``"sum"``, ``"max"``, or ``"first"``, the score in the first.
       seed: Seed of the random criterion.
       round_to: Number of which kept counts are rounded up to a multiple.
+        ``"sharding"``: for each group the number that leaves its arrays divided over
+        the axes of a mesh as they are. With other numbers, a cut array is replicated
+        along axes of the mesh that do not divide it any more.
       min_channels: Smallest number of channels that a group keeps.
       allow_uncounted: Whether a FLOPs target is accepted for a model with work that
         :func:`tpp_jax.count` does not count (see :attr:`Count.uncounted`).
@@ -133,7 +137,7 @@ def make_plan(
         _check_sensitivity_alone(ratios, counts, scope, flops, params)
     _check_arguments(groups, ratios, counts, flops, params)
     _check_limits(round_to, min_channels)
-    limits = Limits(min_channels, round_to)
+    limits = Limits(min_channels, 1 if isinstance(round_to, str) else round_to)
     asked: dict[str, float] = {}
     pools: list[list[Group]] = []
     if sensitivity is not None:
@@ -145,9 +149,11 @@ def make_plan(
         pools = pools_of(groups, matched, scope)
     else:
         others = dict(ratios=ratios, flops=flops, params=params, skip=skip, scope=scope)
-        _check_counts_alone(others, limits)
+        _check_counts_alone({**others, **limits._asdict(), "round_to": round_to})
         _check_counts(groups, counts)
         matched = [groups[name] for name in counts]
+    if isinstance(round_to, str):
+        limits = limits._replace(round_to=multiples_of(groups, matched, model))
     ranks = channel_scores(
         groups,
         model,
@@ -269,7 +275,14 @@ def _check_arguments(
         )
 
 
-def _check_limits(round_to: int, min_channels: int) -> None:
+def _check_limits(round_to: int | str, min_channels: int) -> None:
+    if isinstance(round_to, str):
+        if round_to != "sharding":
+            raise TPPError(
+                f"round_to is {round_to!r}: give a number, or 'sharding' for what the "
+                "mesh of the model's arrays divides"
+            )
+        round_to = 1
     for name, least in (("round_to", round_to), ("min_channels", min_channels)):
         if least < 1:
             raise TPPError(f"{name} is {least}, must be at least 1")
@@ -405,12 +418,12 @@ def _measured(
     return [g for g in groups if g.name in asked and limits.most(g.size)]
 
 
-def _check_counts_alone(others: Mapping[str, Any], limits: Limits) -> None:
+def _check_counts_alone(others: Mapping[str, Any]) -> None:
     """Raises if counts are combined with arguments that they replace."""
     defaults = {"skip": (), "scope": "local", "round_to": 1, "min_channels": 1}
     given = [
         name
-        for name, value in {**others, **limits._asdict()}.items()
+        for name, value in others.items()
         if value is not None and value != defaults.get(name) and value not in ("", [])
     ]
     if given:
