@@ -68,7 +68,7 @@ def cross_entropy(logits, tokens):
     return jnp.mean(losses)
 
 
-def spec_of(name, shape=None):
+def spec_of(name, shape):
     """The division of a parameter, by the end of its name."""
     del shape
     return next((spec for end, spec in _SPECS.items() if name.endswith(end)), P())
@@ -83,7 +83,7 @@ def divided(mesh):
     """The same, divided over a mesh with the axes ``data`` and ``model``."""
 
     def put(name, leaf):
-        return place(leaf, NamedSharding(mesh, spec_of(name)))
+        return place(leaf, NamedSharding(mesh, spec_of(name, leaf.shape)))
 
     fn, loss = call, on_one_device().loss
     if AxisType.Explicit in mesh.axis_types:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tpp_jax as tpp
+from tests.sharded.checks import assert_divided_alike, assert_equal
 from tests.sharded.decoder import RATIOS, divided, on_one_device
 from tpp_jax.graph.naming import named_leaves
 from tpp_jax.pruning.criteria import CRITERIA
@@ -19,12 +20,6 @@ from tpp_jax.pruning.scoring_on_devices import _program
 SCHEDULE = tpp.growing_schedule(
     granularity=0.5, every=1, stabilize=20, zero_out_every=1
 )
-
-
-@pytest.fixture(scope="module", params=["Auto", "Explicit"])
-def mesh(request):
-    kind = getattr(AxisType, request.param)
-    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
 
 
 @pytest.fixture(scope="module")
@@ -95,51 +90,6 @@ def train(plan, case):
     return params, state, program.as_text()
 
 
-def assert_equal(tree, other, tolerance=1e-5):
-    for (name, leaf), wanted in zip(
-        named_leaves(tree).items(), jax.tree.leaves(other), strict=True
-    ):
-        np.testing.assert_allclose(
-            leaf, wanted, rtol=tolerance, atol=tolerance, err_msg=name
-        )
-
-
-def assert_divided_alike(tree, other):
-    """Arrays are divided as those of the other tree with these names."""
-    others = named_leaves(other)
-    for name, leaf in named_leaves(tree).items():
-        like = others[name].sharding
-        assert leaf.sharding.is_equivalent_to(like, leaf.ndim), (name, leaf.sharding)
-        parts = {shard.data.shape for shard in leaf.addressable_shards}
-        assert parts == {leaf.sharding.shard_shape(leaf.shape)}
-
-
-class Copied(Exception):
-    """An array of more than one axis was copied to the host."""
-
-
-@pytest.fixture
-def only_scores_reach_the_host(monkeypatch):
-    """No array of more than one axis is copied from several devices to the host."""
-    array = type(jnp.ones(1))
-    value = array._value
-
-    def copied(self):
-        if self.ndim > 1 and len(self.sharding.device_set) > 1:
-            raise Copied(self.shape)
-        return value.fget(self)
-
-    def converted(self, dtype=None, copy=None):
-        return np.array(copied(self), dtype, copy=copy)
-
-    monkeypatch.setattr(array, "_value", property(copied))
-    monkeypatch.setattr(array, "__array__", converted)
-    everywhere = NamedSharding(jax.make_mesh((8,), ("x",)), P("x"))
-    divided = jax.device_put(np.ones((8, 2)), everywhere)
-    with pytest.raises(Copied):
-        np.asarray(divided)
-
-
 def test_groups_are_the_same(groups, groups_of_one):
     assert [(g.name, g.size, g.reason) for g in groups] == [
         (g.name, g.size, g.reason) for g in groups_of_one
@@ -192,8 +142,7 @@ def test_scores_move_no_kernel_between_devices(groups, many):
                 member.positions.shape,
                 member.positions.tobytes(),
                 member.positions.dtype.str,
-                kernel.sharding.mesh,
-                AxisType.Explicit in kernel.sharding.mesh.axis_types,
+                kernel.sharding,
             )
             with jax.enable_x64(True):
                 text = program.lower(*arrays).compile().as_text()

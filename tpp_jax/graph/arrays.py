@@ -17,6 +17,8 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Int
 
+from tpp_jax.errors import TPPError
+
 Cuts = Mapping[int, tuple[Bool[Array | np.ndarray, " n"], int]]
 """Axis → a mask that is True for the positions that are kept, and their number."""
 
@@ -68,6 +70,88 @@ def is_spread(array: Any) -> bool:
     if not isinstance(array, jax.Array) or isinstance(array, Tracer):
         return False
     return len(array.sharding.device_set) > 1
+
+
+def is_divided(array: Any) -> bool:
+    """Reports whether no device holds an array as a unit."""
+    return is_spread(array) and not array.is_fully_replicated
+
+
+def with_result_everywhere(
+    fn: Callable[..., Array], sharding: Sharding
+) -> Callable[..., Array]:
+    """Returns a compiled function of divided arrays, whose result is on every device.
+
+    The compiler decides how what is in between is divided, on explicit axes too.
+
+    Args:
+      fn: Function of arrays to an array.
+      sharding: Sharding of one of the arguments.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return jax.jit(fn)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    function: Any = fn
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        function = jax.sharding.auto_axes(fn, out_sharding=everywhere)
+    return jax.jit(function, out_shardings=everywhere)
+
+
+Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding | None]
+"""Sharding for all arrays, or function of the name and shape of an array to its own.
+
+Axes of a mesh that do not divide an array, or that it does not have, are left out.
+"""
+
+
+def sharding_for(
+    shardings: Shardings | None, name: str, shape: tuple[int, ...]
+) -> Sharding | None:
+    """Returns the sharding of one array; None for the default device.
+
+    Args:
+      shardings: Sharding, or function that gives one for each array; None for none.
+      name: Name of the array.
+      shape: Its shape.
+
+    Raises:
+      TPPError: It is neither, or does not fit the array.
+    """
+    found: Any = shardings
+    if callable(shardings):
+        found = shardings(name, shape)
+    elif isinstance(shardings, NamedSharding):
+        spec = PartitionSpec(*shardings.spec[: len(shape)])
+        found = shardings.update(spec=spec)
+    if found is None:
+        return None
+    if not isinstance(found, Sharding):
+        raise TPPError(
+            f"the sharding of {name} is {found!r}: give a jax.sharding.Sharding, or a "
+            "function (name, shape) that returns one"
+        )
+    if isinstance(found, NamedSharding) and len(found.spec) > len(shape):
+        raise TPPError(
+            f"the sharding of {name} has the spec {found.spec}, which has more axes "
+            f"than its shape {shape}"
+        )
+    fitted = fitting(found, shape)
+    if fitted is None:
+        raise TPPError(f"the sharding of {name} does not divide its shape {shape}")
+    return fitted
+
+
+def placed(array: Any, sharding: Sharding | None) -> jax.Array:
+    """Returns a JAX array of host data, of which each device gets its part.
+
+    Args:
+      array: NumPy array, the same in all processes.
+      sharding: Sharding; None for the default device.
+    """
+    if sharding is None:
+        return jnp.asarray(array)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
 
 
 def cut(array: Any, cuts: Cuts) -> Any:

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from tpp_jax.errors import TPPError
-from tpp_jax.graph.arrays import is_explicit, is_spread
+from tpp_jax.graph.arrays import is_divided, is_spread, placed, with_result_everywhere
 from tpp_jax.graph.records import Member
 
 Score = Callable[..., Any]
@@ -42,7 +42,7 @@ def scores_on_devices(
       TPPError: It cannot be traced, and other processes hold parts of the kernel.
     """
     kernel, *statistics = arrays
-    placed = [_like_kernel(array, kernel) for array in statistics]
+    others = [_like_kernel(array, kernel) for array in statistics]
     positions = np.ascontiguousarray(member.positions)
     make = _program if pure else _program.__wrapped__
     program = make(
@@ -51,12 +51,11 @@ def scores_on_devices(
         positions.shape,
         positions.tobytes(),
         positions.dtype.str,
-        kernel.sharding.mesh,
-        is_explicit(kernel),
+        kernel.sharding,
     )
     try:
         with jax.enable_x64(True):  # as on the host, where sums are float64
-            return np.asarray(program(kernel, *placed))
+            return np.asarray(program(kernel, *others))
     except Exception as error:  # a function that needs NumPy arrays raises any error
         if kernel.is_fully_addressable:
             return None
@@ -69,13 +68,13 @@ def scores_on_devices(
 
 def can_score(array: Any) -> bool:
     """Reports whether an array is scored on its devices."""
-    return is_spread(array) and isinstance(array.sharding, NamedSharding)
+    return is_divided(array) and isinstance(array.sharding, NamedSharding)
 
 
 def _like_kernel(array: Any, kernel: jax.Array) -> Any:
     """Returns a statistic of the kernel's shape divided as the kernel is."""
     if np.shape(array) == kernel.shape and not is_spread(array):
-        return jax.device_put(array, kernel.sharding)
+        return placed(array, kernel.sharding)
     return array
 
 
@@ -86,8 +85,7 @@ def _program(
     shape: tuple[int, int],
     positions: bytes,
     dtype: str,
-    mesh: Any,
-    explicit: bool,
+    sharding: NamedSharding,
 ) -> Callable[..., Array]:
     """Returns a compiled function of a kernel and statistics to scores."""
     where = np.frombuffer(positions, dtype).reshape(shape)
@@ -97,11 +95,7 @@ def _program(
         arrays += [jnp.broadcast_to(one, kernel.shape) for one in statistics]
         return jnp.asarray(score(*(_rows(array, axis, where) for array in arrays)))
 
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    function: Any = scores
-    if explicit:  # the compiler decides, as on other meshes
-        function = jax.sharding.auto_axes(scores, out_sharding=everywhere)
-    return jax.jit(function, out_shardings=everywhere)
+    return with_result_everywhere(scores, sharding)
 
 
 def _rows(array: Array, axis: int, positions: np.ndarray) -> Float[Array, "n d"]:
