@@ -25,7 +25,6 @@ CONFIG = DecoderConfig(
     tied=True,
 )
 RATIOS = {"*gate_proj": 0.5, "*q_proj": 0.0}
-GRAPHDEF, STATE = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocabulary, (8, 16))
 
 # Columns of the first layers and rows of the second ones, as in Megatron-LM.
@@ -56,9 +55,15 @@ class Case(NamedTuple):
         return jax.tree.map(lambda x: x if x.ndim else place(x, everywhere), tree)
 
 
+@functools.cache
+def parts():
+    """The structure and the arrays of the decoder, on one device."""
+    return nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+
+
 def call(params, tokens):
     """The decoder as a function of its arrays."""
-    return nnx.merge(GRAPHDEF, params)(tokens)
+    return nnx.merge(parts()[0], params)(tokens)
 
 
 def cross_entropy(logits, tokens):
@@ -76,7 +81,7 @@ def spec_of(name, shape):
 
 @functools.cache
 def on_one_device():
-    return Case(call, STATE, TOKENS, lambda p, t: cross_entropy(call(p, t), t))
+    return Case(call, parts()[1], TOKENS, lambda p, t: cross_entropy(call(p, t), t))
 
 
 def divided(mesh):
@@ -92,7 +97,7 @@ def divided(mesh):
         fn = jax.sharding.auto_axes(call, out_sharding=out)
         loss = jax.sharding.auto_axes(loss, out_sharding=NamedSharding(mesh, P()))
     tokens = place(TOKENS, NamedSharding(mesh, P("data")))
-    return Case(fn, map_named(put, STATE), tokens, loss, mesh)
+    return Case(fn, map_named(put, parts()[1]), tokens, loss, mesh)
 
 
 def place(array, sharding):

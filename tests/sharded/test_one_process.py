@@ -5,7 +5,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,13 +12,10 @@ from jax.sharding import PartitionSpec as P
 import tpp_jax as tpp
 from tests.sharded.checks import assert_divided_alike, assert_equal
 from tests.sharded.decoder import RATIOS, divided, on_one_device
+from tests.sharded.one_of_two import penalised
 from tpp_jax.graph.naming import named_leaves
 from tpp_jax.pruning.criteria import CRITERIA
 from tpp_jax.pruning.scoring_on_devices import _program
-
-SCHEDULE = tpp.growing_schedule(
-    granularity=0.5, every=1, stabilize=20, zero_out_every=1
-)
 
 
 @pytest.fixture(scope="module")
@@ -65,29 +61,7 @@ def plan_of_one(groups_of_one, one):
 @pytest.fixture(scope="module")
 def trained(plan, many):
     """Parameters and the optimizer's state after three steps, and the HLO of one."""
-    return train(plan, many)
-
-
-def train(plan, case):
-    tx = optax.chain(
-        optax.scale_by_adam(),
-        tpp.add_tpp_penalties(plan, SCHEDULE, gram_weight=1.0, target="relative"),
-        optax.scale(-0.01),
-        tpp.zero_pruned(plan, SCHEDULE),
-    )
-
-    def step(params, state, tokens):
-        gradients = jax.grad(case.loss)(params, tokens)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params, state = case.params, case.placed(tx.init(case.params))
-    places = jax.tree.map(lambda x: x.sharding, (params, state))
-    program = jax.jit(step, out_shardings=places)
-    program = program.lower(params, state, case.tokens).compile()
-    for _ in range(3):
-        params, state = program(params, state, case.tokens)
-    return params, state, program.as_text()
+    return penalised(plan, many, 3)
 
 
 def test_groups_are_the_same(groups, groups_of_one):
@@ -203,7 +177,7 @@ def test_moments_are_the_same(moments):
 
 def test_penalties_are_the_same_and_leave_the_division(trained, plan_of_one, many, one):
     params, state, _ = trained
-    params_of_one, state_of_one, _ = train(plan_of_one, one)
+    params_of_one, state_of_one, _ = penalised(plan_of_one, one, 3)
     # Adam divides by roots of small gradients.
     assert_equal(params, params_of_one, 1e-3)
     assert_divided_alike(params, many.params)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import tpp_jax as tpp
 from tests.sharded.checks import assert_divided_alike, assert_equal
-from tests.sharded.decoder import CONFIG, GRAPHDEF, STATE, divided, spec_of
+from tests.sharded.decoder import CONFIG, divided, parts, spec_of
 from tpp_jax.graph.naming import named_leaves
 from tpp_jax.models import Decoder
 from tpp_jax.storage.contents import content_sum
@@ -18,7 +18,7 @@ from tpp_jax.storage.contents import content_sum
 
 @pytest.fixture
 def model(mesh):
-    return nnx.merge(GRAPHDEF, divided(mesh).params)
+    return nnx.merge(parts()[0], divided(mesh).params)
 
 
 @pytest.fixture
@@ -36,25 +36,25 @@ def test_no_array_is_whole_on_the_host(model, template, mesh, tmp_path, monkeypa
     loaded = tpp.load_model(tmp_path / "m", template, sharding=sharding)
     monkeypatch.undo()
     assert_divided_alike(nnx.state(loaded), nnx.state(model))
-    assert_equal(nnx.state(loaded), STATE, 0)
+    assert_equal(nnx.state(loaded), parts()[1], 0)
 
 
 def test_a_model_is_loaded_into_other_parts(model, template, mesh, tmp_path):
     tpp.save_model(tmp_path / "m", model)
     here = tpp.load_model(tmp_path / "m", template)
-    assert_equal(nnx.state(here), STATE, 0)
+    assert_equal(nnx.state(here), parts()[1], 0)
     assert all(len(x.devices()) == 1 for x in jax.tree.leaves(nnx.state(here)))
     # The last axis of the mesh does not divide the frequencies, two numbers.
     rows = NamedSharding(mesh, P("model"))
     loaded = tpp.load_model(tmp_path / "m", template, sharding=rows)
-    assert_equal(nnx.state(loaded), STATE, 0)
+    assert_equal(nnx.state(loaded), parts()[1], 0)
     for name, leaf in named_leaves(nnx.state(loaded)).items():
         divides = leaf.shape[0] % 4 == 0
         assert leaf.sharding.spec == (P("model") if divides else P(None)), name
     # What one device saved can be divided too.
     tpp.save_model(tmp_path / "one", here)
     loaded = tpp.load_model(tmp_path / "one", template, sharding=rows)
-    assert_equal(nnx.state(loaded), STATE, 0)
+    assert_equal(nnx.state(loaded), parts()[1], 0)
     assert loaded.layers[0].mlp.up_proj.kernel[...].sharding == rows
 
 

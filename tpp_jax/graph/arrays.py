@@ -22,6 +22,8 @@ from tpp_jax.errors import TPPError
 Cuts = Mapping[int, tuple[Bool[Array | np.ndarray, " n"], int]]
 """Axis → a mask that is True for the positions that are kept, and their number."""
 
+_BLOCK = 1 << 26  # bytes that the devices of several processes exchange at once
+
 
 def fitting(sharding: Sharding, shape: tuple[int, ...]) -> Sharding | None:
     """Returns a sharding for the cut form of an array.
@@ -152,6 +154,37 @@ def placed(array: Any, sharding: Sharding | None) -> jax.Array:
         return jnp.asarray(array)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+
+
+def on_host(array: Any) -> np.ndarray:
+    """Returns a copy of an array on the host, for what has to be computed there.
+
+    If other processes hold parts of it, all processes must call this; the devices
+    exchange a block of rows at a time.
+
+    Args:
+      array: Array on any devices.
+    """
+    remote = isinstance(array, jax.Array) and not array.is_fully_addressable
+    if not remote or array.is_fully_replicated:
+        return np.asarray(array)
+    rows = max(_BLOCK * array.shape[0] // max(array.nbytes, 1), 1)
+    blocks = []
+    with jax.enable_x64(True):
+        for start in range(0, array.shape[0], rows):
+            size = min(rows, array.shape[0] - start)
+            blocks.append(np.asarray(_rows(size, array.sharding)(array, start)))
+    return np.concatenate(blocks)
+
+
+@functools.lru_cache(maxsize=512)
+def _rows(size: int, sharding: Sharding) -> Callable[..., Array]:
+    """Returns a compiled function of an array to some rows, on every device."""
+
+    def rows(array: Array, start: Int[Array, ""]) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, start, size)
+
+    return with_result_everywhere(rows, sharding)
 
 
 def cut(array: Any, cuts: Cuts) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import on_host
 from tpp_jax.graph.groups import Group, Member
 from tpp_jax.pruning.moments import Moments
 from tpp_jax.pruning.obs import obs
@@ -367,7 +368,7 @@ def _consumers_score(
             arrays = [leaf, means.reshape(shape), variances.reshape(shape)]
             total += _checked(_score(criterion, member, arrays), member.leaf, group)
             continue
-        leaf = np.asarray(leaf)
+        leaf = on_host(leaf)
         index = entry.weight_index()
         moments_of_rows = entry.mean[:, :, None], entry.variance[:, :, None]
         arguments = []
