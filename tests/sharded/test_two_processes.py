@@ -21,13 +21,13 @@ def start_two(folder, kind):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
+    program = "tests.sharded.one_of_two"
     flags = (
         "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1"
     )
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.sharded.one_of_two"]
-            + [address, str(number), str(folder), kind],
+            [sys.executable, "-m", program, address, str(number), str(folder), kind],
             cwd=ROOT,
             env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
@@ -37,7 +37,9 @@ def start_two(folder, kind):
     ]
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("Auto", marks=pytest.mark.slow), "Explicit"]
+)
 def test_two_processes_prune_and_save_a_model_as_one_does(kind, tmp_path):
     both = start_two(tmp_path, kind)
     try:
