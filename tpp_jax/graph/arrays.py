@@ -17,6 +17,8 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Int
 
+from tpp_jax.errors import TPPError
+
 Mask = Bool[Array | np.ndarray, " n"] | Bool[Array | np.ndarray, "steps n"]
 
 
@@ -66,6 +68,8 @@ def spread(values: Any, axis: int, steps: int | None, axes: Sequence[int]) -> An
 Cuts = Mapping[int, Positions]
 """Axis → its positions that are kept."""
 
+_BLOCK = 1 << 26  # bytes that the devices of several processes exchange at once
+
 
 def fitting(sharding: Sharding, shape: tuple[int, ...]) -> Sharding | None:
     """Returns a sharding for the cut form of an array.
@@ -107,6 +111,126 @@ def is_explicit(array: Any) -> bool:
     """Reports whether an array's type includes its sharding (explicit mesh axes)."""
     mesh = jax.typeof(array).sharding.mesh
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
+def is_spread(array: Any) -> bool:
+    """Reports whether several devices hold an array, or parts of it."""
+    if not isinstance(array, jax.Array) or isinstance(array, Tracer):
+        return False
+    return len(array.sharding.device_set) > 1
+
+
+def is_divided(array: Any) -> bool:
+    """Reports whether no device holds an array as a unit."""
+    return is_spread(array) and not array.is_fully_replicated
+
+
+def with_result_everywhere(
+    fn: Callable[..., Array], sharding: Sharding
+) -> Callable[..., Array]:
+    """Returns a compiled function of divided arrays, whose result is on every device.
+
+    The compiler decides how what is in between is divided, on explicit axes too.
+
+    Args:
+      fn: Function of arrays to an array.
+      sharding: Sharding of one of the arguments.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return jax.jit(fn)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    function: Any = fn
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        function = jax.sharding.auto_axes(fn, out_sharding=everywhere)
+    return jax.jit(function, out_shardings=everywhere)
+
+
+Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding | None]
+"""Sharding for all arrays, or function of the name and shape of an array to its own.
+
+Axes of a mesh that do not divide an array, or that it does not have, are left out.
+"""
+
+
+def sharding_for(
+    shardings: Shardings | None, name: str, shape: tuple[int, ...]
+) -> Sharding | None:
+    """Returns the sharding of one array; None for the default device.
+
+    Args:
+      shardings: Sharding, or function that gives one for each array; None for none.
+      name: Name of the array.
+      shape: Its shape.
+
+    Raises:
+      TPPError: It is neither, or does not fit the array.
+    """
+    found: Any = shardings
+    if callable(shardings):
+        found = shardings(name, shape)
+    elif isinstance(shardings, NamedSharding):
+        spec = PartitionSpec(*shardings.spec[: len(shape)])
+        found = shardings.update(spec=spec)
+    if found is None:
+        return None
+    if not isinstance(found, Sharding):
+        raise TPPError(
+            f"the sharding of {name} is {found!r}: give a jax.sharding.Sharding, or a "
+            "function (name, shape) that returns one"
+        )
+    if isinstance(found, NamedSharding) and len(found.spec) > len(shape):
+        raise TPPError(
+            f"the sharding of {name} has the spec {found.spec}, which has more axes "
+            f"than its shape {shape}"
+        )
+    fitted = fitting(found, shape)
+    if fitted is None:
+        raise TPPError(f"the sharding of {name} does not divide its shape {shape}")
+    return fitted
+
+
+def placed(array: Any, sharding: Sharding | None) -> jax.Array:
+    """Returns a JAX array of host data, of which each device gets its part.
+
+    Args:
+      array: NumPy array, the same in all processes.
+      sharding: Sharding; None for the default device.
+    """
+    if sharding is None:
+        return jnp.asarray(array)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+
+
+def on_host(array: Any) -> np.ndarray:
+    """Returns a copy of an array on the host, for what has to be computed there.
+
+    If other processes hold parts of it, all processes must call this; the devices
+    exchange a block of rows at a time.
+
+    Args:
+      array: Array on any devices.
+    """
+    remote = isinstance(array, jax.Array) and not array.is_fully_addressable
+    if not remote or array.is_fully_replicated:
+        return np.asarray(array)
+    rows = max(_BLOCK * array.shape[0] // max(array.nbytes, 1), 1)
+    blocks = []
+    with jax.enable_x64(True):
+        for start in range(0, array.shape[0], rows):
+            size = min(rows, array.shape[0] - start)
+            blocks.append(np.asarray(_rows(size, array.sharding)(array, start)))
+    return np.concatenate(blocks)
+
+
+@functools.lru_cache(maxsize=512)
+def _rows(size: int, sharding: Sharding) -> Callable[..., Array]:
+    """Returns a compiled function of an array to some rows, on every device."""
+
+    def rows(array: Array, start: Int[Array, ""]) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, start, size)
+
+    return with_result_everywhere(rows, sharding)
 
 
 def cut(array: Any, cuts: Cuts) -> Any:

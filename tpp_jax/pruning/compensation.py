@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from jaxtyping import Bool, Float
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import on_host, placed
 from tpp_jax.graph.functions import Function, as_function, is_array
 from tpp_jax.graph.naming import some
 from tpp_jax.pruning import readiness
@@ -226,7 +226,7 @@ def refit_all(
 
     def flat(leaf: str) -> np.ndarray:
         if leaf not in exact:
-            exact[leaf] = np.asarray(leaves[leaf], np.float64).reshape(-1)
+            exact[leaf] = on_host(leaves[leaf]).astype(np.float64).reshape(-1)
         return exact[leaf]
 
     for i, entry in enumerate(moments.consumers):
@@ -313,6 +313,4 @@ def like_leaf(leaf: Any, values: np.ndarray) -> Any:
     array = values.reshape(leaf.shape).astype(leaf.dtype)
     if not isinstance(leaf, jax.Array):
         return array
-    return (
-        jax.device_put(array, leaf.sharding) if leaf.committed else jnp.asarray(array)
-    )
+    return placed(array, leaf.sharding if leaf.committed else None)

@@ -1,7 +1,7 @@
 """From ratios to counts to the kept channels: ``make_plan``."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -13,6 +13,7 @@ from tpp_jax.graph.records import Group, Groups
 from tpp_jax.pruning.criteria import Criterion, Score, Scores, is_additive
 from tpp_jax.pruning.curves import Sensitivity, check_measured
 from tpp_jax.pruning.cutting import check_plan
+from tpp_jax.pruning.multiples import multiples_of
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.ratios import Ratios, is_number, parse_patterns, ratios_of
 from tpp_jax.pruning.scoring import channel_scores, check_mapping
@@ -47,7 +48,7 @@ def make_plan(
     scope: str = "local",
     reduce: str = "mean",
     seed: int = 0,
-    round_to: int = 1,
+    round_to: int | Literal["sharding"] = 1,
     min_channels: int = 1,
     allow_uncounted: bool = False,
     check: bool = True,
@@ -103,6 +104,9 @@ def make_plan(
         it: ``"mean"``, ``"sum"``, ``"max"``, or ``"first"``, the score in the first.
       seed: Seed of the random criterion.
       round_to: Number of which kept counts are rounded up to a multiple.
+        ``"sharding"``: for each group the number that leaves its arrays divided over
+        the axes of a mesh as they are. With other numbers, a cut array is replicated
+        along axes of the mesh that do not divide it any more.
       min_channels: Smallest number of channels that a group keeps. 0 permits patterns
         with a ratio of 1: ``{"layers.3.*": 1}`` removes all channels of the groups that
         are produced nowhere else, so that the block contributes nothing or a bias.
@@ -145,7 +149,7 @@ def make_plan(
         _check_sensitivity_alone(ratios, counts, scope, wanted)
     _check_arguments(groups, ratios, counts, wanted)
     _check_limits(round_to, min_channels)
-    limits = Limits(max(min_channels, 1), round_to)
+    limits = Limits(max(min_channels, 1), 1 if isinstance(round_to, str) else round_to)
     layers = [] if kv_cache is None else cached_layers(groups, parse_patterns(cached))
     asked: dict[str, float] = {}
     if sensitivity is not None:
@@ -161,10 +165,13 @@ def make_plan(
             g for g in groups if 0 < asked.get(g.name, 0) < 1 and limits.most(g.size)
         ]
     else:
-        others = dict(ratios=ratios, skip=skip, scope=scope, **wanted)
-        _check_counts_alone(others, Limits(min_channels, round_to))
+        limited = {"round_to": round_to, "min_channels": min_channels}
+        others = dict(ratios=ratios, skip=skip, scope=scope, **wanted, **limited)
+        _check_counts_alone(others)
         _check_counts(groups, counts)
         matched = [groups[name] for name in counts]
+    if isinstance(round_to, str):
+        limits = limits._replace(round_to=multiples_of(groups, matched, model))
     ranks = channel_scores(
         groups,
         model,
@@ -253,8 +260,14 @@ def _check_arguments(
         )
 
 
-def _check_limits(round_to: int, min_channels: int) -> None:
-    if round_to < 1:
+def _check_limits(round_to: int | str, min_channels: int) -> None:
+    if isinstance(round_to, str):
+        if round_to != "sharding":
+            raise TPPError(
+                f"round_to is {round_to!r}: give a number, or 'sharding' for what the "
+                "mesh of the model's arrays divides"
+            )
+    elif round_to < 1:
         raise TPPError(f"round_to is {round_to}, must be at least 1")
     if min_channels < 0:
         raise TPPError(f"min_channels is {min_channels}, must be at least 0")
@@ -295,12 +308,12 @@ def _measured(
     return [g for g in groups if g.name in asked and limits.most(g.size)]
 
 
-def _check_counts_alone(others: Mapping[str, Any], limits: Limits) -> None:
+def _check_counts_alone(others: Mapping[str, Any]) -> None:
     """Raises if counts are combined with arguments that they replace."""
     defaults = {"skip": (), "scope": "local", "round_to": 1, "min_channels": 1}
     given = [
         name
-        for name, value in {**others, **limits._asdict()}.items()
+        for name, value in others.items()
         if value is not None and value != defaults.get(name) and value not in ("", [])
     ]
     if given:

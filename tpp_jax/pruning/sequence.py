@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import on_host
 from tpp_jax.graph.functions import Function
 from tpp_jax.pruning.consumers import (
     Reading,
@@ -229,7 +230,7 @@ def _refit_layer(
     if entry is None or not same:
         return None
     columns = _columns(plan, dense, small)
-    kernel = np.asarray(originals[dense.leaf]).reshape(-1)[dense.reading.index]
+    kernel = on_host(originals[dense.leaf]).reshape(-1)[dense.reading.index]
     totals: list[Sums] = []
     for use in (pairs[:fitted], pairs[fitted:]):
         sums = [
@@ -237,13 +238,13 @@ def _refit_layer(
             for a, b in use
         ]
         exact = [
-            jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), one)
-            for one in jax.device_get(sums)
+            jax.tree.map(lambda leaf: on_host(leaf).astype(np.float64), one)
+            for one in sums
         ]
         if exact:
             totals.append(filled(functools.reduce(merge, exact)))
     weights = _flat(dense.leaf, current, new)
-    before = np.asarray(originals[dense.leaf], np.float64).reshape(-1)
+    before = on_host(originals[dense.leaf]).astype(np.float64).reshape(-1)
     before = before[_kept_entries(plan, dense.leaf)]
     for s, index in enumerate(small.reading.index):
         lack, bias, at = np.zeros(index.shape[1]), None, None
@@ -276,7 +277,7 @@ def _flat(
     leaf: str, current: Mapping[str, Any], new: dict[str, np.ndarray]
 ) -> np.ndarray:
     if leaf not in new:
-        new[leaf] = np.asarray(current[leaf], np.float64).reshape(-1)
+        new[leaf] = on_host(current[leaf]).astype(np.float64).reshape(-1)
     return new[leaf]
 
 
@@ -311,7 +312,7 @@ def _bias_of(
     leaf = entry.bias.leaf
     index = entry.bias.index.reshape(-1)[outputs]
     at = np.searchsorted(_kept_entries(plan, leaf), index)
-    old = np.asarray(originals[leaf], np.float64).reshape(-1)[index]
+    old = on_host(originals[leaf]).astype(np.float64).reshape(-1)[index]
     return at, _flat(leaf, current, new), old
 
 
