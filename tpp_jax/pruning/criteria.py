@@ -265,6 +265,9 @@ def group_scores(
 ) -> Scores:
     """Returns the score of each of a group's channels, float ``[group.size]``.
 
+    Channels of layers in a loop that may keep different ones are scored in each layer
+    by itself, ``[group.steps, group.size]``.
+
     Args:
       group: Group to score.
       leaves: Parameter arrays by dotted name.
@@ -278,6 +281,12 @@ def group_scores(
       TPPError: There is nothing to score, a statistic is missing or has the wrong
         shape, or the criterion did not return one number per filter.
     """
+    if group.steps is not None:
+        steps = range(group.steps)
+        parts = [_of_step(group, leaves, statistics, step) for step in steps]
+        return np.stack(
+            [group_scores(one, own, criterion, reduce, s) for one, own, s in parts]
+        )
     if criterion.of in ("consumers", "groups"):
         if not isinstance(statistics, Moments):
             raise TPPError(
@@ -304,6 +313,37 @@ def group_scores(
             arguments.append(filters_of(member, array))
         scores.append(_checked(criterion.score(*arguments), member.leaf, group))
     return REDUCTIONS[reduce](np.stack(scores))
+
+
+def _of_step(
+    group: Group,
+    leaves: Mapping[str, Any],
+    statistics: Mapping[str, Any] | Moments | None,
+    step: int,
+) -> tuple[Group, dict[str, Any], Any]:
+    """Returns a group, its parameters and their statistics in one step of a loop."""
+    axes = {m.leaf: m.steps for m in group.members if m.steps is not None}
+
+    def part(leaf: str, array: Any) -> Any:
+        axis = axes[leaf]
+        return array[(slice(None),) * axis + (step,)]
+
+    own = {leaf: part(leaf, leaves[leaf]) for leaf in axes}
+    if isinstance(statistics, Moments):
+        shapes = {leaf: np.shape(leaves[leaf]) for leaf in axes}
+        statistics = statistics.of_step(axes, shapes, step)
+    elif statistics is not None:
+        statistics = {
+            leaf: part(leaf, _broadcast(leaf, statistics[leaf], np.shape(leaves[leaf])))
+            for leaf in axes.keys() & statistics.keys()
+        }
+
+    def moved(m: Member) -> Member:
+        axis = axes[m.leaf]
+        return dataclasses.replace(m, axis=m.axis - (m.axis > axis), steps=None)
+
+    members = tuple(map(moved, group.members))
+    return dataclasses.replace(group, members=members, steps=None), own, statistics
 
 
 def _checked(score: Any, leaf: str, group: Group) -> Scores:
@@ -373,11 +413,15 @@ def _statistic(
             f"there is no statistic for {member.leaf}: the leaves of the statistics "
             "must have the names of the parameters"
         )
-    array = np.asarray(statistics[member.leaf])
+    return _broadcast(member.leaf, statistics[member.leaf], shape)
+
+
+def _broadcast(leaf: str, statistic: Any, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.asarray(statistic)
     try:
         return np.broadcast_to(array, shape)
     except ValueError:
         raise TPPError(
-            f"the statistic for {member.leaf} has shape {array.shape}, which does not "
-            f"fit the parameter's {shape}"
+            f"the statistic for {leaf} has shape {array.shape}, which does not fit the "
+            f"parameter's {shape}"
         ) from None

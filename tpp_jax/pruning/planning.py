@@ -87,8 +87,9 @@ def make_plan(
         :mod:`tpp_jax.pruning.statistics`, for a criterion that needs more than weights;
         the result of :func:`tpp_jax.input_moments` for ``wanda``, ``variance`` and
         ``obs``.
-      scores: Group name → the user's own scores, float ``[group.size]``. They replace
-        those of the criterion in the groups that they name.
+      scores: Group name → the user's own scores, float ``[group.size]``, or
+        ``[group.steps, group.size]``. They replace those of the criterion in the groups
+        that they name.
       scope: Set of groups whose scores compete. ``"local"``: each group loses its own
         share; ``"global"``: the same total, but the lowest scores among all matched
         groups; ``"isomorphic"``: the same total among groups of equal shape. With a
@@ -106,6 +107,8 @@ def make_plan(
     Returns:
       The plan. With ratios, a group of n channels loses ``ceil(ratio · n)`` of them, at
       most ``floor(0.995 · n)``. With a target, as few channels are pruned as meet it.
+      Layers in a loop (:attr:`Group.steps`) lose equally many channels, each those with
+      its own lowest scores.
 
     Raises:
       TPPError: A ratio is outside [0, 1); a pattern matches no layer, or only layers
@@ -161,7 +164,9 @@ def make_plan(
     if scope != "local" and is_additive(criterion):
         others = [g for g in matched if g.name not in (scores or {})]
         saved = saved_by_channels(groups, others, flops=flops, params=params)
-        ranks |= {name: ranks[name] / share for name, share in saved.items()}
+        # What a channel costs in each of the layers of a loop is paid in all of them.
+        shares = {g.name: saved.get(g.name, 1) / (g.steps or 1) for g in others}
+        ranks |= {name: ranks[name] / share for name, share in shares.items()}
     if counts is None and flops is None and params is None:
         counts = kept_by_ratios(pools, asked, ranks, limits)
     elif counts is None:
@@ -181,8 +186,10 @@ def make_plan(
 
 def best_channels(
     groups: Groups, counts: Mapping[str, int], scores: Mapping[str, Scores]
-) -> dict[str, Int[np.ndarray, " k"]]:
+) -> dict[str, Int[np.ndarray, "*steps k"]]:
     """Returns the channels of each prunable group with the highest scores.
+
+    In layers of a loop that may keep different channels, they are those of each layer.
 
     Args:
       groups: All groups of the model.
@@ -195,8 +202,9 @@ def best_channels(
             n_kept = counts.get(group.name, group.size)
             ranking = scores.get(group.name, np.arange(group.size))
             # Stable sorting breaks ties by index, so that one seed gives one plan.
-            order = np.argsort(ranking, kind="stable")
-            kept[group.name] = np.sort(order[group.size - n_kept :]).astype(np.int32)
+            order = np.argsort(ranking, axis=-1, kind="stable")
+            best = order[..., group.size - n_kept :]
+            kept[group.name] = np.sort(best, axis=-1).astype(np.int32)
     return kept
 
 

@@ -297,9 +297,14 @@ def _removals(
     """Returns the index of the group of a pool that loses the next channel."""
     if len(pool) == 1:
         return np.zeros(limits.most(pool[0].size), np.int64)
-    lowest = [np.sort(scores[g.name])[: limits.most(g.size)] for g in pool]
+    lowest = [_ladder(scores[g.name])[: limits.most(g.size)] for g in pool]
     group = np.repeat(np.arange(len(pool)), [len(ranked) for ranked in lowest])
     return group[np.argsort(np.concatenate(lowest), kind="stable")]
+
+
+def _ladder(scores: Scores) -> Scores:
+    """Returns the ascending scores of a group; means over the layers of a loop."""
+    return np.atleast_2d(np.sort(scores, axis=-1)).mean(axis=0)
 
 
 def _removals_of_all(
