@@ -155,10 +155,15 @@ def _cells() -> list[Cell]:
     seeds = [cell._replace(seed=seed) for seed in (1, 2) for cell in trained]
     more = [best._replace(training="distil layers")]
     more += [
+        other._replace(target=target, training=training)
+        for target in (half, budget)
+        for training in ("plain", "distil")
+    ]
+    more += [
         cell._replace(target=target)
         for target in (half, budget)
         for cell in trained
-        if cell.target == quarter and cell.training in ("plain", "distil", "tpp 0")
+        if cell.target == quarter and cell.training in ("plain", "tpp 0")
     ]
     return list(dict.fromkeys([*first, *untrained, *more, *seeds]))
 

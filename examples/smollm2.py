@@ -20,6 +20,7 @@ from flax import nnx
 
 import tpp_jax as tpp
 from tpp_jax.interop.trained_decoders import load
+from tpp_jax.models import Decoder
 from tpp_jax.training.distillation import distillation_loss
 
 LENGTH, CALIBRATION, BATCH = 256, 32, 2
@@ -39,7 +40,7 @@ def main() -> None:
     ids = np.asarray(tokenizer.encode(options.text.read_text()).ids, np.int32)
     tokens = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
 
-    def show(title: str, model: nnx.Module) -> None:
+    def show(title: str, model: Decoder) -> None:
         parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
         print(f"\n{title}, {parameters / 1e6:.1f} million parameters")
         prompt = jnp.asarray([tokenizer.encode(options.prompt).ids])
@@ -58,7 +59,7 @@ def main() -> None:
         tpp.save_hf(small, options.out, tokenizer)
 
 
-def pruned(dense: nnx.Module, tokens: np.ndarray, share: float) -> nnx.Module:
+def pruned(dense: Decoder, tokens: np.ndarray, share: float) -> Decoder:
     """Returns a model without a share of the units, refit to a text."""
     batches = [tokens[i : i + 4] for i in range(0, len(tokens), 4)]
     groups = tpp.channel_groups(dense, batches[0])
@@ -75,7 +76,7 @@ def pruned(dense: nnx.Module, tokens: np.ndarray, share: float) -> nnx.Module:
 
 
 def trained(
-    model: nnx.Module, teacher: nnx.Module, tokens: np.ndarray, steps: int, rate: float
+    model: Decoder, teacher: Decoder, tokens: np.ndarray, steps: int, rate: float
 ) -> None:
     """Trains a model on the next token and on the outputs of a teacher, in place."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
@@ -85,9 +86,9 @@ def trained(
 
     @nnx.jit
     def step(
-        model: nnx.Module, teacher: nnx.Module, optimizer: nnx.Optimizer, x: jax.Array
+        model: Decoder, teacher: Decoder, optimizer: nnx.Optimizer, x: jax.Array
     ) -> jax.Array:
-        def loss(model: nnx.Module) -> jax.Array:
+        def loss(model: Decoder) -> jax.Array:
             logits, targets = model(x)[:, :-1], x[:, 1:]
             own = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
             return (own.mean() + distillation_loss(logits, teacher(x)[:, :-1])) / 2

@@ -45,8 +45,10 @@ ROWS = {
     "imagenet_resnet50_advanced:1g": (IMAGENET, "4.09", RESNET50, ("0.9997", None)),
     "tiny_imagenet_resnet18": ((200, (64, 64, 3)), "1.86", None, None),
 }
-# The config for text is run by tests/end_to_end/test_own_task.py.
-FILES = {row.partition(":")[0] for row in ROWS} | {"chars_transformer_tpp"}
+# Configs for text are run by tests/end_to_end/test_own_task.py and
+# tests/experiment/test_trained_decoders.py.
+TEXT = {"chars_transformer_tpp", "smollm2_135m_tpp"}
+FILES = {row.partition(":")[0] for row in ROWS} | TEXT
 
 
 def load(row):
