@@ -40,17 +40,8 @@ def frequent_tokens(
       TPPError: The tokenizer is of another kind.
 
     Example:
-      >>> import tokenizers
-      >>> from tokenizers import models, pre_tokenizers
-      >>> letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-      >>> words = [*letters, "th", "the", "an"]
-      >>> tokenizer = tokenizers.Tokenizer(
-      ...     models.BPE({w: i for i, w in enumerate(words)}, [
-      ...         ("t", "h"), ("th", "e"), ("a", "n")])
-      ... )
-      >>> kept = frequent_tokens(tokenizer, "the")
-      >>> [words[i] for i in kept[256:]]
-      ['th', 'the']
+      >>> kept = frequent_tokens(tokenizer, texts, at_least=2)  # doctest: +SKIP
+      >>> small, tokenizer = keep_tokens(model, kept, tokenizer)  # doctest: +SKIP
     """
     given = [texts] if isinstance(texts, str) else texts
     seen = collections.Counter(i for text in given for i in tokenizer.encode(text).ids)
