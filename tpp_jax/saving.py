@@ -19,6 +19,7 @@ from flax import linen, nnx
 
 from tpp_jax import models
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import Shardings
 from tpp_jax.graph.bridge import counted_groups, follow_arrays, group_counts
 from tpp_jax.graph.fields import set_fields_of_modules
 from tpp_jax.graph.naming import longest_known_suffix, named_leaves
@@ -101,7 +102,9 @@ def save_model(
     _write(target, arrays, _as_json(meta))
 
 
-def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
+def load_model(
+    path: str | pathlib.Path, model: Any = None, *, sharding: Shardings | None = None
+) -> Any:
     """Loads a model that :func:`save_model` saved.
 
     Args:
@@ -110,6 +113,10 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
         used; not needed if the saved model came from ``tpp_jax.models.create``. For a
         saved tree, a tree of the same structure; needed only if it has containers other
         than Python's and Flax's, or functions as leaves.
+      sharding: Sharding of all arrays, or function of the name and shape of an array to
+        its sharding; None for the default device. Arrays that were divided over devices
+        when they were saved are read part by part. Axes of a mesh that do not divide an
+        array are left out.
 
     Returns:
       The module, or the tree, with the saved arrays, pruned widths included. A module
@@ -119,7 +126,7 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
     Raises:
       TPPError: If there is no readable model, its structure is unknown without
         ``model``, or its classes, arrays, shapes or types differ from those of
-        ``model``.
+        ``model``; or a sharding does not fit.
 
     Example:
       >>> import tempfile
@@ -128,9 +135,14 @@ def load_model(path: str | pathlib.Path, model: Any = None) -> Any:
       >>> load_model(folder)["w"].shape
       (3,)
     """
-    arrays, meta = _load(path)
+    arrays, meta = _load(path, sharding)
     contents = meta.get("contents", {})
-    saved = leaves.decode(arrays, contents.get("leaves", {}), exact=bool(contents))
+    saved = leaves.decode(
+        arrays,
+        contents.get("leaves", {}),
+        exact=bool(contents),
+        shardings=sharding,
+    )
     if contents.get("tree") is not None:
         return _filled_tree(path, saved, contents, model)
     if model is None and meta["model"] is None:
@@ -452,15 +464,18 @@ def _reason(error: Exception) -> str:
     return next((words for words in known if words in text), text[:200])
 
 
-def _load(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _load(
+    path: str | pathlib.Path, shardings: Shardings | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     folder = folders.whereabouts(folders.resolved(path))
     if not folder.is_dir():
         raise TPPError(f"there is no saved model at {folder}")
-    loader = items.checkpointer()
     try:
-        with plain(folder) as place, loader:
-            restored = loader.restore(place, items.to_restore())
+        with plain(folder) as place:
+            restored = items.restore(place, shardings)
         arrays, meta = items.checked(restored)
+    except TPPError:
+        raise
     except Exception as error:  # Orbax and TensorStore raise errors of any type
         raise TPPError(
             f"the saved model at {folder} cannot be read ({type(error).__name__}): it "

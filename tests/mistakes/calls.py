@@ -152,6 +152,10 @@ def _sensitivities() -> Cases:
             lambda f: tpp.make_plan(groups, model, sensitivity=0.5, flops=0.5),
         ),
         (
+            '`tpp.make_plan(…, round_to="mesh")`',
+            lambda f: tpp.make_plan(groups, model, 0.5, round_to="mesh"),
+        ),
+        (
             "`tpp.Sensitivity.from_json` of other data",
             lambda f: tpp.Sensitivity.from_json({"groups": ["net.0"]}),
         ),

@@ -67,6 +67,7 @@ def test_an_unknown_scope_criterion_or_rounding_is_refused():
     assert "'l7'" in message
     assert "l1, l2, bn_scale" in message and "variance, obs, random" in message
     assert "round_to is 0" in refusal("*conv1:0.5", round_to=0)
+    assert "give a number, or 'sharding'" in refusal("*conv1:0.5", round_to="mesh")
 
 
 def test_a_criterion_that_gives_no_score_per_filter_is_refused():
@@ -155,6 +156,7 @@ def test_impossible_counts_are_refused(counts, message):
         ({"skip": ["net.0"]}, "skip"),
         ({"scope": "global"}, "scope"),
         ({"round_to": 8}, "round_to"),
+        ({"round_to": "sharding"}, "round_to"),
         ({"min_channels": 4}, "min_channels"),
     ],
 )

@@ -276,9 +276,15 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
 def _pruned_mask(
     found: Filters, kernel: Member, parameter: Array
 ) -> Bool[Array, "..."]:
-    """Returns which filters of a kernel are pruned, ``[*filters]``."""
-    shape = [parameter.shape[axis] for axis in kernel.filters]
-    mask = found.mask(parameter.ndim, kernel.filters)
+    """Returns which filters of a kernel are pruned, ``[*filters]``.
+
+    ``[*batch, *filters]`` if layers of a loop keep different ones.
+    """
+    axes = kernel.filters
+    if any(positions.steps is not None for positions in found.pruned):
+        axes = (*kernel.batch, *axes)
+    shape = [parameter.shape[axis] for axis in axes]
+    mask = found.mask(parameter.ndim, axes)
     return jnp.broadcast_to(jnp.asarray(mask), shape)
 
 

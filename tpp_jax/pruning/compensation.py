@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from jaxtyping import Bool, Float
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import on_host, placed
 from tpp_jax.graph.functions import Function, as_function, is_array
 from tpp_jax.graph.naming import some
 from tpp_jax.pruning import readiness
@@ -226,7 +226,7 @@ def refit_all(
 
     def flat(leaf: str) -> np.ndarray:
         if leaf not in exact:
-            exact[leaf] = np.asarray(leaves[leaf], np.float64).reshape(-1)
+            exact[leaf] = on_host(leaves[leaf]).astype(np.float64).reshape(-1)
         return exact[leaf]
 
     for i, entry in enumerate(moments.consumers):
@@ -235,7 +235,7 @@ def refit_all(
             continue
         if entry.fixed is not None:
             not_refit[entry.leaf] = entry.fixed
-        elif held is None and (entry.rows < _ROWS_PER_FEATURE * keep.sum()).any():
+        elif held is None and (entry.rows < _ROWS_PER_FEATURE * keep.sum(axis=1)).any():
             few.append(entry.leaf)
         bias = None if entry.bias is None else flat(entry.bias.leaf)
         other = None if held is None else held.consumers[i]
@@ -259,7 +259,7 @@ def refit_all(
 def _refit(
     entry: ConsumerMoments,
     held: ConsumerMoments | None,
-    keep: Bool[np.ndarray, " features"],
+    keep: Bool[np.ndarray, "stacks features"],
     weights: Float[np.ndarray, " n"],
     bias: Float[np.ndarray, " m"] | None,
     damping: Damping,
@@ -269,7 +269,7 @@ def _refit(
     Args:
       entry: Moments of what it reads.
       held: The same on the data on which the damping is chosen.
-      keep: Features that are kept.
+      keep: Features that are kept of each stack.
       weights: All weights of its parameter, flat.
       bias: All entries of the parameter that takes up a shift, flat.
       damping: Damping of the fit.
@@ -278,13 +278,14 @@ def _refit(
     for s, rows in enumerate(entry.rows):
         if not rows:  # an expert that no example was sent to
             continue
-        lost = weights[index[s][~keep]]
-        shift = lost.T @ entry.mean[s][~keep]
+        own = keep[s]
+        lost = weights[index[s][~own]]
+        shift = lost.T @ entry.mean[s][~own]
         if entry.fixed is None and entry.covariance is not None:
-            errors = _errors(entry, s, keep, lost)
-            others = None if held is None else _errors(held, s, keep, lost)
+            errors = _errors(entry, s, own, lost)
+            others = None if held is None else _errors(held, s, own, lost)
             change, shift = refit(errors, others, damping, bias is not None)
-            weights[index[s][keep]] += change
+            weights[index[s][own]] += change
         if bias is not None and entry.bias is not None:
             bias[entry.bias.index[s]] += entry.bias.sign * shift
 
@@ -312,6 +313,4 @@ def like_leaf(leaf: Any, values: np.ndarray) -> Any:
     array = values.reshape(leaf.shape).astype(leaf.dtype)
     if not isinstance(leaf, jax.Array):
         return array
-    return (
-        jax.device_put(array, leaf.sharding) if leaf.committed else jnp.asarray(array)
-    )
+    return placed(array, leaf.sharding if leaf.committed else None)

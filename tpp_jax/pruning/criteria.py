@@ -11,16 +11,20 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import on_host
 from tpp_jax.graph.groups import Group, Member
+from tpp_jax.pruning.loops import of_step
 from tpp_jax.pruning.moments import Moments
 from tpp_jax.pruning.obs import obs
+from tpp_jax.pruning.scoring_on_devices import can_score, scores_on_devices
 
-Filters = Float[np.ndarray, "n d"]
-Scores = Float[np.ndarray, " n"]
+Filters = Float[np.ndarray | Array, "n d"]
+Scores = Float[np.ndarray | Array, " n"]
 Score = Callable[..., Scores]
 
 
@@ -63,12 +67,14 @@ _SCALES = ("scale", "gamma", "weight")
 
 def l1(filters: Filters) -> Scores:
     """Mean absolute weight (TPP section 3.2; Li et al. 2017)."""
-    return np.asarray(np.mean(np.abs(filters), axis=1, dtype=np.float64))
+    xp = _numpy_of(filters)
+    return xp.asarray(xp.mean(xp.abs(filters), axis=1, dtype=np.float64))
 
 
 def l2(filters: Filters) -> Scores:
     """Root mean squared weight."""
-    return np.sqrt(np.mean(np.square(filters), axis=1))
+    xp = _numpy_of(filters)
+    return xp.sqrt(xp.mean(xp.square(filters), axis=1))
 
 
 def bn_scale(filters: Filters) -> Scores:
@@ -86,15 +92,15 @@ def fpgm(filters: Filters) -> Scores:
     ``√d``. The division keeps the order within a layer and gives the scores of every
     layer the magnitude of :func:`l2`.
     """
-    n, d = filters.shape
+    xp, (n, d) = _numpy_of(filters), filters.shape
     exact = filters.astype(np.float64)
-    squares = np.sum(np.square(exact), axis=1)
-    total = np.zeros(n)
+    squares = xp.sum(xp.square(exact), axis=1)
+    totals = []
     for start in range(0, n, 1024):  # in blocks: all pairs at once may not fit
         block = slice(start, start + 1024)
         squared = squares[block, None] + squares - 2 * exact[block] @ exact.T
-        total[block] = np.sqrt(np.maximum(squared, 0)).sum(axis=1)
-    return total / (max(n - 1, 1) * np.sqrt(d))
+        totals.append(xp.sqrt(xp.maximum(squared, 0)).sum(axis=1))
+    return xp.concatenate(totals) / (max(n - 1, 1) * np.sqrt(d))
 
 
 def lamp(filters: Filters) -> Scores:
@@ -104,12 +110,12 @@ def lamp(filters: Filters) -> Scores:
     ``f`` (Lee et al. 2021). The largest filter of every layer scores 1, so that scores
     of different layers can be compared.
     """
-    squares = np.sum(np.square(filters.astype(np.float64)), axis=1)
-    order = np.argsort(squares, kind="stable")
-    remaining = np.cumsum(squares[order][::-1])[::-1]
-    scores = np.zeros(len(squares))
-    scores[order] = squares[order] / np.where(remaining > 0, remaining, 1)
-    return scores
+    xp = _numpy_of(filters)
+    squares = xp.sum(xp.square(filters.astype(np.float64)), axis=1)
+    order = xp.argsort(squares, stable=True)
+    remaining = xp.cumsum(squares[order][::-1])[::-1]
+    scores = squares[order] / xp.where(remaining > 0, remaining, 1)
+    return scores[xp.argsort(order)]
 
 
 def taylor(filters: Filters, gradients: Filters) -> Scores:
@@ -118,7 +124,7 @@ def taylor(filters: Filters, gradients: Filters) -> Scores:
     Molchanov et al. 2019, for the filter as one set of weights. Take the gradients in
     evaluation mode: a batch norm in training mode makes the sum zero for any filter.
     """
-    return np.abs(np.sum(filters * gradients, axis=1))
+    return abs((filters * gradients).sum(axis=1))
 
 
 def taylor_fo(filters: Filters, gradients: Filters) -> Scores:
@@ -126,7 +132,7 @@ def taylor_fo(filters: Filters, gradients: Filters) -> Scores:
 
     Molchanov et al. 2019, for each weight on its own; ``taylor-fo`` in TPP's code.
     """
-    return np.mean(np.square(filters * gradients), axis=1)
+    return ((filters * gradients) ** 2).mean(axis=1)
 
 
 def hessian(filters: Filters, diagonal: Filters) -> Scores:
@@ -134,13 +140,13 @@ def hessian(filters: Filters, diagonal: Filters) -> Scores:
 
     The Hessian is approximated by its diagonal (LeCun et al. 1990).
     """
-    return np.sum(np.square(filters) * diagonal, axis=1) / 2
+    return (filters**2 * diagonal).sum(axis=1) / 2
 
 
 def activation(filters: Filters, means: Filters) -> Scores:
     """Mean absolute activation of the channel; the weights are not used."""
     del filters
-    return np.mean(means, axis=1)
+    return means.mean(axis=1)
 
 
 def wanda(weights: Filters, means: Filters, variances: Filters) -> Scores:
@@ -149,7 +155,7 @@ def wanda(weights: Filters, means: Filters, variances: Filters) -> Scores:
     Sun et al. 2023 for weights, An et al. 2024 for channels; ``w`` are the weights that
     read the channel ``h``.
     """
-    return np.sum(np.square(weights) * (variances + np.square(means)), axis=1)
+    return (weights**2 * (variances + means**2)).sum(axis=1)
 
 
 def variance(weights: Filters, means: Filters, variances: Filters) -> Scores:
@@ -159,7 +165,12 @@ def variance(weights: Filters, means: Filters, variances: Filters) -> Scores:
     bias, as :func:`tpp_jax.compensate` does.
     """
     del means
-    return np.sum(np.square(weights) * variances, axis=1)
+    return (weights**2 * variances).sum(axis=1)
+
+
+def _numpy_of(array: Any) -> Any:
+    """Returns ``jax.numpy`` for filters that several devices hold."""
+    return np if isinstance(array, np.ndarray) else jnp
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -265,6 +276,9 @@ def group_scores(
 ) -> Scores:
     """Returns the score of each of a group's channels, float ``[group.size]``.
 
+    Channels of layers in a loop that may keep different ones are scored in each layer
+    by itself, ``[group.steps, group.size]``.
+
     Args:
       group: Group to score.
       leaves: Parameter arrays by dotted name.
@@ -278,6 +292,15 @@ def group_scores(
       TPPError: There is nothing to score, a statistic is missing or has the wrong
         shape, or the criterion did not return one number per filter.
     """
+    if group.steps is not None:
+        if isinstance(statistics, Mapping):
+            members = (m for m in group.members if m.leaf in statistics)
+            statistics = {m.leaf: _statistic(m, leaves, statistics) for m in members}
+        steps = range(group.steps)
+        parts = [of_step(group, leaves, statistics, step) for step in steps]
+        return np.stack(
+            [group_scores(one, own, criterion, reduce, s) for one, own, s in parts]
+        )
     if criterion.of in ("consumers", "groups"):
         if not isinstance(statistics, Moments):
             raise TPPError(
@@ -302,12 +325,26 @@ def group_scores(
         return np.zeros(group.size)
     scores = []
     for member in members:
-        arguments = [filters_of(member, leaves[member.leaf])]
+        arrays = [leaves[member.leaf]]
         if statistics is not None:
-            array = _statistic(member, leaves, statistics)
-            arguments.append(filters_of(member, array))
-        scores.append(_checked(criterion.score(*arguments), member.leaf, group))
+            arrays.append(_statistic(member, leaves, statistics))
+        found = _score(criterion, member, arrays)
+        scores.append(_checked(found, member.leaf, group))
     return REDUCTIONS[reduce](np.stack(scores))
+
+
+def _score(criterion: Criterion, member: Member, arrays: list[Any]) -> Any:
+    """Returns the scores of one kernel, from it and its statistics."""
+    found = None
+    if can_score(arrays[0]):
+        pure = criterion in CRITERIA.values()
+        found = scores_on_devices(criterion.score, member, arrays, pure=pure)
+    if found is None:
+        kernel, *others = (np.asarray(array) for array in arrays)
+        others = [np.broadcast_to(array, kernel.shape) for array in others]
+        filters = (filters_of(member, array) for array in (kernel, *others))
+        found = criterion.score(*filters)
+    return found
 
 
 def _checked(score: Any, leaf: str, group: Group) -> Scores:
@@ -340,7 +377,15 @@ def _consumers_score(
     """
     total = np.zeros(group.size)
     for member, entry in moments.readers_of(group):
-        leaf = np.asarray(leaves[member.leaf])
+        leaf = leaves[member.leaf]
+        if can_score(leaf) and entry.reads_all(leaf.shape, member.axis):
+            shape = [-1 if i == member.axis else 1 for i in range(leaf.ndim)]
+            order = np.argsort(entry.positions[member.axis])
+            means, variances = entry.mean[0][order], entry.variance[0][order]
+            arrays = [leaf, means.reshape(shape), variances.reshape(shape)]
+            total += _checked(_score(criterion, member, arrays), member.leaf, group)
+            continue
+        leaf = on_host(leaf)
         index = entry.weight_index()
         moments_of_rows = entry.mean[:, :, None], entry.variance[:, :, None]
         arguments = []
@@ -370,18 +415,21 @@ def _scales(group: Group) -> list[Member]:
 
 def _statistic(
     member: Member, leaves: Mapping[str, Any], statistics: Mapping[str, Any]
-) -> np.ndarray:
+) -> Any:
     shape = np.shape(leaves[member.leaf])
     if member.leaf not in statistics:
         raise TPPError(
             f"there is no statistic for {member.leaf}: the leaves of the statistics "
             "must have the names of the parameters"
         )
-    array = np.asarray(statistics[member.leaf])
+    array = statistics[member.leaf]
     try:
-        return np.broadcast_to(array, shape)
+        fits = np.broadcast_shapes(np.shape(array), shape) == shape
     except ValueError:
+        fits = False
+    if not fits:
         raise TPPError(
-            f"the statistic for {member.leaf} has shape {array.shape}, which does not "
-            f"fit the parameter's {shape}"
-        ) from None
+            f"the statistic for {member.leaf} has shape {np.shape(array)}, which does "
+            f"not fit the parameter's {shape}"
+        )
+    return array

@@ -14,6 +14,7 @@ from flax import linen, nnx
 from jaxtyping import Float, Int
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import on_host
 from tpp_jax.graph.functions import Function, as_function
 from tpp_jax.graph.records import Group, Member
 from tpp_jax.pruning.channels import channel_groups
@@ -115,6 +116,20 @@ class ConsumerMoments:
         if self.covariance is None:
             return self.variance[stack] + mean**2
         return self.covariance[stack] + np.outer(mean, mean)
+
+    def reads_all(self, shape: tuple[int, ...], axis: int) -> bool:
+        """Reports whether each position along an axis of the kernel is one feature.
+
+        All weights of the kernel are then read once, as those of a dense layer are.
+
+        Args:
+          shape: Shape of the kernel.
+          axis: Axis that channels run along.
+        """
+        positions = self.positions[axis]
+        one_each = np.array_equal(np.sort(positions), np.arange(shape[axis]))
+        size = len(positions) * len(self.outputs)
+        return one_each and len(self.stacks) == 1 and size == int(np.prod(shape))
 
     def weight_index(self) -> Int[np.ndarray, "stacks features outputs"]:
         """Returns the flat index of each weight."""
@@ -265,12 +280,12 @@ def _total(
             centres = _centres(zeros)
         sums = measure(function.params, inputs, centres, first)
         if first:  # on the host as the zeros were, so that the program is the same
-            centres = jax.device_get(_centres(sums))
+            centres = jax.tree.map(on_host, _centres(sums))
         total = _added(total, sums)
         jax.block_until_ready(total)  # the sums of several batches may not fit
     merged: dict[str, Sums] = {}
     for place in list(total):
-        sums = jax.device_get(total.pop(place))
+        sums = jax.tree.map(on_host, total.pop(place))
         if isinstance(sums, PatchSums):
             sums = as_sums(sums, place.lines, place.groups)
         sums = filled(sums)

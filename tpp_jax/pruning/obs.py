@@ -20,6 +20,7 @@ import scipy.linalg
 from jaxtyping import Float, Int
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import on_host
 from tpp_jax.graph.records import Group, Member
 from tpp_jax.pruning.moments import ConsumerMoments, Moments
 from tpp_jax.pruning.ridge import default_damping
@@ -219,7 +220,7 @@ def obs(
         )
     readers: list[Reader] = []
     for member, entry in moments.readers_of(group):
-        readers += _readers_of(member, entry, np.asarray(leaves[member.leaf]))
+        readers += _readers_of(member, entry, on_host(leaves[member.leaf]))
     order, costs = removals(readers, group.size)
     ascending = isotonic_regression(costs).x
     scores = np.zeros(group.size)

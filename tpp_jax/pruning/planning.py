@@ -1,7 +1,7 @@
 """From ratios to counts to the kept channels: ``make_plan``."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -13,6 +13,7 @@ from tpp_jax.graph.records import Group, Groups
 from tpp_jax.pruning.criteria import Criterion, Score, Scores, is_additive
 from tpp_jax.pruning.curves import Sensitivity, check_measured
 from tpp_jax.pruning.cutting import check_plan
+from tpp_jax.pruning.multiples import multiples_of
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.ratios import Ratios, is_number, parse_patterns, ratios_of
 from tpp_jax.pruning.scoring import channel_scores, check_mapping
@@ -47,7 +48,7 @@ def make_plan(
     scope: str = "local",
     reduce: str = "mean",
     seed: int = 0,
-    round_to: int = 1,
+    round_to: int | Literal["sharding"] = 1,
     min_channels: int = 1,
     allow_uncounted: bool = False,
     check: bool = True,
@@ -92,8 +93,9 @@ def make_plan(
         :mod:`tpp_jax.pruning.statistics`, for a criterion that needs more than weights;
         the result of :func:`tpp_jax.input_moments` for ``wanda``, ``variance`` and
         ``obs``.
-      scores: Group name → the user's own scores, float ``[group.size]``. They replace
-        those of the criterion in the groups that they name.
+      scores: Group name → the user's own scores, float ``[group.size]``, or
+        ``[group.steps, group.size]``. They replace those of the criterion in the groups
+        that they name.
       scope: Set of groups whose scores compete. ``"local"``: each group loses its own
         share; ``"global"``: the same total, but the lowest scores among all matched
         groups; ``"isomorphic"``: the same total among groups of equal shape. With a
@@ -102,6 +104,9 @@ def make_plan(
         it: ``"mean"``, ``"sum"``, ``"max"``, or ``"first"``, the score in the first.
       seed: Seed of the random criterion.
       round_to: Number of which kept counts are rounded up to a multiple.
+        ``"sharding"``: for each group the number that leaves its arrays divided over
+        the axes of a mesh as they are. With other numbers, a cut array is replicated
+        along axes of the mesh that do not divide it any more.
       min_channels: Smallest number of channels that a group keeps. 0 permits patterns
         with a ratio of 1: ``{"layers.3.*": 1}`` removes all channels of the groups that
         are produced nowhere else, so that the block contributes nothing or a bias.
@@ -114,6 +119,8 @@ def make_plan(
     Returns:
       The plan. With ratios, a group of n channels loses ``ceil(ratio · n)`` of them, at
       most ``floor(0.995 · n)``. With a target, as few channels are pruned as meet it.
+      Layers in a loop (:attr:`Group.steps`) lose equally many channels, each those with
+      its own lowest scores.
 
     Raises:
       TPPError: A ratio is outside [0, 1); a pattern matches no layer, or only layers
@@ -142,7 +149,7 @@ def make_plan(
         _check_sensitivity_alone(ratios, counts, scope, wanted)
     _check_arguments(groups, ratios, counts, wanted)
     _check_limits(round_to, min_channels)
-    limits = Limits(max(min_channels, 1), round_to)
+    limits = Limits(max(min_channels, 1), 1 if isinstance(round_to, str) else round_to)
     layers = [] if kv_cache is None else cached_layers(groups, parse_patterns(cached))
     asked: dict[str, float] = {}
     if sensitivity is not None:
@@ -158,10 +165,13 @@ def make_plan(
             g for g in groups if 0 < asked.get(g.name, 0) < 1 and limits.most(g.size)
         ]
     else:
-        others = dict(ratios=ratios, skip=skip, scope=scope, **wanted)
-        _check_counts_alone(others, Limits(min_channels, round_to))
+        limited = {"round_to": round_to, "min_channels": min_channels}
+        others = dict(ratios=ratios, skip=skip, scope=scope, **wanted, **limited)
+        _check_counts_alone(others)
         _check_counts(groups, counts)
         matched = [groups[name] for name in counts]
+    if isinstance(round_to, str):
+        limits = limits._replace(round_to=multiples_of(groups, matched, model))
     ranks = channel_scores(
         groups,
         model,
@@ -176,7 +186,9 @@ def make_plan(
         if scope != "local" and is_additive(criterion):
             others = [g for g in matched if g.name not in (scores or {})]
             saved = saved_by_channels(groups, others, wanted, layers)
-            ranks |= {name: ranks[name] / share for name, share in saved.items()}
+            # What a channel costs in each layer of a loop is paid in all of them.
+            shares = {g.name: saved.get(g.name, 1) / (g.steps or 1) for g in others}
+            ranks |= {name: ranks[name] / share for name, share in shares.items()}
         emptied = [name for name, ratio in asked.items() if ratio == 1]
         target = None
         if _any(wanted):
@@ -198,8 +210,10 @@ def make_plan(
 
 def best_channels(
     groups: Groups, counts: Mapping[str, int], scores: Mapping[str, Scores]
-) -> dict[str, Int[np.ndarray, " k"]]:
+) -> dict[str, Int[np.ndarray, "*steps k"]]:
     """Returns the channels of each prunable group with the highest scores.
+
+    In layers of a loop that may keep different channels, they are those of each layer.
 
     Args:
       groups: All groups of the model.
@@ -212,8 +226,9 @@ def best_channels(
             n_kept = counts.get(group.name, group.size)
             ranking = scores.get(group.name, np.arange(group.size))
             # Stable sorting breaks ties by index, so that one seed gives one plan.
-            order = np.argsort(ranking, kind="stable")
-            kept[group.name] = np.sort(order[group.size - n_kept :]).astype(np.int32)
+            order = np.argsort(ranking, axis=-1, kind="stable")
+            best = order[..., group.size - n_kept :]
+            kept[group.name] = np.sort(best, axis=-1).astype(np.int32)
     return kept
 
 
@@ -241,8 +256,14 @@ def _check_arguments(
         )
 
 
-def _check_limits(round_to: int, min_channels: int) -> None:
-    if round_to < 1:
+def _check_limits(round_to: int | str, min_channels: int) -> None:
+    if isinstance(round_to, str):
+        if round_to != "sharding":
+            raise TPPError(
+                f"round_to is {round_to!r}: give a number, or 'sharding' for what the "
+                "mesh of the model's arrays divides"
+            )
+    elif round_to < 1:
         raise TPPError(f"round_to is {round_to}, must be at least 1")
     if min_channels < 0:
         raise TPPError(f"min_channels is {min_channels}, must be at least 0")
@@ -283,12 +304,12 @@ def _measured(
     return [g for g in groups if g.name in asked and limits.most(g.size)]
 
 
-def _check_counts_alone(others: Mapping[str, Any], limits: Limits) -> None:
+def _check_counts_alone(others: Mapping[str, Any]) -> None:
     """Raises if counts are combined with arguments that they replace."""
     defaults = {"skip": (), "scope": "local", "round_to": 1, "min_channels": 1}
     given = [
         name
-        for name, value in {**others, **limits._asdict()}.items()
+        for name, value in others.items()
         if value is not None and value != defaults.get(name) and value not in ("", [])
     ]
     if given:

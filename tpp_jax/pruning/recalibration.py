@@ -155,8 +155,10 @@ def _kept_channels(
             raise TPPError(f"the unpruned network has no norm {layer_name(mean)}")
         if plan is not None:
             masks = keep_masks(plan, mean)
-            every = np.ones(np.size(dense[mean]), bool)
-            kept[mean] = np.flatnonzero(masks[0][0] if masks else every)
+            every: Any = np.ones(np.shape(dense[mean]), bool)
+            for axis, own in masks.items():
+                every = every & own.over(axis, range(every.ndim))
+            kept[mean] = np.flatnonzero(every)
         else:
             kept[mean] = _matched(mean, small, dense)
         if len(kept[mean]) != np.size(small[mean]):

@@ -214,10 +214,9 @@ def mean_loss(
     def evaluate(leaves: Sequence[Any], masks: Masks, batch: Any) -> Array:
         arrays = []
         for name, leaf in zip(function.names, leaves, strict=True):
-            for axis, mask in masks.get(name, {}).items():
-                along = [-1 if i == axis else 1 for i in range(leaf.ndim)]
+            for mask in masks.get(name, {}).values():
                 # The mask must have the sharding of the leaf.
-                whole = mask.reshape(along) & jnp.ones_like(leaf, bool)
+                whole = mask & jnp.ones_like(leaf, bool)
                 leaf = jnp.where(whole, leaf, jnp.zeros_like(leaf))
             arrays.append(leaf)
         value = run(jax.tree.unflatten(structure, arrays), batch)
@@ -242,17 +241,23 @@ def all_kept_masks(groups: Groups, matched: Sequence[Group]) -> Masks:
     """Returns masks that keep everything, of all axes that channels run along."""
     masks: Masks = {}
     for member in (member for group in matched for member in group.members):
-        size = groups.shapes[member.leaf][member.axis]
-        masks.setdefault(member.leaf, {})[member.axis] = np.ones(size, bool)
+        shape = groups.shapes[member.leaf]
+        own = (member.axis, member.steps)
+        every = np.ones([n if i in own else 1 for i, n in enumerate(shape)], bool)
+        masks.setdefault(member.leaf, {})[member.axis] = every
     return masks
 
 
 def masks_of(plan: Plan, all_kept: Masks) -> Masks:
     """Returns the masks of a plan, of the same axes: no plan needs another program."""
-    return {
-        leaf: axes | {axis: mask for axis, (mask, _) in keep_masks(plan, leaf).items()}
-        for leaf, axes in all_kept.items()
-    }
+    masks = {}
+    for leaf, axes in all_kept.items():
+        own = {
+            axis: kept.over(axis, range(len(plan.groups.shapes[leaf])))
+            for axis, kept in keep_masks(plan, leaf).items()
+        }
+        masks[leaf] = {a: every & own.get(a, True) for a, every in axes.items()}
+    return masks
 
 
 def _check_arguments(groups: Any, loss: Any, ratios: Sequence[float]) -> None:

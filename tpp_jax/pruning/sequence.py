@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import on_host
 from tpp_jax.graph.functions import Function
 from tpp_jax.pruning.consumers import (
     Reading,
@@ -108,19 +109,26 @@ def refit_in_order(
     return new
 
 
-def kept_features(plan: Plan, entry: ConsumerMoments) -> Bool[np.ndarray, " features"]:
+def kept_features(
+    plan: Plan, entry: ConsumerMoments
+) -> Bool[np.ndarray, "stacks features"]:
     """Returns which features of a consumer a plan keeps."""
     masks = keep_masks(plan, entry.leaf)
-    keep = np.ones(len(entry.features), bool)
+    keep = np.ones((len(entry.stacks), len(entry.features)), bool)
     for axis, positions in entry.positions.items():
         if axis in masks:
-            keep &= np.asarray(masks[axis][0])[positions]
+            mask, _, loop = masks[axis]
+            mask = np.asarray(mask)
+            if loop is not None:
+                shape = plan.groups.shapes[entry.leaf]
+                mask = mask[np.unravel_index(entry.stacks, shape)[loop]]
+            keep &= mask[..., positions]
     return keep
 
 
 def _is_refit(plan: Plan, entry: ConsumerMoments) -> bool:
     keep = kept_features(plan, entry)
-    empty = any(not count for _, count in keep_masks(plan, entry.leaf).values())
+    empty = any(not kept.number for kept in keep_masks(plan, entry.leaf).values())
     return entry.fixed is None and entry.once and not (keep.all() or empty)
 
 
@@ -222,7 +230,7 @@ def _refit_layer(
     if entry is None or not same:
         return None
     columns = _columns(plan, dense, small)
-    kernel = np.asarray(originals[dense.leaf]).reshape(-1)[dense.reading.index]
+    kernel = on_host(originals[dense.leaf]).reshape(-1)[dense.reading.index]
     totals: list[Sums] = []
     for use in (pairs[:fitted], pairs[fitted:]):
         sums = [
@@ -230,13 +238,13 @@ def _refit_layer(
             for a, b in use
         ]
         exact = [
-            jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), one)
-            for one in jax.device_get(sums)
+            jax.tree.map(lambda leaf: on_host(leaf).astype(np.float64), one)
+            for one in sums
         ]
         if exact:
             totals.append(filled(functools.reduce(merge, exact)))
     weights = _flat(dense.leaf, current, new)
-    before = np.asarray(originals[dense.leaf], np.float64).reshape(-1)
+    before = on_host(originals[dense.leaf]).astype(np.float64).reshape(-1)
     before = before[_kept_entries(plan, dense.leaf)]
     for s, index in enumerate(small.reading.index):
         lack, bias, at = np.zeros(index.shape[1]), None, None
@@ -269,7 +277,7 @@ def _flat(
     leaf: str, current: Mapping[str, Any], new: dict[str, np.ndarray]
 ) -> np.ndarray:
     if leaf not in new:
-        new[leaf] = np.asarray(current[leaf], np.float64).reshape(-1)
+        new[leaf] = on_host(current[leaf]).astype(np.float64).reshape(-1)
     return new[leaf]
 
 
@@ -277,10 +285,8 @@ def _kept_entries(plan: Plan, leaf: str) -> Int[np.ndarray, " kept"]:
     """Returns the flat indices of a parameter's entries that are kept, in order."""
     shape = plan.groups.shapes[leaf]
     keep = np.ones(shape, bool)
-    for axis, (mask, _) in keep_masks(plan, leaf).items():
-        along = [1] * len(shape)
-        along[axis] = -1
-        keep &= np.asarray(mask).reshape(along)
+    for axis, kept in keep_masks(plan, leaf).items():
+        keep &= np.asarray(kept.over(axis, range(len(shape))))
     return np.flatnonzero(keep)
 
 
@@ -306,7 +312,7 @@ def _bias_of(
     leaf = entry.bias.leaf
     index = entry.bias.index.reshape(-1)[outputs]
     at = np.searchsorted(_kept_entries(plan, leaf), index)
-    old = np.asarray(originals[leaf], np.float64).reshape(-1)[index]
+    old = on_host(originals[leaf]).astype(np.float64).reshape(-1)[index]
     return at, _flat(leaf, current, new), old
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import is_spread
 
 Loss = Callable[[Any, Any], Float[Array, ""]]
 
@@ -34,7 +35,8 @@ def loss_gradient(
       batches: Batches of equal size, each in the form that the loss takes.
 
     Returns:
-      The mean gradient over the batches, a tree like the model's parameters.
+      The mean gradient over the batches, a tree like the model's parameters: NumPy
+      arrays, or arrays that are divided over several devices as the parameters are.
 
     Raises:
       TPPError: There is no batch.
@@ -50,7 +52,8 @@ def loss_gradient(
       [1.0, 2.0]
     """
     call, params = _as_loss(loss, model)
-    return mean_of(jax.jit(jax.grad(call)), ((params, batch) for batch in batches))
+    gradient = _divided_as(params, jax.grad(call))
+    return mean_of(gradient, ((params, batch) for batch in batches))
 
 
 def hessian_diagonal(
@@ -75,7 +78,7 @@ def hessian_diagonal(
       seed: Seed of the random vectors.
 
     Returns:
-      The estimate, a tree like the model's parameters.
+      The estimate, a tree like the model's parameters, as of :func:`loss_gradient`.
 
     Raises:
       TPPError: There is no batch, or ``probes`` is 0.
@@ -94,7 +97,6 @@ def hessian_diagonal(
     """
     call, params = _as_loss(loss, model)
 
-    @jax.jit
     def estimate(params: optax.Params, batch: Any, z: optax.Params) -> optax.Params:
         gradient = jax.grad(lambda p: call(p, batch))
         _, hz = jax.jvp(gradient, (params,), (z,))
@@ -105,19 +107,31 @@ def hessian_diagonal(
         for i, batch in enumerate(batches)
         for probe in range(probes)
     )
-    return mean_of(estimate, arguments)
+    return mean_of(_divided_as(params, estimate), arguments)
 
 
 def _signs(params: optax.Params, seed: tuple[int, ...]) -> optax.Params:
     """Returns a tree like the parameters of random 1 and -1."""
     # On the host: a device would compile a program for every shape.
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: np.asarray(
-            2 * rng.integers(2, size=jnp.shape(leaf)) - 1, jnp.result_type(leaf)
-        ),
-        params,
-    )
+
+    def signs(leaf: Any) -> Any:
+        drawn = 2 * rng.integers(2, size=jnp.shape(leaf)) - 1
+        drawn = np.asarray(drawn, jnp.result_type(leaf))
+        return jax.device_put(drawn, leaf.sharding) if is_spread(leaf) else drawn
+
+    return jax.tree.map(signs, params)
+
+
+def _divided_as(params: optax.Params, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a compiled function whose results are divided as the parameters are.
+
+    Args:
+      params: Parameters; arrays on one device leave the place of the result open.
+      fn: Function that returns a tree like the parameters.
+    """
+    places = jax.tree.map(lambda x: x.sharding if is_spread(x) else None, params)
+    return jax.jit(fn, out_shardings=places)
 
 
 def _as_loss(loss: Loss, model: nnx.Module | optax.Params) -> tuple[Loss, optax.Params]:
@@ -146,10 +160,21 @@ def mean_of(fn: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Any
     """
     total, n = None, 0
     for each in arguments:
-        # On the host: a device would compile a program for every shape.
-        value = jax.device_get(fn(*each))
-        total = value if total is None else jax.tree.map(np.add, total, value)
+        value = jax.tree.map(_on_host_or_spread, fn(*each))
+        total = value if total is None else jax.tree.map(_sum, total, value)
         n += 1
     if total is None:
         raise TPPError("there is no batch to compute statistics from")
     return jax.tree.map(lambda leaf: leaf / n, total)
+
+
+def _on_host_or_spread(array: Any) -> Any:
+    # On the host: a device would compile a program for every shape.
+    return array if is_spread(array) else jax.device_get(array)
+
+
+def _sum(one: Any, other: Any) -> Any:
+    return _add(one, other) if is_spread(one) else np.add(one, other)
+
+
+_add = jax.jit(jnp.add, donate_argnums=0)

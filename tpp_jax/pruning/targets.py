@@ -39,20 +39,24 @@ class Limits(NamedTuple):
 
     Attributes:
       min_channels: Smallest number of channels that a group keeps.
-      round_to: Number of which kept counts are rounded up to a multiple.
+      round_to: Number of which kept counts are rounded up to a multiple: one for all
+        groups, or one by the name of each group.
     """
 
     min_channels: int = 1
-    round_to: int = 1
+    round_to: int | Mapping[str, int] = 1
 
     def most(self, size: int) -> int:
         """Returns the largest number of channels that a group may lose."""
         return max(min(math.floor(_LARGEST_SHARE * size), size - self.min_channels), 0)
 
-    def kept(self, size: int, removed: int) -> int:
+    def kept(self, group: Group, removed: int) -> int:
         """Returns the rounded number of channels that a group keeps."""
-        rounded = math.ceil((size - removed) / self.round_to) * self.round_to
-        return min(rounded, size)
+        step = self.round_to
+        if isinstance(step, Mapping):
+            step = step.get(group.name, 1)
+        rounded = math.ceil((group.size - removed) / step) * step
+        return min(rounded, group.size)
 
 
 def kept_by_ratios(
@@ -79,7 +83,7 @@ def kept_by_ratios(
             _removals(pool, scores, limits)[:total], minlength=len(pool)
         )
         for group, n in zip(pool, removed, strict=True):
-            kept[group.name] = limits.kept(group.size, int(n))
+            kept[group.name] = limits.kept(group, int(n))
     return kept
 
 
@@ -182,7 +186,7 @@ def kept_for_target(
     def kept(steps: int) -> dict[str, int]:
         removed = np.bincount(order[:steps], minlength=len(matched))
         return {
-            g.name: limits.kept(g.size, int(n))
+            g.name: limits.kept(g, int(n))
             for g, n in zip(matched, removed, strict=True)
         }
 
@@ -213,7 +217,7 @@ def kept_by_costs(
     levels = []
     for group in matched:
         most = min(limits.most(group.size), len(curves[group.name]) - 1)
-        kept = {limits.kept(group.size, removed) for removed in range(most + 1)}
+        kept = {limits.kept(group, removed) for removed in range(most + 1)}
         levels.append(np.sort([group.size - n for n in kept]))
 
     def kept_at(chosen: Sequence[int]) -> dict[str, int]:
@@ -335,9 +339,14 @@ def _removals(
     """Returns the index of the group of a pool that loses the next channel."""
     if len(pool) == 1:
         return np.zeros(limits.most(pool[0].size), np.int64)
-    lowest = [np.sort(scores[g.name])[: limits.most(g.size)] for g in pool]
+    lowest = [_ladder(scores[g.name])[: limits.most(g.size)] for g in pool]
     group = np.repeat(np.arange(len(pool)), [len(ranked) for ranked in lowest])
     return group[np.argsort(np.concatenate(lowest), kind="stable")]
+
+
+def _ladder(scores: Scores) -> Scores:
+    """Returns the ascending scores of a group; means over the layers of a loop."""
+    return np.atleast_2d(np.sort(scores, axis=-1)).mean(axis=0)
 
 
 def _removals_of_all(
@@ -384,7 +393,7 @@ def _out_of_reach(
             asked.append(f"{name}={want}")
             reached.append(f"{share:.4f} of the {name}")
     fixes = [more]
-    fixes += ["lower round_to"] if limits.round_to > 1 else []
+    fixes += ["lower round_to"] if limits.round_to != 1 else []
     fixes += ["lower min_channels"] if limits.min_channels > 1 else []
     return (
         f"the target {' and '.join(asked)} is out of reach: with all channels removed "

@@ -18,6 +18,7 @@ from flax.core import FrozenDict
 from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import Shardings, is_divided, placed, sharding_for
 from tpp_jax.graph.naming import leaf_name
 
 Note = dict[str, Any]
@@ -45,8 +46,10 @@ def unique_names(tree: Any) -> list[str]:
     return [f"{n} [leaf {i}]" if n in twice else n for i, n in enumerate(names)]
 
 
-def encode(leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Note]]:
+def encode(leaves: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Note]]:
     """Returns the arrays to save, on the host, and a note of each leaf that needs one.
+
+    Arrays that devices hold in parts remain where they are.
 
     Args:
       leaves: Leaves by name.
@@ -56,14 +59,17 @@ def encode(leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, 
     """
     notes: dict[str, Note] = {}
     on_device: dict[str, jax.Array] = {}
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for name, leaf in leaves.items():
         _check_concrete(name, leaf)
         if isinstance(leaf, jax.Array):
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 notes[name] = {"key": str(jax.random.key_impl(leaf))}
                 leaf = jax.random.key_data(leaf)
-            on_device[name] = leaf
+            if is_divided(leaf) and leaf.dtype.name in _NATIVE:
+                arrays[name] = leaf
+            else:
+                on_device[name] = leaf
         elif isinstance(leaf, np.ndarray | np.generic) and _is_data(leaf.dtype):
             notes[name] = {"numpy": "array" if isinstance(leaf, np.ndarray) else "one"}
             arrays[name] = np.asarray(leaf)
@@ -72,6 +78,8 @@ def encode(leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, 
     arrays |= jax.device_get(on_device)
     for name, array in list(arrays.items()):
         dtype = array.dtype
+        if is_divided(array):
+            continue
         if dtype.name not in _NATIVE or not dtype.isnative or not array.size:
             as_bytes = {"dtype": _text_of(dtype), "shape": list(array.shape)}
             notes[name] = {**notes.get(name, {}), **as_bytes}
@@ -80,7 +88,11 @@ def encode(leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, 
 
 
 def decode(
-    arrays: Mapping[str, Any], notes: Mapping[str, Note], *, exact: bool = True
+    arrays: Mapping[str, Any],
+    notes: Mapping[str, Note],
+    *,
+    exact: bool = True,
+    shardings: Shardings | None = None,
 ) -> dict[str, Any]:
     """Returns the leaves that were saved, by name; a function is an :class:`Other`.
 
@@ -89,14 +101,16 @@ def decode(
       notes: Notes from :func:`encode`.
       exact: Whether a type that JAX does not support in its current configuration is an
         error; otherwise the numbers are rounded.
+      shardings: Shardings of JAX arrays; None for the default device.
 
     Raises:
       TPPError: If a leaf cannot be restored: it has 64 bits without
-        ``jax.enable_x64``, or is a PRNG key of an unknown implementation.
+        ``jax.enable_x64``, or is a PRNG key of an unknown implementation; or a sharding
+        does not fit.
     """
     names = [*arrays, *(name for name in notes if name not in arrays)]
     return {
-        name: _decoded(name, arrays.get(name), notes.get(name, {}), exact)
+        name: _decoded(name, arrays.get(name), notes.get(name, {}), exact, shardings)
         for name in names
     }
 
@@ -151,7 +165,9 @@ def _note_of_constant(name: str, leaf: Any) -> Note:
     )
 
 
-def _decoded(name: str, array: Any, note: Note, exact: bool) -> Any:
+def _decoded(
+    name: str, array: Any, note: Note, exact: bool, shardings: Shardings | None
+) -> Any:
     if "constant" in note:
         value = note["value"]
         return complex(*value) if note["constant"] == "complex" else value
@@ -163,7 +179,7 @@ def _decoded(name: str, array: Any, note: Note, exact: bool) -> Any:
         array = np.frombuffer(content, dtype).reshape(shape).copy()
     if "numpy" in note:
         return array if note["numpy"] == "array" else np.asarray(array)[()]
-    dtype = np.asarray(array).dtype
+    dtype = array.dtype if is_divided(array) else np.asarray(array).dtype
     if exact and jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise TPPError(
             f"{name or 'the array'} was saved as {dtype}, which JAX has only under "
@@ -177,7 +193,9 @@ def _decoded(name: str, array: Any, note: Note, exact: bool) -> Any:
                 f"{name or 'the array'} is a PRNG key of the implementation "
                 f"{note['key']!r}, which is unknown"
             ) from error
-    return jnp.asarray(array)
+    if is_divided(array):
+        return array
+    return placed(array, sharding_for(shardings, name, np.shape(array)))
 
 
 def _is_data(dtype: np.dtype) -> bool:
