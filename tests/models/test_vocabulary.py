@@ -134,7 +134,7 @@ def test_what_cannot_be_cut_is_refused():
     plain = tokenizers.Tokenizer(tokenizers.models.BPE(words, []))
     level = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "a"))
     for tokenizer in (plain, level):
-        with pytest.raises(tpp.TPPError, match="no token for each byte"):
+        with pytest.raises(tpp.TPPError, match="does not work on bytes"):
             frequent_tokens(tokenizer, "ab")
     with pytest.raises(tpp.TPPError, match=r"no tokenizers\.Tokenizer"):
         keep_tokens(model, [0], object())

@@ -40,17 +40,8 @@ def frequent_tokens(
       TPPError: The tokenizer is of another kind.
 
     Example:
-      >>> import tokenizers
-      >>> from tokenizers import models, pre_tokenizers
-      >>> letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-      >>> words = [*letters, "th", "the", "an"]
-      >>> tokenizer = tokenizers.Tokenizer(
-      ...     models.BPE({w: i for i, w in enumerate(words)}, [
-      ...         ("t", "h"), ("th", "e"), ("a", "n")])
-      ... )
-      >>> kept = frequent_tokens(tokenizer, "the")
-      >>> [words[i] for i in kept[256:]]
-      ['th', 'the']
+      >>> kept = frequent_tokens(tokenizer, texts, at_least=2)  # doctest: +SKIP
+      >>> small, tokenizer = keep_tokens(model, kept, tokenizer)  # doctest: +SKIP
     """
     given = [texts] if isinstance(texts, str) else texts
     seen = collections.Counter(i for text in given for i in tokenizer.encode(text).ids)
@@ -124,21 +115,23 @@ def _content(tokenizer: Any) -> Json:
             f"this {type(tokenizer).__name__} is no tokenizers.Tokenizer: pass that of "
             "load_hf or load_gguf"
         ) from error
-    vocabulary = content["model"].get("vocab")
-    if kind != "BPE" or len(_bytes(vocabulary)) < 256:
+    on_bytes = '"ByteLevel"' in json.dumps(content["pre_tokenizer"])
+    if kind != "BPE" or not (on_bytes or content["model"].get("byte_fallback")):
         raise TPPError(
-            f"the tokenizer is of the kind {kind} and has no token for each byte: only "
+            f"the tokenizer is of the kind {kind} and does not work on bytes: only "
             "those of byte-pair encoding on bytes can be cut"
         )
     return content
 
 
 def _bytes(vocabulary: dict[str, int]) -> list[str]:
-    """Returns the tokens of single bytes, in either of the usual spellings."""
+    """Returns the tokens of single bytes, in either of the usual spellings.
+
+    Bytes that no text in UTF-8 has may have none.
+    """
     written = [f"<0x{i:02X}>" for i in range(256)]
-    if all(token in vocabulary for token in written):
-        return written
-    return [token for token in map(chr, _BYTES) if token in vocabulary]
+    found = [token for token in written if token in vocabulary]
+    return found or [token for token in map(chr, _BYTES) if token in vocabulary]
 
 
 # Bytes as printable characters, as GPT-2 writes them: those that are not printable

@@ -155,12 +155,12 @@ def make_plan(
     if sensitivity is not None:
         matched = _measured(groups, sensitivity, parse_patterns(skip), limits)
     elif counts is None:
-        given = 0.5 if ratios is None else ratios
         emptying = min_channels == 0
+        given = 0.5 if ratios is None else ratios
         asked = ratios_of(groups, given, parse_patterns(skip), emptying=emptying)
         if ratios is None and flops is None and params is None:
             through = groups_of_outputs(groups, layers)
-            asked = {name: asked[name] for name in asked.keys() & through}
+            asked = {name: r for name, r in asked.items() if name in through}
         matched = [
             g for g in groups if 0 < asked.get(g.name, 0) < 1 and limits.most(g.size)
         ]
@@ -190,15 +190,11 @@ def make_plan(
             shares = {g.name: saved.get(g.name, 1) / (g.steps or 1) for g in others}
             ranks |= {name: ranks[name] / share for name, share in shares.items()}
         emptied = [name for name, ratio in asked.items() if ratio == 1]
-        target = _any(wanted) and Target(
-            groups,
-            wanted,
-            cached=layers,
-            emptied=emptied,
-            allow_uncounted=allow_uncounted,
-        )
+        target = None
+        if _any(wanted):
+            target = Target(groups, wanted, layers, emptied, allow_uncounted)
         pools = pools_of(groups, matched, scope)
-        if not target:
+        if target is None:
             counts = kept_by_ratios(pools, asked, ranks, limits)
         elif sensitivity is None:
             counts = kept_for_target(target, pools, asked, ranks, limits)

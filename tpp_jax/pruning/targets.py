@@ -99,7 +99,6 @@ class Target:
         self,
         groups: Groups,
         wanted: Mapping[str, float | None],
-        *,
         cached: Sequence[str] = (),
         emptied: Collection[str] = (),
         allow_uncounted: bool = False,
@@ -257,7 +256,7 @@ def saved_by_channels(
     names = [name for name in MEASURES if wanted.get(name) is not None]
     if not names:
         return {}
-    target = Target(groups, wanted, cached=cached, allow_uncounted=True)
+    target = Target(groups, wanted, cached, allow_uncounted=True)
     unpruned, saved = target.shares({}), {}
     for group in scored:
         without = target.shares({group.name: group.size - 1})
