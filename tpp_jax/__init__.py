@@ -31,6 +31,7 @@ from tpp_jax.pruning.checking import Checks, GroupCheck, check_groups
 from tpp_jax.pruning.compensation import compensate
 from tpp_jax.pruning.curves import Sensitivity
 from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
+from tpp_jax.pruning.depth import depth_scores, least_blocks
 from tpp_jax.pruning.flops import Count, LayerCount, count
 from tpp_jax.pruning.moments import Bias, ConsumerMoments, Moments, input_moments
 from tpp_jax.pruning.plan import Plan
@@ -76,6 +77,7 @@ __all__ = [
     "compensate",
     "count",
     "data",
+    "depth_scores",
     "describe_groups",
     "draw_groups",
     "fit",
@@ -85,6 +87,7 @@ __all__ = [
     "hessian_diagonal",
     "input_moments",
     "jacobian_singular_values",
+    "least_blocks",
     "linen_apply",
     "load_gguf",
     "load_hf",

@@ -423,7 +423,7 @@ def _may_be_pruned(
         return False
     window = len(has) - 2 if len(has) > 3 and name.endswith("kernel") else 0
     return tuple(has[:window]) == tuple(wants[:window]) and all(
-        0 < n <= most for n, most in zip(has, wants, strict=True)
+        0 <= n <= most for n, most in zip(has, wants, strict=True)
     )
 
 

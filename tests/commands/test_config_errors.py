@@ -55,7 +55,7 @@ def test_a_config_that_fails_says_why_and_where(tmp_path, text, message):
 
 def test_a_mistake_that_this_package_finds_in_a_config_is_told_in_its_words(tmp_path):
     text = (
-        "from tpp_jax.pruning.planning import parse_ratios\n"
+        "from tpp_jax.pruning.ratios import parse_ratios\n"
         "def get_config():\n parse_ratios('x')"
     )
     line = explain(error_of(tmp_path, text))

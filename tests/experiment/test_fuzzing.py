@@ -16,7 +16,8 @@ import tpp_jax as tpp
 from tpp_jax.errors import TPPError
 from tpp_jax.interop.torch_weights import load_torch
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.planning import make_plan, parse_patterns, parse_ratios
+from tpp_jax.pruning.planning import make_plan
+from tpp_jax.pruning.ratios import parse_patterns, parse_ratios
 from tpp_jax.saving import load_model, save_model
 from tpp_jax.training.optimizers import learning_rate
 

@@ -31,7 +31,7 @@ def logits(model, tokens=TOKENS):
 def pruned(family, ratios):
     model = tpp.load_hf(FOLDER / family)[0]
     groups = tpp.channel_groups(model, TOKENS)
-    return tpp.prune(model, tpp.make_plan(groups, model, ratios))
+    return tpp.prune(model, tpp.make_plan(groups, model, ratios, min_channels=0))
 
 
 def settings(folder):
@@ -69,9 +69,25 @@ def test_transformers_opens_what_was_saved(family, tmp_path):
     np.testing.assert_allclose(logits(small), found, rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_without_heads_and_units_is_left_out(tmp_path):
+    small = pruned("smollm2", {"*.mlp.gate_proj": 0.5, "layers.0.*": 1})
+    tpp.save_hf(small, tmp_path)
+    again = tpp.load_hf(tmp_path)[0]
+    assert settings(tmp_path)["num_hidden_layers"] == again.config.depth == 1
+    np.testing.assert_allclose(logits(again), logits(small), rtol=1e-5, atol=1e-6)
+
+
+def test_transformers_opens_what_was_left(tmp_path):
+    small = pruned("smollm2", {"layers.1.*": 1})
+    tpp.save_hf(small, tmp_path)
+    found = opened_by_transformers(tmp_path)
+    np.testing.assert_allclose(logits(small), found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("family", "ratios"),
     [
+        ("smollm2", {"layers.0.mlp.*": 1, "layers.1.self_attn.*": 1}),
         ("qwen2", {"layers.0.mlp.gate_proj": 0.5, "layers.1.self_attn.q_proj": 0.5}),
         ("gemma", {"*.q_proj#2": 0.5, "embed_tokens": 0.25}),
         ("qwen3", {"*.q_proj#3": 0.25, "layers.0.self_attn.v_proj#2": 0.5}),

@@ -32,6 +32,7 @@ def _mlp_and_plan() -> tuple[nnx.Module, tpp.Groups, tpp.Plan]:
 
 def library() -> Cases:
     yield from _plans()
+    yield from _depth()
     yield from _sensitivities()
     yield from _transforms()
 
@@ -73,6 +74,33 @@ def _plans() -> Cases:
             lambda f: tpp.slice_tree(
                 plan, {"net": {"0": {"kernel": jnp.ones((3, 3))}}}
             ),
+        ),
+    )
+
+
+def _depth() -> Cases:
+    model, groups, _ = _mlp_and_plan()
+    x = jnp.ones((1, 8, 8, 1))
+    yield from (
+        (
+            '`tpp.make_plan(groups, model, {"net.0": 1})`',
+            lambda f: tpp.make_plan(groups, model, {"net.0": 1}),
+        ),
+        (
+            '`tpp.make_plan(…, {"net.0": 1}, min_channels=0)` without a shortcut',
+            lambda f: tpp.make_plan(groups, model, {"net.0": 1}, min_channels=0),
+        ),
+        (
+            "`tpp.make_plan(…, kv_cache=0.5)` without such layers",
+            lambda f: tpp.make_plan(groups, model, kv_cache=0.5),
+        ),
+        (
+            "`tpp.depth_scores` of a network without shortcuts",
+            lambda f: tpp.depth_scores(model, groups, [x], "net.0"),
+        ),
+        (
+            "`tpp.models.keep_tokens` of a network that is no decoder",
+            lambda f: tpp.models.keep_tokens(model, [0, 1]),
         ),
     )
 

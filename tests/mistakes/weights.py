@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 import tpp_jax as tpp
 from tests.interop.tensors import FILES
 from tests.mistakes.runs import Cases
+from tpp_jax.interop.trained_decoders import load, text
 
 DECODER = pathlib.Path(__file__).parents[1] / "interop" / "decoders" / "qwen2"
 
@@ -81,4 +82,6 @@ def language_models() -> Cases:
         ("an unknown language model", lambda f: folder(f, model_type="gpt2")),
         ("settings of another model", lambda f: folder(f, intermediate_size=12)),
         ("a GGUF file that does not exist", lambda f: tpp.load_gguf(f / "m.gguf")),
+        ("weights in a package that is not there", lambda _: load("llm_none")),
+        ("text for weights without a tokenizer", lambda _: text(weights=str(DECODER))),
     )

@@ -450,3 +450,37 @@ def test_an_optimizer_of_arrays_alone_follows_the_static_fields():
     state = tpp.slice_tree(plan, tx.init(eqx.filter(net, eqx.is_array)))
     expected = tx.init(eqx.filter(small, eqx.is_array))
     assert jax.tree.structure(state) == jax.tree.structure(expected)
+
+
+class Heads(nnx.Module):
+    """A kernel of heads, which compares what it reads with its own sizes."""
+
+    def __init__(self, shape, rngs):
+        self.shape = shape
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (*shape, 6)))
+
+    def __call__(self, x):
+        assert x.shape[-2:] == self.shape, f"{x.shape[-2:]} are not {self.shape}"
+        return jnp.einsum("...hd,hdo->...o", x, self.kernel[...])
+
+
+class EqualSizes(nnx.Module):
+    """As many heads as dimensions of each."""
+
+    def __init__(self, rngs):
+        make = nnx.LinearGeneral
+        self.q, self.k, self.v = (make(6, (8, 8), rngs=rngs) for _ in range(3))
+        self.out = Heads((8, 8), rngs)
+
+    def __call__(self, x):
+        return self.out(attend(self.q(x), self.k(x), self.v(x), 1.0))
+
+
+def test_of_equal_numbers_in_a_tuple_the_right_one_follows():
+    model, x = EqualSizes(nnx.Rngs(0)), array(2, 3, 6)
+    groups = tpp.channel_groups(model, x)
+    plan = tpp.make_plan(groups, model, {"q": 0.5, "v#2": 0.25})
+    small = tpp.prune(model, plan)
+    assert small.out.shape == (4, 6)
+    same(small(x), masked_module(model, plan, x))

@@ -139,7 +139,7 @@ def test_every_layer_of_a_stack_is_refit_by_itself():
     for i in (0, 1):
         read = np.asarray(jax.nn.relu(h @ params["up"][i] + params["b"][i]))
         target = read @ params["down"][i]
-        best = np.linalg.lstsq(read[:, plan.kept["up"]], target, rcond=None)[0]
+        best = np.linalg.lstsq(read[:, plan.kept["up"][i]], target, rcond=None)[0]
         np.testing.assert_allclose(small["down"][i], best, rtol=1e-4, atol=1e-4)
         h = h + target + params["c"][i]
 

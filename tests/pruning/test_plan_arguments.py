@@ -15,7 +15,7 @@ from tests.pruning.test_plan import counts, dense, resnet
 from tests.reference import filled
 from tpp_jax.errors import TPPError
 from tpp_jax.models import CifarResNet, CifarVGG
-from tpp_jax.pruning.planning import parse_patterns, parse_ratios
+from tpp_jax.pruning.ratios import parse_patterns, parse_ratios
 
 
 def refusal(ratios, **options):
@@ -134,7 +134,8 @@ def test_counts_are_the_exact_numbers_of_kept_channels():
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"net.0": 0}, "cannot keep 0 channels of net.0, which has 20"),
+        ({"net.0": -1}, "cannot keep -1 channels of net.0, which has 20"),
+        ({"net.0": 0}, "the output no longer depends on the inputs"),
         ({"net.0": 21}, "cannot keep 21 channels of net.0, which has 20"),
         ({"net.9": 3}, "there is no prunable group 'net.9'"),
     ],

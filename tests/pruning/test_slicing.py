@@ -156,7 +156,7 @@ def test_slicing_keeps_exactly_the_entries_that_the_mask_marks(data):
         kept = np.asarray(state_leaves[name])[np.asarray(mask[name]) == 1]
         np.testing.assert_array_equal(np.asarray(leaf).reshape(-1), kept)
         assert set(np.unique(mask[name])) <= {0, 1}
-        for axis, (keep, count) in keep_masks(plan, name).items():
+        for axis, (keep, count, _) in keep_masks(plan, name).items():
             assert leaf.shape[axis] == count == keep.sum()
 
 

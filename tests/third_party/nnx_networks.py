@@ -338,3 +338,11 @@ def fully_connected(part=1):
 
     model = FullyConnectedBlock(6, 32 // part, 4, rngs=nnx.Rngs(0))
     return Network(model, (images(3, 6),))
+
+
+@network("maxtext", heads=("*.self_attention.query",))
+def scanned_llama():
+    from benchmarks.maxtext import made
+
+    model = made()
+    return Network(model, (tokens(1, 8, vocabulary=64), jnp.arange(8)[None]))

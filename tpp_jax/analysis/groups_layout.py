@@ -114,6 +114,6 @@ def _shape_change(leaf: str, groups: Groups, plan: Plan | None) -> str:
     """Returns the shape of a kernel as text, before and after the cut."""
     before = groups.shapes[leaf]
     kept = keep_masks(plan, leaf) if plan is not None else {}
-    after = [kept[i][1] if i in kept else n for i, n in enumerate(before)]
+    after = [kept[i].number if i in kept else n for i, n in enumerate(before)]
     texts = ["×".join(map(str, shape)) for shape in (before, after)]
     return " → ".join(dict.fromkeys(texts))

@@ -146,14 +146,16 @@ def headline(groups: Groups) -> str:
 
 
 def size_change(group: Group, plan: Plan | None) -> str:
-    """Returns the number of channels, ``16`` or ``16 → 8``.
+    """Returns the number of channels, ``16`` or ``16 → 8``; ``12×16`` in 12 layers.
 
     Args:
       group: Group of channels.
       plan: Plan whose number of kept channels is shown, if any.
     """
     kept = group.size if plan is None else plan.kept_count(group)
-    return f"{group.size}" if kept == group.size else f"{group.size} → {kept}"
+    each = f"{group.steps}×" if group.steps else ""
+    before, after = f"{each}{group.size}", f"{each}{kept}"
+    return before if kept == group.size else f"{before} → {after}"
 
 
 def member_lines(group: Group, groups: Groups) -> list[tuple[str, str]]:

@@ -64,7 +64,7 @@ def choose(run: Run, stage: Stage, tools: Tools) -> Run:
                 f"{headline.text(one_shot)}."
             )
             run = run.at(one_shot=one_shot)
-        run = run.at(goal={name: len(kept) for name, kept in plan.kept.items()})
+        run = run.at(goal={name: kept.shape[-1] for name, kept in plan.kept.items()})
     if plan is None or setup.rounds > 1:
         plan = _planned(run, groups, setup, _counts(run, stage, groups, setup))
         if not plan.pruned_groups:

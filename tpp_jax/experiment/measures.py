@@ -101,9 +101,9 @@ def pruned_norm(plan: Plan, params: Any) -> Float[Array, ""]:
     for leaf, members in plan.groups.members.items():
         masks = keep_masks(plan, leaf)
         for axis in {m.axis for _, m in members if m.role == "produced"} & masks.keys():
-            filters = jnp.moveaxis(leaves[leaf], axis, -1)
-            squares = jnp.square(filters).sum(range(filters.ndim - 1))
-            total += jnp.sum(squares, where=~jnp.asarray(masks[axis][0]))
+            squares = jnp.square(leaves[leaf])
+            gone = masks[axis].others().over(axis, range(squares.ndim))
+            total += jnp.sum(squares, where=jnp.asarray(gone))
     return jnp.sqrt(total)
 
 
@@ -158,15 +158,20 @@ def save_gram(
     """
     content = read_grams(file)
     kernel = np.asarray(named_leaves(nnx.state(model))[member.leaf], np.float64)
-    filters = np.moveaxis(kernel, member.axis, 0).reshape(kernel.shape[member.axis], -1)
+    axis = member.axis
+    pruned = np.asarray(keep_masks(plan, member.leaf)[axis].others().mask)
+    if member.steps is not None:  # of layers in a loop, the first one's
+        kernel = np.take(kernel, 0, axis=member.steps)
+        axis -= axis > member.steps
+        pruned = np.atleast_2d(pruned)[0]
+    filters = np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis], -1)
     gram = filters @ filters.T
     if moment == "chosen" or "scale" not in content:
         content["scale"] = np.float64(np.diag(gram).mean() or 1)
-    masks = keep_masks(plan, member.leaf)
     content |= {
         moment: (gram / content["scale"]).astype(np.float32),
         "layer": np.asarray(layer_name(member.leaf)),
-        "pruned": ~np.asarray(masks[member.axis][0]),
+        "pruned": pruned,
     }
     partial = file.with_suffix(".partial.npz")
     np.savez(partial, **content)

@@ -89,14 +89,18 @@ def written_back(model: nnx.Module, plan: Plan, small: nnx.Module) -> nnx.Module
     arrays = named_leaves(nnx.state(small))
 
     def write(name: str, leaf: Array) -> Array:
-        masks = {axis: np.asarray(m) for axis, (m, _) in keep_masks(plan, name).items()}
-        value = np.array(leaf)
+        value, every = np.array(leaf), np.ones(np.shape(leaf), bool)
+        masks = {
+            axis: np.asarray(kept.over(axis, range(value.ndim)))
+            for axis, kept in keep_masks(plan, name).items()
+        }
         for _, member in plan.groups.members.get(name, ()):
             if member.role == "contracted" and member.axis in masks:
-                value[(slice(None),) * member.axis + (~masks[member.axis],)] = 0
-        every = [np.ones(n, bool) for n in value.shape]
-        kept = [masks.get(axis, all_) for axis, all_ in enumerate(every)]
-        value[np.ix_(*kept)] = np.asarray(arrays[name])
+                value = np.where(masks[member.axis], value, 0)
+        for mask in masks.values():
+            every &= mask
+        # Kept entries are in the same order in both.
+        value[every] = np.asarray(arrays[name]).reshape(-1)
         return jnp.asarray(value)
 
     graphdef, state = nnx.split(model)

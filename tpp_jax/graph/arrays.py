@@ -7,8 +7,8 @@ device, or sharded over the same devices in the same way.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,54 @@ from jaxtyping import Array, Bool, Int
 
 from tpp_jax.errors import TPPError
 
-Cuts = Mapping[int, tuple[Bool[Array | np.ndarray, " n"], int]]
-"""Axis → a mask that is True for the positions that are kept, and their number."""
+Mask = Bool[Array | np.ndarray, " n"] | Bool[Array | np.ndarray, "steps n"]
+
+
+class Positions(NamedTuple):
+    """Some positions of an axis, such as those that are kept.
+
+    Attributes:
+      mask: True for these positions, bool ``[n]``; ``[steps, n]`` if each step of a
+        loop over layers has its own.
+      number: Number of these positions, the same in all steps.
+      steps: Axis of the array that the loop goes through; None for a mask ``[n]``.
+    """
+
+    mask: Mask
+    number: int
+    steps: int | None = None
+
+    def others(self) -> "Positions":
+        """Returns the other positions of the axis."""
+        return Positions(~self.mask, self.mask.shape[-1] - self.number, self.steps)
+
+    def over(self, axis: int, axes: Sequence[int]) -> Any:
+        """Returns the mask in a shape that broadcasts against an array.
+
+        Args:
+          axis: Axis that the positions are on.
+          axes: Axes of the array, in order.
+        """
+        return spread(self.mask, axis, self.steps, axes)
+
+
+def spread(values: Any, axis: int, steps: int | None, axes: Sequence[int]) -> Any:
+    """Returns values along an axis in a shape that broadcasts against an array.
+
+    Args:
+      values: Array ``[n]``, or ``[steps, n]``.
+      axis: Axis of the array that they lie along.
+      steps: Axis that the loop goes through; None for ``[n]``.
+      axes: Axes of the array, in order.
+    """
+    if steps is not None and axes.index(steps) > axes.index(axis):
+        values = values.T
+    sizes = iter(values.shape)
+    return values.reshape([next(sizes) if i in (axis, steps) else 1 for i in axes])
+
+
+Cuts = Mapping[int, Positions]
+"""Axis → its positions that are kept."""
 
 _BLOCK = 1 << 26  # bytes that the devices of several processes exchange at once
 
@@ -200,24 +246,35 @@ def cut(array: Any, cuts: Cuts) -> Any:
     """
     if not cuts:
         return array
-    shape = tuple(cuts[i][1] if i in cuts else n for i, n in enumerate(array.shape))
+    shape = tuple(cuts[i].number if i in cuts else n for i, n in enumerate(array.shape))
     if isinstance(array, jax.ShapeDtypeStruct):
         sharding = array.sharding and fitting(array.sharding, shape)
         return array.update(shape=shape, sharding=sharding)
-    kept = {
-        axis: np.flatnonzero(mask)
-        if isinstance(mask, np.ndarray)
-        else jnp.nonzero(mask, size=count)[0]
-        for axis, (mask, count) in cuts.items()
-    }
-    if any(isinstance(x, Tracer) for x in (array, *kept.values())):
-        return _taken(jnp.asarray(array), kept)
+    places = {axis: _positions(kept) for axis, kept in cuts.items()}
+    steps = tuple((axis, kept.steps) for axis, kept in cuts.items())
+    if any(isinstance(x, Tracer) for x in (array, *places.values())):
+        return _taken(jnp.asarray(array), places, steps)
     if isinstance(array, jax.Array) and not _on_host(array):
-        return _gather(fitting(array.sharding, shape))(array, kept)
-    for axis, positions in kept.items():
+        return _gather(fitting(array.sharding, shape), steps)(array, places)
+    for axis, kept in cuts.items():
         # On the host, since a device would compile a program for every new shape.
-        array = np.take(np.asarray(array), positions, axis=axis)
+        array = np.asarray(array)
+        if kept.steps is None:
+            array = np.take(array, places[axis], axis=axis)
+        else:
+            index = spread(places[axis], axis, kept.steps, range(array.ndim))
+            array = np.take_along_axis(array, index, axis=axis)
     return array
+
+
+def _positions(kept: Positions) -> Any:
+    """Returns the kept positions, int ``[number]`` or ``[steps, number]``."""
+    mask, number, steps = kept
+    if isinstance(mask, np.ndarray):
+        return np.nonzero(mask)[-1].reshape(*mask.shape[:-1], number)
+    if steps is None:
+        return jnp.nonzero(mask, size=number)[0]
+    return jax.vmap(lambda own: jnp.nonzero(own, size=number)[0])(mask)
 
 
 def put_back(arrays: list[Any], originals: list[Any]) -> list[Any]:
@@ -275,27 +332,45 @@ def _on_host(array: jax.Array) -> bool:
 
 
 @functools.lru_cache(maxsize=512)
-def _gather(sharding: Sharding | None) -> Callable[..., Array]:
+def _gather(
+    sharding: Sharding | None, steps: tuple[tuple[int, int | None], ...] = ()
+) -> Callable[..., Array]:
     """Returns a compiled :func:`_taken` whose result has the given sharding."""
 
-    def gather(array: Array, kept: dict[int, Int[Array, " _"]]) -> Array:
-        return _taken(array, kept) if kept else jnp.copy(array)
+    def gather(array: Array, kept: dict[int, Int[Array, "..."]]) -> Array:
+        return _taken(array, kept, steps) if kept else jnp.copy(array)
 
     return jax.jit(gather, out_shardings=sharding)
 
 
-def _taken(array: Array, kept: Mapping[int, Any]) -> Array:
+def _taken(
+    array: Array, kept: Mapping[int, Any], steps: tuple[tuple[int, int | None], ...]
+) -> Array:
     """Takes the kept positions along axes, on the devices that hold the array."""
+    loops = dict(steps)
     for axis, positions in kept.items():
-        where = (slice(None),) * axis + (positions,)
-        sharding = None
-        if is_explicit(array):
-            shape = (*array.shape[:axis], len(positions), *array.shape[axis + 1 :])
-            sharding = _fitting_named(jax.typeof(array).sharding, shape)
-        array = array.at[where].get(
-            mode="promise_in_bounds",
-            indices_are_sorted=True,
-            unique_indices=True,
-            out_sharding=sharding,
-        )
+        if (loop := loops[axis]) is None:
+            array = _taken_along(array, axis, positions)
+            continue
+        inner = axis - (axis > loop)
+        own = functools.partial(_taken_along, axis=inner)
+        array = jax.vmap(
+            lambda layer, there, own=own: own(layer, positions=there),
+            in_axes=(loop, 0),
+            out_axes=loop,
+        )(array, positions)
     return array
+
+
+def _taken_along(array: Array, axis: int, positions: Any) -> Array:
+    """Takes positions along an axis."""
+    sharding = None
+    if is_explicit(array):
+        shape = (*array.shape[:axis], len(positions), *array.shape[axis + 1 :])
+        sharding = _fitting_named(jax.typeof(array).sharding, shape)
+    return array.at[(slice(None),) * axis + (positions,)].get(
+        mode="promise_in_bounds",
+        indices_are_sorted=True,
+        unique_indices=True,
+        out_sharding=sharding,
+    )

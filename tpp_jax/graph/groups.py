@@ -28,6 +28,7 @@ from tpp_jax.graph.comparing import Reading
 from tpp_jax.graph.functions import is_array
 from tpp_jax.graph.labels import Axis, Channels, Labels, NotUnderstood, solve
 from tpp_jax.graph.layers import kernel_axes
+from tpp_jax.graph.loops import Loops
 from tpp_jax.graph.records import Group, Groups, Member, Slot, Supposition, with_inner
 from tpp_jax.graph.roles import (
     Roles,
@@ -81,12 +82,15 @@ def read_groups(
                 "strict=True they are left unpruned"
             )
         read.append(one)
+    shapes = {leaf: traced.shapes[n] for leaf, n in traced.leaves.items()}
+    loops = Loops(traced, axes, solution)
+    read = [(loops.own_steps(*one, shapes), one[1]) for one in read]
     read.sort(key=lambda one: leaves.place(one[0]))
     reading = Reading(labels, axes, solution, tuple(channels for _, channels in read))
     found = Groups(
         groups=with_inner(_with_unique_names([group for group, _ in read])),
         layers=tuple(dict.fromkeys(layer.name for layer in layers(traced))),
-        shapes={leaf: traced.shapes[n] for leaf, n in traced.leaves.items()},
+        shapes=shapes,
         inputs=jax.tree.map(lambda x: _abstract(x) if is_array(x) else x, inputs),
         traced=traced,
         joined=joined,

@@ -44,6 +44,8 @@ class Member:
         dimensions of a head in a kernel ``[width, heads, size]``. Like ``batch``, empty
         unless the role is ``"produced"``. The axis itself is in one of the two, except
         for the axis of words of an embedding table.
+      steps: Axis of the array that a loop over layers goes through, if each layer may
+        keep channels of its own; None otherwise.
     """
 
     leaf: str
@@ -53,11 +55,12 @@ class Member:
     order: int
     batch: tuple[int, ...] = ()
     filters: tuple[int, ...] = ()
+    steps: int | None = None
 
     @property
     def _content(self) -> tuple[Any, ...]:
         where = self.positions.shape, self.positions.astype(np.int64).tobytes()
-        rest = self.role, self.order, self.batch, self.filters
+        rest = self.role, self.order, self.batch, self.filters, self.steps
         return (self.leaf, self.axis, *where, *rest)
 
     def __eq__(self, other: object) -> bool:
@@ -89,6 +92,9 @@ class Group:
       outer: Names of the groups that run through the same filters at a coarser grain:
         for instance, their channels are the heads of an attention, and those of this
         group the dimensions of each head. This group is then named ``layer#2``.
+      steps: Number of layers that a loop runs through (``jax.lax.scan``), each of which
+        may keep channels of its own, the same number in all; None outside of loops, and
+        where all of them keep the same.
     """
 
     name: str
@@ -99,6 +105,7 @@ class Group:
     reason: str | None
     reduced: bool
     outer: tuple[str, ...] = ()
+    steps: int | None = None
 
 
 def with_inner(groups: tuple[Group, ...]) -> tuple[Group, ...]:

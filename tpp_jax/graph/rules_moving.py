@@ -42,6 +42,10 @@ def reshape(ctx: Context) -> list[Axes]:
     """Axes merged, split, or both."""
     old, new = ctx.operands[0], ctx.shapes[0]
     out: Axes = []
+    if 0 in new:  # nothing moves; which axes are the same is not known of the others
+        same = [len(axis) == n > 0 for axis, n in zip(old, new, strict=False)]
+        first = [*same, False].index(False)
+        return [old[:first] + [ctx.fresh(n) for n in new[first:]]]
     for old_axes, new_axes in _matching_axes(tuple(map(len, old)), new):
         block = [old[i] for i in old_axes]
         sizes = tuple(new[j] for j in new_axes)

@@ -52,6 +52,8 @@ class Trace:
       literals: Numbers that are literals in the code, in order, each with its source
         (see :func:`source_line`) and the value number of the first result computed with
         it; then the arrays that the function closed over.
+      loops: For each ``scan``, the value numbers of what all of its steps have in
+        common or hand on, as seen inside of it.
     """
 
     leaves: dict[str, int]
@@ -66,6 +68,7 @@ class Trace:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     literals: tuple[tuple[Any, Any, int | None], ...] = ()
+    loops: tuple[tuple[int, ...], ...] = ()
 
     @functools.cached_property
     def uses(self) -> tuple[Layer, ...]:
@@ -172,6 +175,7 @@ def trace_function(
         input_names=_places(inputs, is_array) + _places(dict(kwargs), is_array),
         output_names=_places(returned, lambda _: True),
         literals=(*builder.literals, *((array, None, None) for array in closed.consts)),
+        loops=tuple(builder.loops),
     )
 
 

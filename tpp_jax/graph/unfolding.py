@@ -107,6 +107,8 @@ class Builder:
       literals: Literals in the code; see :attr:`tpp_jax.graph.tracing.Trace.literals`.
       origin: Parameter leaves that each value is computed from; None if it depends on
         an input of the model.
+      loops: For each ``scan``, the numbers of the values that all of its steps have in
+        common or that one hands on to the next.
     """
 
     def __init__(self) -> None:
@@ -115,6 +117,7 @@ class Builder:
         self.constants: list[int] = []
         self.literals: list[tuple[Any, Any, int]] = []
         self.origin: dict[int, tuple[str, ...] | None] = {}
+        self.loops: list[tuple[int, ...]] = []
         self._unions: dict[tuple[Any, Any], tuple[str, ...]] = {}
         self._source: Any = None
         self._caller: Any = None
@@ -262,6 +265,8 @@ class Builder:
         arguments = [*inputs[:n_consts], *_unknown(carry), *parts]
         results = self._call(eqn.params["jaxpr"], arguments)
         self._times = before
+        crossing = [*arguments[: n_consts + n_carry], *results[:n_carry]]
+        self.loops.append(tuple(n for n in crossing if isinstance(n, int)))
         outputs = self._carried(carry, results[:n_carry])
         for result, var in zip(results[n_carry:], eqn.outvars[n_carry:], strict=True):
             shape = _shape(var)

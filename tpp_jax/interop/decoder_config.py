@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.interop.names import shown
@@ -186,7 +187,8 @@ def config_of(model: Decoder) -> DecoderConfig:
         attention = layer.self_attn
         size = 2 * attention.frequencies[...].shape[0]
         kv_heads = attention.k_proj.kernel[...].shape[1] // size
-        value_size = attention.v_proj.kernel[...].shape[1] // kv_heads
+        values = attention.v_proj.kernel[...].shape[1]
+        value_size = values // kv_heads if kv_heads else size
         scale = attention.scale
         sizes["heads"].append(attention.q_proj.kernel[...].shape[1] // size)
         sizes["kv_heads"].append(kv_heads)
@@ -202,6 +204,33 @@ def config_of(model: Decoder) -> DecoderConfig:
     return dataclasses.replace(
         model.config, vocabulary=vocabulary, width=width, **together
     )
+
+
+def without_idle_layers(model: Decoder) -> Decoder:
+    """Returns a decoder without the layers that change nothing.
+
+    These are layers with neither heads nor units, whose outputs have no biases. If all
+    layers are like that, all are kept.
+
+    Args:
+      model: Model, pruned or not; not modified, and its arrays are shared.
+    """
+    busy = []
+    for i, layer in enumerate(model.layers):
+        ends = layer.self_attn.o_proj, layer.mlp.down_proj
+        if any(math.prod(end.kernel.shape) or end.bias is not None for end in ends):
+            busy.append(i)
+    if not busy or len(busy) == len(model.layers):
+        return model
+    fields: Json = {
+        name: tuple(value[i] for i in busy) if isinstance(value, tuple) else value
+        for name, value in vars(model.config).items()
+    }
+    fields["depth"] = len(busy)
+    short = nnx.merge(*nnx.split(model))
+    short.layers = nnx.List([short.layers[i] for i in busy])
+    short.config = DecoderConfig(**fields)
+    return short
 
 
 def json_of(model: Decoder) -> Json:

@@ -16,7 +16,12 @@ from flax import nnx
 from tpp_jax.errors import TPPError, require
 from tpp_jax.graph.arrays import Shardings, placed, sharding_for
 from tpp_jax.graph.naming import map_named, named_leaves
-from tpp_jax.interop.decoder_config import OWN_FAMILY, config_from_json, json_of
+from tpp_jax.interop.decoder_config import (
+    OWN_FAMILY,
+    config_from_json,
+    json_of,
+    without_idle_layers,
+)
 from tpp_jax.interop.lazy_tensors import LazyTensors, tensors_of
 from tpp_jax.interop.names import shown
 from tpp_jax.interop.places import Place, places
@@ -94,7 +99,8 @@ def save_hf(model: Decoder, folder: str | pathlib.Path, tokenizer: Any = None) -
 
     Transformers opens it and computes the same logits if all layers have equal sizes
     and no dimension of a head was removed. It refuses other models, whose sizes it
-    cannot represent; :func:`load_hf` reads both. Each file is replaced atomically.
+    cannot represent; :func:`load_hf` reads both. Layers that have neither heads nor
+    units, and no biases behind them, are left out. Each file is replaced atomically.
 
     Args:
       model: Model, pruned or not.
@@ -121,7 +127,7 @@ def save_hf(model: Decoder, folder: str | pathlib.Path, tokenizer: Any = None) -
             f"this {type(model).__name__} is no tpp_jax.models.Decoder: save it with "
             "save_model, or its weights with save_torch"
         )
-    folder = pathlib.Path(folder)
+    folder, model = pathlib.Path(folder), without_idle_layers(model)
     leaves = named_leaves(_weights(model))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
         raise TPPError("this Decoder is abstract: there are no arrays to save")

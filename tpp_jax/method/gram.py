@@ -17,6 +17,7 @@ and a kernel may be a stack of kernels. The functions here do not reshape arrays
 that sharded arrays keep their sharding.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -108,7 +109,8 @@ def gram_penalty_and_grad(
 
     Args:
       kernel: Kernel of the layer.
-      pruned: Mask of the filters to prune, of the kernel's shape along ``filters``.
+      pruned: Mask of the filters to prune, of the kernel's shape along ``filters``; or
+        along ``batch`` and ``filters``, if it differs between the stacked kernels.
       target: Target of the Gram matrix; see :data:`Target`.
       filters: Axes of the kernel that together index its filters.
       batch: Axes along which separate kernels are stacked; their penalties are summed.
@@ -122,11 +124,11 @@ def gram_penalty_and_grad(
         residual = jnp.where(gram.any_pruned, gram.matrix, 0)
     elif target == "relative":
         residual = jnp.where(gram.any_pruned, gram.matrix, 0)
-        scaled = residual * (pruned.size**2 / 4) / gram.energy(~pruned)
+        scaled = residual * (gram.size**2 / 4) / gram.energy(~gram.pruned)
         grad = gram.penalty_and_grad(scaled)[1]
-        return jnp.sum(residual * scaled) / pruned.size**2, grad
+        return jnp.sum(residual * scaled) / gram.size**2, grad
     elif target == "orthogonal":
-        identity = gram.diagonal(1 - pruned.astype(kernel.dtype))
+        identity = gram.diagonal(1 - gram.pruned.astype(kernel.dtype))
         residual = gram.matrix - identity
     else:
         raise TPPError(
@@ -148,7 +150,7 @@ def kept_penalty_and_grad(
 
     Args:
       kernel: Kernel of the layer.
-      pruned: Mask of the filters to prune, of the kernel's shape along ``filters``.
+      pruned: Mask of the filters to prune, as for :func:`gram_penalty_and_grad`.
       filters: Axes of the kernel that together index its filters.
       batch: Axes along which separate kernels are stacked; their penalties are summed.
 
@@ -157,7 +159,7 @@ def kept_penalty_and_grad(
       Array(2., dtype=float32)
     """
     gram = _Gram(kernel, pruned, filters, batch)
-    residual = gram.matrix - gram.diagonal(jnp.ones_like(pruned, kernel.dtype))
+    residual = gram.matrix - gram.diagonal(jnp.ones_like(gram.pruned, kernel.dtype))
     return gram.penalty_and_grad(jnp.where(gram.any_pruned, 0, residual))
 
 
@@ -166,7 +168,11 @@ class _Gram:
 
     Attributes:
       matrix: Gram matrices, float ``[*batch, *filters, *filters]``.
-      any_pruned: Whether either filter is to be pruned, bool ``[*filters, *filters]``.
+      pruned: Mask of the filters to prune, bool ``[*batch, *filters]``; axes of the
+        batch are 1 if it is the same for all kernels.
+      any_pruned: Whether either filter is to be pruned, bool ``[*batch, *filters,
+        *filters]``.
+      size: Number of filters of one kernel.
     """
 
     def __init__(
@@ -182,7 +188,9 @@ class _Gram:
         both = {*self.batch, *self.filters}
         self.inputs = tuple(i for i in range(kernel.ndim) if i not in both)
         self.shape = tuple(kernel.shape[i] for i in self.filters)
-        if pruned.shape != self.shape:
+        self.size = math.prod(self.shape)
+        stacks = tuple(kernel.shape[i] for i in self.batch)
+        if pruned.shape not in (self.shape, (*stacks, *self.shape)):
             where = "on its last axis" if len(self.shape) == 1 else "on its axes"
             raise TPPError(
                 f"pruned has the shape {list(pruned.shape)}, but the kernel has "
@@ -195,11 +203,13 @@ class _Gram:
             ((self.inputs, self.inputs), (self.batch, self.batch)),
             out_sharding=self._sharding((*self.batch, *self.filters)),
         )
-        self.any_pruned = self._rows(pruned) | self._columns(pruned)
+        ones = (1,) * (self.matrix.ndim - len(self.shape) - pruned.ndim)
+        self.pruned = pruned.reshape(*ones, *pruned.shape)
+        self.any_pruned = self._rows(self.pruned) | self._columns(self.pruned)
 
     def diagonal(self, values: Array) -> Array:
-        """Returns the matrix with the given values ``[*filters]`` on its diagonal."""
-        identity = jnp.eye(values.size, dtype=values.dtype)
+        """Returns the matrices with values ``[*batch, *filters]`` on their diagonal."""
+        identity = jnp.eye(self.size, dtype=values.dtype)
         return identity.reshape(self.shape * 2) * self._rows(values)
 
     def energy(self, kept: Array) -> Array:
@@ -207,13 +217,15 @@ class _Gram:
         diagonal = self.diagonal(kept.astype(self.matrix.dtype))
         axes = tuple(range(len(self.batch), self.matrix.ndim))
         total = jnp.sum(self.matrix * diagonal, axes, keepdims=True)
-        return jnp.where(total > 0, total / jnp.maximum(jnp.sum(kept), 1), 1)
+        own = tuple(range(len(self.batch), kept.ndim))
+        count = self._rows(jnp.sum(kept, own, keepdims=True))
+        return jnp.where(total > 0, total / jnp.maximum(count, 1), 1)
 
     def penalty_and_grad(self, residual: Array) -> tuple[Array, Array]:
         """Returns ‖R‖² / N², and its gradient with respect to the kernel."""
         n_batch, n = len(self.batch), len(self.filters)
         rows = tuple(range(n_batch, n_batch + n))
-        scale = 1 / jnp.size(self.any_pruned)
+        scale = 1 / self.size**2
         penalty = scale * jnp.sum(jnp.square(residual))
         order = (*self.batch, *self.inputs, *self.filters)
         product = jax.lax.dot_general(
@@ -229,10 +241,11 @@ class _Gram:
         return penalty, 4 * scale * product
 
     def _rows(self, array: Array) -> Array:
-        return jnp.expand_dims(array, tuple(range(array.ndim, 2 * array.ndim)))
+        return array.reshape(*array.shape, *[1] * len(self.shape))
 
     def _columns(self, array: Array) -> Array:
-        return jnp.expand_dims(array, tuple(range(array.ndim)))
+        batch, filters = array.shape[: len(self.batch)], array.shape[len(self.batch) :]
+        return array.reshape(*batch, *[1] * len(self.shape), *filters)
 
     def _sharding(self, axes: Sequence[int]) -> Any:
         """Returns the sharding of a result whose first axes are these of the kernel."""

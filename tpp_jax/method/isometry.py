@@ -29,7 +29,7 @@ from tpp_jax.graph.naming import (
 )
 from tpp_jax.graph.nnx_layers import modules
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.planning import parse_patterns
+from tpp_jax.pruning.ratios import parse_patterns
 
 Activation = Literal["linear", "relu", "leaky_relu", "tanh", "sigmoid"]
 Layers = str | Sequence[str] | Plan
@@ -232,7 +232,7 @@ def reinitialize(
     names = kernels_of(model, layers)
 
     def fresh(name: str, leaf: Array) -> Array:
-        if name not in names:
+        if name not in names or not leaf.size:
             return leaf
         # A number from the name, so that the draw does not depend on other layers.
         own = (

@@ -215,7 +215,7 @@ def add_orthogonality(
 
         def add(name: str, gradient: Array, parameter: Array) -> Array:
             nonlocal total
-            if name not in names:
+            if name not in names or not parameter.size:
                 return gradient
             penalty, grad = jax.value_and_grad(penalty_of)(parameter)
             total = total + penalty.astype(total.dtype)

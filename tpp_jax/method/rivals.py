@@ -84,7 +84,8 @@ def add_growing_l2(
             for member in _filters(plan, found.get(name)):
                 inside = _channels(member, parameter) >= 0
                 factor = strength.astype(gradient.dtype) * inside
-                gradient = gradient + _along(factor, member, parameter) * parameter
+                factor = _along(factor, member, parameter)
+                gradient = gradient + factor * parameter
             return gradient
 
         updates = map_named(add, updates, params)
@@ -134,7 +135,7 @@ def add_group_lasso(plan: Plan, weight: float = 1e-3) -> optax.GradientTransform
                 factor = weight * jnp.where(
                     along > 0, 1 / jnp.where(along > 0, along, 1), 0
                 )
-                gradient = gradient + _along(factor, member, parameter) * parameter
+                gradient = gradient + factor * parameter
             return gradient
 
         updates = map_named(add, updates, params)
@@ -145,14 +146,17 @@ def add_group_lasso(plan: Plan, weight: float = 1e-3) -> optax.GradientTransform
 
 def _norms(
     member: Member, parameter: Array
-) -> tuple[Float[Array, " size"], Float[Array, " n"]]:
+) -> tuple[Float[Array, "*steps size"], Float[Array, "..."]]:
     """Returns the norm ‖w_f‖ of each channel's filter, by channel and by position.
 
     The second array has, for each position along the axis, the norm of the filter that
-    contains it, or 0 if no filter does.
+    contains it, or 0 if no filter does; it broadcasts against the parameter. In layers
+    of a loop that may keep different channels, each has filters of its own.
     """
-    others = [axis for axis in range(parameter.ndim) if axis != member.axis]
-    squares = jnp.sum(jnp.square(parameter), axis=others)
+    own = (member.axis, member.steps)
+    others = [axis for axis in range(parameter.ndim) if axis not in own]
+    squares = jnp.sum(jnp.square(parameter), axis=others, keepdims=True)
+    squares = jnp.moveaxis(squares, member.axis, 0)
     channels = _channels(member, parameter)
     size = len(member.positions)
     # Positions that belong to no channel are summed after the last channel.
@@ -160,7 +164,9 @@ def _norms(
         squares, np.where(channels < 0, size, channels), size + 1
     )
     norms = jnp.sqrt(totals[:size])
-    return norms, jnp.where(channels < 0, 0, norms[channels])
+    outside = (channels < 0).reshape(-1, *[1] * (norms.ndim - 1))
+    along = jnp.where(outside, 0, norms[channels])
+    return norms, jnp.moveaxis(along, 0, member.axis)
 
 
 def _kernels(plan: Plan) -> dict[str, Filters]:

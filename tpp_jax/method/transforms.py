@@ -38,7 +38,7 @@ from tpp_jax.pruning.filters import (
     pruned_filters,
 )
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.planning import strengths_of
+from tpp_jax.pruning.ratios import strengths_of
 from tpp_jax.pruning.readiness import UNDONE
 
 _NO_PARAMS = "the transform needs the parameters: call update(updates, state, params)"
@@ -153,7 +153,7 @@ def add_tpp_penalties(
         penalties = []
 
         def add(name: str, gradient: Array, parameter: Array) -> Array:
-            if name not in found:
+            if name not in found or not parameter.size:  # a removed branch
                 return gradient
             here = found[name]
             own = max(factors[group] for group in here.groups)
@@ -276,9 +276,15 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
 def _pruned_mask(
     found: Filters, kernel: Member, parameter: Array
 ) -> Bool[Array, "..."]:
-    """Returns which filters of a kernel are pruned, ``[*filters]``."""
-    shape = [parameter.shape[axis] for axis in kernel.filters]
-    mask = found.mask(parameter.ndim, kernel.filters)
+    """Returns which filters of a kernel are pruned, ``[*filters]``.
+
+    ``[*batch, *filters]`` if layers of a loop keep different ones.
+    """
+    axes = kernel.filters
+    if any(positions.steps is not None for positions in found.pruned):
+        axes = (*kernel.batch, *axes)
+    shape = [parameter.shape[axis] for axis in axes]
+    mask = found.mask(parameter.ndim, axes)
     return jnp.broadcast_to(jnp.asarray(mask), shape)
 
 

@@ -43,6 +43,7 @@ from tpp_jax.models.resnet import ResNet
 from tpp_jax.models.small import small_decoder
 from tpp_jax.models.vgg import VGG
 from tpp_jax.models.vit import VisionTransformer
+from tpp_jax.models.vocabulary import frequent_tokens, keep_tokens
 
 __all__ = [
     "MLP",
@@ -62,7 +63,9 @@ __all__ = [
     "RopeScaling",
     "VisionTransformer",
     "create",
+    "frequent_tokens",
     "generate",
+    "keep_tokens",
     "names",
     "small_decoder",
     "spec_of",

@@ -12,6 +12,7 @@ arrays of the model; both therefore stay right when dimensions are removed.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -63,7 +64,7 @@ class DecoderConfig:
     """Sizes and settings of a decoder.
 
     Sizes may differ between layers: a number stands for all layers, a tuple has one for
-    each.
+    each. A layer may have no heads or no units.
 
     Attributes:
       vocabulary: Number of tokens that exist.
@@ -126,7 +127,7 @@ class DecoderConfig:
                 )
         pairs = zip(self.of_layers("heads"), self.of_layers("kv_heads"), strict=True)
         for heads, kv_heads in pairs:
-            if kv_heads < 1 or heads % kv_heads:
+            if heads % kv_heads if kv_heads > 0 else heads or kv_heads:
                 raise TPPError(
                     f"{heads} query heads cannot be shared out to {kv_heads} "
                     "key-value heads: heads must be a multiple of kv_heads"
@@ -255,7 +256,11 @@ class Attention(nnx.Module):
         size = 2 * self.frequencies[...].shape[0]
         query = self.q_proj(x).reshape(batch, tokens, -1, size)
         key = self.k_proj(x).reshape(batch, tokens, -1, size)
-        value = self.v_proj(x).reshape(batch, tokens, key.shape[2], -1)
+        # Without heads all of these are empty, and no size follows from the others.
+        heads = max(key.shape[2], 1)
+        shared = query.shape[2] // heads
+        value = self.v_proj(x)
+        value = value.reshape(batch, tokens, key.shape[2], value.shape[-1] // heads)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         angles = positions[:, None] * self.frequencies[...]
@@ -268,11 +273,11 @@ class Attention(nnx.Module):
             key = jax.lax.dynamic_update_slice(past.keys, key, start)
             value = jax.lax.dynamic_update_slice(past.values, value, start)
             past, seen = Past(key, value), jnp.arange(key.shape[1])
-        query = query.reshape(batch, tokens, key.shape[2], -1, size)
+        query = query.reshape(batch, tokens, key.shape[2], shared, size)
         scores = jnp.einsum("bqhgd,bkhd->bhgqk", query * self.scale, key)
         weights = _softmax(scores, _mask(positions, seen, self.window))
         y = jnp.einsum("bhgqk,bkhd->bqhgd", weights, value)
-        return self.o_proj(y.reshape(batch, tokens, -1)), past
+        return self.o_proj(y.reshape(batch, tokens, math.prod(y.shape[2:]))), past
 
 
 def _rotated(x: Heads, cos: Array, sin: Array, interleaved: bool) -> Heads:
@@ -447,11 +452,12 @@ class Decoder(nnx.Module):
             size = 2 * attention.frequencies[...].shape[0]
             key, value = attention.k_proj.kernel[...], attention.v_proj.kernel[...]
             heads = key.shape[-1] // size
+            value_size = value.shape[-1] // max(heads, 1)
             dtype = attention.k_proj.dtype or key.dtype
             layers.append(
                 Past(
                     jnp.zeros((batch, length, heads, size), dtype),
-                    jnp.zeros((batch, length, heads, value.shape[-1] // heads), dtype),
+                    jnp.zeros((batch, length, heads, value_size), dtype),
                 )
             )
         return Cache(tuple(layers), jnp.zeros((), jnp.int32))

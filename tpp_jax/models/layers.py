@@ -10,6 +10,7 @@ arrays decide, so the same graph definition also runs with fewer channels.
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -230,7 +231,7 @@ class BatchNorm(nnx.BatchNorm):
         convolutions with batch norms took 37 ms either way.
         """
         axes = tuple(range(x.ndim - 1))
-        count = x.size // x.shape[-1]
+        count = math.prod(x.shape[:-1])
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean = x.mean(axes)
         var = jnp.square(x - mean).mean(axes)

@@ -19,8 +19,10 @@ def arrangement(groups: Groups, plan: Plan | None = None) -> set[frozenset[Place
 
     Args:
       groups: Groups.
-      plan: Plan; if given, the positions are those after slicing by it.
+      plan: Plan; if given, the positions are those after slicing by it, in the first of
+        the layers that a loop goes through.
     """
+    plan = None if plan is None else plan.of_step(0)
 
     @functools.cache
     def masks(leaf: str) -> dict[int, Any]:
@@ -53,7 +55,7 @@ def _layout(
         if plan is not None:
             positions = positions[np.asarray(plan.kept[group.name])]
             if axis in masks(leaf):
-                keep = np.asarray(masks(leaf)[axis][0])
+                keep = np.asarray(masks(leaf)[axis].mask)
                 moved = np.cumsum(keep) - 1
                 positions = moved[positions[keep[positions]]].reshape(size, -1)
         if positions.shape[1] == 1:

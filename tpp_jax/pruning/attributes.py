@@ -300,7 +300,11 @@ def extended(
 
 
 def _selections(found: list[FieldSize]) -> Iterator[list[FieldSize]]:
-    """Yields all attributes, all but those of one declaration, and those of one."""
+    """Yields all attributes, all but those of one declaration, and those of one.
+
+    Then all again, with one of the equal numbers of a tuple alone: of ``(8, 8)``, eight
+    heads of eight dimensions.
+    """
     declarations = list(dict.fromkeys(size.field.declaration for size in found))
     if found:
         yield found
@@ -310,6 +314,25 @@ def _selections(found: list[FieldSize]) -> Iterator[list[FieldSize]]:
     if len(declarations) > 1:
         for one in declarations:
             yield [size for size in found if size.field.declaration == one]
+    most = max((_equal_parts(size) for size in found), default=1)
+    for k in range(most) if most > 1 else ():
+        yield [_with_one_part(size, k) for size in found]
+
+
+def _equal_parts(size: FieldSize) -> int:
+    """Returns how many numbers of an attribute follow in the same way."""
+    follows = [part for part in size.parts if part is not None]
+    return len(follows) if len(set(follows)) == 1 else 1
+
+
+def _with_one_part(size: FieldSize, k: int) -> FieldSize:
+    """Returns an attribute whose k-th number alone follows, of several equal ones."""
+    if _equal_parts(size) < 2:
+        return size
+    follows = [i for i, part in enumerate(size.parts) if part is not None]
+    chosen = follows[min(k, len(follows) - 1)]
+    parts = [part if i == chosen else None for i, part in enumerate(size.parts)]
+    return FieldSize(size.field, tuple(parts))
 
 
 def _counts(role: str, made: bool) -> bool:

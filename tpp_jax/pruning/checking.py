@@ -12,12 +12,14 @@ from flax import linen, nnx
 from jaxtyping import Array, Float, Int
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import spread
 from tpp_jax.graph.functions import Function, as_function, is_array
 from tpp_jax.graph.groups import Group, Groups
 from tpp_jax.graph.naming import longest_known_suffix
 from tpp_jax.pruning.channels import channel_groups
 from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
 from tpp_jax.pruning.filters import pruned_filters
+from tpp_jax.pruning.masks import keep_masks
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.rescaling import find_rescaling
 from tpp_jax.pruning.slicing import mask_tree
@@ -253,10 +255,11 @@ def _check_permuting(
     for i, group in enumerate(groups):
         if group.reason is not None or group.size < 2 or i in noisy:
             continue
-        # A single cycle moves every channel.
-        cycle = rng.permutation(group.size)
+        # A single cycle moves every channel; in each layer of a loop another one.
+        cycle = np.stack([rng.permutation(group.size) for _ in range(group.steps or 1)])
         order = np.empty_like(cycle)
-        order[cycle] = np.roll(cycle, 1)
+        np.put_along_axis(order, cycle, np.roll(cycle, 1, axis=-1), axis=-1)
+        order = order[0] if group.steps is None else order
         permuted = _distance(network.run(_permuted(network, group, order)), expected)
         first = next(m for m in group.members if m.role == "produced")
         alone = dataclasses.replace(group, members=(first,))
@@ -341,15 +344,17 @@ def _distance(found: Outputs, expected: Outputs) -> float:
 def _with_copies(network: _Network, group: Group, plan: Plan) -> Any:
     """Returns weights whose pruned channels are copies that no layer reads."""
     kept, pruned = np.asarray(plan.kept[group.name]), plan.pruned(group.name)
-    order = np.arange(group.size)
-    order[pruned] = np.tile(kept, group.size // len(kept) - 1)
+    order = np.broadcast_to(np.arange(group.size), (*kept.shape[:-1], group.size))
+    order, times = order.copy(), group.size // kept.shape[-1] - 1
+    copies = np.concatenate([kept] * times, axis=-1)
+    np.put_along_axis(order, pruned, copies, axis=-1)
     leaves, structure = jax.tree.flatten(_permuted(network, group, order))
     for member in group.members:
         if member.role == "contracted":
+            keep = keep_masks(plan, member.leaf)[member.axis]
             for i in (i for i, name in enumerate(network.names) if name == member.leaf):
-                leaf = np.moveaxis(np.array(leaves[i]), member.axis, 0)
-                leaf[member.positions[pruned].reshape(-1)] = 0
-                leaves[i] = np.moveaxis(leaf, 0, member.axis)
+                own = keep.over(member.axis, range(np.ndim(leaves[i])))
+                leaves[i] = np.where(own, leaves[i], np.zeros((), leaves[i].dtype))
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -365,8 +370,14 @@ def _half(
     for group in groups:
         if group.reason is None:
             n = (group.size + 1) // 2 if chosen(group) else group.size
-            kept[group.name] = np.sort(rng.permutation(group.size)[:n]).astype(np.int32)
+            kept[group.name] = _some(group, n, rng)
     return Plan(kept, groups)
+
+
+def _some(group: Group, n: int, rng: np.random.Generator) -> Int[np.ndarray, "..."]:
+    """Returns random channels of a group; of each layer of a loop other ones."""
+    rows = [np.sort(rng.permutation(group.size)[:n]) for _ in range(group.steps or 1)]
+    return (np.stack(rows) if group.steps else rows[0]).astype(np.int32)
 
 
 def _share(groups: Groups, rng: np.random.Generator, chosen: Group) -> Plan:
@@ -377,12 +388,15 @@ def _share(groups: Groups, rng: np.random.Generator, chosen: Group) -> Plan:
         for group in groups
         if group.reason is None
     }
-    indices = rng.permutation(chosen.size)[: chosen.size // times]
-    kept[chosen.name] = np.sort(indices).astype(np.int32)
+    kept[chosen.name] = _some(chosen, chosen.size // times, rng)
     return Plan(kept, groups)
 
 
-def _permuted(network: _Network, group: Group, order: Int[np.ndarray, " size"]) -> Any:
+def _permuted(
+    network: _Network,
+    group: Group,
+    order: Int[np.ndarray, " size"] | Int[np.ndarray, "steps size"],
+) -> Any:
     """Returns the weights with the channels of a group in another order."""
     leaves, structure = jax.tree.flatten(network.weights)
     indices: dict[str, list[int]] = {}
@@ -390,10 +404,14 @@ def _permuted(network: _Network, group: Group, order: Int[np.ndarray, " size"]) 
         indices.setdefault(name, []).append(i)
     for member in group.members:
         for i in indices[member.leaf]:
-            source = np.arange(leaves[i].shape[member.axis])
-            source[member.positions] = member.positions[order]
             # On the host: a device would compile a program for every shape.
-            leaves[i] = np.take(np.asarray(leaves[i]), source, axis=member.axis)
+            leaf, axis = np.asarray(leaves[i]), member.axis
+            source = np.zeros((*order.shape[:-1], leaf.shape[axis]), np.int64)
+            source += np.arange(leaf.shape[axis])
+            source[..., member.positions] = member.positions[order]
+            loop = member.steps if source.ndim > 1 else None
+            index = spread(source, axis, loop, range(leaf.ndim))
+            leaves[i] = np.take_along_axis(leaf, index, axis=axis)
     return jax.tree.unflatten(structure, leaves)
 
 

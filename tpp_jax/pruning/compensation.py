@@ -235,7 +235,7 @@ def refit_all(
             continue
         if entry.fixed is not None:
             not_refit[entry.leaf] = entry.fixed
-        elif held is None and (entry.rows < _ROWS_PER_FEATURE * keep.sum()).any():
+        elif held is None and (entry.rows < _ROWS_PER_FEATURE * keep.sum(axis=1)).any():
             few.append(entry.leaf)
         bias = None if entry.bias is None else flat(entry.bias.leaf)
         other = None if held is None else held.consumers[i]
@@ -259,7 +259,7 @@ def refit_all(
 def _refit(
     entry: ConsumerMoments,
     held: ConsumerMoments | None,
-    keep: Bool[np.ndarray, " features"],
+    keep: Bool[np.ndarray, "stacks features"],
     weights: Float[np.ndarray, " n"],
     bias: Float[np.ndarray, " m"] | None,
     damping: Damping,
@@ -269,7 +269,7 @@ def _refit(
     Args:
       entry: Moments of what it reads.
       held: The same on the data on which the damping is chosen.
-      keep: Features that are kept.
+      keep: Features that are kept of each stack.
       weights: All weights of its parameter, flat.
       bias: All entries of the parameter that takes up a shift, flat.
       damping: Damping of the fit.
@@ -278,13 +278,14 @@ def _refit(
     for s, rows in enumerate(entry.rows):
         if not rows:  # an expert that no example was sent to
             continue
-        lost = weights[index[s][~keep]]
-        shift = lost.T @ entry.mean[s][~keep]
+        own = keep[s]
+        lost = weights[index[s][~own]]
+        shift = lost.T @ entry.mean[s][~own]
         if entry.fixed is None and entry.covariance is not None:
-            errors = _errors(entry, s, keep, lost)
-            others = None if held is None else _errors(held, s, keep, lost)
+            errors = _errors(entry, s, own, lost)
+            others = None if held is None else _errors(held, s, own, lost)
             change, shift = refit(errors, others, damping, bias is not None)
-            weights[index[s][keep]] += change
+            weights[index[s][own]] += change
         if bias is not None and entry.bias is not None:
             bias[entry.bias.index[s]] += entry.bias.sign * shift
 

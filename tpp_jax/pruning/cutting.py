@@ -18,6 +18,7 @@ from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph import linen as linen_modules
+from tpp_jax.graph.arrays import spread
 from tpp_jax.graph.bridge import follow_inputs
 from tpp_jax.graph.comparing import Difference
 from tpp_jax.graph.functions import split_module
@@ -153,13 +154,15 @@ def _rescaled(
 def _first_is_zero(plan: Plan, group: Group, params: Any) -> bool:
     """Reports whether the first pruned filter of a group is zero."""
     member = next(m for m in group.members if m.role == "produced")
-    mask = np.zeros(plan.groups.shapes[member.leaf][member.axis], bool)
-    mask[member.positions[plan.pruned(group.name)[0]]] = True
-    shape = [1] * len(plan.groups.shapes[member.leaf])
-    shape[member.axis] = -1
+    shape = plan.groups.shapes[member.leaf]
+    gone = plan.pruned(group.name)[..., 0]
+    mask = np.zeros((*gone.shape, shape[member.axis]), bool)
+    np.put_along_axis(mask, member.positions[gone], True, axis=-1)
+    loop = member.steps if gone.ndim else None
+    first = spread(mask, member.axis, loop, range(len(shape)))
     # A mask needs no indexing, which would gather an array that is sharded.
     return not any(
-        bool(jnp.any(jnp.where(mask.reshape(shape), leaf, 0)))
+        bool(jnp.any(jnp.where(first, leaf, 0)))
         for name, leaf in named_leaves(params).items()
         if longest_known_suffix(name, plan.groups.shapes) == member.leaf
     )

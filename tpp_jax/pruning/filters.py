@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import Positions
 from tpp_jax.graph.groups import Member
 from tpp_jax.graph.naming import (
     layer_name,
@@ -22,7 +23,7 @@ from tpp_jax.graph.naming import (
     longest_known_suffix,
     some,
 )
-from tpp_jax.pruning.masks import Mask, cut_shapes, keep_masks
+from tpp_jax.pruning.masks import cut_shapes, keep_masks
 from tpp_jax.pruning.plan import Plan, expect_plan
 
 
@@ -32,13 +33,13 @@ class Filters:
 
     Attributes:
       members: Axes along which positions are pruned, none of them contracted.
-      pruned: For each axis, bool ``[n]``, True for pruned positions.
+      pruned: For each axis, the positions that are pruned.
       cut: Shape of the parameter after the cut.
       groups: Names of the groups that run along these axes.
     """
 
     members: tuple[Member, ...]
-    pruned: tuple[Mask, ...]
+    pruned: tuple[Positions, ...]
     cut: tuple[int, ...]
     groups: tuple[str, ...] = ()
 
@@ -59,14 +60,13 @@ class Filters:
 
         Args:
           ndim: Number of axes of the parameter.
-          filters: Axes of the mask, ``[*filters]``; by default all of the parameter's.
+          filters: Axes of the mask, in order; by default all of the parameter's.
         """
-        axes = tuple(range(ndim)) if filters is None else filters
+        axes = range(ndim) if filters is None else filters
         mask: Any = False
         for member, pruned in zip(self.members, self.pruned, strict=True):
             if member.axis in axes:
-                shape = [-1 if axis == member.axis else 1 for axis in axes]
-                mask = mask | pruned.reshape(shape)
+                mask = mask | pruned.over(member.axis, axes)
         return mask
 
 
@@ -89,8 +89,8 @@ def pruned_filters(plan: Plan) -> dict[str, Filters]:
         names = tuple(name for name, _ in pairs.values())
         kernel = any(m.role in ("produced", "depthwise") for m in members.values())
         if members and (kernel or leaf in plan.groups.trainable):
-            masks = tuple(~keep[axis][0] for axis in members)
-            found[leaf] = Filters(tuple(members.values()), masks, shape, names)
+            gone = tuple(keep[axis].others() for axis in members)
+            found[leaf] = Filters(tuple(members.values()), gone, shape, names)
     return found
 
 

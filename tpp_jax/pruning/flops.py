@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,7 +158,7 @@ def _filters(traced: Trace, layer: Layer) -> int:
     for i in produced:
         own = [axis for leaf, axis in layer.axes[i] if leaf == layer.kernel]
         # The operand may be a part of the kernel: a shard, or one half of it.
-        is_part = len(own) == 1 and shape[own[0]] % operand[i] == 0
+        is_part = len(own) == 1 and shape[own[0]] % max(operand[i], 1) == 0
         total *= shape[own[0]] if is_part else operand[i]
     return total
 
@@ -278,7 +278,13 @@ class Costs:
       ((48, 96), (30, 60))
     """
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups, cached: Collection[str] = ()) -> None:
+        """Prepares the costs.
+
+        Args:
+          groups: All groups of the model.
+          cached: Names of the layers whose outputs :meth:`cache` counts.
+        """
         traced = groups.traced
         axes = groups.reading.axes
         self._channels = groups.reading.solution
@@ -298,6 +304,13 @@ class Costs:
             factor, along = _work(traced, use)
             labels = [axes[value][axis] for value, axis in along]
             self._flops.append(self._product(factor, labels))
+        self._cached = []
+        for layer in layers(traced):
+            if layer.name in cached:
+                value = _operands(layer)[layer.operand]
+                made, _ = kernel_axes(layer.equation, layer.operand, len(axes[value]))
+                labels = [axes[value][axis] for axis in made]
+                self._cached.append(self._product(layer.equation.times, labels))
 
     def __call__(self, kept: Mapping[str, int]) -> tuple[int, int]:
         """Returns the parameters and FLOPs that :func:`count` gives for a pruned model.
@@ -305,6 +318,22 @@ class Costs:
         Args:
           kept: Group name → number of kept channels; other groups are not pruned.
         """
+        sizes = self._sizes(kept)
+        flops = _values(self._flops, sizes)
+        counted = _in_costliest_branches(flops, self._branches)
+        total = sum(itertools.compress(flops, counted))
+        return sum(_values(self._parameters, sizes)), total
+
+    def cache(self, kept: Mapping[str, int]) -> int:
+        """Returns the number of outputs, for each position, of the cached layers.
+
+        Args:
+          kept: Group name → number of kept channels; other groups are not pruned.
+        """
+        return sum(_values(self._cached, self._sizes(kept)))
+
+    def _sizes(self, kept: Mapping[str, int]) -> list[int]:
+        """Returns the number of kept positions of each axis."""
         counts = [
             (kept.get(group.name, group.size), group.size) for group in self._groups
         ]
@@ -318,17 +347,7 @@ class Costs:
                     positions = positions * counts[group][0] // counts[group][1]
                 size += positions
             sizes.append(size)
-
-        def each(products: list[tuple[int, list[int]]]) -> list[int]:
-            return [
-                factor * math.prod(sizes[axis] for axis in along)
-                for factor, along in products
-            ]
-
-        flops = each(self._flops)
-        counted = _in_costliest_branches(flops, self._branches)
-        total = sum(itertools.compress(flops, counted))
-        return sum(each(self._parameters)), total
+        return sizes
 
     def _product(self, factor: int, axes: list[np.ndarray]) -> tuple[int, list[int]]:
         along = []
@@ -356,6 +375,15 @@ class Costs:
                 ]
             )
         return self._known[key]
+
+
+def _values(
+    products: Sequence[tuple[int, list[int]]], sizes: Sequence[int]
+) -> list[int]:
+    """Returns products of a factor and of the sizes of axes."""
+    return [
+        factor * math.prod(sizes[axis] for axis in along) for factor, along in products
+    ]
 
 
 def _groups_of_channels(

@@ -179,7 +179,7 @@ def _is_power(number: Any, width: int, power: float) -> bool:
     except (TypeError, ValueError):
         return False
     dtype = getattr(number, "dtype", None)
-    exact = float(width) ** power
+    exact = float(width) ** power if width or power > 0 else math.inf
     if dtype is not None and dtype.itemsize < 4:
         return bool(np.asarray(exact, dtype) == np.asarray(number))
     return math.isclose(value, exact, rel_tol=4e-7)

@@ -1,17 +1,16 @@
 """The parts of each parameter that a plan keeps: masks of its axes, and its shape."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool
 
+from tpp_jax.graph.arrays import Mask, Positions
 from tpp_jax.graph.groups import Group, Member
 from tpp_jax.pruning.plan import Indices, Plan
 
-Mask = Bool[Array, " n"] | Bool[np.ndarray, " n"]
 
-
-def keep_masks(plan: Plan, leaf: str) -> dict[int, tuple[Mask, int]]:
+def keep_masks(plan: Plan, leaf: str) -> dict[int, Positions]:
     """Returns the positions of a parameter's axes that a plan keeps.
 
     Args:
@@ -19,39 +18,44 @@ def keep_masks(plan: Plan, leaf: str) -> dict[int, tuple[Mask, int]]:
       leaf: Dotted name of the parameter.
 
     Returns:
-      Axis → (bool ``[n]``, True for kept positions; number of kept positions), for the
-      axes that lose positions.
+      Axis → positions that are kept, for the axes that lose positions.
     """
     cut = [
         (group, member)
         for group, member in plan.groups.members.get(leaf, ())
         if plan.kept_count(group) < group.size
     ]
-    masks: dict[int, tuple[Mask, int]] = {}
+    masks: dict[int, Positions] = {}
     for axis in dict.fromkeys(member.axis for _, member in cut):
         n = plan.groups.shapes[leaf][axis]
         on_axis = [(group, member) for group, member in cut if member.axis == axis]
         mask: Mask = np.ones(n, bool)
+        steps = None
         for group, member in on_axis:
-            channels = _channel_mask(plan.kept[group.name], group.size)[:, None]
-            if isinstance(mask, np.ndarray) and isinstance(channels, np.ndarray):
-                mask[member.positions] &= channels
-            else:
-                rows = jnp.ones(n, bool).at[member.positions].set(channels)
-                mask = jnp.asarray(mask) & rows
+            own = _positions_mask(plan.kept[group.name], member, n)
+            mask = mask & own
+            steps = member.steps if own.ndim > 1 else steps
         if isinstance(mask, np.ndarray):
-            masks[axis] = mask, int(mask.sum())
+            count = int(mask.sum()) // (1 if steps is None else len(mask))
         else:
-            masks[axis] = mask, _kept_positions(plan, n, on_axis)
+            count = _kept_positions(plan, n, on_axis)
+        masks[axis] = Positions(mask, count, steps)
     return masks
 
 
-def _channel_mask(kept: Indices, size: int) -> Mask:
-    """Returns bool ``[size]``, True for the kept channels."""
+def _positions_mask(kept: Indices, member: Member, n: int) -> Mask:
+    """Returns bool ``[n]`` or ``[steps, n]``, False where pruned channels are."""
+    size = len(member.positions)
     if isinstance(kept, Tracer):
-        return jnp.zeros(size, bool).at[kept].set(True)
-    mask = np.zeros(size, bool)
-    mask[np.asarray(kept)] = True
+        if kept.ndim > 1:
+            return jax.vmap(lambda own: _positions_mask(own, member, n))(kept)
+        channels = jnp.zeros(size, bool).at[kept].set(True)[:, None]
+        return jnp.ones(n, bool).at[member.positions].set(channels)
+    kept = np.asarray(kept)
+    channels = np.zeros((*kept.shape[:-1], size), bool)
+    np.put_along_axis(channels, kept, True, axis=-1)
+    mask = np.ones((*kept.shape[:-1], n), bool)
+    mask[..., member.positions] = channels[..., None]
     return mask
 
 
@@ -84,6 +88,7 @@ def cut_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
         if masks := keep_masks(plan, leaf):
             shape = plan.groups.shapes[leaf]
             found[leaf] = tuple(
-                masks[axis][1] if axis in masks else n for axis, n in enumerate(shape)
+                masks[axis].number if axis in masks else n
+                for axis, n in enumerate(shape)
             )
     return found

@@ -11,7 +11,12 @@ from jaxtyping import Array, Int
 from tpp_jax.errors import TPPError, TPPTypeError
 from tpp_jax.graph.records import Group, Groups
 
-Indices = Int[Array, " k"] | Int[np.ndarray, " k"]
+Indices = (
+    Int[Array, " k"]
+    | Int[np.ndarray, " k"]
+    | Int[Array, "steps k"]
+    | Int[np.ndarray, "steps k"]
+)
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +29,8 @@ class Plan:
     are not traced compare, hash, copy and pickle by content.
 
     Attributes:
-      kept: Group name → int32 ``[k]``, ascending, for every prunable group.
+      kept: Group name → int32 ``[k]``, ascending, for every prunable group; ``[steps,
+        k]`` for one with :attr:`Group.steps`, whose layers keep different channels.
       groups: Groups of the unpruned model.
 
     Example:
@@ -95,7 +101,9 @@ class Plan:
         kept = np.ones(shape[axis], bool)
         for group, member in members:
             if member.axis == axis % len(shape) and self.kept_count(group) < group.size:
-                kept[member.positions[self.pruned(group.name)]] = False
+                # Layers that keep different channels empty equally many blocks.
+                gone = np.atleast_2d(self.pruned(group.name))[0]
+                kept[member.positions[gone]] = False
         return int(kept.reshape(blocks, -1).any(axis=1).sum())
 
     def field_values(self) -> dict[str, dict[str, int | tuple[int, ...]]]:
@@ -111,11 +119,20 @@ class Plan:
             values.setdefault(size.field.path, {})[size.field.name] = value
         return values
 
-    def pruned(self, name: str) -> Int[np.ndarray, " p"]:
+    def pruned(self, name: str) -> Int[np.ndarray, " p"] | Int[np.ndarray, "steps p"]:
         """Returns the pruned channels of a group, ascending; not for traced plans."""
-        gone = np.ones(self.groups[name].size, bool)
-        gone[np.asarray(self.kept[name])] = False
-        return np.flatnonzero(gone)
+        kept = np.asarray(self.kept[name])
+        gone = np.ones((*kept.shape[:-1], self.groups[name].size), bool)
+        np.put_along_axis(gone, kept, False, axis=-1)
+        return np.nonzero(gone)[-1].reshape(*kept.shape[:-1], -1)
+
+    def of_step(self, step: int) -> "Plan":
+        """Returns the plan with the channels that a step of all loops keeps in all."""
+        kept = {
+            name: indices if indices.ndim == 1 else indices[min(step, len(indices) - 1)]
+            for name, indices in self.kept.items()
+        }
+        return Plan(kept, self.groups)
 
     def then(self, later: "Plan") -> "Plan":
         """Returns the plan that is equivalent to this one followed by another.
@@ -123,24 +140,29 @@ class Plan:
         Args:
           later: Plan for the model that this plan results in.
         """
-        everything = {name: np.arange(len(kept)) for name, kept in self.kept.items()}
-        kept = {
-            name: np.asarray(first)[np.asarray(later.kept.get(name, everything[name]))]
-            for name, first in self.kept.items()
-        }
+        kept = {}
+        for name, first in self.kept.items():
+            first, second = np.asarray(first), later.kept.get(name)
+            if second is not None:
+                steps = np.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+                first = np.broadcast_to(first, (*steps, first.shape[-1]))
+                second = np.broadcast_to(second, (*steps, second.shape[-1]))
+                first = np.take_along_axis(first, second, axis=-1)
+            kept[name] = first
         return Plan(kept, self.groups)
 
-    def to_dict(self) -> dict[str, list[int]]:
+    def to_dict(self) -> dict[str, list[Any]]:
         """Returns the kept indices as plain data, ready for JSON."""
         return {name: np.asarray(kept).tolist() for name, kept in self.kept.items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Sequence[int]], groups: Groups) -> "Plan":
+    def from_dict(cls, data: Mapping[str, Sequence[Any]], groups: Groups) -> "Plan":
         """Returns a plan from the data of :meth:`to_dict`.
 
         Args:
           data: Group name → indices of its kept channels, ascending, for every prunable
-            group.
+            group; a list of such lists, equally long, if each layer of a loop keeps its
+            own.
           groups: Groups of the model that the plan was made for.
 
         Raises:
@@ -155,16 +177,28 @@ class Plan:
                 f"the plan is for another model: groups {differing} do not match"
             )
         for name, indices in data.items():
-            in_range = isinstance(indices, Sequence) and all(
-                type(i) is int and 0 <= i < sizes[name] for i in indices
-            )
-            if not in_range or not indices or (np.diff(indices) <= 0).any():
+            rows, steps = [indices], groups[name].steps
+            if steps and isinstance(indices, Sequence) and len(indices) == steps:
+                rows = indices if isinstance(indices[0], Sequence) else rows
+            if not all(_ascending(row, sizes[name]) for row in rows) or any(
+                len(row) != len(rows[0]) for row in rows
+            ):
+                own = f" in each of {steps} layers" if steps else ""
                 raise TPPError(
                     f"the plan is for another model: {name} has {sizes[name]} "
-                    f"channels, and {indices!r} are not ascending indices of them"
+                    f"channels{own}, and {indices!r} are not ascending indices of them"
                 )
         kept = {name: np.asarray(data[name], np.int32) for name in sizes}
         return cls(kept, groups)
+
+
+def _ascending(indices: Any, size: int) -> bool:
+    """Reports whether something is a list of ascending indices."""
+    return (
+        isinstance(indices, Sequence)
+        and all(type(i) is int and 0 <= i < size for i in indices)
+        and not (np.diff(indices) <= 0).any()
+    )
 
 
 def expect_plan(plan: Any) -> None:

@@ -1,9 +1,7 @@
 """From ratios to counts to the kept channels: ``make_plan``."""
 
-import difflib
-import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -17,18 +15,19 @@ from tpp_jax.pruning.curves import Sensitivity, check_measured
 from tpp_jax.pruning.cutting import check_plan
 from tpp_jax.pruning.multiples import multiples_of
 from tpp_jax.pruning.plan import Plan
+from tpp_jax.pruning.ratios import Ratios, is_number, parse_patterns, ratios_of
 from tpp_jax.pruning.scoring import channel_scores, check_mapping
 from tpp_jax.pruning.targets import (
     Limits,
     Target,
+    cached_layers,
+    groups_of_outputs,
     kept_by_costs,
     kept_by_ratios,
     kept_for_target,
     pools_of,
     saved_by_channels,
 )
-
-Ratios = Mapping[str, float] | str | float
 
 
 def make_plan(
@@ -39,6 +38,8 @@ def make_plan(
     counts: Mapping[str, int] | None = None,
     flops: float | None = None,
     params: float | None = None,
+    kv_cache: float | None = None,
+    cached: Sequence[str] | str = ("*.k_proj", "*.v_proj"),
     sensitivity: Sensitivity | None = None,
     skip: Sequence[str] | str = (),
     criterion: str | Criterion | Score = "l1",
@@ -73,8 +74,12 @@ def make_plan(
       flops: Target share of the model's FLOPs to *keep*, in (0, 1]. Ratios are then
         relative: all are scaled by one number, as large as necessary. Without ratios,
         all groups that a single number would prune have equal ones.
-      params: Target share of the model's parameters to *keep*, in (0, 1]. If both
-        targets are given, both are met.
+      params: Target share of the model's parameters to *keep*, in (0, 1]. If several
+        targets are given, all are met.
+      kv_cache: Target share of the key-value cache to *keep* for each token, in (0, 1].
+        If it is the only target and there are no ratios, only groups that run through
+        keys or values are pruned.
+      cached: Patterns of the layers that make keys and values.
       sensitivity: Result of :func:`tpp_jax.sensitivity`, in place of ratios and scope,
         with a target: the groups that were measured lose unequal shares, so that the
         sum of their costs is small, and no more than was measured. Use the criterion
@@ -88,8 +93,9 @@ def make_plan(
         :mod:`tpp_jax.pruning.statistics`, for a criterion that needs more than weights;
         the result of :func:`tpp_jax.input_moments` for ``wanda``, ``variance`` and
         ``obs``.
-      scores: Group name → the user's own scores, float ``[group.size]``. They replace
-        those of the criterion in the groups that they name.
+      scores: Group name → the user's own scores, float ``[group.size]``, or
+        ``[group.steps, group.size]``. They replace those of the criterion in the groups
+        that they name.
       scope: Set of groups whose scores compete. ``"local"``: each group loses its own
         share; ``"global"``: the same total, but the lowest scores among all matched
         groups; ``"isomorphic"``: the same total among groups of equal shape. With a
@@ -101,7 +107,10 @@ def make_plan(
         ``"sharding"``: for each group the number that leaves its arrays divided over
         the axes of a mesh as they are. With other numbers, a cut array is replicated
         along axes of the mesh that do not divide it any more.
-      min_channels: Smallest number of channels that a group keeps.
+      min_channels: Smallest number of channels that a group keeps. 0 permits patterns
+        with a ratio of 1: ``{"layers.3.*": 1}`` removes all channels of the groups that
+        are produced nowhere else, so that the block contributes nothing or a bias.
+        Such a ratio is not scaled by a target. All other groups keep at least 1.
       allow_uncounted: Whether a FLOPs target is accepted for a model with work that
         :func:`tpp_jax.count` does not count (see :attr:`Count.uncounted`).
       check: Whether to try the plan on the model that the groups were found with, as
@@ -110,6 +119,8 @@ def make_plan(
     Returns:
       The plan. With ratios, a group of n channels loses ``ceil(ratio · n)`` of them, at
       most ``floor(0.995 · n)``. With a target, as few channels are pruned as meet it.
+      Layers in a loop (:attr:`Group.steps`) lose equally many channels, each those with
+      its own lowest scores.
 
     Raises:
       TPPError: A ratio is outside [0, 1); a pattern matches no layer, or only layers
@@ -133,23 +144,31 @@ def make_plan(
       >>> make_plan(groups, p, flops=0.5).to_dict()
       {'w1': [4, 5, 6, 7]}
     """
+    wanted = {"params": params, "flops": flops, "kv_cache": kv_cache}
     if sensitivity is not None:
-        _check_sensitivity_alone(ratios, counts, scope, flops, params)
-    _check_arguments(groups, ratios, counts, flops, params)
+        _check_sensitivity_alone(ratios, counts, scope, wanted)
+    _check_arguments(groups, ratios, counts, wanted)
     _check_limits(round_to, min_channels)
-    limits = Limits(min_channels, 1 if isinstance(round_to, str) else round_to)
+    number = 1 if isinstance(round_to, str) else round_to
+    limits = Limits(max(min_channels, 1), number)
+    layers = [] if kv_cache is None else cached_layers(groups, parse_patterns(cached))
     asked: dict[str, float] = {}
-    pools: list[list[Group]] = []
     if sensitivity is not None:
         matched = _measured(groups, sensitivity, parse_patterns(skip), limits)
     elif counts is None:
         given = 0.5 if ratios is None else ratios
-        asked = ratios_of(groups, given, parse_patterns(skip))
-        matched = [g for g in groups if asked.get(g.name) and limits.most(g.size)]
-        pools = pools_of(groups, matched, scope)
+        emptying = min_channels == 0
+        asked = ratios_of(groups, given, parse_patterns(skip), emptying=emptying)
+        if ratios is None and flops is None and params is None:
+            through = groups_of_outputs(groups, layers)
+            asked = {name: asked[name] for name in asked.keys() & through}
+        matched = [
+            g for g in groups if 0 < asked.get(g.name, 0) < 1 and limits.most(g.size)
+        ]
     else:
-        others = dict(ratios=ratios, flops=flops, params=params, skip=skip, scope=scope)
-        _check_counts_alone({**others, **limits._asdict(), "round_to": round_to})
+        others = dict(ratios=ratios, skip=skip, scope=scope, **wanted)
+        limited = {"min_channels": min_channels, "round_to": round_to}
+        _check_counts_alone({**others, **limited})
         _check_counts(groups, counts)
         matched = [groups[name] for name in counts]
     if isinstance(round_to, str):
@@ -164,21 +183,30 @@ def make_plan(
         reduce=reduce,
         seed=seed,
     )
-    if scope != "local" and is_additive(criterion):
-        others = [g for g in matched if g.name not in (scores or {})]
-        saved = saved_by_channels(groups, others, flops=flops, params=params)
-        ranks |= {name: ranks[name] / share for name, share in saved.items()}
-    if counts is None and flops is None and params is None:
-        counts = kept_by_ratios(pools, asked, ranks, limits)
-    elif counts is None:
-        target = Target(
-            groups, flops=flops, params=params, allow_uncounted=allow_uncounted
+    if counts is None:
+        if scope != "local" and is_additive(criterion):
+            others = [g for g in matched if g.name not in (scores or {})]
+            saved = saved_by_channels(groups, others, wanted, layers)
+            # What a channel costs in each layer of a loop is paid in all of them.
+            shares = {g.name: saved.get(g.name, 1) / (g.steps or 1) for g in others}
+            ranks |= {name: ranks[name] / share for name, share in shares.items()}
+        emptied = [name for name, ratio in asked.items() if ratio == 1]
+        target = _any(wanted) and Target(
+            groups,
+            wanted,
+            cached=layers,
+            emptied=emptied,
+            allow_uncounted=allow_uncounted,
         )
-        if sensitivity is None:
+        pools = pools_of(groups, matched, scope)
+        if not target:
+            counts = kept_by_ratios(pools, asked, ranks, limits)
+        elif sensitivity is None:
             counts = kept_for_target(target, pools, asked, ranks, limits)
         else:
             curves = {g.name: sensitivity.curve(g.name) for g in matched}
             counts = kept_by_costs(target, matched, curves, limits)
+        counts |= dict.fromkeys(emptied, 0)
     plan = Plan(best_channels(groups, counts, ranks), groups)
     if check and groups.source is not None:
         check_plan(plan)
@@ -187,8 +215,10 @@ def make_plan(
 
 def best_channels(
     groups: Groups, counts: Mapping[str, int], scores: Mapping[str, Scores]
-) -> dict[str, Int[np.ndarray, " k"]]:
+) -> dict[str, Int[np.ndarray, "*steps k"]]:
     """Returns the channels of each prunable group with the highest scores.
+
+    In layers of a loop that may keep different channels, they are those of each layer.
 
     Args:
       groups: All groups of the model.
@@ -201,74 +231,30 @@ def best_channels(
             n_kept = counts.get(group.name, group.size)
             ranking = scores.get(group.name, np.arange(group.size))
             # Stable sorting breaks ties by index, so that one seed gives one plan.
-            order = np.argsort(ranking, kind="stable")
-            kept[group.name] = np.sort(order[group.size - n_kept :]).astype(np.int32)
+            order = np.argsort(ranking, axis=-1, kind="stable")
+            best = order[..., group.size - n_kept :]
+            kept[group.name] = np.sort(best, axis=-1).astype(np.int32)
     return kept
-
-
-def parse_ratios(ratios: Mapping[str, float] | str) -> dict[str, float]:
-    """Returns ratios as a dict.
-
-    Args:
-      ratios: Pattern → share to prune, or ``"pattern:ratio,pattern:ratio"``, the format
-        of the original code.
-
-    Raises:
-      TPPError: The text has another format, or a ratio is outside [0, 1).
-
-    Example:
-      >>> parse_ratios("*layer*.conv1:0.9, *layer3*:0.5")
-      {'*layer*.conv1': 0.9, '*layer3*': 0.5}
-    """
-    if isinstance(ratios, str):
-        ratios = _numbers(ratios, "the pruning ratio")
-    check_mapping("ratios", ratios, "share of its channels to remove, or one number")
-    for pattern, ratio in ratios.items():
-        _check_ratio(ratio, repr(pattern))
-    return dict(ratios)
-
-
-def _check_ratio(ratio: float, of: str) -> None:
-    if not is_number(ratio) or not 0 <= ratio < 1:
-        raise TPPError(
-            f"the pruning ratio {ratio} of {of} is not in [0, 1): it is the share of "
-            "filters to remove"
-        )
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Reports whether a value is a real number, of Python, NumPy or JAX."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    dtype_kind = getattr(getattr(value, "dtype", None), "kind", "")
-    return plain or (np.ndim(value) == 0 and dtype_kind in ("i", "u", "f"))
-
-
-def parse_patterns(patterns: Sequence[str] | str) -> list[str]:
-    """Returns patterns as a list, from a sequence or a comma-separated string."""
-    if isinstance(patterns, str):
-        patterns = patterns.split(",")
-    return [pattern.strip() for pattern in patterns if pattern.strip()]
 
 
 def _check_arguments(
     groups: Groups,
     ratios: Ratios | None,
     counts: Mapping[str, int] | None,
-    flops: float | None,
-    params: float | None,
+    wanted: Mapping[str, float | None],
 ) -> None:
     if not isinstance(groups, Groups):
         raise TPPTypeError(
             f"the groups are a {type(groups).__name__}: pass the result of "
             "tpp_jax.channel_groups(...) first, and then the model"
         )
-    for name, share in (("flops", flops), ("params", params)):
+    for name, share in wanted.items():
         if share is not None and not 0 < share <= 1:
             raise TPPError(
                 f"the target {name}={share} is not in (0, 1]: it is the share of the "
                 f"model's {name} that is to remain"
             )
-    if ratios is None and flops is None and params is None and counts is None:
+    if ratios is None and counts is None and not _any(wanted):
         raise TPPError(
             "the amount to prune is missing: give ratios, or the share of the FLOPs or "
             "parameters to remain, as in flops=0.5"
@@ -276,122 +262,26 @@ def _check_arguments(
 
 
 def _check_limits(round_to: int | str, min_channels: int) -> None:
-    if isinstance(round_to, str):
-        if round_to != "sharding":
-            raise TPPError(
-                f"round_to is {round_to!r}: give a number, or 'sharding' for what the "
-                "mesh of the model's arrays divides"
-            )
-        round_to = 1
-    for name, least in (("round_to", round_to), ("min_channels", min_channels)):
-        if least < 1:
-            raise TPPError(f"{name} is {least}, must be at least 1")
-
-
-def ratios_of(groups: Groups, ratios: Ratios, skip: list[str]) -> dict[str, float]:
-    """Returns group name → share to prune, for the prunable groups.
-
-    Args:
-      groups: All groups of the model.
-      ratios: Ratios of :func:`make_plan`.
-      skip: Patterns of layers that are not pruned.
-
-    Raises:
-      TPPError: A ratio is outside [0, 1), or a pattern matches no layer.
-    """
-    for pattern in skip:
-        _check_pattern(groups, pattern, must_prune=False)
-    asked: dict[str, float] = {}
-    if isinstance(ratios, int | float) or is_number(ratios):
-        _check_ratio(ratios, "every group")
-        asked = {g.name: ratios for g in groups if g.reason is None and not g.inner}
-    else:
-        by_pattern = parse_ratios(ratios)
-        for pattern, ratio in by_pattern.items():
-            _check_pattern(groups, pattern, must_prune=ratio > 0)
-        for group in groups:
-            matching = [ratio for p, ratio in by_pattern.items() if _matches(p, group)]
-            if group.reason is None and matching:
-                asked[group.name] = matching[-1]
-    for group in groups:
-        if any(_matches(pattern, group) for pattern in skip):
-            asked.pop(group.name, None)
-    return asked
-
-
-def strengths_of(
-    groups: Groups, strengths: Mapping[str, float] | str
-) -> dict[str, float]:
-    """Returns group name → factor on the strength of its penalties; 1 if none is given.
-
-    Args:
-      groups: All groups of the model.
-      strengths: Pattern → factor, or ``"pattern:factor,pattern:factor"``; the last
-        pattern that matches a group counts.
-
-    Raises:
-      TPPError: A factor is not a number of at least 0, or a pattern matches no layer.
-    """
-    if isinstance(strengths, str):
-        strengths = _numbers(strengths, "the strength")
-    check_mapping("strengths", strengths, "factor on the strength of its penalties")
-    found = {group.name: 1.0 for group in groups}
-    for pattern, factor in strengths.items():
-        if not (is_number(factor) and 0 <= factor < float("inf")):
-            raise TPPError(
-                f"the strength {factor!r} of {pattern!r} must be a number of at least 0"
-            )
-        _check_pattern(groups, pattern, must_prune=False)
-        found |= {g.name: float(factor) for g in groups if _matches(pattern, g)}
-    return found
-
-
-def _numbers(text: str, what: str) -> dict[str, float]:
-    """Returns pattern → number of a text ``"pattern:number,pattern:number"``."""
-    pairs = []
-    for part in parse_patterns(text):
-        pattern, colon, number = part.rpartition(":")
-        try:
-            pairs.append((pattern.strip(), float(number)))
-        except ValueError:
-            colon = ""
-        if not colon or not pattern.strip():
-            last = what.rpartition(" ")[2]
-            raise TPPError(
-                f"cannot read {what} {part!r}: write pattern:{last}, as in "
-                "'*layer*.conv1:0.5', several separated by commas"
-            )
-    return dict(pairs)
-
-
-def _matches(pattern: str, group: Group) -> bool:
-    names = (group.name,) if group.inner else (group.name, *group.producers)
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
-
-def _check_pattern(groups: Groups, pattern: str, must_prune: bool) -> None:
-    matched = [group for group in groups if _matches(pattern, group)]
-    if not matched:
-        names = list(dict.fromkeys(name for g in groups for name in g.producers))
-        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:5]
+    if isinstance(round_to, str) and round_to != "sharding":
         raise TPPError(
-            f"the pattern {pattern!r} matches no layer; layers are, for example, "
-            f"{', '.join(near)}"
+            f"round_to is {round_to!r}: give a number, or 'sharding' for what the "
+            "mesh of the model's arrays divides"
         )
-    if must_prune and all(group.reason for group in matched):
-        group = matched[0]
-        raise TPPError(
-            f"the pattern {pattern!r} asks to prune {group.name}, which cannot be "
-            f"pruned: its channels are tied to {group.reason}"
-        )
+    if not isinstance(round_to, str) and round_to < 1:
+        raise TPPError(f"round_to is {round_to}, must be at least 1")
+    if min_channels < 0:
+        raise TPPError(f"min_channels is {min_channels}, must be at least 0")
+
+
+def _any(wanted: Mapping[str, float | None]) -> bool:
+    return any(share is not None for share in wanted.values())
 
 
 def _check_sensitivity_alone(
     ratios: Ratios | None,
     counts: Mapping[str, int] | None,
     scope: str,
-    flops: float | None,
-    params: float | None,
+    wanted: Mapping[str, float | None],
 ) -> None:
     """Raises if a sensitivity has no target, or is combined with what it replaces."""
     given = {"ratios": ratios is not None, "counts": counts is not None}
@@ -402,7 +292,7 @@ def _check_sensitivity_alone(
             f"a sensitivity determines how much each group loses, so "
             f"{' and '.join(found)} would be ignored: give one or the other"
         )
-    if flops is None and params is None:
+    if not _any(wanted):
         raise TPPError(
             "a sensitivity needs a target: give the share of the FLOPs or parameters "
             "to remain, as in flops=0.5"
@@ -443,7 +333,7 @@ def _check_counts(groups: Groups, counts: Mapping[str, int]) -> None:
                 f"there is no prunable group {name!r}: the prunable groups are "
                 f"{', '.join(sizes)}"
             )
-        if not is_number(count) or not 1 <= count <= sizes[name] or count % 1:
+        if not is_number(count) or not 0 <= count <= sizes[name] or count % 1:
             raise TPPError(
                 f"cannot keep {count} channels of {name}, which has {sizes[name]}"
             )

@@ -186,7 +186,8 @@ class _Probe:
             if tag is None or tag.kind != "parameter" or tag.name not in self.wanted:
                 continue
             floats = jnp.issubdtype(other.array.dtype, jnp.floating)
-            if not other.varies or not floats:
+            empty = 0 in self.shapes[tag.name]  # a removed branch computes nothing
+            if not other.varies or not floats or empty:
                 continue
             array, reading = _replicated(other.array), None
             match eqn.primitive.name:

@@ -155,8 +155,10 @@ def _kept_channels(
             raise TPPError(f"the unpruned network has no norm {layer_name(mean)}")
         if plan is not None:
             masks = keep_masks(plan, mean)
-            every = np.ones(np.size(dense[mean]), bool)
-            kept[mean] = np.flatnonzero(masks[0][0] if masks else every)
+            every: Any = np.ones(np.shape(dense[mean]), bool)
+            for axis, own in masks.items():
+                every = every & own.over(axis, range(every.ndim))
+            kept[mean] = np.flatnonzero(every)
         else:
             kept[mean] = _matched(mean, small, dense)
         if len(kept[mean]) != np.size(small[mean]):
@@ -340,7 +342,7 @@ class _Meter:
         mean = exact.mean(axes, keepdims=True)
         var = jnp.square(exact - mean).mean(axes).reshape(-1)[order]
         flat = mean.reshape(-1)[order]
-        rows = jnp.full(1, x.size // flat.size, exact.dtype)
+        rows = jnp.full(1, x.size // max(flat.size, 1), exact.dtype)
         sums = Sums(rows, flat[None], (var * rows)[None])
         known = self.sums.get(tag.name)
         self.sums[tag.name] = sums if known is None else merge(known, sums)

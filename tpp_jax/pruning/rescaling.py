@@ -96,6 +96,7 @@ def find_rescaling(plan: Plan, source: Source) -> Rescaling:
 
 
 def _found(plan: Plan, source: Source) -> Rescaling:
+    plan = _with_one(plan)
     groups = plan.groups
     old = groups.traced if groups.source is source else source.trace()
     try:
@@ -125,6 +126,18 @@ def _found(plan: Plan, source: Source) -> Rescaling:
             lines = dict.fromkeys(map(_place, subtracted.values()))
             return dataclasses.replace(nearly, means=tuple(lines))
     return found
+
+
+def _with_one(plan: Plan) -> Plan:
+    """Returns a plan whose groups keep at least one channel.
+
+    The last channel of a group, a zero too, adds nothing to a sum.
+    """
+    kept = {
+        name: k if np.size(k) else np.zeros((*np.shape(k)[:-1], 1), np.int32)
+        for name, k in plan.kept.items()
+    }
+    return Plan(kept, plan.groups)
 
 
 def _compared(

@@ -96,10 +96,13 @@ def _own_scores(groups: Groups, scores: Mapping[str, Any]) -> dict[str, Scores]:
             raise TPPError(
                 f"the scores of {name} have dtype {array.dtype}: give real numbers"
             )
-        if array.shape != (size,):
+        steps = groups[name].steps
+        if array.shape != (size,) and array.shape != (steps, size):
+            own = f" in each of {steps} layers" if steps else ""
+            more = f" or ({steps}, {size})" if steps else ""
             raise TPPError(
                 f"the scores of {name} have shape {np.shape(score)}, but it has {size} "
-                f"channels: give an array of shape ({size},)"
+                f"channels{own}: give an array of shape ({size},){more}"
             )
         if np.isnan(array).any():
             raise TPPError(f"the scores of {name} contain nan and cannot be ranked")

@@ -26,7 +26,8 @@ from tpp_jax.pruning.curves import Sensitivity
 from tpp_jax.pruning.masks import keep_masks
 from tpp_jax.pruning.moments import Moments
 from tpp_jax.pruning.plan import Plan
-from tpp_jax.pruning.planning import best_channels, is_number, parse_patterns, ratios_of
+from tpp_jax.pruning.planning import best_channels
+from tpp_jax.pruning.ratios import is_number, parse_patterns, ratios_of
 from tpp_jax.pruning.scoring import channel_scores
 from tpp_jax.pruning.targets import Limits
 
@@ -125,10 +126,10 @@ def sensitivity(
         reduce=reduce,
         seed=seed,
     )
-    function, run = _with_loss(model, params, loss)
+    function, run = with_loss(model, params, loss)
     leaves = dict(zip(function.names, jax.tree.leaves(function.params), strict=True))
-    loss_of = _mean_loss(function, run, list(batches))
-    all_kept = _all_kept(groups, matched)
+    loss_of = mean_loss(function, run, list(batches))
+    all_kept = all_kept_masks(groups, matched)
     baseline = loss_of(leaves, all_kept)
     if not math.isfinite(baseline):
         raise TPPError(f"the loss of the unpruned model is {baseline}")
@@ -138,7 +139,7 @@ def sensitivity(
         counts = {name: groups[name].size - removed}
         plan = Plan(best_channels(groups, counts, ranks), groups)
         changed = {} if moments is None else refit_all(plan, moments, leaves)[0]
-        value = loss_of(leaves | changed, _masks(plan, all_kept))
+        value = loss_of(leaves | changed, masks_of(plan, all_kept))
         if not math.isfinite(value):
             raise TPPError(
                 f"the loss is {value} without {removed} of the {groups[name].size} "
@@ -166,7 +167,7 @@ def _removed(size: int, ratio: float) -> int:
     return min(math.ceil(ratio * size), Limits().most(size))
 
 
-def _with_loss(
+def with_loss(
     model: Any, params: Any, loss: Callable[[Any, Any], Any]
 ) -> tuple[Function, Callable[[Any, Any], Any]]:
     """Returns a model as a function, and a loss of its arrays and a batch."""
@@ -190,7 +191,7 @@ def _with_loss(
     return function, run
 
 
-def _mean_loss(
+def mean_loss(
     function: Function,
     run: Callable[[Any, Any], Any],
     batches: Sequence[Any],
@@ -213,10 +214,9 @@ def _mean_loss(
     def evaluate(leaves: Sequence[Any], masks: Masks, batch: Any) -> Array:
         arrays = []
         for name, leaf in zip(function.names, leaves, strict=True):
-            for axis, mask in masks.get(name, {}).items():
-                along = [-1 if i == axis else 1 for i in range(leaf.ndim)]
+            for mask in masks.get(name, {}).values():
                 # The mask must have the sharding of the leaf.
-                whole = mask.reshape(along) & jnp.ones_like(leaf, bool)
+                whole = mask & jnp.ones_like(leaf, bool)
                 leaf = jnp.where(whole, leaf, jnp.zeros_like(leaf))
             arrays.append(leaf)
         value = run(jax.tree.unflatten(structure, arrays), batch)
@@ -237,21 +237,27 @@ def _mean_loss(
     return mean
 
 
-def _all_kept(groups: Groups, matched: Sequence[Group]) -> Masks:
+def all_kept_masks(groups: Groups, matched: Sequence[Group]) -> Masks:
     """Returns masks that keep everything, of all axes that channels run along."""
     masks: Masks = {}
     for member in (member for group in matched for member in group.members):
-        size = groups.shapes[member.leaf][member.axis]
-        masks.setdefault(member.leaf, {})[member.axis] = np.ones(size, bool)
+        shape = groups.shapes[member.leaf]
+        own = (member.axis, member.steps)
+        every = np.ones([n if i in own else 1 for i, n in enumerate(shape)], bool)
+        masks.setdefault(member.leaf, {})[member.axis] = every
     return masks
 
 
-def _masks(plan: Plan, all_kept: Masks) -> Masks:
+def masks_of(plan: Plan, all_kept: Masks) -> Masks:
     """Returns the masks of a plan, of the same axes: no plan needs another program."""
-    return {
-        leaf: axes | {axis: mask for axis, (mask, _) in keep_masks(plan, leaf).items()}
-        for leaf, axes in all_kept.items()
-    }
+    masks = {}
+    for leaf, axes in all_kept.items():
+        own = {
+            axis: kept.over(axis, range(len(plan.groups.shapes[leaf])))
+            for axis, kept in keep_masks(plan, leaf).items()
+        }
+        masks[leaf] = {a: every & own.get(a, True) for a, every in axes.items()}
+    return masks
 
 
 def _check_arguments(groups: Any, loss: Any, ratios: Sequence[float]) -> None:

@@ -109,18 +109,27 @@ def refit_in_order(
     return new
 
 
-def kept_features(plan: Plan, entry: ConsumerMoments) -> Bool[np.ndarray, " features"]:
+def kept_features(
+    plan: Plan, entry: ConsumerMoments
+) -> Bool[np.ndarray, "stacks features"]:
     """Returns which features of a consumer a plan keeps."""
     masks = keep_masks(plan, entry.leaf)
-    keep = np.ones(len(entry.features), bool)
+    keep = np.ones((len(entry.stacks), len(entry.features)), bool)
     for axis, positions in entry.positions.items():
         if axis in masks:
-            keep &= np.asarray(masks[axis][0])[positions]
+            mask, _, loop = masks[axis]
+            mask = np.asarray(mask)
+            if loop is not None:
+                shape = plan.groups.shapes[entry.leaf]
+                mask = mask[np.unravel_index(entry.stacks, shape)[loop]]
+            keep &= mask[..., positions]
     return keep
 
 
 def _is_refit(plan: Plan, entry: ConsumerMoments) -> bool:
-    return entry.fixed is None and entry.once and not kept_features(plan, entry).all()
+    keep = kept_features(plan, entry)
+    empty = any(not kept.number for kept in keep_masks(plan, entry.leaf).values())
+    return entry.fixed is None and entry.once and not (keep.all() or empty)
 
 
 def _uses(
@@ -276,10 +285,8 @@ def _kept_entries(plan: Plan, leaf: str) -> Int[np.ndarray, " kept"]:
     """Returns the flat indices of a parameter's entries that are kept, in order."""
     shape = plan.groups.shapes[leaf]
     keep = np.ones(shape, bool)
-    for axis, (mask, _) in keep_masks(plan, leaf).items():
-        along = [1] * len(shape)
-        along[axis] = -1
-        keep &= np.asarray(mask).reshape(along)
+    for axis, kept in keep_masks(plan, leaf).items():
+        keep &= np.asarray(kept.over(axis, range(len(shape))))
     return np.flatnonzero(keep)
 
 

@@ -13,12 +13,12 @@ import numpy as np
 from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
-from tpp_jax.graph.arrays import cut, put_back
+from tpp_jax.graph.arrays import Positions, cut, put_back
 from tpp_jax.graph.fields import follow_fields
 from tpp_jax.graph.functions import is_array
 from tpp_jax.graph.naming import leaf_name, map_named, named_leaves, some
 from tpp_jax.pruning.copies import Copies, Copy, with_new_products
-from tpp_jax.pruning.masks import Mask, cut_shapes, keep_masks
+from tpp_jax.pruning.masks import cut_shapes, keep_masks
 from tpp_jax.pruning.plan import Plan, expect_plan
 from tpp_jax.pruning.readiness import warn_if_early
 
@@ -124,9 +124,8 @@ def mask_tree(plan: Plan, tree: Any) -> Any:
         # On the host: a device would compile a program for every shape.
         mask: Any = np.ones(leaf.shape, leaf.dtype if number else np.float32)
         copy = copies.find(name)
-        for axis, (keep, _) in (_cuts(plan, copy) if copy else {}).items():
-            shape = [-1 if i == axis else 1 for i in range(mask.ndim)]
-            mask = mask * keep.reshape(shape).astype(mask.dtype)
+        for axis, kept in (_cuts(plan, copy) if copy else {}).items():
+            mask = mask * kept.over(axis, range(mask.ndim)).astype(mask.dtype)
         if not isinstance(mask, np.ndarray):
             return mask
         concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
@@ -137,10 +136,26 @@ def mask_tree(plan: Plan, tree: Any) -> Any:
     return map_named(mask_of, tree)
 
 
-def _cuts(plan: Plan, copy: Copy) -> dict[int, tuple[Mask, int]]:
-    """Returns the masks of :func:`keep_masks` by the axes of a copy."""
+def _cuts(plan: Plan, copy: Copy) -> dict[int, Positions]:
+    """Returns the positions of :func:`keep_masks` by the axes of a copy.
+
+    Raises:
+      TPPError: Layers of a loop keep different channels, and the copy, a moment of an
+        optimizer that is the same for all layers, cannot be cut.
+    """
     masks = keep_masks(plan, copy.parameter)
-    return {i: masks[axis] for i, axis in enumerate(copy.axes) if axis in masks}
+    cuts = {i: masks[axis] for i, axis in enumerate(copy.axes) if axis in masks}
+    for i, kept in cuts.items():
+        if kept.steps is None:
+            continue
+        if kept.steps not in copy.axes:
+            raise TPPError(
+                f"{copy.source} has no axis for the layers of {copy.parameter}, which "
+                "keep different channels: initialise the optimizer again with the "
+                "pruned parameters"
+            )
+        cuts[i] = kept._replace(steps=copy.axes.index(kept.steps))
+    return cuts
 
 
 def _check_some_match(copies: Copies) -> None:

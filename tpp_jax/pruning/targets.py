@@ -8,6 +8,7 @@ the sum of costs small.
 """
 
 import bisect
+import fnmatch
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -24,6 +25,9 @@ from tpp_jax.pruning.flops import Costs, uncounted_work
 Order = Int[np.ndarray, " channels"]
 
 SCOPES = ("local", "global", "isomorphic")
+
+MEASURES = ("params", "flops", "kv_cache")
+"""What a target may limit: parameters, FLOPs, and the outputs that are cached."""
 
 # The original code never removes more than this share of a layer, so that one filter
 # of 16 is kept at any ratio.
@@ -84,47 +88,52 @@ def kept_by_ratios(
 
 
 class Target:
-    """What is to remain of a model, in share of its parameters and FLOPs.
+    """What is to remain of a model, in shares of the measures in :data:`MEASURES`.
 
     Attributes:
-      wanted: Share of the parameters and of the FLOPs to keep; None for any.
+      wanted: Share of each measure to keep; None for any.
       costs: Size and cost of the model, pruned in any way.
     """
 
     def __init__(
         self,
         groups: Groups,
+        wanted: Mapping[str, float | None],
         *,
-        flops: float | None,
-        params: float | None,
+        cached: Sequence[str] = (),
+        emptied: Collection[str] = (),
         allow_uncounted: bool = False,
     ) -> None:
         """Prepares a target.
 
         Args:
           groups: All groups of the model.
-          flops: Share of the unpruned model's FLOPs to keep; None for any.
-          params: Share of the unpruned model's parameters to keep; None for any.
+          wanted: Name in :data:`MEASURES` → share of the unpruned model to keep; None
+            for any.
+          cached: Names of the layers whose outputs are cached.
+          emptied: Names of groups that lose all channels in any case.
           allow_uncounted: Whether a FLOPs target is accepted for a model with work that
             is not counted.
 
         Raises:
           TPPError: It is a FLOPs target and some work is not counted.
         """
-        if flops is not None and not allow_uncounted:
+        if wanted.get("flops") is not None and not allow_uncounted:
             _check_all_counted(uncounted_work(groups.traced))
-        self.wanted = params, flops
-        self.costs = Costs(groups)
+        self.wanted = tuple(wanted.get(name) for name in MEASURES)
+        self.costs = Costs(groups, cached)
         self._groups = groups
-        self._unpruned = self.costs({})
+        self._unpruned = *self.costs({}), self.costs.cache({})
+        self._emptied = dict.fromkeys(emptied, 0)
 
     def shares(self, kept: Mapping[str, int]) -> tuple[float, ...]:
-        """Returns what remains of the parameters and the FLOPs.
+        """Returns what remains of each measure.
 
         Args:
           kept: Group name → number of kept channels; other groups are not pruned.
         """
-        found = self.costs(kept)
+        kept = self._emptied | dict(kept)
+        found = *self.costs(kept), self.costs.cache(kept) if self.wanted[2] else 0
         return tuple(
             a / b if b else 0.0 for a, b in zip(found, self._unpruned, strict=True)
         )
@@ -146,7 +155,8 @@ class Target:
         """
         if not self.met(fewest):
             message = _out_of_reach(self.wanted, self.shares(fewest), limits, more)
-            raise TPPError(message + _unpruned(self._groups, fewest))
+            pruned = {*fewest, *self._emptied}
+            raise TPPError(message + _unpruned(self._groups, pruned))
 
 
 def kept_for_target(
@@ -232,30 +242,59 @@ def kept_by_costs(
 def saved_by_channels(
     groups: Groups,
     scored: Sequence[Group],
-    *,
-    flops: float | None,
-    params: float | None,
+    wanted: Mapping[str, float | None],
+    cached: Sequence[str] = (),
 ) -> dict[str, float]:
     """Returns the share of the model that one channel of each group is.
 
     Args:
       groups: All groups of the model.
       scored: Groups of interest.
-      flops: Target of FLOPs; None if they are of no interest.
-      params: Target of parameters, like the FLOPs. Of two targets shares are added.
+      wanted: Targets, as for :class:`Target`; measures with a target are of interest.
+        Of several, shares are added.
+      cached: Names of the layers whose outputs are cached.
     """
-    if flops is None and params is None:
+    names = [name for name in MEASURES if wanted.get(name) is not None]
+    if not names:
         return {}
-    costs = Costs(groups)
-    unpruned, saved = costs({}), {}
+    target = Target(groups, wanted, cached=cached, allow_uncounted=True)
+    unpruned, saved = target.shares({}), {}
     for group in scored:
-        without = costs({group.name: group.size - 1})
+        without = target.shares({group.name: group.size - 1})
         saved[group.name] = sum(
-            1 - a / b
-            for a, b, target in zip(without, unpruned, (params, flops), strict=True)
-            if target is not None and b
+            a - b
+            for name, a, b in zip(MEASURES, unpruned, without, strict=True)
+            if name in names
         )
     return {name: share for name, share in saved.items() if share > 0}
+
+
+def cached_layers(groups: Groups, patterns: Sequence[str]) -> list[str]:
+    """Returns the names of the layers whose outputs are cached.
+
+    Args:
+      groups: All groups of the model.
+      patterns: Patterns over the names of layers.
+
+    Raises:
+      TPPError: A pattern matches no layer.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        matched = fnmatch.filter(groups.layers, pattern)
+        if not matched:
+            raise TPPError(
+                f"a target of the key-value cache needs the layers that make keys and "
+                f"values, and {pattern!r} matches no layer: name them, as in "
+                "cached='*.key,*.value'"
+            )
+        found.update(dict.fromkeys(matched))
+    return list(found)
+
+
+def groups_of_outputs(groups: Groups, names: Collection[str]) -> set[str]:
+    """Returns the names of the groups that run along the outputs of some layers."""
+    return {g.name for g in groups if set(names).intersection(g.producers)}
 
 
 def pools_of(groups: Groups, matched: Sequence[Group], scope: str) -> list[list[Group]]:
@@ -301,9 +340,14 @@ def _removals(
     """Returns the index of the group of a pool that loses the next channel."""
     if len(pool) == 1:
         return np.zeros(limits.most(pool[0].size), np.int64)
-    lowest = [np.sort(scores[g.name])[: limits.most(g.size)] for g in pool]
+    lowest = [_ladder(scores[g.name])[: limits.most(g.size)] for g in pool]
     group = np.repeat(np.arange(len(pool)), [len(ranked) for ranked in lowest])
     return group[np.argsort(np.concatenate(lowest), kind="stable")]
+
+
+def _ladder(scores: Scores) -> Scores:
+    """Returns the ascending scores of a group; means over the layers of a loop."""
+    return np.atleast_2d(np.sort(scores, axis=-1)).mean(axis=0)
 
 
 def _removals_of_all(
@@ -345,7 +389,7 @@ def _out_of_reach(
     more: str,
 ) -> str:
     asked, reached = [], []
-    for name, want, share in zip(("params", "flops"), wanted, least, strict=True):
+    for name, want, share in zip(MEASURES, wanted, least, strict=True):
         if want is not None:
             asked.append(f"{name}={want}")
             reached.append(f"{share:.4f} of the {name}")

@@ -21,6 +21,7 @@ from tpp_jax.graph.groups import read_groups
 from tpp_jax.graph.records import Groups
 from tpp_jax.graph.tracing import Trace, lines_of_error, raised_in
 from tpp_jax.pruning.arrangement import arrangement
+from tpp_jax.pruning.emptying import undefined, without_empty
 from tpp_jax.pruning.literals import OtherNumber, Widths, other_numbers
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.source import Source
@@ -104,42 +105,56 @@ class Trial:
           kept: Index of a group → channels that are kept; other groups keep all.
         """
         groups = self.groups
-        masks: list[np.ndarray | None] = [None] * len(groups)
-        everything = {}
-        for i, group in enumerate(groups):
-            indices = kept.get(i)
-            if indices is not None and len(indices) < group.size:
-                masks[i] = mask = np.zeros(group.size, bool)
-                mask[indices] = True
-            if group.reason is None:
-                every = np.arange(group.size, dtype=np.int32)
-                everything[group.name] = every if indices is None else indices
+        everything = {
+            group.name: kept.get(i, np.arange(group.size, dtype=np.int32))
+            for i, group in enumerate(groups)
+            if group.reason is None
+        }
+        plan = Plan(everything, groups)
+        # Loops are read once: what one of their steps keeps is compared at a time.
+        steps = max((len(own) for own in kept.values() if own.ndim > 1), default=1)
+        plans = [plan.of_step(step) for step in range(steps)]
+        plans = plans[:1] + [one for one in plans[1:] if one != plans[0]]
         old, reading = groups.traced, groups.reading
-        positions = reading.kept(masks)
+        positions = self._positions(plans[0])
         shapes = {leaf: positions.shape(value) for leaf, value in old.leaves.items()}
         self.numbers, self.suspects = [], frozenset()
         try:
-            new = self.source.trace_cut(Plan(everything, groups), shapes)
+            new = self.source.trace_cut(plans[0], shapes)
         except Exception as error:  # any that the user's code raises for odd shapes
             return self._raised(error, kept)
-        found = difference(old, new, reading, positions)
-        if found and found.order and self._rearranged(new, everything, positions):
-            return None
-        if found is not None:
-            return found
+        emptied = any(indices.shape[-1] == 0 for indices in kept.values())
+        if emptied:
+            old, new = without_empty(old, new, positions)
+        for one in plans:
+            positions = self._positions(one)
+            found = difference(old, new, reading, positions)
+            if found is None and emptied:
+                found = undefined(groups.traced, new)
+            if found and found.order and self._rearranged(new, one, positions):
+                return None
+            if found is not None:
+                return found
         self.numbers = other_numbers(old, new)
         if self.numbers:
             widths = Widths(old, new, reading, positions, self._reduced)
             self.suspects = widths.followed(self.numbers)
         return None
 
+    def _positions(self, plan: Plan) -> Kept:
+        """Returns the positions of all axes that a plan keeps."""
+        masks: list[np.ndarray | None] = [None] * len(self.groups)
+        for i, group in enumerate(self.groups):
+            if group.reason is None and plan.kept_count(group) < group.size:
+                masks[i] = mask = np.zeros(group.size, bool)
+                mask[np.asarray(plan.kept[group.name])] = True
+        return self.groups.reading.kept(masks)
+
     @functools.cached_property
     def _reduced(self) -> frozenset[int]:
         return frozenset(i for i, group in enumerate(self.groups) if group.reduced)
 
-    def _rearranged(
-        self, new: Trace, kept: dict[str, np.ndarray], positions: Kept
-    ) -> bool:
+    def _rearranged(self, new: Trace, plan: Plan, positions: Kept) -> bool:
         """Reports whether a trace does the same work in another order.
 
         The order of a product of three arrays depends on their sizes. In this case the
@@ -160,7 +175,6 @@ class Trial:
         cut = positions.flat.tobytes()
         if any(cut == same and is_equal(new, one) for same, one in self._refuted):
             return False
-        plan = Plan(kept, self.groups)
         found, _ = read_groups(
             new, self.source.inputs, joined=self.groups.joined, unpruned=self.groups
         )

@@ -150,6 +150,7 @@ def conv_on_cpu(
     apart = 1 < groups == images.shape[-1] == kernel.shape[-1]
     plain = (
         options.get("dimension_numbers") == _CHANNELS_LAST
+        and images.size > 0 < kernel.size
         and images.dtype in (jnp.float32, jnp.float64)
         and all(options.get(name) in (None, 1) for name in _SCALARS)
         and (groups == 1 or apart)
