@@ -182,3 +182,30 @@ def test_a_prompt_and_a_key_are_needed():
         generate(decoder(), np.zeros((1, 0), int), 1)
     with pytest.raises(tpp.TPPError, match="pass key"):
         generate(decoder(), TOKENS, 1, temperature=1.0)
+
+
+def test_a_model_of_seven_billion_parameters_is_planned_and_cut_without_arrays():
+    config = DecoderConfig(
+        vocabulary=32_000,
+        width=4096,
+        depth=32,
+        heads=32,
+        kv_heads=8,
+        head_size=128,
+        hidden=14_336,
+    )
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    groups = tpp.channel_groups(model, jax.ShapeDtypeStruct((1, 16), jnp.int32))
+    rng = np.random.default_rng(0)
+    ends = (".mlp.gate_proj", ".self_attn.q_proj")
+    chosen = [group for group in groups if group.name.endswith(ends)]
+    scores = {group.name: rng.random(group.size) for group in chosen}
+    plan = tpp.make_plan(groups, model, dict.fromkeys(scores, 0.25), scores=scores)
+    small = tpp.prune(model, plan)
+    assert small.layers[31].mlp.down_proj.kernel.shape == (10_752, 4096)
+    assert small.layers[31].self_attn.k_proj.kernel.shape == (4096, 6 * 128)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(nnx.state(one, nnx.Param)))
+        for one in (model, small)
+    ]
+    assert sizes == [7_241_732_096, 5_496_901_632]

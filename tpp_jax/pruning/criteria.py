@@ -16,15 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tpp_jax.errors import TPPError
-from tpp_jax.graph.arrays import is_divided, on_host
+from tpp_jax.graph.arrays import on_host
 from tpp_jax.graph.groups import Group, Member
+from tpp_jax.pruning.loops import of_step
 from tpp_jax.pruning.moments import Moments
 from tpp_jax.pruning.obs import obs
-from tpp_jax.pruning.scoring_on_devices import (
-    can_score,
-    reads_all,
-    scores_on_devices,
-)
+from tpp_jax.pruning.scoring_on_devices import can_score, scores_on_devices
 
 Filters = Float[np.ndarray | Array, "n d"]
 Scores = Float[np.ndarray | Array, " n"]
@@ -296,8 +293,11 @@ def group_scores(
         shape, or the criterion did not return one number per filter.
     """
     if group.steps is not None:
+        if isinstance(statistics, Mapping):
+            members = (m for m in group.members if m.leaf in statistics)
+            statistics = {m.leaf: _statistic(m, leaves, statistics) for m in members}
         steps = range(group.steps)
-        parts = [_of_step(group, leaves, statistics, step) for step in steps]
+        parts = [of_step(group, leaves, statistics, step) for step in steps]
         return np.stack(
             [group_scores(one, own, criterion, reduce, s) for one, own, s in parts]
         )
@@ -347,37 +347,6 @@ def _score(criterion: Criterion, member: Member, arrays: list[Any]) -> Any:
     return found
 
 
-def _of_step(
-    group: Group,
-    leaves: Mapping[str, Any],
-    statistics: Mapping[str, Any] | Moments | None,
-    step: int,
-) -> tuple[Group, dict[str, Any], Any]:
-    """Returns a group, its parameters and their statistics in one step of a loop."""
-    axes = {m.leaf: m.steps for m in group.members if m.steps is not None}
-
-    def part(leaf: str, array: Any) -> Any:
-        axis = axes[leaf]
-        return array[(slice(None),) * axis + (step,)]
-
-    own = {leaf: part(leaf, leaves[leaf]) for leaf in axes}
-    if isinstance(statistics, Moments):
-        shapes = {leaf: np.shape(leaves[leaf]) for leaf in axes}
-        statistics = statistics.of_step(axes, shapes, step)
-    elif statistics is not None:
-        statistics = {
-            leaf: part(leaf, _broadcast(leaf, statistics[leaf], np.shape(leaves[leaf])))
-            for leaf in axes.keys() & statistics.keys()
-        }
-
-    def moved(m: Member) -> Member:
-        axis = axes[m.leaf]
-        return dataclasses.replace(m, axis=m.axis - (m.axis > axis), steps=None)
-
-    members = tuple(map(moved, group.members))
-    return dataclasses.replace(group, members=members, steps=None), own, statistics
-
-
 def _checked(score: Any, leaf: str, group: Group) -> Scores:
     """Returns scores of a group's channels in one parameter, if they are such."""
     score = np.asarray(score)
@@ -409,7 +378,7 @@ def _consumers_score(
     total = np.zeros(group.size)
     for member, entry in moments.readers_of(group):
         leaf = leaves[member.leaf]
-        if can_score(leaf) and reads_all(entry, leaf.shape, member.axis):
+        if can_score(leaf) and entry.reads_all(leaf.shape, member.axis):
             shape = [-1 if i == member.axis else 1 for i in range(leaf.ndim)]
             order = np.argsort(entry.positions[member.axis])
             means, variances = entry.mean[0][order], entry.variance[0][order]
@@ -453,19 +422,14 @@ def _statistic(
             f"there is no statistic for {member.leaf}: the leaves of the statistics "
             "must have the names of the parameters"
         )
-    return _broadcast(member.leaf, statistics[member.leaf], shape)
-
-
-def _broadcast(leaf: str, statistic: Any, shape: tuple[int, ...]) -> Any:
+    array = statistics[member.leaf]
     try:
-        fits = np.broadcast_shapes(np.shape(statistic), shape) == shape
+        fits = np.broadcast_shapes(np.shape(array), shape) == shape
     except ValueError:
         fits = False
     if not fits:
         raise TPPError(
-            f"the statistic for {leaf} has shape {np.shape(statistic)}, which does not "
-            f"fit the parameter's {shape}"
+            f"the statistic for {member.leaf} has shape {np.shape(array)}, which does "
+            f"not fit the parameter's {shape}"
         )
-    if is_divided(statistic):
-        return jnp.broadcast_to(statistic, shape)
-    return np.broadcast_to(np.asarray(statistic), shape)
+    return array

@@ -117,52 +117,23 @@ class ConsumerMoments:
             return self.variance[stack] + mean**2
         return self.covariance[stack] + np.outer(mean, mean)
 
-    def of_step(
-        self, step: int, shape: tuple[int, ...], axis: int
-    ) -> "ConsumerMoments":
-        """Returns the moments of one step of a loop, as those of its own kernel.
+    def reads_all(self, shape: tuple[int, ...], axis: int) -> bool:
+        """Reports whether each position along an axis of the kernel is one feature.
+
+        All weights of the kernel are then read once, as those of a dense layer are.
 
         Args:
-          step: Index of the step.
-          shape: Shape of the stacked kernels.
-          axis: Axis that the loop goes through.
+          shape: Shape of the kernel.
+          axis: Axis that channels run along.
         """
-        at = np.unravel_index(self.stacks, shape)[axis]
-        here = at == step
-        count, bias = np.unique(at).size, self.bias
-        if bias is not None:
-            bias = dataclasses.replace(bias, index=bias.index[here])
-        place = functools.partial(_without_axis, shape=shape, axis=axis)
-        [first, *_] = self.stacks[here]
-        return dataclasses.replace(
-            self,
-            stacks=place(self.stacks[here]),
-            features=place(first + self.features) - place(first),
-            outputs=place(first + self.outputs) - place(first),
-            positions={i - (i > axis): own for i, own in self.positions.items()},
-            rows=self.rows[here],
-            mean=self.mean[here],
-            variance=self.variance[here],
-            covariance=None if self.covariance is None else self.covariance[here],
-            bias=bias,
-            gain=self.gain[here],
-            stream=None if self.stream is None else self.stream[here],
-            steps=max(self.steps // count, 1),
-        )
+        positions = self.positions[axis]
+        one_each = np.array_equal(np.sort(positions), np.arange(shape[axis]))
+        size = len(positions) * len(self.outputs)
+        return one_each and len(self.stacks) == 1 and size == int(np.prod(shape))
 
     def weight_index(self) -> Int[np.ndarray, "stacks features outputs"]:
         """Returns the flat index of each weight."""
         return self.stacks[:, None, None] + self.features[:, None] + self.outputs
-
-
-def _without_axis(
-    index: Int[np.ndarray, "..."], shape: tuple[int, ...], axis: int
-) -> Int[np.ndarray, "..."]:
-    """Returns flat indices into an array without one of its axes."""
-    places = list(np.unravel_index(index, shape))
-    del places[axis]
-    rest = (*shape[:axis], *shape[axis + 1 :])
-    return np.asarray(np.ravel_multi_index(places, rest))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,24 +153,6 @@ class Moments:
     def of(self, leaf: str) -> tuple[ConsumerMoments, ...]:
         """Returns the entries of one kernel."""
         return tuple(entry for entry in self.consumers if entry.leaf == leaf)
-
-    def of_step(
-        self,
-        axes: Mapping[str, int],
-        shapes: Mapping[str, tuple[int, ...]],
-        step: int,
-    ) -> "Moments":
-        """Returns the moments of one step of a loop over layers.
-
-        Args:
-          axes: Name of a stack of kernels → axis that the loop goes through; others are
-            left out.
-          shapes: Shapes of these stacks.
-          step: Index of the step.
-        """
-        found = [entry for entry in self.consumers if entry.leaf in axes]
-        own = tuple(e.of_step(step, shapes[e.leaf], axes[e.leaf]) for e in found)
-        return Moments(own, self.skipped)
 
     def readers_of(self, group: Group) -> list[tuple[Member, ConsumerMoments]]:
         """Lists the kernels that read a group's channels.

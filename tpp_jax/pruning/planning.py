@@ -149,8 +149,7 @@ def make_plan(
         _check_sensitivity_alone(ratios, counts, scope, wanted)
     _check_arguments(groups, ratios, counts, wanted)
     _check_limits(round_to, min_channels)
-    number = 1 if isinstance(round_to, str) else round_to
-    limits = Limits(max(min_channels, 1), number)
+    limits = Limits(max(min_channels, 1), 1 if isinstance(round_to, str) else round_to)
     layers = [] if kv_cache is None else cached_layers(groups, parse_patterns(cached))
     asked: dict[str, float] = {}
     if sensitivity is not None:
@@ -166,9 +165,9 @@ def make_plan(
             g for g in groups if 0 < asked.get(g.name, 0) < 1 and limits.most(g.size)
         ]
     else:
-        others = dict(ratios=ratios, skip=skip, scope=scope, **wanted)
-        limited = {"min_channels": min_channels, "round_to": round_to}
-        _check_counts_alone({**others, **limited})
+        limited = {"round_to": round_to, "min_channels": min_channels}
+        others = dict(ratios=ratios, skip=skip, scope=scope, **wanted, **limited)
+        _check_counts_alone(others)
         _check_counts(groups, counts)
         matched = [groups[name] for name in counts]
     if isinstance(round_to, str):
@@ -262,12 +261,13 @@ def _check_arguments(
 
 
 def _check_limits(round_to: int | str, min_channels: int) -> None:
-    if isinstance(round_to, str) and round_to != "sharding":
-        raise TPPError(
-            f"round_to is {round_to!r}: give a number, or 'sharding' for what the "
-            "mesh of the model's arrays divides"
-        )
-    if not isinstance(round_to, str) and round_to < 1:
+    if isinstance(round_to, str):
+        if round_to != "sharding":
+            raise TPPError(
+                f"round_to is {round_to!r}: give a number, or 'sharding' for what the "
+                "mesh of the model's arrays divides"
+            )
+    elif round_to < 1:
         raise TPPError(f"round_to is {round_to}, must be at least 1")
     if min_channels < 0:
         raise TPPError(f"min_channels is {min_channels}, must be at least 0")

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.arrays import is_divided, is_spread, placed, with_result_everywhere
 from tpp_jax.graph.records import Member
-from tpp_jax.pruning.moments import ConsumerMoments
 
 Score = Callable[..., Any]
 
@@ -70,22 +69,6 @@ def scores_on_devices(
 def can_score(array: Any) -> bool:
     """Reports whether an array is scored on its devices."""
     return is_divided(array) and isinstance(array.sharding, NamedSharding)
-
-
-def reads_all(entry: ConsumerMoments, shape: tuple[int, ...], axis: int) -> bool:
-    """Reports whether each position along an axis of a kernel is one feature.
-
-    All weights of the kernel are then read once, as those of a dense layer are.
-
-    Args:
-      entry: Moments of what the kernel reads.
-      shape: Shape of the kernel.
-      axis: Axis that channels run along.
-    """
-    positions = entry.positions[axis]
-    one_each = np.array_equal(np.sort(positions), np.arange(shape[axis]))
-    size = len(positions) * len(entry.outputs)
-    return one_each and len(entry.stacks) == 1 and size == int(np.prod(shape))
 
 
 def _like_kernel(array: Any, kernel: jax.Array) -> Any:
