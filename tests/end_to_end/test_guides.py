@@ -17,6 +17,7 @@ PAGES = (
     "config.md",
     "extend.md",
     "own_model.md",
+    "sharded.md",
 )
 
 

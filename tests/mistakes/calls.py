@@ -1,5 +1,6 @@
 """Mistakes in calls of the library."""
 
+import pathlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -152,6 +153,10 @@ def _sensitivities() -> Cases:
             lambda f: tpp.make_plan(groups, model, sensitivity=0.5, flops=0.5),
         ),
         (
+            '`tpp.load_model(…, sharding="data")`',
+            _load_into_no_sharding,
+        ),
+        (
             '`tpp.make_plan(…, round_to="mesh")`',
             lambda f: tpp.make_plan(groups, model, 0.5, round_to="mesh"),
         ),
@@ -160,6 +165,11 @@ def _sensitivities() -> Cases:
             lambda f: tpp.Sensitivity.from_json({"groups": ["net.0"]}),
         ),
     )
+
+
+def _load_into_no_sharding(folder: pathlib.Path) -> None:
+    tpp.save_model(folder / "model", {"w": jnp.ones(4)})
+    tpp.load_model(folder / "model", sharding="data")
 
 
 def _transforms() -> Cases:

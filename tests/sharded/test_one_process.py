@@ -137,6 +137,14 @@ def collectives(text):
     ]
 
 
+def test_penalties_move_a_kernel_once_at_most(trained, many):
+    """A Gram matrix of filters that devices divide needs those of all devices."""
+    kernel = many.params["layers"][0]["mlp"]["up_proj"]["kernel"][...]
+    moved = [size for kind, size in collectives(trained[2]) if kind == "all-gather"]
+    # Of two layers, gate_proj and up_proj produce the pruned channels.
+    assert max(moved) <= kernel.size and moved.count(kernel.size) <= 4
+
+
 def test_a_criterion_written_with_numpy_is_computed_on_the_host(groups, many, one):
     def spread(filters):
         return np.sort(filters, axis=1)[:, -1]

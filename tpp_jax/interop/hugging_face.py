@@ -10,11 +10,11 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from tpp_jax.errors import TPPError, require
+from tpp_jax.graph.arrays import Shardings, placed, sharding_for
 from tpp_jax.graph.naming import map_named, named_leaves
 from tpp_jax.interop.decoder_config import (
     OWN_FAMILY,
@@ -22,9 +22,9 @@ from tpp_jax.interop.decoder_config import (
     json_of,
     without_idle_layers,
 )
+from tpp_jax.interop.lazy_tensors import LazyTensors, tensors_of
 from tpp_jax.interop.names import shown
 from tpp_jax.interop.places import Place, places
-from tpp_jax.interop.torch_files import read_torch
 from tpp_jax.interop.torch_tensors import Tensors
 from tpp_jax.interop.torch_weights import replacing, write_safetensors
 from tpp_jax.models.decoder import (
@@ -38,7 +38,11 @@ _CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer.j
 
 
 def load_hf(
-    folder: str | pathlib.Path, *, dtype: Any = None, param_dtype: Any = None
+    folder: str | pathlib.Path,
+    *,
+    dtype: Any = None,
+    param_dtype: Any = None,
+    sharding: Shardings | None = None,
 ) -> tuple[Decoder, Any]:
     """Loads a language model from a folder of Hugging Face transformers.
 
@@ -48,6 +52,10 @@ def load_hf(
         or one that :func:`save_hf` wrote.
       dtype: Type of the computation; None for that of the parameters.
       param_dtype: Type of the parameters; None for that of the file.
+      sharding: Sharding of all parameters, or function of the name and shape of a
+        parameter (``"layers.0.mlp.up_proj.kernel"``) to its sharding; None for the
+        default device. Axes of a mesh that do not divide a parameter are left out. One
+        tensor at a time is read from safetensors, and each device gets its part.
 
     Returns:
       The model, and its tokenizer: a ``tokenizers.Tokenizer``, or None if the folder
@@ -55,8 +63,8 @@ def load_hf(
 
     Raises:
       TPPError: If a file is missing or damaged, the architecture is another one, the
-        weights do not fit the settings, or the folder has a tokenizer and the package
-        tokenizers is not installed.
+        weights do not fit the settings, a sharding does not fit, or the folder has a
+        tokenizer and the package tokenizers is not installed.
 
     Example:
       >>> import tempfile
@@ -74,11 +82,12 @@ def load_hf(
     folder = pathlib.Path(folder)
     settings = _settings(folder / _CONFIG)
     model = decoder_from_torch(
-        read_torch(_weights_file(folder)),
+        tensors_of(_weights_file(folder)),
         config_from_json(settings, folder / _CONFIG),
         gemma=settings["model_type"] == "gemma",
         dtype=dtype,
         param_dtype=param_dtype,
+        sharding=sharding,
     )
     if settings["model_type"] == OWN_FAMILY:
         _set_frequencies(model, settings["tpp_jax"].get("frequencies"), folder)
@@ -142,12 +151,13 @@ def save_hf(model: Decoder, folder: str | pathlib.Path, tokenizer: Any = None) -
 
 
 def decoder_from_torch(
-    tensors: Tensors,
+    tensors: LazyTensors,
     config: DecoderConfig,
     *,
     gemma: bool = False,
     dtype: Any = None,
     param_dtype: Any = None,
+    sharding: Shardings | None = None,
 ) -> Decoder:
     """Returns a decoder with the weights of one of transformers.
 
@@ -157,9 +167,11 @@ def decoder_from_torch(
       gemma: Whether the scales of the norms are stored less 1.
       dtype: Type of the computation; None for that of the parameters.
       param_dtype: Type of the parameters; None for that of the tensors.
+      sharding: Sharding of the parameters, as for :func:`load_hf`.
 
     Raises:
-      TPPError: If tensors are missing, left over, or of other shapes.
+      TPPError: If tensors are missing, left over, or of other shapes; or a sharding
+        does not fit.
     """
     model = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     shapes = {name: leaf.shape for name, leaf in named_leaves(_weights(model)).items()}
@@ -180,10 +192,12 @@ def decoder_from_torch(
                 f"{name} is {'×'.join(map(str, array.shape))} in the weights and "
                 f"{'×'.join(map(str, shape))} by the settings"
             )
-        array = place.to_ours(array)
+        array = place.to_ours(np.asarray(array))
         if gemma and leaf.endswith(".scale"):
             array = array + np.ones((), array.dtype)
-        arrays[leaf] = jnp.asarray(array, param_dtype)
+        its_dtype = jax.dtypes.canonicalize_dtype(param_dtype or array.dtype)
+        its_sharding = sharding_for(sharding, leaf, array.shape)
+        arrays[leaf] = placed(array.astype(its_dtype, copy=False), its_sharding)
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise TPPError(
@@ -192,7 +206,10 @@ def decoder_from_torch(
         )
     nnx.update(model, map_named(lambda leaf, _: arrays[leaf], _weights(model)))
     for i, layer in enumerate(model.layers):
-        layer.self_attn.frequencies = Frequencies(rotary_frequencies(config, i))
+        frequencies = rotary_frequencies(config, i)
+        name = f"layers.{i}.self_attn.frequencies"
+        where = sharding_for(sharding, name, frequencies.shape)
+        layer.self_attn.frequencies = Frequencies(placed(frequencies, where))
     return model
 
 
@@ -207,7 +224,9 @@ def _set_frequencies(model: Decoder, values: Any, folder: pathlib.Path) -> None:
     if [row.shape for row in new] != [(size,) for size in sizes]:
         raise TPPError(f"{folder / _CONFIG} has other frequencies than its sizes imply")
     for attention, row in zip(present, new, strict=True):
-        attention.frequencies = Frequencies(jnp.asarray(row))
+        old = attention.frequencies[...]
+        where = old.sharding if old.committed else None
+        attention.frequencies = Frequencies(placed(row, where))
 
 
 def _weights(model: Decoder) -> Any:

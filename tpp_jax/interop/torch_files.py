@@ -35,7 +35,7 @@ from tpp_jax.interop.torch_tensors import (
     why_unreadable,
 )
 
-_DTYPES_OF_SAFETENSORS = {
+DTYPES_OF_SAFETENSORS = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -103,6 +103,18 @@ def read_torch(path: str | pathlib.Path, *, key: str | None = None) -> Tensors:
             "does not have it: fetch the index and its files again"
         )
     return tensors
+
+
+def shards_of(path: pathlib.Path) -> dict[str, str] | None:
+    """Returns the file of each tensor by an index; None if the file is no index.
+
+    Args:
+      path: Path of the index.
+
+    Raises:
+      TPPError: If it is damaged, or lists files outside of its folder.
+    """
+    return _shards(_content(path), path)
 
 
 def _content(path: pathlib.Path) -> bytes:
@@ -333,11 +345,11 @@ def _read_safetensors(content: bytes) -> Tensors:
         raise ValueError(shown(error, 200)) from None
     tensors = {}
     for name, it in found:
-        if it["dtype"] not in _DTYPES_OF_SAFETENSORS:
+        if it["dtype"] not in DTYPES_OF_SAFETENSORS:
             raise TPPError(
                 f"{shown(name)} is of type {shown(it['dtype'])}, which is not supported"
             )
-        dtype = np.dtype(_DTYPES_OF_SAFETENSORS[it["dtype"]])
+        dtype = np.dtype(DTYPES_OF_SAFETENSORS[it["dtype"]])
         tensors[name] = np.frombuffer(it["data"], dtype).reshape(it["shape"])
     return tensors
 
