@@ -1,5 +1,6 @@
 """Removal of channels with a refit of the kernels that read them: ``compensate``."""
 
+import collections
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -219,6 +220,10 @@ def refit_all(
     """
     _check_groups(plan, moments)
     exact: dict[str, np.ndarray] = {}
+    changed: dict[str, Any] = {}
+    left = collections.Counter(
+        leaf for e in moments.consumers for leaf in _leaves_of(e)
+    )
     not_refit = {
         leaf: why for leaf, why in moments.skipped.items() if keep_masks(plan, leaf)
     }
@@ -231,15 +236,19 @@ def refit_all(
 
     for i, entry in enumerate(moments.consumers):
         keep = kept_features(plan, entry)
-        if keep.all():
-            continue
-        if entry.fixed is not None:
-            not_refit[entry.leaf] = entry.fixed
-        elif held is None and (entry.rows < _ROWS_PER_FEATURE * keep.sum(axis=1)).any():
-            few.append(entry.leaf)
-        bias = None if entry.bias is None else flat(entry.bias.leaf)
-        other = None if held is None else held.consumers[i]
-        _refit(entry, other, keep, flat(entry.leaf), bias, damping)
+        few_rows = (entry.rows < _ROWS_PER_FEATURE * keep.sum(axis=1)).any()
+        if not keep.all():
+            if entry.fixed is not None:
+                not_refit[entry.leaf] = entry.fixed
+            elif held is None and few_rows:
+                few.append(entry.leaf)
+            bias = None if entry.bias is None else flat(entry.bias.leaf)
+            other = None if held is None else held.consumers[i]
+            _refit(entry, other, keep, flat(entry.leaf), bias, damping)
+        for leaf in _leaves_of(entry):
+            left[leaf] -= 1
+            if not left[leaf] and leaf in exact:  # no more copies than are needed
+                changed[leaf] = like_leaf(leaves[leaf], exact.pop(leaf))
     cautions = []
     if not_refit:
         reasons = [f"{leaf} ({why})" for leaf, why in not_refit.items()]
@@ -252,8 +261,12 @@ def refit_all(
             f"that is refit in {some(few)}: the refit follows the calibration data "
             "more than the network. Give more batches, or a larger damping"
         )
-    changed = {leaf: like_leaf(leaves[leaf], values) for leaf, values in exact.items()}
     return changed, cautions
+
+
+def _leaves_of(entry: ConsumerMoments) -> set[str]:
+    """Returns the names of the parameters that a refit changes."""
+    return {entry.leaf} if entry.bias is None else {entry.leaf, entry.bias.leaf}
 
 
 def _refit(
