@@ -9,7 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tpp_jax as tpp
+from tests.sharded.checks import collectives
 from tpp_jax.method.gram import gram_penalty_and_grad, kept_penalty_and_grad
+from tpp_jax.method.gram_rows import rows_penalty_and_grad
 from tpp_jax.method.rivals import add_growing_l2
 
 P = PartitionSpec
@@ -314,3 +316,47 @@ def test_status_of_sharded_parameters(kind):
     now, there = tpp.status(state, plan, MLP), tpp.status(state, plan, put)
     np.testing.assert_allclose(there.pruned_norm, now.pruned_norm, rtol=1e-5)
     assert (there.zeroed, there.layers, there.ready) == (0, 1, False)
+
+
+@pytest.mark.parametrize("target", ["decorrelate", "relative"])
+@pytest.mark.parametrize(
+    ("shape", "axis", "batch", "own"),
+    [
+        ((5, 9), 1, (), False),
+        ((9, 5), 0, (), False),
+        ((3, 3, 4, 9), 3, (), False),
+        ((4, 5, 9), 2, (0,), False),
+        ((5, 4, 9), 2, (1,), True),
+        ((3, 9, 2, 5), 1, (0, 2), True),
+    ],
+)
+def test_the_rows_of_pruned_filters_are_enough(shape, axis, batch, own, target):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        kernel = jnp.asarray(rng.normal(size=shape))
+        stacks = tuple(shape[i] for i in batch) if own else ()
+        ranks = rng.permuted(np.broadcast_to(np.arange(9), (*stacks, 9)), axis=-1)
+        options = dict(filters=(axis,), batch=batch)
+        want = gram_penalty_and_grad(kernel, ranks < 4, target, **options)
+        rows = jax.jit(rows_penalty_and_grad, static_argnums=(2, 3, 4, 5))
+        got = rows(kernel, ranks < 4, 4, target, axis, batch)
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-12)
+        np.testing.assert_allclose(got[1], want[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("spec", [P("x", "y"), P(None, ("x", "y")), P("y")])
+def test_divided_kernels_exchange_pruned_filters_alone(spec, kind):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)
+    kernel = drawn({"k": (32, 48)})["k"]
+    there = jax.device_put(kernel, NamedSharding(mesh, spec))
+    pruned = np.arange(48) % 4 == 1
+    want = gram_penalty_and_grad(kernel, pruned)
+    rows = jax.jit(rows_penalty_and_grad, static_argnums=(2, 3, 4))
+    arguments = there, pruned, 12, "decorrelate", 1
+    got = rows(*arguments)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], 1e-4, 1e-4)
+    assert got[1].sharding.is_equivalent_to(there.sharding, 2)
+    moved = collectives(rows.lower(*arguments).compile().as_text())
+    assert moved and all(size <= 12 * 48 for _, size in moved), moved

@@ -1,5 +1,7 @@
 """What is checked of trees of arrays that a mesh divides."""
 
+import re
+
 import numpy as np
 
 from tpp_jax.graph.naming import named_leaves
@@ -22,3 +24,16 @@ def assert_divided_alike(tree, other):
         assert leaf.sharding.is_equivalent_to(like, leaf.ndim), (name, leaf.sharding)
         parts = {shard.data.shape for shard in leaf.addressable_shards}
         assert parts == {leaf.sharding.shard_shape(leaf.shape)}
+
+
+def collectives(text):
+    """Returns the kind and the number of entries of each exchange between devices."""
+    found = re.findall(
+        r"= \(?\w+\[([\d,]*)\]\S* (all-gather|all-reduce|all-to-all|reduce-scatter|"
+        r"collective-permute)(?:-start)?\(",
+        text,
+    )
+    return [
+        (kind, int(np.prod([int(n) for n in shape.split(",") if n])))
+        for shape, kind in found
+    ]

@@ -1,7 +1,5 @@
 """What works on one device works on arrays that a mesh of eight devices divides."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tpp_jax as tpp
-from tests.sharded.checks import assert_divided_alike, assert_equal
+from tests.sharded.checks import assert_divided_alike, assert_equal, collectives
 from tests.sharded.decoder import RATIOS, divided, on_one_device
 from tests.sharded.one_of_two import penalised
 from tpp_jax.graph.naming import named_leaves
@@ -122,19 +120,6 @@ def test_scores_move_no_kernel_between_devices(groups, many):
                 text = program.lower(*arrays).compile().as_text()
             moved = collectives(text)
             assert all(size <= kernel.shape[member.axis] for _, size in moved), moved
-
-
-def collectives(text):
-    """Returns the kind and the number of entries of each exchange between devices."""
-    found = re.findall(
-        r"= \(?\w+\[([\d,]*)\]\S* (all-gather|all-reduce|all-to-all|reduce-scatter|"
-        r"collective-permute)(?:-start)?\(",
-        text,
-    )
-    return [
-        (kind, int(np.prod([int(n) for n in shape.split(",") if n])))
-        for shape, kind in found
-    ]
 
 
 def test_penalties_move_a_kernel_once_at_most(trained, many):

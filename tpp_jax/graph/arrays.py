@@ -350,10 +350,10 @@ def _taken(
     loops = dict(steps)
     for axis, positions in kept.items():
         if (loop := loops[axis]) is None:
-            array = _taken_along(array, axis, positions)
+            array = taken_along(array, axis, positions)
             continue
         inner = axis - (axis > loop)
-        own = functools.partial(_taken_along, axis=inner)
+        own = functools.partial(taken_along, axis=inner)
         array = jax.vmap(
             lambda layer, there, own=own: own(layer, positions=there),
             in_axes=(loop, 0),
@@ -362,8 +362,8 @@ def _taken(
     return array
 
 
-def _taken_along(array: Array, axis: int, positions: Any) -> Array:
-    """Takes positions along an axis."""
+def taken_along(array: Array, axis: int, positions: Any) -> Array:
+    """Takes ascending positions along an axis, on the devices that hold the array."""
     sharding = None
     if is_explicit(array):
         shape = (*array.shape[:axis], len(positions), *array.shape[axis + 1 :])

@@ -30,6 +30,7 @@ from tpp_jax.method.gram import (
     gram_penalty_and_grad,
     kept_penalty_and_grad,
 )
+from tpp_jax.method.gram_rows import few_rows, rows_penalty_and_grad
 from tpp_jax.method.schedule import GrowingSchedule
 from tpp_jax.pruning.filters import (
     Filters,
@@ -160,9 +161,7 @@ def add_tpp_penalties(
             factor, kernel = own * strength.astype(gradient.dtype), here.kernel
             if kernel is not None and gram_weight:
                 mask = _delayed(_pruned_mask(here, kernel, parameter), gradient)
-                penalty, grad = gram_penalty_and_grad(
-                    parameter, mask, target, kernel.filters, kernel.batch
-                )
+                penalty, grad = _penalty_and_grad(here, kernel, parameter, mask, target)
                 penalties.append(penalty.astype(strength.dtype))
                 gradient = gradient + gram_weight * factor * grad
             if kernel is not None and kept_weight:
@@ -271,6 +270,21 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
         return updates, ZeroPrunedState(state.step + 1, state.step, undone)
 
     return optax.GradientTransformation(init, update)
+
+
+def _penalty_and_grad(
+    found: Filters, kernel: Member, parameter: Array, mask: Array, target: Target
+) -> tuple[Array, Array]:
+    """Returns the Gram penalty of a kernel and its gradient."""
+    filters, batch = kernel.filters, kernel.batch
+    numbers = {
+        member.axis: positions.number
+        for member, positions in zip(found.members, found.pruned, strict=True)
+    }
+    count = numbers[kernel.axis]
+    if few_rows(parameter, count, target, filters, batch):
+        return rows_penalty_and_grad(parameter, mask, count, target, kernel.axis, batch)
+    return gram_penalty_and_grad(parameter, mask, target, filters, batch)
 
 
 def _pruned_mask(
