@@ -122,12 +122,10 @@ def test_scores_move_no_kernel_between_devices(groups, many):
             assert all(size <= kernel.shape[member.axis] for _, size in moved), moved
 
 
-def test_penalties_move_a_kernel_once_at_most(trained, many):
-    """A Gram matrix of filters that devices divide needs those of all devices."""
+def test_penalties_gather_pruned_filters_and_no_whole_kernel(trained, many):
     kernel = many.params["layers"][0]["mlp"]["up_proj"]["kernel"][...]
     moved = [size for kind, size in collectives(trained[2]) if kind == "all-gather"]
-    # Of two layers, gate_proj and up_proj produce the pruned channels.
-    assert max(moved) <= kernel.size and moved.count(kernel.size) <= 4
+    assert max(moved, default=0) < kernel.size, sorted(moved)
 
 
 def test_a_criterion_written_with_numpy_is_computed_on_the_host(groups, many, one):

@@ -310,4 +310,6 @@ def _delayed(pruned: Bool[Array, "..."], gradient: Array) -> Bool[Array, "..."]:
     """
     if is_explicit(gradient):  # where a single entry of a sharded array is unavailable
         return jax.lax.optimization_barrier((pruned, gradient))[0]
-    return pruned | jnp.isnan(gradient.reshape(-1)[0])
+    # A slice, since a reshape would gather a gradient that devices divide.
+    first = jax.lax.slice(gradient, (0,) * gradient.ndim, (1,) * gradient.ndim)
+    return pruned | jnp.isnan(first.reshape(()))
