@@ -1,5 +1,7 @@
 """Metrics in Weights & Biases and in MLflow, offline."""
 
+import time
+
 import pytest
 
 from tests.experiment.test_errors import small_config
@@ -35,4 +37,8 @@ def test_a_run_is_logged_to_weights_and_biases(tmp_path, monkeypatch):
     assert wandb.run is logger.run
     logger.run.finish()
     [record] = tmp_path.rglob("*.wandb")
+    # A process of wandb's own writes it, on a busy machine a while later.
+    end = time.monotonic() + 60
+    while b"slice/score" not in record.read_bytes() and time.monotonic() < end:
+        time.sleep(0.1)
     assert b"slice/score" in record.read_bytes()

@@ -13,6 +13,7 @@ from tpp_jax.graph.rules import register_rule
 from tpp_jax.headline import Headline
 from tpp_jax.interop.gguf_files import load_gguf
 from tpp_jax.interop.hugging_face import load_hf, save_hf
+from tpp_jax.interop.pruned_folders import prune_hf
 from tpp_jax.interop.torch_weights import load_torch, save_torch
 from tpp_jax.method.gram import gram_penalty, gram_penalty_grad
 from tpp_jax.method.isometry import reinitialize
@@ -99,6 +100,7 @@ __all__ = [
     "mask_tree",
     "models",
     "prune",
+    "prune_hf",
     "recalibrate",
     "register_rule",
     "reinitialize",

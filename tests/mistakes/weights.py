@@ -77,10 +77,15 @@ def language_models() -> Cases:
         (folder / "config.json").write_text(json.dumps(settings | values))
         return tpp.load_hf(folder)
 
+    def pruned_into_files(folder: pathlib.Path) -> Any:
+        (folder / "mine.txt").touch()
+        return tpp.prune_hf(DECODER, folder, {"*.mlp.gate_proj": 0.5})
+
     yield from (
         ("a folder without a language model", lambda f: tpp.load_hf(f)),
         ("an unknown language model", lambda f: folder(f, model_type="gpt2")),
         ("settings of another model", lambda f: folder(f, intermediate_size=12)),
+        ("a folder pruned into one with files", pruned_into_files),
         ("a GGUF file that does not exist", lambda f: tpp.load_gguf(f / "m.gguf")),
         ("weights in a package that is not there", lambda _: load("llm_none")),
         ("text for weights without a tokenizer", lambda _: text(weights=str(DECODER))),

@@ -186,17 +186,17 @@ def config_of(model: Decoder) -> DecoderConfig:
     for layer in model.layers:
         attention = layer.self_attn
         size = 2 * attention.frequencies[...].shape[0]
-        kv_heads = attention.k_proj.kernel[...].shape[1] // size
-        values = attention.v_proj.kernel[...].shape[1]
+        kv_heads = attention.k_proj.kernel.shape[1] // size
+        values = attention.v_proj.kernel.shape[1]
         value_size = values // kv_heads if kv_heads else size
         scale = attention.scale
-        sizes["heads"].append(attention.q_proj.kernel[...].shape[1] // size)
+        sizes["heads"].append(attention.q_proj.kernel.shape[1] // size)
         sizes["kv_heads"].append(kv_heads)
         sizes["head_size"].append(size)
         sizes["value_size"].append(None if value_size == size else value_size)
         sizes["query_scale"].append(None if scale == size**-0.5 else scale)
-        sizes["hidden"].append(layer.mlp.up_proj.kernel[...].shape[1])
-    vocabulary, width = model.embed_tokens.embedding[...].shape
+        sizes["hidden"].append(layer.mlp.up_proj.kernel.shape[1])
+    vocabulary, width = model.embed_tokens.embedding.shape
     together: Json = {
         name: values[0] if len(set(values)) == 1 else tuple(values)
         for name, values in sizes.items()
@@ -206,21 +206,28 @@ def config_of(model: Decoder) -> DecoderConfig:
     )
 
 
-def without_idle_layers(model: Decoder) -> Decoder:
-    """Returns a decoder without the layers that change nothing.
+def busy_layers(model: Decoder) -> list[int]:
+    """Returns the indices of the layers that change something.
 
-    These are layers with neither heads nor units, whose outputs have no biases. If all
-    layers are like that, all are kept.
-
-    Args:
-      model: Model, pruned or not; not modified, and its arrays are shared.
+    Others have neither heads nor units, and their outputs have no biases. If all layers
+    are like that, all are returned.
     """
     busy = []
     for i, layer in enumerate(model.layers):
         ends = layer.self_attn.o_proj, layer.mlp.down_proj
         if any(math.prod(end.kernel.shape) or end.bias is not None for end in ends):
             busy.append(i)
-    if not busy or len(busy) == len(model.layers):
+    return busy or list(range(len(model.layers)))
+
+
+def without_idle_layers(model: Decoder) -> Decoder:
+    """Returns a decoder with its :func:`busy_layers` alone.
+
+    Args:
+      model: Model, pruned or not; not modified, and its arrays are shared.
+    """
+    busy = busy_layers(model)
+    if len(busy) == len(model.layers):
         return model
     fields: Json = {
         name: tuple(value[i] for i in busy) if isinstance(value, tuple) else value

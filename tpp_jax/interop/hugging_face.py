@@ -80,9 +80,9 @@ def load_hf(
       (16, 32)
     """
     folder = pathlib.Path(folder)
-    settings = _settings(folder / _CONFIG)
+    settings = settings_of(folder)
     model = decoder_from_torch(
-        tensors_of(_weights_file(folder)),
+        tensors_of(weights_file(folder)),
         config_from_json(settings, folder / _CONFIG),
         gemma=settings["model_type"] == "gemma",
         dtype=dtype,
@@ -90,7 +90,7 @@ def load_hf(
         sharding=sharding,
     )
     if settings["model_type"] == OWN_FAMILY:
-        _set_frequencies(model, settings["tpp_jax"].get("frequencies"), folder)
+        set_frequencies(model, settings["tpp_jax"].get("frequencies"), folder)
     return model, _tokenizer(folder / _TOKENIZER)
 
 
@@ -135,7 +135,7 @@ def save_hf(model: Decoder, folder: str | pathlib.Path, tokenizer: Any = None) -
     settings["torch_dtype"] = str(leaves["embed_tokens.embedding"].dtype)
     gemma = settings["model_type"] == "gemma"
     tensors: Tensors = {}
-    for leaf, (name, place) in _names(model).items():
+    for leaf, (name, place) in names_of(model).items():
         array = place.to_torch(np.asarray(leaves[leaf]))
         if gemma and leaf.endswith(".scale"):
             array = array - np.ones((), array.dtype)
@@ -183,7 +183,7 @@ def decoder_from_torch(
         and not name.endswith("rotary_emb.inv_freq")
     }
     arrays = {}
-    for leaf, (name, place) in _names(model).items():
+    for leaf, (name, place) in names_of(model).items():
         array, shape = left.pop(name, None), place.shape(shapes[leaf])
         if array is None:
             raise TPPError(f"the weights have no {name}, which the settings imply")
@@ -213,7 +213,7 @@ def decoder_from_torch(
     return model
 
 
-def _set_frequencies(model: Decoder, values: Any, folder: pathlib.Path) -> None:
+def set_frequencies(model: Decoder, values: Any, folder: pathlib.Path) -> None:
     """Sets the rotary frequencies, which pruned dimensions leave out."""
     present = [layer.self_attn for layer in model.layers]
     sizes = [len(attention.frequencies[...]) for attention in present]
@@ -234,7 +234,7 @@ def _weights(model: Decoder) -> Any:
     return nnx.state(model, nnx.Param)
 
 
-def _names(model: Decoder) -> dict[str, tuple[str, Place]]:
+def names_of(model: Decoder) -> dict[str, tuple[str, Place]]:
     """Returns the name in transformers, and the place, of each parameter."""
     found = {}
     for place in places(model):
@@ -244,7 +244,13 @@ def _names(model: Decoder) -> dict[str, tuple[str, Place]]:
     return found
 
 
-def _settings(file: pathlib.Path) -> dict[str, Any]:
+def settings_of(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the content of ``config.json``.
+
+    Raises:
+      TPPError: It is missing or damaged.
+    """
+    file = folder / _CONFIG
     if not file.is_file():
         raise TPPError(
             f"there is no {file}: name a folder with a {_CONFIG} and weights"
@@ -258,7 +264,7 @@ def _settings(file: pathlib.Path) -> dict[str, Any]:
     return settings
 
 
-def _weights_file(folder: pathlib.Path) -> pathlib.Path:
+def weights_file(folder: pathlib.Path) -> pathlib.Path:
     """Returns the file of the weights, or their index."""
     names = _WEIGHTS, f"{_WEIGHTS}.index.json", "pytorch_model.bin"
     for name in names:

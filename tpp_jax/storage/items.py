@@ -68,6 +68,7 @@ def restore(folder: pathlib.Path, shardings: Shardings | None = None) -> Any:
       shardings: Shardings of arrays that were saved in parts, which are read in parts.
         Other arrays are read into NumPy arrays.
     """
+    require("train", "orbax.checkpoint")
     import orbax.checkpoint as ocp
     from etils import epath
 
