@@ -65,8 +65,8 @@ def prune_hf(
       target: Folder to write, which must not exist or be empty. Files of the tokenizer
         are copied.
       ratios: Share of the channels to prune, as for :func:`tpp_jax.make_plan`.
-      **choices: Other arguments of :func:`tpp_jax.make_plan`: ``counts``, ``params``,
-        ``criterion``, ``scores``, …
+      **choices: Arguments of :func:`tpp_jax.make_plan`, such as ``counts``, ``params``,
+        ``criterion`` and ``scores``.
 
     Returns:
       The plan.
