@@ -2,8 +2,8 @@
 
 Of the N² entries of a Gram matrix, the penalties of TPP need those in the rows and
 columns of the P pruned filters. From W_P Wᵀ, which has P rows, the gradient takes three
-products of P·N·D multiplications in place of two of N·N·D, fewer if P < 2N/3. Of what
-is divided over devices, only the pruned filters are gathered.
+products of P·N·D multiplications in place of two of N·N·D, which pays up to half of the
+filters. Of what is divided over devices, only the pruned filters are gathered.
 """
 
 import functools
@@ -39,7 +39,7 @@ def few_rows(
         return False
     if batch and is_explicit(kernel):
         return False
-    return 0 < 3 * count < 2 * kernel.shape[filters[0]]
+    return 0 < 2 * count <= kernel.shape[filters[0]]
 
 
 def rows_penalty_and_grad(
