@@ -467,3 +467,13 @@ def test_loops_of_flax_keep_the_units_that_matter_in_each_layer():
             small = tpp.prune(net, chosen, tree)
             found = tpp.linen_apply(net, chosen)(small, x)
             np.testing.assert_allclose(found, net.apply(tree, x), atol=1e-5)
+
+
+def test_groups_without_a_choice_have_one_set_for_all_layers():
+    by_ratio = tpp.make_plan(GROUPS, PARAMS, {"layers.gate": 1.0}, min_channels=0)
+    by_count = tpp.make_plan(GROUPS, PARAMS, counts={"layers.gate": 0})
+    assert by_ratio == by_count
+    assert by_count.kept["layers.gate"].shape == (0,)
+    small = tpp.prune(looped, by_count, PARAMS)
+    assert small["layers"]["up"].shape == (LAYERS, WIDTH, 0)
+    assert np.isfinite(looped(small, X)).all()

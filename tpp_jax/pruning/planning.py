@@ -225,6 +225,8 @@ def best_channels(
         if group.reason is None:
             n_kept = counts.get(group.name, group.size)
             ranking = scores.get(group.name, np.arange(group.size))
+            if n_kept in (0, group.size):  # the same in all layers of a loop
+                ranking = np.arange(group.size)
             # Stable sorting breaks ties by index, so that one seed gives one plan.
             order = np.argsort(ranking, axis=-1, kind="stable")
             best = order[..., group.size - n_kept :]
