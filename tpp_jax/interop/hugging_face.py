@@ -184,15 +184,9 @@ def decoder_from_torch(
     }
     arrays = {}
     for leaf, (name, place) in names_of(model).items():
-        array, shape = left.pop(name, None), place.shape(shapes[leaf])
-        if array is None:
-            raise TPPError(f"the weights have no {name}, which the settings imply")
-        if array.shape != shape:
-            raise TPPError(
-                f"{name} is {'×'.join(map(str, array.shape))} in the weights and "
-                f"{'×'.join(map(str, shape))} by the settings"
-            )
-        array = place.to_ours(np.asarray(array))
+        tensor = tensor_of(left, name, place.shape(shapes[leaf]))
+        del left[name]
+        array = place.to_ours(np.asarray(tensor))
         if gemma and leaf.endswith(".scale"):
             array = array + np.ones((), array.dtype)
         its_dtype = jax.dtypes.canonicalize_dtype(param_dtype or array.dtype)
@@ -211,6 +205,23 @@ def decoder_from_torch(
         where = sharding_for(sharding, name, frequencies.shape)
         layer.self_attn.frequencies = Frequencies(placed(frequencies, where))
     return model
+
+
+def tensor_of(tensors: LazyTensors, name: str, shape: tuple[int, ...]) -> Any:
+    """Returns a tensor of the shape that the settings imply.
+
+    Raises:
+      TPPError: It is missing or of another shape.
+    """
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise TPPError(f"the weights have no {name}, which the settings imply")
+    if tensor.shape != shape:
+        raise TPPError(
+            f"{name} is {'×'.join(map(str, tensor.shape))} in the weights and "
+            f"{'×'.join(map(str, shape))} by the settings"
+        )
+    return tensor
 
 
 def set_frequencies(model: Decoder, values: Any, folder: pathlib.Path) -> None:

@@ -29,6 +29,7 @@ from tpp_jax.interop.hugging_face import (
     names_of,
     set_frequencies,
     settings_of,
+    tensor_of,
     weights_file,
 )
 from tpp_jax.interop.lazy_tensors import tensors_of
@@ -100,10 +101,11 @@ def prune_hf(
         layer.self_attn.frequencies = Frequencies(rotary_frequencies(config, i))
     if settings["model_type"] == OWN_FAMILY:
         set_frequencies(model, settings["tpp_jax"].get("frequencies"), folder)
+    shapes = {n: x.shape for n, x in named_leaves(nnx.state(model, nnx.Param)).items()}
     sources = {
-        leaf: _Leaf.of(leaf, tensors, *place) for leaf, place in names_of(model).items()
+        leaf: _Leaf(leaf, tensor_of(tensors, name, place.shape(shapes[leaf])), place)
+        for leaf, (name, place) in names_of(model).items()
     }
-    _check(sources, model)
     tokens = jnp.zeros((1, 16), int)
     groups = channel_groups(model, tokens)
     frequencies = {
@@ -117,7 +119,8 @@ def prune_hf(
         leaf: (name, place, sources[_in_dense(leaf, busy)])
         for leaf, (name, place) in names_of(short).items()
     }
-    settings = json_of(short) | {"torch_dtype": _dtype(sources)}
+    dtype = sources["embed_tokens.embedding"].dtype
+    settings = json_of(short) | {"torch_dtype": str(dtype)}
     target.mkdir(parents=True, exist_ok=True)
     _write(written, named_leaves(nnx.state(short, nnx.Param)), plan, target)
     for name in _TOKENIZER_FILES:
@@ -134,21 +137,13 @@ class _Leaf:
 
     Attributes:
       leaf: Name of the parameter.
-      tensor: Tensor in the file; None if there is none.
-      name: Name of the tensor.
+      tensor: Tensor in the file.
       place: Place of the parameter.
     """
 
     leaf: str
     tensor: Any
-    name: str
     place: Place
-
-    @classmethod
-    def of(
-        cls, leaf: str, tensors: Mapping[str, Any], name: str, place: Place
-    ) -> "_Leaf":
-        return cls(leaf, tensors.get(name), name, place)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -165,26 +160,6 @@ class _Leaf:
         """Reads the tensor."""
         found = self.place.to_ours(np.asarray(self.tensor))
         return found.astype(dtype or found.dtype, copy=False)
-
-
-def _check(sources: Mapping[str, _Leaf], model: Decoder) -> None:
-    """Raises if the tensors are not those that the settings imply."""
-    shapes = {n: x.shape for n, x in named_leaves(nnx.state(model, nnx.Param)).items()}
-    for leaf, source in sources.items():
-        if source.tensor is None:
-            raise TPPError(
-                f"the weights have no {source.name}, which the settings imply"
-            )
-        if source.shape != shapes[leaf]:
-            raise TPPError(
-                f"{source.name} is {'×'.join(map(str, source.tensor.shape))} in the "
-                f"weights and {'×'.join(map(str, source.place.shape(shapes[leaf])))} "
-                "by the settings"
-            )
-
-
-def _dtype(sources: Mapping[str, _Leaf]) -> str:
-    return str(sources["embed_tokens.embedding"].dtype)
 
 
 def _in_dense(leaf: str, busy: Sequence[int]) -> str:
