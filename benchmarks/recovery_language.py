@@ -22,6 +22,7 @@ import pathlib
 import pydoc_data.topics
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +35,6 @@ from benchmarks import machine
 from tpp_jax.commands.compilation import keep_compiled_programs
 
 NAME = "recovery_language"
-FILE = machine.RESULTS / f"{NAME}_cpu.json"
 LAYERS = "layers.*.mlp.gate_proj"
 LENGTH, SEQUENCES, BATCH = 256, 32, 4
 TEXTS = "same author", "Python's documentation"
@@ -59,16 +59,33 @@ IN_ORDER = ("wanda",)  # criteria whose layers are refit in order too
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    bench, record = begun(__doc__, NAME, table)
+    for row in ROWS:
+        bench.measure(row, record)
+    print(table(record))
+
+
+def begun(
+    description: str, name: str, table: Callable[[dict[str, Any]], str]
+) -> tuple["Bench", dict[str, Any]]:
+    """Reads the command's options, the model and the texts, and the record so far.
+
+    Args:
+      description: Docstring of the benchmark.
+      name: Name of its record.
+      table: Function from the record to the text that ``--table`` prints.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--calibration", type=pathlib.Path, help="file of text")
     parser.add_argument("--test", type=pathlib.Path, help="file of text")
     parser.add_argument("--gguf", type=pathlib.Path, help="by default a package's")
     parser.add_argument("--table", action="store_true", help="print the recorded table")
     options = parser.parse_args()
-    record = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
+    file = machine.RESULTS / f"{name}_cpu.json"
+    record = json.loads(file.read_text()) if file.exists() else {"rows": {}}
     if options.table:
         print(table(record))
-        return
+        raise SystemExit
     if options.calibration is None or options.test is None:
         parser.error("--calibration and --test are needed")
     keep_compiled_programs()
@@ -81,10 +98,8 @@ def main() -> None:
     )
     if "dense" not in record:
         record["dense"] = bench.perplexities(model)
-        machine.write(NAME, record)
-    for row in ROWS:
-        bench.measure(row, record)
-    print(table(record))
+        machine.write(name, record)
+    return bench, record
 
 
 def installed_weights() -> pathlib.Path:
@@ -106,7 +121,7 @@ def batches(tokens: np.ndarray) -> list[jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(graphdef: Any, state: Any, tokens: jax.Array) -> jax.Array:
+def nats(graphdef: Any, state: Any, tokens: jax.Array) -> jax.Array:
     logits = nnx.merge(graphdef, state)(tokens)[:, :-1]
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
@@ -131,7 +146,7 @@ class Bench:
     def perplexities(self, model: nnx.Module) -> list[float]:
         """Returns the perplexity of each text of the test."""
         split = nnx.split(model)
-        nats = [np.mean([_nats(*split, x) for x in batches(t)]) for t in self.tests]
+        nats = [np.mean([nats(*split, x) for x in batches(t)]) for t in self.tests]
         return [float(np.exp(value)) for value in nats]
 
     @functools.cached_property
