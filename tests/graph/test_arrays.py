@@ -187,7 +187,14 @@ def test_sharded_arrays_are_cut_on_their_devices(kind):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_arrays_are_cut_without_the_host(kind, monkeypatch):
     params = sharded(mesh_of(kind))
-    monkeypatch.setattr(jax.Array, "__array__", None, raising=False)
+
+    def copied(self, dtype=None, copy=None):
+        del dtype, copy
+        raise AssertionError(f"an array of shape {self.shape} is copied to the host")
+
+    monkeypatch.setattr(type(params["w1"]), "__array__", copied)
+    with pytest.raises(AssertionError):
+        np.asarray(params["w1"])
     with jax.transfer_guard_device_to_host("disallow"):
         small = tpp.slice_tree(PLAN, params)
     monkeypatch.undo()
