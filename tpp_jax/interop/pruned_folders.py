@@ -59,8 +59,8 @@ def prune_hf(
 
     The result is what :func:`tpp_jax.load_hf`, :func:`tpp_jax.prune` and
     :func:`tpp_jax.save_hf` give together, but neither model is ever in memory: only one
-    tensor, and the tensors of one file that is written (1 GiB). Weights are not rescaled:
-    after TPP, whose pruned filters are zero, use these three.
+    tensor, and the tensors of one file that is written (1 GiB). Weights are not
+    rescaled: after TPP, whose pruned filters are zero, use these three.
 
     Args:
       folder: Folder as for :func:`tpp_jax.load_hf`, with weights in safetensors.
