@@ -51,9 +51,16 @@ class Pair(NamedTuple):
         return self.dense_flops / self.pruned_flops
 
     @property
-    def realised(self) -> float:
-        """Share of the FLOPs speedup that is measured as speedup."""
-        return self.speedup / self.flops_speedup
+    def realised(self) -> float | None:
+        """Share of the time saved, divided by the share of the FLOPs saved.
+
+        0 if the pruned network is as slow as the dense one, negative if it is slower;
+        None if no FLOPs were saved.
+        """
+        saved = 1 - self.pruned_flops / self.dense_flops
+        if not saved:
+            return None
+        return (1 - self.pruned_seconds / self.dense_seconds) / saved
 
 
 def compare(
@@ -191,7 +198,7 @@ def _medians(calls: Sequence[Callable[[], Any]]) -> list[float]:
     return [float(np.median(times)) for times in seconds]
 
 
-def as_json(pairs: Mapping[str, Pair]) -> dict[str, dict[str, float]]:
+def as_json(pairs: Mapping[str, Pair]) -> dict[str, dict[str, float | None]]:
     """Returns pairs as plain data, including the ratios.
 
     Args:
