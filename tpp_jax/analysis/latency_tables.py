@@ -44,7 +44,7 @@ _SHARES = (1.0, 0.7, 0.5, 0.3, 0.1)
 _STEP = 2 * EVEN
 _LEAST_ROUNDS = 5
 # Least duration of all calls of one product at one point, and of one network.
-_SECONDS_OF_A_PRODUCT, _SECONDS_OF_A_NETWORK = 0.02, 1.0
+_SECONDS_OF_A_PRODUCT, _SECONDS_OF_A_NETWORK = 0.01, 2.0
 
 Call = Callable[[], Any]
 
@@ -190,12 +190,12 @@ def grid_of(size: int) -> tuple[int, ...]:
     They are pairs: multiples of a number, which machines like, and their neighbours,
     which they do not.
     """
-    steps = 4 if size <= 4 * _STEP else 3
-    step = math.ceil(size / (steps * _STEP)) * _STEP
-    marks = {EVEN, size, *range(step, size + 1, step)}
-    around = (-1, 1) if step == _STEP else (-1,)
-    near = {mark + one for mark in marks for one in (*around, 0)}
-    return tuple(sorted(n for n in {1, EVEN + 1, *near} if 1 <= n <= size))
+    few = size <= 4 * _STEP
+    step = math.ceil(size / ((4 if few else 3) * _STEP)) * _STEP
+    marks = {size, *range(step, size + 1, step), *((EVEN,) if few else ())}
+    around = (-1, 0, 1) if step == _STEP else (-1, 0)
+    near = {1, EVEN, *(mark + one for mark in marks for one in around)}
+    return tuple(sorted(n for n in near if 1 <= n <= size))
 
 
 def shortest(calls: Sequence[Call], seconds: float) -> list[float]:
@@ -238,7 +238,7 @@ def _plans(groups: Groups, model: Any, params: Any) -> list[Plan]:
 
     Plans that the model does not work with are left out.
     """
-    plans = []
+    plans: list[Plan] = []
     for share in _SHARES:
         kept = {}
         for group in groups:
@@ -250,7 +250,8 @@ def _plans(groups: Groups, model: Any, params: Any) -> list[Plan]:
             check_plan(plan, model, params)
         except TPPError:
             continue
-        plans.append(plan)
+        if plan not in plans:
+            plans.append(plan)
     return plans
 
 

@@ -13,7 +13,6 @@ from tpp_jax.graph.records import Groups
 from tpp_jax.graph.rules import BUILT_IN
 from tpp_jax.graph.tracing import Trace, layer_names, layers, source_line, trace
 from tpp_jax.pruning.axes import Axes, values
-from tpp_jax.pruning.memory import peak_bytes
 
 # Operations with rules whose work may be large and is not counted.
 _HEAVY = frozenset(
@@ -52,10 +51,6 @@ class Count(NamedTuple):
         the line of the model: custom kernels (Pallas, FFI), callbacks, matrix
         decompositions, Fourier transforms, and layers in a ``while`` loop, which are
         counted for one step.
-      activation_bytes: Largest number of bytes of all intermediate arrays that are
-        alive at an operation: from the one that computes an array to the last one that
-        reads it. Inputs, parameters and what is computed from parameters alone are not
-        counted, and nothing is fused, so a compiled program may need less.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,7 +64,6 @@ class Count(NamedTuple):
     flops: int
     layers: dict[str, LayerCount]
     uncounted: tuple[str, ...] = ()
-    activation_bytes: int = 0
 
 
 def count(
@@ -130,7 +124,6 @@ def count(
         flops=sum(one.flops for one in found.values()),
         layers=found,
         uncounted=uncounted_work(traced),
-        activation_bytes=peak_bytes(traced),
     )
 
 

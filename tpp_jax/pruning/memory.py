@@ -1,14 +1,15 @@
 """Peak memory of a model's activations, from the lifetimes of values in its jaxpr."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import linen, nnx
 from jaxtyping import Int
 
 from tpp_jax.graph.records import Groups
-from tpp_jax.graph.tracing import Trace
+from tpp_jax.graph.tracing import Trace, trace
 from tpp_jax.pruning.axes import Axes, values
 
 VIEWS = frozenset({"reshape", "squeeze", "expand_dims"})
@@ -56,17 +57,27 @@ class Memory:
         return self._lives.peak(values(self._products, sizes))
 
 
-def peak_bytes(traced: Trace) -> int:
-    """Returns the largest sum of the sizes of all intermediate arrays that are alive.
+def activation_bytes(
+    model: nnx.Module | linen.Module | Callable[..., Any],
+    *inputs: Any,
+    params: Any = None,
+    **kwargs: Any,
+) -> int:
+    """Returns the peak size of all intermediate arrays of a call that are alive.
 
     An array is alive from the operation that computes it to the last one that reads it,
     or to the end if it is an output. Inputs, parameters and what is computed from
     parameters alone are not counted; a reshape is the same memory as its operand.
-    Nothing is fused, as if each operation wrote its result to memory.
+    Nothing is fused, as if each operation wrote its result to memory, so a compiled
+    program may need less.
 
     Args:
-      traced: Computation of the model.
+      model: NNX module, Linen module or function ``fn(params, *inputs)``.
+      *inputs: Example inputs, which may be abstract.
+      params: Parameter pytree of a function, or variables of a Linen module.
+      **kwargs: Keyword arguments of the model, like ``inputs``.
     """
+    traced = trace(model, *inputs, params=params, **kwargs)
     lives = _lives(traced)
     return lives.peak(
         [

@@ -87,8 +87,9 @@ def make_plan(
       latency: Target share of the time of a call to *keep*, in (0, 1], as predicted by
         ``table``. A narrower network may be slower; the plan is one that meets the
         target, and would not with one channel more.
-      memory: Target share of the peak memory of the activations to *keep*, in (0, 1]:
-        :attr:`Count.activation_bytes`, for the inputs that the groups were found with.
+      memory: Target share of the peak memory of the activations to *keep*, in (0, 1]
+        (:func:`tpp_jax.pruning.memory.activation_bytes`), for the inputs that the
+        groups were found with.
       table: Result of :func:`tpp_jax.latency_table`, for ``latency`` and
         ``round_to="fast"``.
       sensitivity: Result of :func:`tpp_jax.sensitivity`, in place of ratios and scope,
