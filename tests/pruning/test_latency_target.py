@@ -134,17 +134,17 @@ def test_costs_are_weighed_against_the_time_that_is_saved():
     assert found.seconds(kept) <= 0.6 * found.seconds({}) < found.seconds({"w1": 17})
 
 
-def test_a_machine_that_is_slower_with_fewer_channels_gets_a_plan_that_is_fast():
-    # 17 to 31 channels take longer than 32.
-    slow = TimedShape(((1, 8, 16, 17, 31, 32),), (1.0, 2.0, 4.0, 9.0, 9.0, 8.0))
+def test_where_fewer_channels_are_slower_the_most_that_are_fast_are_kept():
+    # 16 channels are fast enough, 9 to 15 are not, and 8 are again.
+    times = {1: 3.0, 8: 3.5, 9: 7.0, 15: 7.0, 16: 5.5, 17: 9.0, 31: 9.0, 32: 8.0}
     found = table(
-        shapes=(slow, of_both()),
+        shapes=(TimedShape((tuple(times),), tuple(times.values())), of_both()),
         layers=(TimedLayer(0, (Size((1, (0,))),), 1),),
         weights=(1.0, 0.0, 0.0),
     )
-    plan = tpp.make_plan(GROUPS, PARAMS, {"w1": 0.5}, latency=0.7, table=found)
-    assert 1 < plan.kept_count(GROUPS["w1"]) <= 16
-    assert found.seconds({"w1": plan.kept_count(GROUPS["w1"])}) <= 0.7 * 8
+    for share, expected in ((1.0, 32), (0.99, 24), (0.7, 16), (0.6, 8), (0.4, 1)):
+        plan = tpp.make_plan(GROUPS, PARAMS, {"w1": 0.5}, latency=share, table=found)
+        assert plan.kept_count(GROUPS["w1"]) == expected
 
 
 def test_fast_widths_are_the_largest_of_each_step():

@@ -80,7 +80,7 @@ def compare(
       dtype: Type of the computation, parameters included.
     """
     zeros = [jnp.zeros(x.shape, x.dtype) for x in _batch(inputs, batch_size, dtype)]
-    calls = [_forward(model, zeros, dtype) for model in (dense, pruned)]
+    calls = [forward_call(model, zeros, dtype) for model in (dense, pruned)]
     before, after = (count(model, *inputs).flops for model in (dense, pruned))
     return Pair(*_medians(calls), dense_flops=before, pruned_flops=after)
 
@@ -142,9 +142,16 @@ def _batch(
     ]
 
 
-def _forward(
+def forward_call(
     model: nnx.Module, inputs: Sequence[jax.Array], dtype: str
 ) -> Callable[[], Any]:
+    """Returns a compiled call of a network's evaluation.
+
+    Args:
+      model: Network; not modified.
+      inputs: Arguments of the call.
+      dtype: Type of the parameters.
+    """
     graphdef, state = nnx.split(model)
     state = jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,

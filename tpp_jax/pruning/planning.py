@@ -85,8 +85,8 @@ def make_plan(
         keys or values are pruned.
       cached: Patterns of the layers that make keys and values.
       latency: Target share of the time of a call to *keep*, in (0, 1], as predicted by
-        ``table``. A narrower network may be slower; the plan is one that meets the
-        target, and would not with one channel more.
+        ``table``. A narrower network may be slower: of the plans along the way, the
+        first one that meets the target is looked for.
       memory: Target share of the peak memory of the activations to *keep*, in (0, 1]
         (:func:`tpp_jax.pruning.memory.activation_bytes`), for the inputs that the
         groups were found with.

@@ -26,6 +26,9 @@ from tpp_jax.pruning.times import LatencyTable
 
 Order = Int[np.ndarray, " channels"]
 
+# Numbers of removed channels at which a latency is predicted, at least.
+_PLACES = 512
+
 SCOPES = ("local", "global", "isomorphic")
 
 MEASURES = ("params", "flops", "kv_cache", "latency", "memory")
@@ -257,9 +260,18 @@ def kept_for_target(
             for g, n in zip(matched, removed, strict=True)
         }
 
+    def met(steps: int) -> bool:
+        return target.met(kept(steps))
+
     target.check_reachable(kept(len(order)), limits, "match more layers")
-    steps = range(len(order))
-    return kept(bisect.bisect_left(steps, True, key=lambda n: target.met(kept(n))))
+    low, high = 0, len(order)
+    if "latency" in target.wanted:
+        # A narrower network may be slower: the widest that is fast enough is looked
+        # for along the way, and not only where bisection would lead.
+        places = np.linspace(0, high, min(high, _PLACES) + 1).astype(int).tolist()
+        first = next(i for i, steps in enumerate(places) if met(steps))
+        low, high = places[max(first - 1, 0)], places[first]
+    return kept(bisect.bisect_left(range(high), True, low, key=met))
 
 
 def kept_by_costs(
