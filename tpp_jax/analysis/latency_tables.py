@@ -42,7 +42,7 @@ from tpp_jax.xla.convolution import compiler_options, use_fast_convolutions
 _SHARES = (1.0, 0.7, 0.5, 0.3, 0.1)
 # Widths of products are measured around multiples of this number.
 _STEP = 2 * EVEN
-_LEAST_ROUNDS = 5
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 300
 # Least duration of all calls of one product at one point, and of one network.
 _SECONDS_OF_A_PRODUCT, _SECONDS_OF_A_NETWORK = 0.01, 2.0
 
@@ -73,7 +73,8 @@ def latency_table(
       groups: Groups from :func:`tpp_jax.channel_groups`; example inputs there may have
         another batch size.
       params: Parameter pytree of a function, or variables of a Linen module. Arrays may
-        be abstract, here and in an NNX module; values have no effect.
+        be abstract, here and in an NNX module; values have no effect. Keyword arguments
+        of the model are those that the groups were found with.
 
     Returns:
       The times, for ``make_plan(…, latency=0.5, table=table)``. They hold for this
@@ -208,13 +209,14 @@ def shortest(calls: Sequence[Call], seconds: float) -> list[float]:
     for call in calls:
         jax.block_until_ready(call())
     found = [math.inf] * len(calls)
-    begun, rounds = time.perf_counter(), 0
-    while rounds < _LEAST_ROUNDS or time.perf_counter() - begun < seconds * len(calls):
+    begun, total = time.perf_counter(), seconds * len(calls)
+    for rounds in range(_MOST_ROUNDS):
+        if rounds >= _LEAST_ROUNDS and time.perf_counter() - begun > total:
+            break
         for i, call in enumerate(calls):
             start = time.perf_counter()
             jax.block_until_ready(call())
             found[i] = min(found[i], time.perf_counter() - start)
-        rounds += 1
     return found
 
 
