@@ -30,6 +30,7 @@ from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.source import Source
 from tpp_jax.pruning.times import (
     EVEN,
+    STEP,
     LatencyTable,
     Measured,
     TimedLayer,
@@ -40,8 +41,6 @@ from tpp_jax.xla.convolution import compiler_options, use_fast_convolutions
 
 # Shares of the channels that the networks keep which the weights are fitted to.
 _SHARES = (1.0, 0.7, 0.5, 0.3, 0.1)
-# Widths of products are measured around multiples of this number.
-_STEP = 2 * EVEN
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 300
 # Least duration of all calls of one product at one point, and of one network.
 _SECONDS_OF_A_PRODUCT, _SECONDS_OF_A_NETWORK = 0.01, 2.0
@@ -191,10 +190,10 @@ def grid_of(size: int) -> tuple[int, ...]:
     They are pairs: multiples of a number, which machines like, and their neighbours,
     which they do not.
     """
-    few = size <= 4 * _STEP
-    step = math.ceil(size / ((4 if few else 3) * _STEP)) * _STEP
+    few = size <= 4 * STEP
+    step = math.ceil(size / ((4 if few else 3) * STEP)) * STEP
     marks = {size, *range(step, size + 1, step), *((EVEN,) if few else ())}
-    around = (-1, 0, 1) if step == _STEP else (-1, 0)
+    around = (-1, 0, 1) if step == STEP else (-1, 0)
     near = {1, EVEN, *(mark + one for mark in marks for one in around)}
     return tuple(sorted(n for n in near if 1 <= n <= size))
 

@@ -20,6 +20,9 @@ _NOT_READ = "the data are not those of a latency table: pass what to_json() retu
 EVEN = 8
 """Widths that this number divides are interpolated among such widths alone."""
 
+STEP = 2 * EVEN
+"""Widths are measured around multiples of this number."""
+
 # A width is as fast as another if its time is at most this much longer.
 _AS_FAST = 1.02
 
@@ -212,9 +215,10 @@ class LatencyTable:
     def fast_widths(self, name: str) -> tuple[int, ...]:
         """Returns the widths of a group that are worthwhile on this machine, ascending.
 
-        Of the widths that were measured, a width is worthwhile if it is more than two
-        percent faster than the next worthwhile one above it. Only operations that the
-        group's channels run through count, and other groups are not pruned.
+        Of multiples of 16 and other widths that were measured, a width is worthwhile if
+        it is more than two percent faster than the next worthwhile one above it. Only
+        operations that the group's channels run through count, and other groups are not
+        pruned.
 
         Args:
           name: Name of a group.
@@ -233,7 +237,10 @@ class LatencyTable:
         return tuple(reversed(found))
 
     def _widths(self, group: int) -> list[int]:
-        """Returns the widths of a group at which a layer was measured, ascending."""
+        """Returns the widths of a group that may be worthwhile, ascending.
+
+        At these widths a layer was measured, or has a multiple of :data:`STEP`.
+        """
         mine = [
             i
             for i, runs in enumerate(self.axes)
@@ -253,7 +260,7 @@ class LatencyTable:
             for i, size in zip(mine, sizes_of(runs, counts), strict=True):
                 axes[i] = size
             if width == self.sizes[group] or any(
-                n.of(axes) in grid
+                n.of(axes) in grid or n.of(axes) % STEP == 0
                 for layer in own
                 for n, grid in zip(
                     layer.sizes, self.shapes[layer.shape].widths, strict=True
