@@ -103,7 +103,6 @@ def measure(
             "measured_seconds": measured[name],
             "flops": count.flops,
             "params": count.params,
-            "activation_bytes": activation_bytes(network, inputs(1)),
             "kept": {g.name: kept[g.name] for g in plans[name].pruned_groups},
         }
     return {
@@ -121,7 +120,25 @@ def measure(
             for network in times.measured
         ],
         "plans": rows,
+        "memory": {
+            "dense": _memory(model, inputs(batch)),
+            "memory=0.5": _memory(
+                tpp.prune(model, tpp.make_plan(groups, model, memory=0.5)),
+                inputs(batch),
+            ),
+        },
     }
+
+
+def _memory(model: nnx.Module, x: jax.ShapeDtypeStruct) -> dict[str, int]:
+    """Returns the peak by the jaxpr, and XLA's for the compiled evaluation."""
+    evaluated = nnx.clone(model)
+    evaluated.eval()
+    graphdef, state = nnx.split(evaluated)
+    call = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    found = call.lower(state, x).compile().memory_analysis()
+    temporary = found.temp_size_in_bytes + found.output_size_in_bytes
+    return {"activation_bytes": activation_bytes(model, x), "xla_bytes": temporary}
 
 
 def _plans(
@@ -163,6 +180,8 @@ def table(name: str, found: Mapping[str, Any]) -> str:
         cells += [f"{measured / dense['measured_seconds']:.0%}"]
         cells += [f"{row[key] / dense[key]:.0%}" for key in ("flops", "params")]
         lines.append(f"| `{plan}` | " + " | ".join(cells) + " |")
+    before, after = found["memory"].values()
+    lines += [f"memory=0.5: {key} {before[key]:,} → {after[key]:,}" for key in before]
     return "\n".join(lines)
 
 
