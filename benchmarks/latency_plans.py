@@ -32,6 +32,9 @@ from tpp_jax.pruning.memory import activation_bytes
 SECONDS = 4.0
 """Least duration of all calls of one network, on average."""
 
+MOST_DRIFT = 0.1
+"""Largest change of the machine's speed in a record."""
+
 _DECODER = functools.partial(tpp.models.small_decoder, vocabulary=256)
 
 
@@ -75,8 +78,12 @@ def main() -> None:
     found = before["networks"]
     for name in options.networks:
         load = machine.load()
-        found[name] = measure(*NETWORKS[name]) | {"load_before": load}
-        print(table(name, found[name]), flush=True)
+        result = measure(*NETWORKS[name]) | {"load_before": load}
+        print(table(name, result), flush=True)
+        if abs(result["drift"]) > MOST_DRIFT:
+            print(f"the machine changed by {result['drift']:+.0%}: not recorded")
+        else:
+            found[name] = result
     print(machine.write("latency_plans", {"networks": found}))
 
 
@@ -107,6 +114,7 @@ def measure(
         }
     return {
         "batch": batch,
+        "drift": measured["dense"] / times.dense_seconds - 1,
         "seconds_for_table": seconds,
         "points": sum(len(shape.seconds) for shape in times.shapes),
         "weights": times.weights,
