@@ -92,6 +92,7 @@ class Chain:
         """Names of the layers whose parameters it multiplies with."""
         return norm_name(leaf for s in self.steps if s.scales for leaf in s.leaves)
 
+    @np.errstate(all="ignore")
     def affine(self, operands: Sequence[Any]) -> tuple[Number, Number]:
         """Returns what the chain multiplies each channel with, and what it then adds.
 
@@ -188,7 +189,8 @@ def _steps(graph: Graph, value: Value, axes: Axes) -> tuple[list[Step], str]:
     steps: list[Step] = []
     while True:
         if value in graph.outputs or len(value.readers) != 1:
-            return steps, f"the result of {value.maker} is also read elsewhere"
+            source = f"{value.maker}" if steps else "the kernel"
+            return steps, f"the result of {source} is also read elsewhere"
         [reader] = value.readers
         kind = _ARITHMETIC.get(reader.primitive)
         if kind is not None:

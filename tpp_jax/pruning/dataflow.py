@@ -148,7 +148,8 @@ def read_graph(
         made = frozenset().union(*known) if len(known) == len(sources) else None
         operation = Operation(eqn, operands, [])
         for var in eqn.outvars:
-            shape, dtype = getattr(var.aval, "shape", ()), getattr(var.aval, "dtype", None)
+            aval = var.aval
+            shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
             operation.results.append(Value(shape, dtype, made, operation))
         operations.append(operation)
         return operation.results

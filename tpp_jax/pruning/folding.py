@@ -1,7 +1,7 @@
 """``fold_norms``: batch norms folded into the kernels before them, for inference."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from tpp_jax.pruning.checking import example
 from tpp_jax.pruning.compensation import like_leaf, with_leaves
 from tpp_jax.pruning.dataflow import Graph, read_graph, with_arrays
 from tpp_jax.pruning.identities import Fold, find_folds
+
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 _TOLERANCE = 1e-5  # of the largest output, in float32
 
@@ -37,6 +39,21 @@ class Norm(NamedTuple):
     name: str
     kernel: str | None
     reason: str | None
+
+
+@overload
+def fold_norms(
+    model: ModuleT, *inputs: Any, params: None = None, **kwargs: Any
+) -> ModuleT: ...
+
+
+@overload
+def fold_norms(
+    model: linen.Module | Callable[..., Any],
+    *inputs: Any,
+    params: Any = None,
+    **kwargs: Any,
+) -> Any: ...
 
 
 def fold_norms(
@@ -142,9 +159,9 @@ def find_norms(
       ...     return (x + y) * p["after_sum"]
       >>> p = {"w": jnp.ones((2, 2)), "scale": jnp.ones(2), "after_sum": jnp.ones(2)}
       >>> for norm in find_norms(net, jnp.ones((1, 2)), params=p):
-      ...     print(norm.name, norm.kernel, norm.reason)  # doctest: +ELLIPSIS
+      ...     print(norm.name, norm.kernel, norm.reason)
       scale w None
-      after_sum None what it multiplies is a result of add (...), not of a kernel
+      after_sum None what it multiplies is a result of add, not of a kernel
     """
     function = as_function(model, params)
     graph = read_graph(function, inputs, kwargs)

@@ -93,14 +93,21 @@ def _fold_all(chain: Chain, leaves: Values, factor: Number, offset: Number) -> S
     """Returns how all steps of a chain are folded, or the reason why they cannot be."""
     if not (np.isfinite(factor).all() and np.isfinite(offset).all()):
         return "it multiplies with a number or adds one that is not finite"
-    every = [(leaf, step) for step in chain.steps for leaf in step.leaves]
+    every = [
+        (leaf, step)
+        for step in chain.steps
+        for leaf in step.leaves
+        if jnp.issubdtype(leaves[leaf].dtype, jnp.floating)  # not a count of batches
+    ]
     scaling = dict.fromkeys(leaf for leaf, step in every if step.multiplies)
     adding = dict.fromkeys(leaf for leaf, _ in every if leaf not in scaling)
     values = {name: np.zeros_like(leaves[name]) for name in adding}
-    found = yield from _unit(chain, leaves, scaling, values)
-    if found is None:
-        return f"no values of {some(scaling)} make its factor 1"
-    values, unit, rest = found
+    values = yield from _ones(chain, leaves, scaling, values)
+    if values is None:
+        return f"no values of {some(scaling)} were found with which it multiplies by 1"
+    unit, rest = yield from _affine(chain, values)
+    if not unit.all():
+        return "it multiplies by 0"
     values = yield from _adding(chain, values, [*adding], rest, offset)
     if values is None:
         return "it has no parameter that can hold what it adds"
@@ -112,57 +119,74 @@ def _affine(chain: Chain, values: Values) -> Solver:
     return chain.affine(operands)
 
 
-def _unit(chain: Chain, leaves: Values, names: Iterable[str], values: Values) -> Solver:
-    """Returns values of parameters with which a chain's factor is 1.
+def _ones(chain: Chain, leaves: Values, names: Iterable[str], values: Values) -> Solver:
+    """Returns values of parameters with which a chain multiplies with 1.
 
     Args:
       chain: Chain.
       leaves: Parameters.
-      names: Names of those that the factor is computed from.
+      names: Names of those that it multiplies with.
       values: Values of the others.
 
     Returns:
-      Values of all parameters, the factor (exactly 1 where possible), and what is
-      added; None if no such values were found.
+      Values of all parameters, with which every step that multiplies with parameters
+      multiplies with exactly 1 where that is possible, otherwise with the next number;
+      None if there are no such values.
     """
     constants = _constants(chain)
     choices = {name: _units(leaves[name], constants.get(name, ())) for name in names}
     trials = itertools.product(*choices.values())
     for trial in itertools.islice(trials, _MOST_TRIALS):
         tried = values | dict(zip(names, trial, strict=True))
-        unit, rest = yield from _affine(chain, tried)
-        if (unit == 1).all():
-            return tried, unit, rest
+        operands = yield tried
+        if not _others(chain, operands):
+            return tried
     values = values | {name: choice[0] for name, choice in choices.items()}
-    for name in names:  # one that the factor is proportional to
-        one = np.ones_like(leaves[name])
-        once, _ = yield from _affine(chain, values | {name: one})
-        twice, _ = yield from _affine(chain, values | {name: 2 * one})
-        if (once != 0).all() and (twice == 2 * once).all():
-            inverse = _in_leaf(1 / once, one)
-            if inverse is not None:
-                return (yield from _nearest(chain, values, name, inverse))
-    return None
+    for i in _others(chain, (yield values)):
+        for name in set(names).intersection(chain.steps[i].leaves):
+            found = yield from _inverse(i, name, values)
+            if found is not None:
+                values = found
+                break
+        else:
+            return None
+    return values
 
 
-def _nearest(chain: Chain, values: Values, name: str, inverse: np.ndarray) -> Solver:
-    """Returns what :func:`_unit` does, with the values around some that are best."""
-    best, errors = inverse, None
-    for towards in (None, 0, np.inf):
-        tried = inverse if towards is None else _next(inverse, towards)
-        unit, _ = yield from _affine(chain, values | {name: tried})
-        error = _in_leaf(np.abs(unit - 1), inverse)
+def _others(chain: Chain, operands: Sequence[Any]) -> list[int]:
+    """Returns the steps that multiply with parameters, and not with 1."""
+    pairs = enumerate(zip(chain.steps, operands, strict=False))
+    return [i for i, (s, x) in pairs if s.scales and not (np.asarray(x) == 1).all()]
+
+
+def _inverse(i: int, name: str, values: Values) -> Solver:
+    """Returns values with which a step multiplies with 1, by a proportional parameter.
+
+    Args:
+      i: Number of the step.
+      name: Name of the parameter.
+      values: Values of all parameters.
+
+    Returns:
+      Values of all parameters; None if the step's operand is not proportional to it.
+    """
+    one = np.ones_like(values[name])
+    once = np.asarray((yield values | {name: one})[i])
+    twice = np.asarray((yield values | {name: 2 * one})[i])
+    if not (once != 0).all() or not (twice == 2 * once).all():
+        return None
+    inverse = _in_leaf(1 / np.asarray(once, np.float64), one)
+    if inverse is None:
+        return None
+    best, least = inverse, np.full(one.shape, np.inf)
+    for tried in (inverse, _next(inverse, 0), _next(inverse, np.inf)):
+        operand = np.asarray((yield values | {name: tried})[i], np.float64)
+        error = _in_leaf(np.abs(operand - 1), least)
         if error is None:
             return None
-        if errors is not None:
-            best = np.where(error < errors, tried, best)
-            error = np.minimum(error, errors)
-        errors = error
-    values = values | {name: best}
-    unit, rest = yield from _affine(chain, values)
-    if np.abs(unit - 1).max(initial=0) > 4 * jnp.finfo(best.dtype).eps:
-        return None
-    return values, unit, rest
+        best, least = np.where(error < least, tried, best), np.minimum(error, least)
+    near = least.max(initial=0) <= 4 * jnp.finfo(one.dtype).eps
+    return values | {name: best} if near else None
 
 
 def _adding(
@@ -234,8 +258,10 @@ def _next(values: np.ndarray, towards: float) -> np.ndarray:
 
 def _in_leaf(values: Number, leaf: np.ndarray) -> np.ndarray | None:
     """Returns values of the channels as those of a parameter; None if it has others."""
-    if leaf.size == 1:
-        values = np.unique(values)
+    if leaf.size != values.size:  # the same along some axes of the channels
+        for axis in range(values.ndim):
+            first = values.take([0], axis)
+            values = first if (values == first).all() else values
     if leaf.size != values.size:
         return None
     return values.reshape(leaf.shape).astype(leaf.dtype)
