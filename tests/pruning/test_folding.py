@@ -234,6 +234,7 @@ LEFT = {
     "kernel by abs": lambda p, x: usual(p, x @ jnp.abs(p["kernel"])),
     "can hold": lambda p, x: (x @ p["kernel"] + 1.0) * p["scale"],
     "multiplies by 1": lambda p, x: (x @ p["kernel"]) * jnp.cosh(p["scale"] + 1),
+    "a result of split": lambda p, x: usual(p, jnp.split(x @ p["kernel"], 2)[0]),
     "reduce_max": lambda p, x: usual(p, (x @ p["kernel"]).max(0)),
     "not finite": lambda p, x: (x @ p["kernel"]) * jnp.log(p["scale"] * 0),
 }

@@ -283,7 +283,7 @@ def _moved(operation: Operation, axes: Axes) -> Axes | None:
 
     Axes that are merged with others, reversed or cut are left out.
     """
-    if len(operation.operands) != 1:
+    if len(operation.operands) != 1 or len(operation.results) != 1:
         return None
     params, [old], [new] = operation.eqn.params, operation.operands, operation.results
     match operation.primitive:
