@@ -34,6 +34,7 @@ from tpp_jax.pruning.curves import Sensitivity
 from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
 from tpp_jax.pruning.depth import depth_scores, least_blocks
 from tpp_jax.pruning.flops import Count, LayerCount, count
+from tpp_jax.pruning.folding import Norm, find_norms, fold_norms
 from tpp_jax.pruning.moments import Bias, ConsumerMoments, Moments, input_moments
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import make_plan
@@ -61,6 +62,7 @@ __all__ = [
     "LayerCount",
     "Member",
     "Moments",
+    "Norm",
     "OrthogonalityState",
     "Plan",
     "Sensitivity",
@@ -81,7 +83,9 @@ __all__ = [
     "depth_scores",
     "describe_groups",
     "draw_groups",
+    "find_norms",
     "fit",
+    "fold_norms",
     "gram_penalty",
     "gram_penalty_grad",
     "growing_schedule",
