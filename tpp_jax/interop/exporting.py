@@ -13,7 +13,7 @@ from flax import linen, nnx
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.functions import is_array
 from tpp_jax.interop.onnx_files import OPSET, operations_in, run_onnx, write_onnx
-from tpp_jax.interop.programs import Program, program_of, shape_text
+from tpp_jax.interop.programs import Program, program_of, shape_text, with_sizes
 from tpp_jax.interop.stablehlo_files import (
     PLATFORMS,
     run_stablehlo,
@@ -165,41 +165,20 @@ def _examples(program: Program, arguments: Any) -> list[list[Any]]:
     Examples are repeated, or left out, to make batches of other sizes than the given.
     """
     given = [x for x in jax.tree.leaves(arguments) if is_array(x)]
-    shapes = [x.shape for x in program.inputs]
-    if all(isinstance(size, int) for shape in shapes for size in shape):
+    if all(isinstance(size, int) for x in program.inputs for size in x.shape):
         sizes = [1]
     else:
         size = given[0].shape[0] if given[0].shape else 1
         sizes = [max(size, 2) if isinstance(size, int) else 4, 1]
     rng = np.random.default_rng(0)
-    drawn = [
-        example(jax.ShapeDtypeStruct(_sized(x.shape, 4), x.dtype), rng)
-        if isinstance(x, jax.ShapeDtypeStruct)
-        else x
-        for x in given
-    ]
+    drawn = [example(with_sizes(x), rng) for x in given]
     return [
         [
-            np.resize(np.asarray(x), _sized(shape, size))
-            for x, shape in zip(drawn, shapes, strict=True)
+            np.resize(np.asarray(x), with_sizes(shape, size).shape)
+            for x, shape in zip(drawn, program.inputs, strict=True)
         ]
         for size in sizes
     ]
-
-
-def _sized(shape: Sequence[Any], size: int) -> tuple[int, ...]:
-    """Returns a shape with a number in place of its symbolic sizes."""
-    sizes = [n if isinstance(n, int) else _value(n, size) for n in shape]
-    return tuple(sizes)
-
-
-def _value(symbolic: Any, size: int) -> int:
-    if not str(symbolic).isidentifier():
-        raise TPPError(
-            f"the size {symbolic} of an input cannot be tried: give every symbolic "
-            "size a name of its own"
-        )
-    return size
 
 
 def _outputs(

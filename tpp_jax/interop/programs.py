@@ -19,8 +19,9 @@ from flax import linen, nnx
 from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
-from tpp_jax.graph.functions import apart, as_function
+from tpp_jax.graph.functions import apart, as_function, is_array
 from tpp_jax.graph.naming import leaf_name
+from tpp_jax.pruning.folding import folded_params
 from tpp_jax.pruning.replay import replay
 
 # Constants are broadcast in the file up to this many entries, above when it runs.
@@ -36,14 +37,14 @@ class Program:
     """A model with its weights and the shapes of its inputs.
 
     Attributes:
-      call: Function of the inputs' arrays, in the model's structure of arguments
-        ``(inputs, kwargs)``, that returns the model's outputs.
+      call: The model itself: a function of the inputs' arrays, in the structure of
+        arguments ``(inputs, kwargs)``, that returns its outputs.
       arguments: Shapes and types of these arrays, in that structure; None in place of
         arguments that are not arrays. Sizes may be symbolic.
       outputs: Shapes and types of the outputs, in their structure.
       input_names: Name of each array of ``arguments``.
       output_names: Name of each array of ``outputs``.
-      jaxpr: The computation.
+      jaxpr: The computation, with norms folded into kernels.
     """
 
     call: Callable[[Any], Any]
@@ -106,17 +107,21 @@ def program_of(
         isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(function.params)
     ):
         raise TPPError("the model's weights are abstract: there is nothing to export")
-    given, call = apart(
-        lambda tree: function.call(function.params, *tree[0], **tree[1]),
-        (inputs, kwargs),
-    )
+
+    def calling(params: Any) -> Callable[[Any], Any]:
+        return lambda tree: function.call(params, *tree[0], **tree[1])
+
+    given, call = apart(calling(function.params), (inputs, kwargs))
     if not jax.tree.leaves(given):
         raise TPPError("the inputs are missing: export(model, path, *inputs)")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
     fixed = all(_is_fixed(x.shape) for x in jax.tree.leaves(shapes))
     arguments = _with_any_batch(shapes) if dynamic_batch and fixed else shapes
+    sized = jax.tree.map(with_sizes, (inputs, kwargs))
+    folded = folded_params(function, *sized)
+    _, folded_call = apart(calling(folded), (inputs, kwargs))
     try:
-        jaxpr, outputs = jax.make_jaxpr(call, return_shape=True)(arguments)
+        jaxpr, outputs = jax.make_jaxpr(folded_call, return_shape=True)(arguments)
     except Exception as error:
         if arguments is shapes:
             raise
@@ -152,6 +157,28 @@ def _with_any_batch(shapes: Any) -> Any:
         return jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
 
     return jax.tree.map(own, shapes)
+
+
+def with_sizes(x: Any, size: int = 4) -> Any:
+    """Returns the shape and type of an array with numbers for its symbolic sizes.
+
+    Args:
+      x: Array, or its shape and type; other objects are returned as they are.
+      size: Number for each symbolic size.
+
+    Raises:
+      TPPError: A size is an expression.
+    """
+    if not is_array(x) or _is_fixed(x.shape):
+        return x
+    for n in x.shape:
+        if not isinstance(n, int) and not str(n).isidentifier():
+            raise TPPError(
+                f"the size {n} of an input cannot be tried: give every symbolic size a "
+                "name of its own"
+            )
+    sizes = (n if isinstance(n, int) else size for n in x.shape)
+    return jax.ShapeDtypeStruct(tuple(sizes), x.dtype)
 
 
 def _is_fixed(shape: Sequence[Any]) -> bool:
