@@ -18,7 +18,7 @@ import numpy as np
 
 from tpp_jax.errors import TPPError, require
 from tpp_jax.graph.tracing import source_line
-from tpp_jax.interop.onnx_operations import emit
+from tpp_jax.interop.onnx_operations import emitter
 from tpp_jax.interop.programs import Program, bind
 
 OPSET = 21
@@ -40,8 +40,8 @@ def write_onnx(program: Program, path: pathlib.Path) -> None:
     _check_packages()
     if program.size > _MOST_BYTES:
         raise TPPError(
-            f"the weights take {program.size / 2**30:.1f} GiB, and an ONNX file holds 2 GiB: "
-            "convert them to a smaller type first"
+            f"the weights take {program.size / 2**30:.1f} GiB, and an ONNX file holds "
+            "2 GiB: convert them to a smaller type first"
         )
     _check_operations(program)
     with _quiet_logs():
@@ -49,7 +49,7 @@ def write_onnx(program: Program, path: pathlib.Path) -> None:
 
         try:
             converted = to_onnx(
-                lambda *arrays: tuple(program.run(arrays, emit)),
+                lambda *arrays: tuple(program.run(arrays, emitter())),
                 inputs=program.inputs,
                 opset=OPSET,
                 input_names=program.input_names,

@@ -142,11 +142,7 @@ def program_of(
         if arguments is shapes:
             raise
         jax.eval_shape(flat, weights, shapes)  # raises if the batch is not the cause
-        line = str(error).strip().partition("\n")[0]
-        raise TPPError(
-            f"the model does not accept a batch of any size: {line} Pass "
-            "dynamic_batch=False for a file that accepts batches of this size only"
-        ) from error
+        raise not_any_batch(error) from error
     run = jax.jit(call)
     return Program(
         call=lambda tree: run(tree, function.params),
@@ -156,6 +152,19 @@ def program_of(
         output_names=_names(outputs, "output"),
         jaxpr=jaxpr,
         weights=tuple(weights),
+    )
+
+
+def not_any_batch(error: Exception) -> TPPError:
+    """Returns the error for a model that needs batches of one size.
+
+    Args:
+      error: What it raised for another size.
+    """
+    line = str(error).strip().partition("\n")[0].rstrip(".")
+    return TPPError(
+        f"the model does not accept a batch of any size ({line}): pass "
+        "dynamic_batch=False for a file that accepts batches of this size only"
     )
 
 

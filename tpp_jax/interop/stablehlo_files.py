@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from tpp_jax.errors import TPPError, require
+from tpp_jax.errors import TPPError
 from tpp_jax.interop.programs import Program, bind
 from tpp_jax.xla.convolution import conv_on_cpu
 
@@ -34,11 +34,10 @@ def write_stablehlo(
       TPPError: An operation has no form for one of the platforms, or the weights are
         too large for one file.
     """
-    require("export", "flatbuffers")
     if program.size > _MOST_BYTES:
         raise TPPError(
-            f"the weights take {program.size / 2**30:.1f} GiB, and a StableHLO file holds 2 "
-            "GiB: save them with tpp_jax.save_model"
+            f"the weights take {program.size / 2**30:.1f} GiB, and a StableHLO file "
+            "holds 2 GiB: save them with tpp_jax.save_model"
         )
     inputs, kwargs = _arguments(program)
 
