@@ -228,6 +228,7 @@ def test_a_model_of_one_batch_size_is_refused_with_the_remedy(tmp_path):
 
 
 def called_back(params, x):
+    jax.debug.print("{}", x)  # dropped: the file has nowhere to print to
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.pure_callback(np.sin, shape, x @ params["w"])
 
@@ -239,9 +240,8 @@ def test_an_operation_without_an_equivalent_is_named(suffix, tmp_path):
         tpp.export(
             called_back, tmp_path / f"net.{suffix}", jnp.ones((2, 4)), params=params
         )
-    assert "callback" in str(raised.value)
-    if suffix == "onnx":
-        assert "pure_callback (test_exporting.py:" in str(raised.value)
+    assert "pure_callback (test_exporting.py:" in str(raised.value)
+    assert "debug" not in str(raised.value)
     assert not [*tmp_path.iterdir()]
 
 
