@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tpp_jax.errors import TPPError, require
+from tpp_jax.interop.onnx_graphs import without_expansions
 from tpp_jax.interop.onnx_operations import emitter
 from tpp_jax.interop.programs import Program, named
 
@@ -60,7 +61,7 @@ def write_onnx(program: Program, path: pathlib.Path) -> None:
                 "Export to .stablehlo, or with dynamic_batch=False if a size of the "
                 "inputs is the cause"
             ) from error
-    path.write_bytes(_simplified(converted))
+    path.write_bytes(_simplified(without_expansions(converted)))
 
 
 def run_onnx(path: pathlib.Path, arrays: Sequence[Any]) -> list[np.ndarray]:
