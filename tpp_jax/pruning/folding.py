@@ -117,13 +117,7 @@ def fold_norms(
     done = [fold for fold in folds if fold.chain.scales]
     if not done:
         raise _nothing(_norms(graph, folds))
-    for fold in done:
-        kernel = leaves[fold.chain.kernel]
-        shape = [fold.chain.channels.get(i, 1) for i in range(kernel.ndim)]
-        exact = on_host(kernel).astype(np.float64) * fold.factor.reshape(shape)
-        leaves[fold.chain.kernel] = like_leaf(kernel, exact)
-        for name, values in fold.values.items():
-            leaves[name] = like_leaf(leaves[name], values)
+    leaves = _folded(leaves, done)
     _compare(graph, function, leaves, inputs, kwargs)
     folded = with_leaves(function, params, leaves)
     if isinstance(folded, nnx.Module):
@@ -166,6 +160,36 @@ def find_norms(
     function = as_function(model, params)
     graph = read_graph(function, inputs, kwargs)
     return tuple(_norms(graph, find_folds(graph, _leaves(function))))
+
+
+def folded_params(
+    function: Function, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Returns parameters in which all norms are folded that can be, without a check.
+
+    Args:
+      function: Model.
+      inputs: Inputs of the model, which may be abstract.
+      kwargs: Keyword arguments of the model.
+    """
+    leaves = _leaves(function)
+    folds = find_folds(read_graph(function, inputs, kwargs), leaves)
+    leaves = _folded(leaves, [fold for fold in folds if fold.chain.scales])
+    structure = jax.tree.structure(function.params)
+    return jax.tree.unflatten(structure, leaves.values())
+
+
+def _folded(leaves: Mapping[str, Any], folds: Sequence[Fold]) -> dict[str, Any]:
+    """Returns the parameters with folded ones in their places."""
+    folded = dict(leaves)
+    for fold in folds:
+        kernel = leaves[fold.chain.kernel]
+        shape = [fold.chain.channels.get(i, 1) for i in range(kernel.ndim)]
+        exact = on_host(kernel).astype(np.float64) * fold.factor.reshape(shape)
+        folded[fold.chain.kernel] = like_leaf(kernel, exact)
+        for name, values in fold.values.items():
+            folded[name] = like_leaf(leaves[name], values)
+    return folded
 
 
 def _leaves(function: Function) -> dict[str, Any]:
