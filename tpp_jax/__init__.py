@@ -11,6 +11,7 @@ from tpp_jax.graph.context import Context
 from tpp_jax.graph.records import Group, Groups, Member
 from tpp_jax.graph.rules import register_rule
 from tpp_jax.headline import Headline
+from tpp_jax.interop.exporting import Exported, export
 from tpp_jax.interop.gguf_files import load_gguf
 from tpp_jax.interop.hugging_face import load_hf, save_hf
 from tpp_jax.interop.pruned_folders import prune_hf
@@ -53,6 +54,7 @@ __all__ = [
     "ConsumerMoments",
     "Context",
     "Count",
+    "Exported",
     "FitResult",
     "Group",
     "GroupCheck",
@@ -83,6 +85,7 @@ __all__ = [
     "depth_scores",
     "describe_groups",
     "draw_groups",
+    "export",
     "find_norms",
     "fit",
     "fold_norms",

@@ -1,8 +1,8 @@
 """Programs as ONNX files: converted by jax2onnx, simplified and run by ONNX Runtime.
 
-jax2onnx gets operations on inputs only, in the forms that it has the best equivalents
-for. ONNX Runtime then folds scales and biases into convolutions, and removes the
-transpositions between them.
+jax2onnx gets operations on inputs only, in the forms that it converts best. ONNX
+Runtime then folds biases into convolutions, and removes the transpositions between
+them.
 """
 
 import functools
@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from tpp_jax.errors import TPPError, require
 from tpp_jax.graph.tracing import source_line
+from tpp_jax.interop.onnx_operations import emit
 from tpp_jax.interop.programs import Program, bind
 
 OPSET = 21
@@ -39,10 +38,9 @@ def write_onnx(program: Program, path: pathlib.Path) -> None:
         operation has no equivalent.
     """
     _check_packages()
-    size = sum(np.dtype(x.dtype).itemsize * x.size for x in program.jaxpr.consts)
-    if size > _MOST_BYTES:
+    if program.size > _MOST_BYTES:
         raise TPPError(
-            f"the weights take {size / 2**30:.1f} GiB, and an ONNX file holds 2 GiB: "
+            f"the weights take {program.size / 2**30:.1f} GiB, and an ONNX file holds 2 GiB: "
             "convert them to a smaller type first"
         )
     _check_operations(program)
@@ -51,7 +49,7 @@ def write_onnx(program: Program, path: pathlib.Path) -> None:
 
         try:
             converted = to_onnx(
-                lambda *arrays: tuple(program.run(arrays, _emit)),
+                lambda *arrays: tuple(program.run(arrays, emit)),
                 inputs=program.inputs,
                 opset=OPSET,
                 input_names=program.input_names,
@@ -146,28 +144,6 @@ def _check_operations(program: Program) -> None:
         )
 
 
-def _emit(eqn: Any, values: list[Any]) -> list[Any]:
-    """Applies an operation in the form that becomes the best operation of ONNX."""
-    match eqn.primitive.name:
-        case "max" if _is_zero(values[1]) and isinstance(values[0], Tracer):
-            return [jax.nn.relu(values[0])]
-        case "max" if _is_zero(values[0]) and isinstance(values[1], Tracer):
-            return [jax.nn.relu(values[1])]
-        case "pad" if all(
-            low >= 0 and high >= 0 and between == 0
-            for low, high, between in eqn.params["padding_config"]
-        ) and not isinstance(values[1], Tracer):
-            # jax2onnx converts lax.pad for fixed sizes only.
-            widths = [(low, high) for low, high, _ in eqn.params["padding_config"]]
-            number = np.asarray(values[1]).item()
-            return [jnp.pad(values[0], widths, constant_values=number)]
-    return bind(eqn, values)
-
-
-def _is_zero(value: Any) -> bool:
-    return not isinstance(value, Tracer) and not np.any(np.asarray(value))
-
-
 def _simplified(converted: Any) -> bytes:
     """Returns a model in which ONNX Runtime has computed and fused what is constant.
 
@@ -205,7 +181,7 @@ def _options() -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
+    options.log_severity_level = 4  # errors are raised too
     return options
 
 

@@ -44,7 +44,8 @@ class Program:
       outputs: Shapes and types of the outputs, in their structure.
       input_names: Name of each array of ``arguments``.
       output_names: Name of each array of ``outputs``.
-      jaxpr: The computation, with norms folded into kernels.
+      jaxpr: The computation: a function of the weights and the inputs.
+      weights: Arrays of the weights, norms folded into kernels.
     """
 
     call: Callable[[Any], Any]
@@ -53,6 +54,16 @@ class Program:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     jaxpr: Any
+    weights: tuple[Any, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of bytes of the weights."""
+        arrays = (*self.weights, *self.jaxpr.consts)
+        numbers = (
+            x for x in arrays if not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+        )
+        return sum(jnp.dtype(x.dtype).itemsize * x.size for x in numbers)
 
     @property
     def inputs(self) -> list[jax.ShapeDtypeStruct]:
@@ -78,7 +89,8 @@ class Program:
             same = _same_operand(eqn, values)
             return last(eqn, values) if same is None else [same]
 
-        return replay(jaxpr.jaxpr, jaxpr.consts, list(arrays), lambda x: x, folded)
+        values = [*self.weights, *arrays]
+        return replay(jaxpr.jaxpr, jaxpr.consts, values, lambda x: x, folded)
 
 
 def program_of(
@@ -108,36 +120,42 @@ def program_of(
     ):
         raise TPPError("the model's weights are abstract: there is nothing to export")
 
-    def calling(params: Any) -> Callable[[Any], Any]:
-        return lambda tree: function.call(params, *tree[0], **tree[1])
-
-    given, call = apart(calling(function.params), (inputs, kwargs))
+    # The weights are arguments, since a model may change its state while it runs.
+    given, call = apart(
+        lambda tree, params: function.call(params, *tree[0], **tree[1]),
+        (inputs, kwargs),
+    )
     if not jax.tree.leaves(given):
         raise TPPError("the inputs are missing: export(model, path, *inputs)")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
     fixed = all(_is_fixed(x.shape) for x in jax.tree.leaves(shapes))
     arguments = _with_any_batch(shapes) if dynamic_batch and fixed else shapes
-    sized = jax.tree.map(with_sizes, (inputs, kwargs))
-    folded = folded_params(function, *sized)
-    _, folded_call = apart(calling(folded), (inputs, kwargs))
+    folded = folded_params(function, *jax.tree.map(with_sizes, (inputs, kwargs)))
+
+    def flat(leaves: list[Any], tree: Any) -> Any:
+        return call(tree, jax.tree.unflatten(jax.tree.structure(folded), leaves))
+
+    weights = jax.tree.leaves(folded)
     try:
-        jaxpr, outputs = jax.make_jaxpr(folded_call, return_shape=True)(arguments)
+        jaxpr, outputs = jax.make_jaxpr(flat, return_shape=True)(weights, arguments)
     except Exception as error:
         if arguments is shapes:
             raise
-        jax.eval_shape(call, shapes)  # raises if the batch is not the cause
+        jax.eval_shape(flat, weights, shapes)  # raises if the batch is not the cause
         line = str(error).strip().partition("\n")[0]
         raise TPPError(
             f"the model does not accept a batch of any size: {line} Pass "
             "dynamic_batch=False for a file that accepts batches of this size only"
         ) from error
+    run = jax.jit(call)
     return Program(
-        call=call,
+        call=lambda tree: run(tree, function.params),
         arguments=arguments,
         outputs=outputs,
         input_names=_input_names(model, arguments),
         output_names=_names(outputs, "output"),
         jaxpr=jaxpr,
+        weights=tuple(weights),
     )
 
 
