@@ -38,11 +38,10 @@ def write_litert(program: Program, path: pathlib.Path) -> None:
         operation has no equivalent.
     """
     require("litert", "litert_converter", "ai_edge_litert")
-    size = sum(np.dtype(x.dtype).itemsize * x.size for x in program.jaxpr.consts)
-    if size > _MOST_BYTES:
+    if program.size > _MOST_BYTES:
         raise TPPError(
-            f"the weights take {size / 2**30:.1f} GiB, and a LiteRT file holds 2 GiB: "
-            "export to .stablehlo, or convert them to a smaller type first"
+            f"the weights take {program.size / 2**30:.1f} GiB, and a LiteRT file holds "
+            "2 GiB: save them with tpp_jax.save_model"
         )
 
     def call(*arrays: Any) -> tuple[Any, ...]:
@@ -52,7 +51,7 @@ def write_litert(program: Program, path: pathlib.Path) -> None:
     try:
         path.write_bytes(_converted(program, exported.mlir_module_serialized))
     except _NotReadError as error:  # it knows no operations of other libraries
-        targets = re.findall(r"custom_call @(\w+)", exported.mlir_module())
+        targets = re.findall(r"custom_call @(?!shape_)(\w+)", exported.mlir_module())
         raise _refused(targets, str(error)) from error
 
 
@@ -125,7 +124,7 @@ def _refused(operations: Sequence[str], text: str) -> TPPError:
     what = f"LiteRT has no operation for {named}"
     if not named:
         what = (
-            f"LiteRT does not convert the model: {lines[-1] if lines else 'no reason'}"
+            f"LiteRT does not convert the model: {lines[0] if lines else 'no reason'}"
         )
     elif "bf16" in text:
         what += " in bfloat16"
@@ -153,8 +152,8 @@ def run_litert(
     try:
         outputs = interpreter(str(path)).get_signature_runner()(**given)
     except Exception as error:
-        line = str(error).strip().partition("\n")[0]
-        raise TPPError(f"LiteRT does not run the model: {line}") from error
+        missing = re.findall(r"builtin opcode '(\w+)'", str(error))
+        raise _refused(missing, str(error)) from error
     return [np.asarray(outputs[name]) for name in program.output_names]
 
 
