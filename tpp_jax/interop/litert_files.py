@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from tpp_jax.errors import TPPError, require
 from tpp_jax.interop.programs import Program, bind
@@ -60,24 +61,47 @@ class _NotReadError(Exception):
 
 
 def _emit(eqn: Any, values: list[Any]) -> list[Any]:
-    """Applies an operation; a transposed convolution as an ordinary one.
+    """Applies an operation in a form that is converted rightly."""
+    match eqn.primitive.name:
+        case "conv_general_dilated" if set(eqn.params["lhs_dilation"]) - {1}:
+            return [_transposed(eqn, *values)]
+        case "gather" if not isinstance(values[1], Tracer):
+            return [_picked(eqn, *values)]
+    return bind(eqn, values)
+
+
+def _transposed(eqn: Any, images: Any, kernel: Any) -> Any:
+    """Applies a transposed convolution as an ordinary one.
 
     The converter computes other sizes for some transposed ones.
     """
-    dilation = eqn.params.get("lhs_dilation", ())
-    if eqn.primitive.name != "conv_general_dilated" or set(dilation) <= {1}:
-        return bind(eqn, values)
-    images, kernel = values
     dims, params = eqn.params["dimension_numbers"], dict(eqn.params)
     config = [(0, 0, 0)] * images.ndim
     for axis, step, (low, high) in zip(
-        dims.lhs_spec[2:], dilation, params["padding"], strict=True
+        dims.lhs_spec[2:], params["lhs_dilation"], params["padding"], strict=True
     ):
         config[axis] = low, high, step - 1
     padded = lax.pad(images, jnp.zeros((), images.dtype), config)
-    params["lhs_dilation"] = (1,) * len(dilation)
-    params["padding"] = ((0, 0),) * len(dilation)
-    return [eqn.primitive.bind(padded, kernel, **params)]
+    params["lhs_dilation"] = (1,) * len(params["lhs_dilation"])
+    params["padding"] = ((0, 0),) * len(params["padding"])
+    return eqn.primitive.bind(padded, kernel, **params)
+
+
+def _picked(eqn: Any, array: Any, indices: Any) -> Any:
+    """Applies a look-up, of one entry of an axis (``x[:, 0]``) as a slice.
+
+    Look-ups in an array of any size are not converted.
+    """
+    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    axes = dims.start_index_map
+    if len(axes) != 1 or dims.collapsed_slice_dims != axes or np.size(indices) != 1:
+        return bind(eqn, [array, indices])[0]
+    [axis], index = axes, int(np.asarray(indices).reshape(()))
+    others = zip(array.shape, sizes, strict=True)
+    every = all(n == size for i, (n, size) in enumerate(others) if i != axis)
+    if not every or dims.operand_batching_dims or not 0 <= index < array.shape[axis]:
+        return bind(eqn, [array, indices])[0]
+    return lax.index_in_dim(array, index, axis, keepdims=False)
 
 
 def _converted(program: Program, stablehlo: bytes) -> bytes:
@@ -123,9 +147,7 @@ def _refused(operations: Sequence[str], text: str) -> TPPError:
     lines = [line for line in text.splitlines() if line.strip()]
     what = f"LiteRT has no operation for {named}"
     if not named:
-        what = (
-            f"LiteRT does not convert the model: {lines[0] if lines else 'no reason'}"
-        )
+        what = f"LiteRT does not accept the model: {lines[0] if lines else 'no reason'}"
     elif "bf16" in text:
         what += " in bfloat16"
     return TPPError(
