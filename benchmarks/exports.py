@@ -165,7 +165,7 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", default="*", help="pattern of names")
     parser.add_argument("--table", action="store_true", help="print the table")
     options = parser.parse_args()

@@ -18,6 +18,7 @@ PAGES = (
     "extend.md",
     "own_model.md",
     "sharded.md",
+    "export.md",
 )
 
 

@@ -14,7 +14,13 @@ from tpp_jax.errors import TPPError
 from tpp_jax.graph.functions import is_array
 from tpp_jax.interop import litert_files
 from tpp_jax.interop.onnx_files import OPSET, operations_in, run_onnx, write_onnx
-from tpp_jax.interop.programs import Program, program_of, shape_text, with_sizes
+from tpp_jax.interop.programs import (
+    Program,
+    not_any_batch,
+    program_of,
+    shape_text,
+    with_sizes,
+)
 from tpp_jax.interop.stablehlo_files import (
     PLATFORMS,
     run_stablehlo,
@@ -209,9 +215,12 @@ def _examples(program: Program, arguments: Any) -> list[list[Any]]:
 
 
 def _outputs(program: Program, arrays: Sequence[Any]) -> list[np.ndarray]:
-    """Returns the outputs of the model itself."""
+    """Returns the outputs of the model itself, for a batch of another size perhaps."""
     structure = jax.tree.structure(program.arguments)
-    outputs = program.call(jax.tree.unflatten(structure, arrays))
+    try:
+        outputs = program.call(jax.tree.unflatten(structure, arrays))
+    except (TypeError, ValueError) as error:
+        raise not_any_batch(error) from error
     return [np.asarray(x) for x in jax.tree.leaves(outputs)]
 
 

@@ -13,13 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import jax
 import numpy as np
 
 from tpp_jax.errors import TPPError, require
-from tpp_jax.graph.tracing import source_line
-from tpp_jax.interop.onnx_operations import emit
-from tpp_jax.interop.programs import Program, bind
+from tpp_jax.interop.onnx_operations import emitter
+from tpp_jax.interop.programs import Program, named
 
 OPSET = 21
 _PACKAGES = "onnx", "onnx_ir", "onnxruntime"
@@ -40,8 +38,8 @@ def write_onnx(program: Program, path: pathlib.Path) -> None:
     _check_packages()
     if program.size > _MOST_BYTES:
         raise TPPError(
-            f"the weights take {program.size / 2**30:.1f} GiB, and an ONNX file holds 2 GiB: "
-            "convert them to a smaller type first"
+            f"the weights take {program.size / 2**30:.1f} GiB, and an ONNX file holds "
+            "2 GiB: convert them to a smaller type first"
         )
     _check_operations(program)
     with _quiet_logs():
@@ -49,7 +47,7 @@ def write_onnx(program: Program, path: pathlib.Path) -> None:
 
         try:
             converted = to_onnx(
-                lambda *arrays: tuple(program.run(arrays, emit)),
+                lambda *arrays: tuple(program.run(arrays, emitter())),
                 inputs=program.inputs,
                 opset=OPSET,
                 input_names=program.input_names,
@@ -127,19 +125,11 @@ def _check_operations(program: Program) -> None:
     """Raises if an operation that depends on the inputs has no equivalent."""
     with _quiet_logs():
         known = _convertible()
-    missing: dict[str, str] = {}
-
-    def step(eqn: Any, values: list[Any]) -> list[Any]:
-        name = eqn.primitive.name
-        if name not in known:
-            missing.setdefault(name, source_line(eqn.source_info))
-        return bind(eqn, values)
-
-    jax.eval_shape(lambda *arrays: program.run(arrays, step), *program.inputs)
+    found = program.operations()
+    missing = {name: line for name, line in found.items() if name not in known}
     if missing:
-        named = [f"{name} ({at})" if at else name for name, at in missing.items()]
         raise TPPError(
-            f"ONNX has no operation that jax2onnx knows for {', '.join(named)}: export "
+            f"ONNX has no operation that jax2onnx knows for {named(missing)}: export "
             "to .stablehlo instead"
         )
 

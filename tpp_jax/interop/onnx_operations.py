@@ -16,19 +16,41 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from tpp_jax.interop.programs import bind
+from tpp_jax.interop.programs import Step, bind
 
 
-def emit(eqn: Any, values: list[Any]) -> list[Any]:
-    """Applies an operation, while jax2onnx traces the program.
+def emitter() -> Step:
+    """Returns a function that applies an operation while jax2onnx traces a program.
 
-    Args:
-      eqn: Equation of a jaxpr.
-      values: Operands, at least one of them traced.
+    One of the operands is traced. The function is for one program, since the best form
+    of an operation may depend on the one before.
     """
-    special = _FORMS.get(eqn.primitive.name)
-    result = special(eqn, values) if special else None
-    return bind(eqn, values) if result is None else [result]
+    relus: dict[int, tuple[Any, Any]] = {}  # by identity: the result and the operand
+
+    def emit(eqn: Any, values: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
+        result = _FORMS[name](eqn, values) if name in _FORMS else None
+        if name == "min":
+            result = _clipped(relus, values)
+        if result is None:
+            return bind(eqn, values)
+        if name == "max":
+            operand = values[isinstance(values[1], Tracer)]
+            relus[id(result)] = result, operand
+        return [result]
+
+    return emit
+
+
+def _clipped(relus: dict[int, tuple[Any, Any]], values: list[Any]) -> Any:
+    """Returns the minimum of a ReLU and a number, as ReLU6 has it, as one operation."""
+    for value, other in (values, values[::-1]):
+        if id(value) not in relus or isinstance(other, Tracer):
+            continue
+        number = float(np.ravel(other)[0])
+        if number > 0 and _is_all(other, number):
+            return jnp.clip(relus[id(value)][1], 0.0, number)
+    return None
 
 
 def _relu(_: Any, values: list[Any]) -> Any:

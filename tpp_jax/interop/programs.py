@@ -21,6 +21,7 @@ from jax.core import Tracer
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.functions import apart, as_function, is_array
 from tpp_jax.graph.naming import leaf_name
+from tpp_jax.graph.tracing import source_line
 from tpp_jax.pruning.folding import folded_params
 from tpp_jax.pruning.replay import replay
 
@@ -28,6 +29,7 @@ from tpp_jax.pruning.replay import replay
 _MOST_ENTRIES = 1 << 20
 # What only matters to the compiler, or to a mesh of devices.
 _TRANSPARENT = frozenset({"optimization_barrier", "sharding_constraint", "copy_p"})
+_PRINTS = frozenset({"debug_callback", "debug_print"})
 
 Step = Callable[[Any, list[Any]], list[Any]]
 
@@ -83,6 +85,8 @@ class Program:
         def folded(eqn: Any, values: list[Any]) -> list[Any]:
             if eqn.primitive.name in _TRANSPARENT:
                 return list(values)
+            if eqn.primitive.name in _PRINTS and not eqn.outvars:
+                return []
             if _can_be_computed(eqn, values):
                 with jax.ensure_compile_time_eval():
                     return bind(eqn, values)
@@ -91,6 +95,21 @@ class Program:
 
         values = [*self.weights, *arrays]
         return replay(jaxpr.jaxpr, jaxpr.consts, values, lambda x: x, folded)
+
+    def operations(self) -> dict[str, str]:
+        """Returns the primitives that depend on the inputs, with a line of each.
+
+        The line is that of the model which the first of them comes from, or "".
+        """
+        found: dict[str, str] = {}
+
+        def step(eqn: Any, values: list[Any]) -> list[Any]:
+            line = source_line(eqn.source_info)
+            found.setdefault(eqn.primitive.name, line)
+            return bind(eqn, values)
+
+        jax.eval_shape(lambda *arrays: self.run(arrays, step), *self.inputs)
+        return found
 
 
 def program_of(
@@ -142,11 +161,7 @@ def program_of(
         if arguments is shapes:
             raise
         jax.eval_shape(flat, weights, shapes)  # raises if the batch is not the cause
-        line = str(error).strip().partition("\n")[0]
-        raise TPPError(
-            f"the model does not accept a batch of any size: {line} Pass "
-            "dynamic_batch=False for a file that accepts batches of this size only"
-        ) from error
+        raise not_any_batch(error) from error
     run = jax.jit(call)
     return Program(
         call=lambda tree: run(tree, function.params),
@@ -156,6 +171,28 @@ def program_of(
         output_names=_names(outputs, "output"),
         jaxpr=jaxpr,
         weights=tuple(weights),
+    )
+
+
+def named(operations: dict[str, str]) -> str:
+    """Returns operations and their lines as text.
+
+    Args:
+      operations: Name of each primitive and its line, or "".
+    """
+    return ", ".join(f"{x} ({line})" if line else x for x, line in operations.items())
+
+
+def not_any_batch(error: Exception) -> TPPError:
+    """Returns the error for a model that needs batches of one size.
+
+    Args:
+      error: What it raised for another size.
+    """
+    line = str(error).strip().partition("\n")[0].rstrip(".")
+    return TPPError(
+        f"the model does not accept a batch of any size ({line}): pass "
+        "dynamic_batch=False for a file that accepts batches of this size only"
     )
 
 

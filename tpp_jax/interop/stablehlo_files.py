@@ -8,11 +8,12 @@ import jax
 import numpy as np
 from jax import lax
 
-from tpp_jax.errors import TPPError, require
-from tpp_jax.interop.programs import Program, bind
+from tpp_jax.errors import TPPError
+from tpp_jax.interop.programs import Program, bind, named
 from tpp_jax.xla.convolution import conv_on_cpu
 
 PLATFORMS = "cpu", "cuda", "rocm", "tpu"
+_CALLBACKS = frozenset({"pure_callback", "io_callback"})
 _MOST_BYTES = 2**31 - 2**20  # of a flatbuffer, which the file is
 
 
@@ -34,11 +35,16 @@ def write_stablehlo(
       TPPError: An operation has no form for one of the platforms, or the weights are
         too large for one file.
     """
-    require("export", "flatbuffers")
     if program.size > _MOST_BYTES:
         raise TPPError(
-            f"the weights take {program.size / 2**30:.1f} GiB, and a StableHLO file holds 2 "
-            "GiB: save them with tpp_jax.save_model"
+            f"the weights take {program.size / 2**30:.1f} GiB, and a StableHLO file "
+            "holds 2 GiB: save them with tpp_jax.save_model"
+        )
+    calls = {x: at for x, at in program.operations().items() if x in _CALLBACKS}
+    if calls:
+        raise TPPError(
+            f"the model calls Python while it runs, by {named(calls)}: a file cannot "
+            "hold that"
         )
     inputs, kwargs = _arguments(program)
 
@@ -55,8 +61,9 @@ def write_stablehlo(
     except (ValueError, NotImplementedError) as error:
         line = str(error).strip().partition("\n")[0]
         raise TPPError(
-            f"the model cannot be exported for {', '.join(platforms)}: {line} Name the "
-            "platforms that it runs on, as in platforms=('cuda',)"
+            f"the model cannot be exported for {', '.join(platforms)} "
+            f"({line.rstrip('.')}): if it runs on some of them only, name these, as in "
+            "platforms=('cuda',)"
         ) from error
     path.write_bytes(data)
 
