@@ -35,6 +35,12 @@ def test_the_recipes_of_quantisation_run(tmp_path, monkeypatch):
     run_page("quantise.md", tmp_path, monkeypatch)
 
 
+def test_the_recipes_for_litert_run(tmp_path, monkeypatch):
+    for package in ("ai_edge_litert", "litert_converter", "litert_quantizer"):
+        pytest.importorskip(package)
+    run_page("litert.md", tmp_path, monkeypatch)
+
+
 def run_page(name, tmp_path, monkeypatch):
     """All blocks of a page, one after the other, in one namespace.
 

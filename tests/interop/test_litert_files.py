@@ -8,6 +8,8 @@ from flax import nnx
 from jax import lax
 
 import tpp_jax as tpp
+from tests.gallery import test_convnets as convnets
+from tests.gallery import test_others as others
 from tests.reference import filled
 from tpp_jax.interop.exporting import export
 
@@ -84,3 +86,26 @@ def test_a_language_model(tmp_path):
     net = tpp.models.small_decoder(nnx.Rngs(0), depth=1, width=32, hidden=48)
     tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 256)
     assert export(net, tmp_path / "net.tflite", tokens).difference < 1e-4
+
+
+# Networks of the gallery that are refused, and the operation that is named.
+LOOPS = dict.fromkeys(
+    ("LSTM", "GRU", "two-layer GRU", "bidirectional LSTM", "plain decoder"), "while"
+)
+WITHOUT = LOOPS | {"message passing": "scatter"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*convnets.NETWORKS, *others.EVERY])
+def test_networks_of_the_gallery_are_converted_or_refused(name, tmp_path):
+    if name in convnets.NETWORKS:
+        model, params = convnets.network(name)
+        inputs = [jax.ShapeDtypeStruct(convnets.NETWORKS[name][1], jnp.float32)]
+    else:
+        (model, params, _), inputs = others.network(name), others.examples(name)
+    file, options = tmp_path / "f.tflite", {"params": params, "dynamic_batch": False}
+    if name in WITHOUT:
+        with pytest.raises(tpp.TPPError, match=WITHOUT[name]):
+            export(model, file, *inputs, **options)
+    else:
+        assert export(model, file, *inputs, **options).difference < 1e-4
