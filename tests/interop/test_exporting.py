@@ -265,3 +265,15 @@ def test_pooling_and_products_become_single_operations_of_onnx(tmp_path):
     kinds = checked.operations
     assert kinds["MaxPool"] == kinds["AveragePool"] == kinds["Clip"] == 1
     assert "Einsum" not in kinds and "Relu" not in kinds
+
+
+def test_look_ups_in_weights_are_computed_when_the_file_is_written(tmp_path):
+    """Their own rules compute too, and must not do so while they are compiled."""
+
+    def net(p, x):
+        return x + jnp.take(p["table"], jnp.arange(3), axis=0).sum()
+
+    params = {"table": np.arange(35, dtype=np.float32).reshape(5, 7)}
+    path = tmp_path / "net.stablehlo"
+    checked = tpp.export(net, path, np.ones((2, 7), np.float32), params=params)
+    assert checked.difference < 1e-6

@@ -71,7 +71,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
     flags.DEFINE_integer("timeout", 100, "Seconds until a process counts as lost.")
     flags.DEFINE_list(
-        "format", ["stablehlo"], "Formats to export: stablehlo, onnx, safetensors."
+        "format",
+        ["stablehlo"],
+        "Formats to export: stablehlo, onnx, tflite, safetensors.",
     )
     flags.DEFINE_bool("debug", False, "Show tracebacks and library logs.")
     for flag in flags.FLAGS.get_flags_for_module(__name__):  # --help shows these

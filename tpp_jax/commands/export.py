@@ -16,7 +16,7 @@ from tpp_jax.interop.hugging_face import save_hf
 from tpp_jax.interop.torch_weights import save_torch
 from tpp_jax.models import Decoder
 
-FORMATS = "stablehlo", "onnx", "safetensors"
+FORMATS = "stablehlo", "onnx", "tflite", "safetensors"
 _EXAMPLES = 16  # number of examples that files and networks are compared on
 
 

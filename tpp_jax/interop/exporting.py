@@ -12,6 +12,7 @@ from flax import linen, nnx
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.functions import is_array
+from tpp_jax.interop import litert_files
 from tpp_jax.interop.onnx_files import OPSET, operations_in, run_onnx, write_onnx
 from tpp_jax.interop.programs import (
     Program,
@@ -89,8 +90,9 @@ def export(
       model: NNX module, Linen module or function ``fn(params, *inputs)``, pruned or
         not. It is not modified.
       path: Path that ends in ``.stablehlo``, for ``jax.export.deserialize`` (JAX and
-        flatbuffers are all that a reader needs), or in ``.onnx``, for ONNX Runtime and
-        others. A file there is replaced. Missing folders are created.
+        flatbuffers are all that a reader needs), in ``.onnx``, for ONNX Runtime and
+        others, or in ``.tflite``, for LiteRT on phones and other small devices. A file
+        there is replaced. Missing folders are created.
       *inputs: Example inputs, best real ones. Abstract ones (``jax.ShapeDtypeStruct``)
         are replaced by random numbers for the comparison; their sizes may be symbolic
         (``jax.export.symbolic_shape``). Other arguments (``True``, a string) become
@@ -120,21 +122,17 @@ def export(
       (10, 2)
     """
     path = pathlib.Path(path)
-    if path.suffix not in (".stablehlo", ".onnx"):
+    if path.suffix not in (".stablehlo", ".onnx", ".tflite"):
         raise TPPError(
-            f"the format to write is unknown from {path}: end it in .stablehlo or .onnx"
+            f"the format to write is unknown from {path}: end it in .stablehlo, .onnx "
+            "or .tflite"
         )
     program = program_of(model, inputs, kwargs, params, dynamic_batch)
     examples = _examples(program, (inputs, kwargs))
     expected = [_outputs(program, arrays) for arrays in examples]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        if path.suffix == ".onnx":
-            write_onnx(program, partial)
-            found = [run_onnx(partial, arrays) for arrays in examples]
-        else:
-            write_stablehlo(program, partial, platforms)
-            found = [run_stablehlo(partial, program, arrays) for arrays in examples]
+        found = _written(program, partial, path.suffix, platforms, examples)
         difference = max(map(_difference, expected, found))
         if not difference <= tolerance:
             raise TPPError(
@@ -142,7 +140,7 @@ def export(
                 f"{difference:.2g} standard deviations, which is more than the "
                 f"tolerance of {tolerance:g}: nothing was written"
             )
-        kinds = operations_in(partial) if path.suffix == ".onnx" else {}
+        kinds = _operations(partial, path.suffix)
         size = partial.stat().st_size
     counted = _count(model, params, (inputs, kwargs), examples[-1])
     checked = Exported(
@@ -162,6 +160,36 @@ def export(
     with replacing(path.with_name(f"{path.name}.json")) as partial:
         partial.write_text(text, encoding="utf-8")
     return checked
+
+
+def _written(
+    program: Program,
+    path: pathlib.Path,
+    suffix: str,
+    platforms: Sequence[str],
+    examples: Sequence[Sequence[Any]],
+) -> list[list[np.ndarray]]:
+    """Writes a file, and returns its outputs for some inputs."""
+    match suffix:
+        case ".onnx":
+            write_onnx(program, path)
+            return [run_onnx(path, arrays) for arrays in examples]
+        case ".tflite":
+            litert_files.write_litert(program, path)
+            run = litert_files.run_litert
+            return [run(path, program, arrays) for arrays in examples]
+    write_stablehlo(program, path, platforms)
+    return [run_stablehlo(path, program, arrays) for arrays in examples]
+
+
+def _operations(path: pathlib.Path, suffix: str) -> dict[str, int]:
+    """Returns the number of operations of each kind in a file, if that is known."""
+    match suffix:
+        case ".onnx":
+            return operations_in(path)
+        case ".tflite":
+            return litert_files.operations_in(path)
+    return {}
 
 
 def _examples(program: Program, arguments: Any) -> list[list[Any]]:
@@ -227,6 +255,8 @@ def _described(names: Sequence[str], shapes: Sequence[Any]) -> dict[str, str]:
 def _format(path: pathlib.Path, platforms: Sequence[str]) -> str:
     if path.suffix == ".onnx":
         return f"ONNX, opset {OPSET}"
+    if path.suffix == ".tflite":
+        return "LiteRT, version 3 of TFLite's schema"
     return f"StableHLO for {', '.join(platforms)}"
 
 
@@ -234,4 +264,6 @@ def _runtime(path: pathlib.Path) -> str:
     """Returns the program that ran the file, and the platform that it ran on."""
     if path.suffix == ".onnx":
         return f"onnxruntime {importlib.metadata.version('onnxruntime')} on cpu"
+    if path.suffix == ".tflite":
+        return f"ai-edge-litert {importlib.metadata.version('ai-edge-litert')} on cpu"
     return f"jax {jax.__version__} on {jax.default_backend()}"

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
-from jax.core import Tracer
+from jax.core import Tracer, eval_context
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.functions import apart, as_function, is_array
@@ -88,7 +88,7 @@ class Program:
             if eqn.primitive.name in _PRINTS and not eqn.outvars:
                 return []
             if _can_be_computed(eqn, values):
-                with jax.ensure_compile_time_eval():
+                with eval_context():
                     return bind(eqn, values)
             same = _same_operand(eqn, values)
             return last(eqn, values) if same is None else [same]
