@@ -14,7 +14,7 @@ def without_expansions(model: Any) -> Any:
 
     JAX broadcasts operands to equal shapes. If a size is symbolic, each time becomes
     several operations of ONNX that compute the shape, and a copy; but ONNX's own
-    operations broadcast too. Nodes that nothing reads any more are left in place.
+    operations broadcast too.
 
     Args:
       model: ONNX model with shapes where they are known; modified.
@@ -23,7 +23,8 @@ def without_expansions(model: Any) -> Any:
 
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes = {
-        one.name: _shape(one) for one in (*graph.value_info, *graph.input, *graph.output)
+        one.name: _shape(one)
+        for one in (*graph.value_info, *graph.input, *graph.output)
     }
     shapes |= {one.name: tuple(one.dims) for one in graph.initializer}
     sources = {
@@ -39,9 +40,33 @@ def without_expansions(model: Any) -> Any:
             others = [x for k, x in enumerate(node.input) if k != i]
             broadcast = node.op_type in _BROADCAST
             same = shapes.get(source) == shape
-            if same or broadcast and shape in map(shapes.get, others):
+            if same or (broadcast and shape in map(shapes.get, others)):
                 node.input[i] = source
+    _remove_unread(model.graph)
     return model
+
+
+def _remove_unread(graph: Any) -> None:
+    """Removes the nodes that no output depends on."""
+    read = {one.name for one in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if read.intersection(node.output):
+            kept.append(node)
+            read |= _read_by(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+
+
+def _read_by(node: Any) -> set[str]:
+    """Returns the names of what a node reads, and the bodies of loops inside it."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        for body in (attribute.g, *attribute.graphs):
+            names |= {one.name for one in body.output}
+            for inner in body.node:
+                names |= _read_by(inner)
+    return names
 
 
 def _shape(value: Any) -> tuple[Any, ...]:
