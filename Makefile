@@ -61,6 +61,8 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.created
 
 $(VENV)/.installed-test: pyproject.toml setup.py | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@# It asks for an old orbax-checkpoint, which it does not import.
+	$(BIN)/python -m pip install --quiet --no-deps 'jax2onnx>=0.17.1,<0.18'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.created:

@@ -34,10 +34,10 @@ def digits() -> tuple[Any, Any, jax.Array, jax.Array]:
     return images, data.train_labels, test_images, jnp.asarray(data.test_labels)
 
 
-def trained(images: Any, labels: Any, steps: int = 80) -> nnx.Module:
+def trained(images: Any, labels: Any, steps: int = 80, seed: int = 0) -> nnx.Module:
     """Returns a ResNet-8 after some steps of training."""
     model = tpp.models.create(
-        "cifar_resnet8", num_classes=10, image_shape=(8, 8, 1), rngs=nnx.Rngs(0)
+        "cifar_resnet8", num_classes=10, image_shape=(8, 8, 1), rngs=nnx.Rngs(seed)
     )
     optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
 
@@ -50,7 +50,7 @@ def trained(images: Any, labels: Any, steps: int = 80) -> nnx.Module:
         optimizer.update(model, nnx.grad(loss)(model))
 
     model.train()
-    order = np.random.default_rng(0)
+    order = np.random.default_rng(seed)
     for _ in range(steps):
         batch = order.permutation(len(images))[:128]
         train_step(model, optimizer, images[batch], labels[batch])

@@ -21,6 +21,7 @@ from tests.end_to_end.starts import ROOT
 from tests.mistakes.calls import library
 from tests.mistakes.configs import command_lines, fields, patterns, tables
 from tests.mistakes.data import data
+from tests.mistakes.exports import exports
 from tests.mistakes.folders import folders
 from tests.mistakes.own import own
 from tests.mistakes.runs import Cases, Make
@@ -87,6 +88,7 @@ SECTIONS: dict[str, Callable[[], Cases]] = {
     "Models, data and tasks of your own": own,
     "Folders of runs, checkpoints, saved models": folders,
     "Files of weights": weights,
+    "Exported files": exports,
     "Calls of the library": library,
 }
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pytest
 
-_BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
-needs_browser = pytest.mark.skipif(_BROWSER is None, reason="no Chromium here")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 
 _MEASURE = """<script>addEventListener("load", () => {
   const sizes = [...document.images].map((image) => image.naturalWidth);
@@ -40,7 +40,7 @@ def look_at(page: str, *, dark: bool = False) -> Look:
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "page.html"
         file.write_text(page.replace("</body>", f"{_MEASURE}</body>"))
-        command = [_BROWSER, "--headless", "--no-sandbox", "--disable-gpu"]
+        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu"]
         command += ["--dump-dom", "--virtual-time-budget=5000", "--window-size=500,900"]
         command += ["--enable-logging=stderr", f"--user-data-dir={folder}/profile"]
         command += ["--no-first-run", "--disable-background-networking"]

@@ -12,6 +12,7 @@ from tpp_jax.graph.context import Context
 from tpp_jax.graph.records import Group, Groups, Member
 from tpp_jax.graph.rules import register_rule
 from tpp_jax.headline import Headline
+from tpp_jax.interop.exporting import Exported, export
 from tpp_jax.interop.gguf_files import load_gguf
 from tpp_jax.interop.hugging_face import load_hf, save_hf
 from tpp_jax.interop.pruned_folders import prune_hf
@@ -35,6 +36,7 @@ from tpp_jax.pruning.curves import Sensitivity
 from tpp_jax.pruning.cutting import check_plan, linen_apply, prune
 from tpp_jax.pruning.depth import depth_scores, least_blocks
 from tpp_jax.pruning.flops import Count, LayerCount, count
+from tpp_jax.pruning.folding import Norm, find_norms, fold_norms
 from tpp_jax.pruning.moments import Bias, ConsumerMoments, Moments, input_moments
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.pruning.planning import make_plan
@@ -54,6 +56,7 @@ __all__ = [
     "ConsumerMoments",
     "Context",
     "Count",
+    "Exported",
     "FitResult",
     "Group",
     "GroupCheck",
@@ -64,6 +67,7 @@ __all__ = [
     "LayerCount",
     "Member",
     "Moments",
+    "Norm",
     "OrthogonalityState",
     "Plan",
     "Sensitivity",
@@ -84,7 +88,10 @@ __all__ = [
     "depth_scores",
     "describe_groups",
     "draw_groups",
+    "export",
+    "find_norms",
     "fit",
+    "fold_norms",
     "gram_penalty",
     "gram_penalty_grad",
     "growing_schedule",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnxruntime
 import pytest
 
 import tpp_jax as tpp
@@ -138,6 +139,28 @@ def test_evaluation_needs_nothing_but_the_folder(run, summary, tmp_path):
     assert measured["params"] == summary["pruned"]["params"]
     assert measured["flops"] == summary["pruned"]["flops"]
     assert 0 < measured["loss"] < 1
+
+
+def test_the_exported_network_classifies_as_well_in_another_runtime(run, summary):
+    flags = f"--workdir={run[0]}", "--format=stablehlo,onnx,safetensors"
+    done = launch("--mode=export", *flags)
+    assert done.returncode == 0, done.stderr
+    folder = run[0] / "export"
+    sizes = {}
+    for name in ("dense", "pruned"):
+        for suffix in ("stablehlo", "onnx"):
+            checked = json.loads((folder / f"{name}.{suffix}.json").read_text())
+            assert checked["difference"] < 1e-5 and checked["batch_sizes"] == [16, 1]
+            assert checked["params"] == summary[name]["params"]
+        sizes[name] = checked["bytes"]
+        assert (folder / f"{name}.safetensors").is_file()
+    assert sizes["pruned"] < 0.75 * sizes["dense"]
+    digits = tpp.data.load("digits")
+    images = (digits.test_images / np.float32(255) - digits.mean) / digits.std
+    session = onnxruntime.InferenceSession((folder / "pruned.onnx").read_bytes())
+    [logits] = session.run(None, {"x": images.astype(np.float32)})
+    accuracy = 100 * np.mean(logits.argmax(-1) == digits.test_labels)
+    assert accuracy == pytest.approx(summary["pruned"]["accuracy"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a matter of Linux and glibc")

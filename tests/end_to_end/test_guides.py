@@ -18,12 +18,30 @@ PAGES = (
     "extend.md",
     "own_model.md",
     "sharded.md",
+    "export.md",
 )
 
 
 @pytest.mark.usefixtures("sketches")
 @pytest.mark.parametrize("name", PAGES)
 def test_the_code_of_a_guide_runs(name, tmp_path, monkeypatch):
+    run_page(name, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Qwix calls older Flax
+def test_the_recipes_of_quantisation_run(tmp_path, monkeypatch):
+    pytest.importorskip("qwix")
+    run_page("quantise.md", tmp_path, monkeypatch)
+
+
+def test_the_recipes_for_litert_run(tmp_path, monkeypatch):
+    for package in ("ai_edge_litert", "litert_converter", "litert_quantizer"):
+        pytest.importorskip(package)
+    run_page("litert.md", tmp_path, monkeypatch)
+
+
+def run_page(name, tmp_path, monkeypatch):
     """All blocks of a page, one after the other, in one namespace.
 
     A block that starts with the name of a file is that file.

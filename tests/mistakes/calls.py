@@ -37,6 +37,7 @@ def library() -> Cases:
     yield from _sensitivities()
     yield from _latencies()
     yield from _transforms()
+    yield from _folding()
 
 
 def _plans() -> Cases:
@@ -291,5 +292,24 @@ def _transforms() -> Cases:
         (
             "`tpp.zero_pruned` with a stabilize phase that is too short",
             lambda f: tpp.zero_pruned(plan, tpp.growing_schedule(stabilize=10)),
+        ),
+    )
+
+
+def _folding() -> Cases:
+    x = jnp.ones((1, 8, 8, 1))
+    abstract = nnx.eval_shape(lambda: nnx.BatchNorm(1, rngs=nnx.Rngs(0)))
+    yield from (
+        (
+            "`tpp.fold_norms` of a network without norms",
+            lambda f: tpp.fold_norms(_mlp(), x),
+        ),
+        (
+            "`tpp.fold_norms` of a norm that follows no kernel",
+            lambda f: tpp.fold_norms(nnx.BatchNorm(1, rngs=nnx.Rngs(0)), x),
+        ),
+        (
+            "`tpp.fold_norms` of a model without its arrays",
+            lambda f: tpp.fold_norms(abstract, x),
         ),
     )

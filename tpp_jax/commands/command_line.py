@@ -1,4 +1,4 @@
-"""Prune a network by TPP; preview a cut; time or evaluate a run.
+"""Prune a network by TPP; preview a cut; time, evaluate or export a run.
 
     tpp-jax --config=configs/digits_resnet8_tpp.py --workdir=runs/digits
     tpp-jax --mode=sweep --config=configs/tables/digits.py --workdir=runs/table
@@ -6,6 +6,7 @@
     tpp-jax --mode=report --workdir=runs/table
     tpp-jax --mode=profile --workdir=runs/digits
     tpp-jax --mode=evaluate --workdir=runs/digits
+    tpp-jax --mode=export --format=stablehlo,onnx --workdir=runs/digits
 
 Every config field is a flag: --config.prune.ratios='*layer*.conv1:0.9'. The same
 command continues an interrupted run. `python -m tpp_jax` and, in a checkout,
@@ -16,7 +17,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tpp_jax.commands import config_files, huge_pages
@@ -25,7 +26,7 @@ from tpp_jax.errors import TPPError, require
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-MODES = ["train", "sweep", "report", "inspect", "profile", "evaluate"]
+MODES = ["train", "sweep", "report", "inspect", "profile", "evaluate", "export"]
 _SHORT = "report", "inspect"  # modes that end before memory matters
 
 
@@ -60,7 +61,8 @@ def _define_flags() -> None:
         "mode",
         "train",
         MODES,
-        "Train, run the grid of a table, draw results, preview a cut, time or measure.",
+        "Train, run the grid of a table, draw results, preview a cut, time, measure, "
+        "or write files for other runtimes.",
     )
     flags.DEFINE_string(
         "coordinator", None, "Address host:port of the first process, or 'auto'."
@@ -68,6 +70,11 @@ def _define_flags() -> None:
     flags.DEFINE_integer("num_processes", None, "Total number of processes.")
     flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
     flags.DEFINE_integer("timeout", 100, "Seconds until a process counts as lost.")
+    flags.DEFINE_list(
+        "format",
+        ["stablehlo"],
+        "Formats to export: stablehlo, onnx, tflite, safetensors.",
+    )
     flags.DEFINE_bool("debug", False, "Show tracebacks and library logs.")
     for flag in flags.FLAGS.get_flags_for_module(__name__):  # --help shows these
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
@@ -123,7 +130,7 @@ def _run(argv: list[str]) -> None:
             values.process_id,
             values.timeout,
         )
-        _do(values.mode, values.config, values.workdir or "")
+        _do(values.mode, values.config, values.workdir or "", values.format)
     except TPPError as error:
         if values.debug:
             raise
@@ -132,18 +139,19 @@ def _run(argv: list[str]) -> None:
         sys.exit("interrupted: the same command continues from the last checkpoint")
 
 
-def _do(mode: str, config: "ConfigDict", workdir: str) -> None:
+def _do(mode: str, config: "ConfigDict", workdir: str, formats: Sequence[str]) -> None:
     """Runs a mode.
 
     Args:
       mode: One of ``MODES``.
       config: Config of the run, or of the table for a sweep.
       workdir: Folder of the run; "" for none, where the mode needs none.
+      formats: Formats to export.
 
     Raises:
       TPPError: The user made a mistake.
     """
-    from tpp_jax.commands import evaluate, inspect, profile, report, sweep
+    from tpp_jax.commands import evaluate, export, inspect, profile, report, sweep
     from tpp_jax.experiment import run
     from tpp_jax.experiment.fields import flat
     from tpp_jax.experiment.records import terminal
@@ -163,3 +171,6 @@ def _do(mode: str, config: "ConfigDict", workdir: str) -> None:
         case "evaluate":  # the data may have moved to data.dir
             moved = flat(config).get("data.dir", "")
             print(json.dumps(evaluate.evaluate(workdir, moved, config)))
+        case "export":
+            moved = flat(config).get("data.dir", "")
+            export.export_run(workdir, formats, moved, config)

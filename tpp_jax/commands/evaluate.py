@@ -40,6 +40,32 @@ def evaluate(
     Raises:
       TPPError: The run is not finished, or its model cannot be read.
     """
+    task, typed = finished_run(workdir, data_dir, given)
+    model = load_network(pathlib.Path(workdir) / "model", task, typed)
+    devices, arithmetic = jax.local_devices(), StepConfig(typed.model.dtype)
+    evaluator = Evaluator(task, task.feed(devices), arithmetic, devices)
+    params, stats = split(model)
+    size = count(model, *task.example_inputs())
+    return {
+        **evaluator(model, params, stats),
+        "params": size.params,
+        "flops": size.flops,
+    }
+
+
+def finished_run(
+    workdir: str | pathlib.Path, data_dir: str = "", given: Tree | None = None
+) -> tuple[Task, RunConfig]:
+    """Returns the task of a finished run, with its data, and its config.
+
+    Args:
+      workdir: Folder of the run, of which only ``model/`` is needed.
+      data_dir: Folder of the data; "" if they have not moved.
+      given: Config of the run; needed only if it names code of the user's own.
+
+    Raises:
+      TPPError: The run is not finished, or its data cannot be read.
+    """
     folder = pathlib.Path(workdir) / "model"
     if not folder.is_dir():
         raise TPPError(
@@ -56,17 +82,7 @@ def evaluate(
     if data_dir:
         settings = dataclasses.replace(typed.data, dir=data_dir)
         typed = dataclasses.replace(typed, data=settings)
-    task = make_task(typed)
-    model = load_network(folder, task, typed)
-    devices, arithmetic = jax.local_devices(), StepConfig(typed.model.dtype)
-    evaluator = Evaluator(task, task.feed(devices), arithmetic, devices)
-    params, stats = split(model)
-    size = count(model, *task.example_inputs())
-    return {
-        **evaluator(model, params, stats),
-        "params": size.params,
-        "flops": size.flops,
-    }
+    return make_task(typed), typed
 
 
 def load_network(folder: pathlib.Path, task: Task, config: RunConfig) -> nnx.Module:

@@ -184,7 +184,7 @@ class _Network:
         function = as_function(model, params)
         weights = jax.tree.map(lambda leaf: _drawn(leaf, rng), function.params)
         arguments = inputs, kwargs
-        inputs, kwargs = jax.tree.map(lambda leaf: _example(leaf, rng), arguments)
+        inputs, kwargs = jax.tree.map(lambda leaf: example(leaf, rng), arguments)
         # A copy of a parameter in another collection changes along with it.
         names = tuple(
             longest_known_suffix(name, groups.shapes) or name for name in function.names
@@ -433,7 +433,7 @@ def _drawn(leaf: Any, rng: np.random.Generator) -> Any:
     return np.asarray(near, leaf.dtype)
 
 
-def _example(leaf: Any, rng: np.random.Generator) -> Any:
+def example(leaf: Any, rng: np.random.Generator) -> Any:
     """Returns a random array in place of an abstract one."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf

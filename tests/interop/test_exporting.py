@@ -1,0 +1,279 @@
+"""Models as files of StableHLO and ONNX: they compute the same elsewhere."""
+
+import json
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from flax import linen, nnx
+
+import tpp_jax as tpp
+from tests.gallery import others
+from tests.reference import filled
+
+IMAGES = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+# A process that has JAX but neither Flax nor this library.
+READER = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("flax", "tpp_jax", "optax"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+import pathlib
+import numpy as np
+from jax import export
+net = export.deserialize(bytearray(pathlib.Path(sys.argv[1]).read_bytes()))
+print(net.platforms)
+np.save(sys.argv[2], net.call(np.load(sys.argv[3])))
+"""
+
+
+@pytest.fixture(scope="module")
+def network():
+    model = filled(
+        lambda: tpp.models.create(
+            "cifar_resnet8", image_shape=(8, 8, 1), rngs=nnx.Rngs(0)
+        )
+    )
+    groups = tpp.channel_groups(model, IMAGES)
+    return tpp.prune(model, tpp.make_plan(groups, model, 0.5))
+
+
+@pytest.fixture(scope="module")
+def expected(network):
+    network.eval()
+    return np.asarray(nnx.jit(lambda model, x: model(x))(network, IMAGES))
+
+
+@pytest.fixture(scope="module")
+def stablehlo(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("stablehlo") / "net.stablehlo"
+    return tpp.export(network, path, IMAGES)
+
+
+@pytest.fixture(scope="module")
+def onnx_file(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "missing" / "net.onnx"
+    return tpp.export(network, path, IMAGES)
+
+
+def run(path, **inputs):
+    session = onnxruntime.InferenceSession(path.read_bytes())
+    return session.run(None, inputs)
+
+
+def test_a_process_with_jax_alone_reads_stablehlo(stablehlo, expected, tmp_path):
+    images, outputs = tmp_path / "images.npy", tmp_path / "outputs.npy"
+    np.save(images, np.concatenate([IMAGES, IMAGES]))
+    arguments = [stablehlo.path, outputs, images]
+    done = subprocess.run(
+        [sys.executable, "-c", READER, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "('cpu', 'cuda', 'rocm', 'tpu')"
+    both = np.concatenate([expected, expected])
+    np.testing.assert_allclose(np.load(outputs), both, atol=1e-5 * expected.std())
+
+
+def test_onnx_runtime_computes_the_same(onnx_file, expected):
+    [found] = run(onnx_file.path, x=IMAGES)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * expected.std())
+    [one] = run(onnx_file.path, x=IMAGES[1:2])
+    np.testing.assert_allclose(one, expected[1:2], atol=1e-5 * expected.std())
+
+
+def test_norms_are_folded_and_constants_computed_in_an_onnx_file(onnx_file):
+    operations = onnx_file.operations
+    assert operations["Conv"] == operations["Relu"] == 7
+    assert not operations.keys() & {"Mul", "Sub", "Sqrt", "BatchNormalization"}
+    assert operations["Transpose"] <= 3  # at the ends, and around the shortcuts
+    model = onnx.load(onnx_file.path)
+    constants = {one.name for one in model.graph.initializer}
+    assert not [n for n in model.graph.node if n.input and {*n.input} <= constants]
+    assert [(one.domain, one.version) for one in model.opset_import] == [("", 21)]
+
+
+@pytest.mark.parametrize("which", ["stablehlo", "onnx_file"])
+def test_what_was_checked_is_returned_and_stored(which, network, request):
+    checked = request.getfixturevalue(which)
+    stored = json.loads(checked.path.with_name(f"{checked.path.name}.json").read_text())
+    assert stored["difference"] == checked.difference < 1e-5
+    assert stored["inputs"] == checked.inputs == {"x": "float32[batch, 8, 8, 1]"}
+    assert checked.outputs == {"output": "float32[batch, 10]"}
+    assert checked.batch_sizes == (3, 1)
+    assert checked.bytes == checked.path.stat().st_size
+    counted = tpp.count(network, IMAGES[:1])
+    assert (checked.params, checked.flops) == (counted.params, counted.flops)
+
+
+@pytest.mark.parametrize("suffix", ["stablehlo", "onnx"])
+def test_nothing_is_left_where_outputs_differ(suffix, network, tmp_path):
+    path = tmp_path / f"net.{suffix}"
+    path.write_text("mine")
+    with pytest.raises(tpp.TPPError, match="differ from the model's by"):
+        tpp.export(network, path, IMAGES, tolerance=1e-12)
+    assert path.read_text() == "mine"
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+class Pair(NamedTuple):
+    first: jax.Array
+    second: jax.Array
+
+
+def several(params, x, options, *, scale, negate=False):
+    """A function of several inputs, in containers, with outputs of both kinds."""
+    y = (x @ params["w"] + options["shift"]) * scale
+    return Pair(-y if negate else y, jnp.argmax(y, axis=-1))
+
+
+@pytest.mark.parametrize("suffix", ["stablehlo", "onnx"])
+def test_inputs_may_be_pytrees_keywords_and_constants(suffix, tmp_path):
+    draws = np.random.default_rng(1)
+    params = {"w": draws.normal(size=(4, 5)).astype(np.float32)}
+    x, shift = (draws.normal(size=s).astype(np.float32) for s in ((3, 4), (5,)))
+    scale = np.array(2, np.float32)
+    checked = tpp.export(
+        several,
+        tmp_path / f"several.{suffix}",
+        x,
+        {"shift": shift},
+        params=params,
+        scale=scale,
+        negate=True,
+    )
+    assert checked.inputs == {
+        "x": "float32[batch, 4]",
+        "options.shift": "float32[5]",
+        "scale": "float32[]",
+    }
+    assert checked.outputs == {
+        "output.first": "float32[batch, 5]",
+        "output.second": "int32[batch]",
+    }
+    expected = several(params, x, {"shift": shift}, scale=scale, negate=True)
+    if suffix == "onnx":
+        found = run(checked.path, **{"x": x, "options.shift": shift, "scale": scale})
+    else:
+        net = jax.export.deserialize(bytearray(checked.path.read_bytes()))
+        outputs = net.call(x, {"shift": shift}, scale=scale)
+        found = [outputs["output.first"], outputs["output.second"]]
+    np.testing.assert_allclose(found[0], expected.first, rtol=1e-5)
+    np.testing.assert_array_equal(found[1], expected.second)
+
+
+class Encoder(linen.Module):
+    @linen.compact
+    def __call__(self, tokens):
+        x = linen.Embed(11, 8)(tokens)
+        x = linen.LayerNorm()(x + linen.MultiHeadDotProductAttention(2)(x))
+        return linen.Dense(3)(nnx.gelu(linen.Dense(16)(x)))
+
+
+@pytest.mark.parametrize("suffix", ["stablehlo", "onnx"])
+def test_sizes_of_the_users_own_are_free(suffix, tmp_path):
+    model = Encoder()
+    tokens = np.random.default_rng(2).integers(11, size=(2, 5)).astype(np.int32)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    sizes = jax.export.symbolic_shape("batch, length")
+    free = jax.ShapeDtypeStruct(sizes, jnp.int32)
+    path = tmp_path / f"encoder.{suffix}"
+    checked = tpp.export(model, path, free, params=variables)
+    assert checked.inputs == {"tokens": "int32[batch, length]"}
+    assert checked.outputs == {"output": "float32[batch, length, 3]"}
+    if suffix == "onnx":
+        [found] = run(path, tokens=tokens)
+        expected = model.apply(variables, tokens)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_model_may_change_its_state_while_it_runs(tmp_path):
+    create, inputs = others.MODELS["LSTM"]  # its carry starts with random numbers
+    model = filled(lambda: create(rngs=nnx.Rngs(0)))
+    before = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    checked = tpp.export(model, tmp_path / "lstm.onnx", *inputs)
+    assert checked.difference < 1e-5
+    assert checked.operations["Loop"] == 1
+    after = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+class FixedBatch(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layer(x).reshape(2, 3)
+
+
+def test_a_model_of_one_batch_size_is_refused_with_the_remedy(tmp_path):
+    model, x = FixedBatch(nnx.Rngs(0)), jnp.ones((3, 4))
+    with pytest.raises(tpp.TPPError, match="pass dynamic_batch=False for"):
+        tpp.export(model, tmp_path / "fixed.stablehlo", x)
+    path = tmp_path / "fixed.stablehlo"
+    checked = tpp.export(model, path, x, dynamic_batch=False)
+    assert checked.inputs == {"x": "float32[3, 4]"}
+    assert checked.batch_sizes == (3,)
+
+
+def called_back(params, x):
+    jax.debug.print("{}", x)  # dropped: the file has nowhere to print to
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(np.sin, shape, x @ params["w"])
+
+
+@pytest.mark.parametrize("suffix", ["stablehlo", "onnx"])
+def test_an_operation_without_an_equivalent_is_named(suffix, tmp_path):
+    params = {"w": jnp.ones((4, 4))}
+    with pytest.raises(tpp.TPPError) as raised:
+        tpp.export(
+            called_back, tmp_path / f"net.{suffix}", jnp.ones((2, 4)), params=params
+        )
+    assert "pure_callback (test_exporting.py:" in str(raised.value)
+    assert "debug" not in str(raised.value)
+    assert not [*tmp_path.iterdir()]
+
+
+def pooled(params, x):
+    """Pooling of all kinds, a ReLU6, and products over several axes."""
+    x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+    x = nnx.avg_pool(x, (2, 2), strides=(1, 1), padding="VALID")
+    x = jax.nn.relu6(5 * x)
+    gate = x.mean((1, 2))
+    x = jnp.einsum("bhwc,bc->bhwc", x, gate) + jnp.einsum("bhwc,bhwd->bcd", x, x)[
+        :, None
+    ].mean(-1, keepdims=True).mean(-2, keepdims=True)
+    return jnp.einsum("bhwc,hwcd->bd", x, params["w"])
+
+
+def test_pooling_and_products_become_single_operations_of_onnx(tmp_path):
+    draws = np.random.default_rng(3)
+    x = draws.normal(size=(2, 9, 9, 3)).astype(np.float32)
+    params = {"w": draws.normal(size=(4, 4, 3, 2)).astype(np.float32)}
+    checked = tpp.export(pooled, tmp_path / "pooled.onnx", x, params=params)
+    kinds = checked.operations
+    assert kinds["MaxPool"] == kinds["AveragePool"] == kinds["Clip"] == 1
+    assert "Einsum" not in kinds and "Relu" not in kinds
+
+
+def test_look_ups_in_weights_are_computed_when_the_file_is_written(tmp_path):
+    """Their own rules compute too, and must not do so while they are compiled."""
+
+    def net(p, x):
+        return x + jnp.take(p["table"], jnp.arange(3), axis=0).sum()
+
+    params = {"table": np.arange(35, dtype=np.float32).reshape(5, 7)}
+    path = tmp_path / "net.stablehlo"
+    checked = tpp.export(net, path, np.ones((2, 7), np.float32), params=params)
+    assert checked.difference < 1e-6

@@ -1,0 +1,190 @@
+"""Programs as ONNX files: converted by jax2onnx, simplified and run by ONNX Runtime.
+
+jax2onnx gets operations on inputs only, in the forms that it converts best. ONNX
+Runtime then folds biases into convolutions, and removes the transpositions between
+them.
+"""
+
+import functools
+import logging
+import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from tpp_jax.errors import TPPError, require
+from tpp_jax.interop.onnx_graphs import without_expansions
+from tpp_jax.interop.onnx_operations import emitter
+from tpp_jax.interop.programs import Program, named
+
+OPSET = 21
+_PACKAGES = "onnx", "onnx_ir", "onnxruntime"
+_MOST_BYTES = 2**31 - 2**20  # of a protocol buffer, which the file is
+
+
+def write_onnx(program: Program, path: pathlib.Path) -> None:
+    """Writes a program as an ONNX file, simplified.
+
+    Args:
+      program: Program.
+      path: Path of the file.
+
+    Raises:
+      TPPError: A package is missing, the weights are too large for one file, or an
+        operation has no equivalent.
+    """
+    _check_packages()
+    if program.size > _MOST_BYTES:
+        raise TPPError(
+            f"the weights take {program.size / 2**30:.1f} GiB, and an ONNX file holds "
+            "2 GiB: convert them to a smaller type first"
+        )
+    _check_operations(program)
+    with _quiet_logs():
+        from jax2onnx import to_onnx
+
+        try:
+            converted = to_onnx(
+                lambda *arrays: tuple(program.run(arrays, emitter())),
+                inputs=program.inputs,
+                opset=OPSET,
+                input_names=program.input_names,
+                output_names=program.output_names,
+            )
+        except Exception as error:
+            line = str(error).strip().partition("\n")[0]
+            raise TPPError(
+                f"jax2onnx cannot convert the model: {line or type(error).__name__}. "
+                "Export to .stablehlo, or with dynamic_batch=False if a size of the "
+                "inputs is the cause"
+            ) from error
+    path.write_bytes(_simplified(without_expansions(converted)))
+
+
+def run_onnx(path: pathlib.Path, arrays: Sequence[Any]) -> list[np.ndarray]:
+    """Returns the outputs of a file in ONNX Runtime on the CPU.
+
+    Args:
+      path: Path of the file.
+      arrays: Arrays of the inputs, in order.
+
+    Raises:
+      TPPError: ONNX Runtime does not run it.
+    """
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(
+            path.read_bytes(), _options(), providers=["CPUExecutionProvider"]
+        )
+        names = [one.name for one in session.get_inputs()]
+        given = dict(zip(names, map(np.asarray, arrays), strict=True))
+        return [np.asarray(x) for x in session.run(None, given)]
+    except Exception as error:
+        line = str(error).strip().rpartition("\n")[2]
+        raise TPPError(f"ONNX Runtime does not run the model: {line}") from error
+
+
+def operations_in(path: pathlib.Path) -> dict[str, int]:
+    """Returns the number of operations of each kind in an ONNX file."""
+    import onnx
+
+    counts: dict[str, int] = {}
+    for node in onnx.load(path, load_external_data=False).graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _check_packages() -> None:
+    require("onnx", *_PACKAGES)
+    try:
+        require("onnx", "jax2onnx")
+    except TPPError as error:
+        raise TPPError(
+            "the package jax2onnx, which is needed here, is not installed: pip install "
+            "--no-deps jax2onnx. It asks for an old orbax-checkpoint, which it does "
+            "not need"
+        ) from error
+
+
+@functools.cache
+def _convertible() -> frozenset[str]:
+    """Returns the names of the primitives that jax2onnx converts."""
+    from jax2onnx.plugins.plugin_system import (
+        PLUGIN_REGISTRY,
+        import_all_plugins,
+    )
+
+    import_all_plugins()
+    return frozenset(PLUGIN_REGISTRY)
+
+
+def _check_operations(program: Program) -> None:
+    """Raises if an operation that depends on the inputs has no equivalent."""
+    with _quiet_logs():
+        known = _convertible()
+    found = program.operations()
+    missing = {name: line for name, line in found.items() if name not in known}
+    if missing:
+        raise TPPError(
+            f"ONNX has no operation that jax2onnx knows for {named(missing)}: export "
+            "to .stablehlo instead"
+        )
+
+
+def _simplified(converted: Any) -> bytes:
+    """Returns a model in which ONNX Runtime has computed and fused what is constant.
+
+    Only operations of the standard remain, none of them particular to this machine.
+    """
+    import onnx
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, "simplified.onnx")
+        options = _options()
+        options.optimized_model_filepath = str(file)
+        level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.graph_optimization_level = level
+        try:
+            onnxruntime.InferenceSession(
+                converted.SerializeToString(),
+                options,
+                providers=["CPUExecutionProvider"],
+            )
+        except Exception as error:
+            line = str(error).strip().rpartition("\n")[2]
+            raise TPPError(f"ONNX Runtime does not run the model: {line}") from error
+        model = onnx.load(file)
+    used = {node.domain for node in model.graph.node} | {""}
+    kept = [one for one in model.opset_import if one.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    model.producer_name = "tpp_jax"
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def _options() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised too
+    return options
+
+
+@contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Hides notes on optional packages that are missing, and on shapes left unnamed."""
+    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,181 @@
+"""Operations of a jaxpr in the forms that jax2onnx converts best.
+
+During a conversion jax2onnx replaces functions such as ``jnp.matmul`` and
+``nnx.max_pool`` by one operation each, which it converts to one operation of ONNX. The
+same work in the terms of ``lax`` becomes several of them, or is converted for some
+ranks and fixed sizes only.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+
+from tpp_jax.interop.programs import Step, bind
+
+
+def emitter() -> Step:
+    """Returns a function that applies an operation while jax2onnx traces a program.
+
+    One of the operands is traced. The function is for one program, since the best form
+    of an operation may depend on the one before.
+    """
+    relus: dict[int, tuple[Any, Any]] = {}  # by identity: the result and the operand
+
+    def emit(eqn: Any, values: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
+        result = _FORMS[name](eqn, values) if name in _FORMS else None
+        if name == "min":
+            result = _clipped(relus, values)
+        if result is None:
+            return bind(eqn, values)
+        if name == "max":
+            operand = values[isinstance(values[1], Tracer)]
+            relus[id(result)] = result, operand
+        return [result]
+
+    return emit
+
+
+def _clipped(relus: dict[int, tuple[Any, Any]], values: list[Any]) -> Any:
+    """Returns the minimum of a ReLU and a number, as ReLU6 has it, as one operation."""
+    for value, other in (values, values[::-1]):
+        if id(value) not in relus or isinstance(other, Tracer):
+            continue
+        number = float(np.ravel(other)[0])
+        if number > 0 and _is_all(other, number):
+            return jnp.clip(relus[id(value)][1], 0.0, number)
+    return None
+
+
+def _relu(_: Any, values: list[Any]) -> Any:
+    """Returns the maximum with zero."""
+    for value, other in (values, values[::-1]):
+        if isinstance(value, Tracer) and _is_all(other, 0):
+            return jax.nn.relu(value)
+    return None
+
+
+def _pad(eqn: Any, values: list[Any]) -> Any:
+    value, number = values
+    config = eqn.params["padding_config"]
+    if isinstance(number, Tracer) or any(
+        low < 0 or high < 0 or between for low, high, between in config
+    ):
+        return None
+    widths = [(low, high) for low, high, _ in config]
+    return jnp.pad(value, widths, constant_values=np.asarray(number).item())
+
+
+def _product(eqn: Any, values: list[Any]) -> Any:
+    """Returns a product of any axes as a product of matrices."""
+    left, right = values
+    (by, by_right), (along, along_right) = eqn.params["dimension_numbers"]
+    result = eqn.outvars[0].aval
+    if left.dtype != right.dtype or result.dtype != left.dtype:
+        return None
+    free = [i for i in range(left.ndim) if i not in (*along, *by)]
+    others = [i for i in range(right.ndim) if i not in (*along_right, *by_right)]
+    contracted = _all(left.shape[i] for i in by)
+    if contracted is None:
+        return None
+    right = _moved(right, [*along_right, *by_right, *others])
+    columns = _all(right.shape[len(along) + len(by) :])
+    if columns is None:
+        return None
+    left = _moved(left, [*along, *free, *by])
+    shared = left.shape[: len(along)]
+    if not by:
+        left = _shaped(left, (*left.shape, *[1] * len(others)))
+        over = [1] * len(free)
+        return jnp.multiply(
+            left, _shaped(right, (*shared, *over, *right.shape[len(along) :]))
+        )
+    if along:
+        rows = _all(left.shape[len(along) : left.ndim - len(by)])
+        if rows is None:
+            return None
+        left = _shaped(left, (*shared, rows, contracted))
+    else:  # several axes of rows are as good as one
+        left = _shaped(left, (*left.shape[: len(free)], contracted))
+    right = _shaped(right, (*shared, contracted, columns))
+    return _shaped(jnp.matmul(left, right), result.shape)
+
+
+def _pooled(function: Callable[..., Any], border: float) -> Callable[..., Any]:
+    """Returns the form of a pooling of images, channels last."""
+
+    def form(eqn: Any, values: list[Any]) -> Any:
+        [value] = values
+        window, strides = (
+            tuple(eqn.params[name]) for name in ("window_dimensions", "window_strides")
+        )
+        dilations = (*eqn.params["base_dilation"], *eqn.params["window_dilation"])
+        padding = tuple(map(tuple, eqn.params["padding"]))
+        outer = {window[0], window[-1], strides[0], strides[-1], *dilations}
+        if value.ndim != 4 or outer != {1} or not _is_plain_float(value.dtype):
+            return None
+        if padding[0] != (0, 0) or padding[-1] != (0, 0):
+            return None
+        if any(map(any, padding)):
+            value = jnp.pad(value, padding, constant_values=border)
+        pooled = function(
+            value, window_shape=window[1:3], strides=strides[1:3], padding="VALID"
+        )
+        return pooled * math.prod(window) if function is nnx.avg_pool else pooled
+
+    return form
+
+
+def _max_pooled(eqn: Any, values: list[Any]) -> Any:
+    return _pooled(nnx.max_pool, -math.inf)(eqn, values)
+
+
+def _summed(eqn: Any, values: list[Any]) -> Any:
+    return _pooled(nnx.avg_pool, 0.0)(eqn, values)
+
+
+_FORMS: dict[str, Callable[[Any, list[Any]], Any]] = {
+    "max": _relu,
+    "pad": _pad,
+    "dot_general": _product,
+    "reduce_window_max": _max_pooled,
+    "reduce_window_sum": _summed,
+}
+
+
+def _is_all(value: Any, number: float) -> bool:
+    if isinstance(value, Tracer):
+        return False
+    return bool(np.all(np.asarray(value) == number))
+
+
+def _is_plain_float(dtype: Any) -> bool:
+    return jnp.dtype(dtype) in (jnp.float32, jnp.float64, jnp.float16)
+
+
+def _all(sizes: Any) -> int | None:
+    """Returns the product of sizes; None if it is not a number."""
+    product = math.prod(sizes)
+    return product if isinstance(product, int) else None
+
+
+def _moved(value: Any, order: Sequence[int]) -> Any:
+    if list(order) == list(range(len(order))):
+        return value
+    if isinstance(value, Tracer):
+        return jnp.transpose(value, tuple(order))
+    return np.asarray(value).transpose(order)
+
+
+def _shaped(value: Any, shape: Sequence[Any]) -> Any:
+    if tuple(value.shape) == tuple(shape):
+        return value
+    if isinstance(value, Tracer):
+        return jnp.reshape(value, tuple(shape))
+    return np.asarray(value).reshape(shape)
