@@ -13,6 +13,7 @@ networks are timed in turns: the shortest call of each. Weights are random.
 import argparse
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,8 +33,8 @@ from tpp_jax.pruning.memory import activation_bytes
 SECONDS = 4.0
 """Least duration of all calls of one network, on average."""
 
-MOST_DRIFT = 0.1
-"""Largest change of the machine's speed in a record."""
+MOST_OF_OTHERS = 0.1
+"""Largest share of the machine that other processes took, in a record."""
 
 _DECODER = functools.partial(tpp.models.small_decoder, vocabulary=256)
 
@@ -72,18 +73,21 @@ NETWORKS: Mapping[str, tuple[Callable[[], nnx.Module], Callable[[int], Any], int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="*", default=[*NETWORKS])
+    parser.add_argument("--shared", action="store_true", help="record in any case")
     options = parser.parse_args()
     file = machine.RESULTS / f"latency_plans_{jax.default_backend()}.json"
     before = json.loads(file.read_text()) if file.exists() else {"networks": {}}
     found = before["networks"]
     for name in options.networks:
-        load = machine.load()
-        result = measure(*NETWORKS[name]) | {"load_before": load}
+        busy, own, wall = machine.busy(), time.process_time(), time.perf_counter()
+        result = measure(*NETWORKS[name])
+        others = machine.busy() - busy - (time.process_time() - own)
+        others /= (time.perf_counter() - wall) * (os.cpu_count() or 1)
         print(table(name, result), flush=True)
-        if abs(result["drift"]) > MOST_DRIFT:
-            print(f"the machine changed by {result['drift']:+.0%}: not recorded")
+        if others > MOST_OF_OTHERS and not options.shared:
+            print(f"others took {others:.0%} of the machine: not recorded")
         else:
-            found[name] = result
+            found[name] = result | {"others": others}
     print(machine.write("latency_plans", {"networks": found}))
 
 

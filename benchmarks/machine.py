@@ -38,6 +38,18 @@ def load() -> float:
     return round(os.getloadavg()[0], 2)
 
 
+def busy() -> float:
+    """Returns how many seconds all processors together have worked since the start.
+
+    Those of this process included; 0 on a system without ``/proc/stat``.
+    """
+    stat = pathlib.Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system = stat.read_text().split()[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def write(name: str, result: dict[str, Any]) -> pathlib.Path:
     """Writes a result with a description of the machine; returns the file."""
     RESULTS.mkdir(exist_ok=True)
