@@ -7,7 +7,12 @@ The times of each network's layers are measured once (``tpp.latency_table``). Th
 groups are pruned by one ratio, to half of the FLOPs, and to half of the predicted time,
 the latter also with counts of channels that are fast on this machine; and to widths
 that are drawn at random, far from the networks that the table is fitted to. The pruned
-networks are timed in turns: the shortest call of each. Weights are random.
+networks are timed in turns: the shortest call of each. Weights are random. The memory
+of a plan for half of the activations is compared with what XLA allocates.
+
+A table holds for the machine as it was: *others* is the share of all processors that
+other processes took during the measurement, *drift* the change of the dense network's
+time from the table to the end.
 """
 
 import argparse
@@ -30,11 +35,8 @@ from tpp_jax.analysis.latency import forward_call
 from tpp_jax.analysis.latency_tables import shortest
 from tpp_jax.pruning.memory import activation_bytes
 
-SECONDS = 4.0
+SECONDS = 6.0
 """Least duration of all calls of one network, on average."""
-
-MOST_OF_OTHERS = 0.1
-"""Largest share of the machine that other processes took, in a record."""
 
 _DECODER = functools.partial(tpp.models.small_decoder, vocabulary=256)
 
@@ -55,7 +57,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nnx.Module], Callable[[int], Any], int
     "cifar_resnet56": (
         lambda: _named("cifar_resnet56", 10),
         lambda batch: _images(batch, 32),
-        64,
+        16,
     ),
     "mobilenet_v2": (
         lambda: _named("mobilenet_v2", 1000),
@@ -73,7 +75,6 @@ NETWORKS: Mapping[str, tuple[Callable[[], nnx.Module], Callable[[int], Any], int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="*", default=[*NETWORKS])
-    parser.add_argument("--shared", action="store_true", help="record in any case")
     options = parser.parse_args()
     file = machine.RESULTS / f"latency_plans_{jax.default_backend()}.json"
     before = json.loads(file.read_text()) if file.exists() else {"networks": {}}
@@ -84,10 +85,8 @@ def main() -> None:
         others = machine.busy() - busy - (time.process_time() - own)
         others /= (time.perf_counter() - wall) * (os.cpu_count() or 1)
         print(table(name, result), flush=True)
-        if others > MOST_OF_OTHERS and not options.shared:
-            print(f"others took {others:.0%} of the machine: not recorded")
-        else:
-            found[name] = result | {"others": others}
+        print(f"others: {others:.0%}, drift: {result['drift']:+.0%}", flush=True)
+        found[name] = result | {"others": others}
     print(machine.write("latency_plans", {"networks": found}))
 
 
