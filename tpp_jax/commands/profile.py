@@ -133,7 +133,10 @@ def _with_weights(model: nnx.Module, seed: int = 0) -> nnx.Module:
 
 
 def table(pairs: dict[str, Pair], title: str) -> rich.table.Table:
-    """Returns a table of times and speedups in which equal pairs share a row."""
+    """Returns a table of times and speedups in which equal pairs share a row.
+
+    "Realised" is the share of the time saved, divided by the share of the FLOPs saved.
+    """
     shown = rich.table.Table()
     shown.add_column(title, overflow="fold")
     for column in ("dense, ms", "pruned, ms", "faster", "fewer FLOPs", "realised"):
@@ -149,6 +152,6 @@ def table(pairs: dict[str, Pair], title: str) -> rich.table.Table:
             f"{1e3 * pair.pruned_seconds:.2f}",
             f"{pair.speedup:.2f}×",
             f"{pair.flops_speedup:.2f}×",
-            f"{pair.realised:.0%}",
+            "–" if pair.realised is None else f"{pair.realised:.0%}",
         )
     return shown
