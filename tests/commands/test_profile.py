@@ -12,6 +12,7 @@ from configs import digits_resnet8_tpp
 from tests.end_to_end.starts import start
 from tests.experiment.test_errors import small_config
 from tpp_jax.analysis import latency
+from tpp_jax.commands.export import export_run
 from tpp_jax.commands.profile import BATCH_SIZES, profile, table
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.run import train
@@ -113,6 +114,11 @@ def test_of_a_finished_run_its_own_networks_are_timed(tmp_path):
     shares = [pair["flops_speedup"] for pair in found["layers"].values()]
     assert shares == [2, 4, 4, 4, 4, 4, 2]
     assert "net.2 and 4 equal" in said
+    export_run(tmp_path, ["stablehlo", "onnx"])
+    again = profile(small_config(), tmp_path)
+    files = [f"{n}, {suffix}" for suffix in ("stablehlo", "onnx") for n in NETWORKS]
+    assert list(again["networks"]) == NETWORKS + files
+    assert_ratios_follow(again["networks"])
 
 
 def test_a_network_that_was_never_trained_dense_is_timed_beside_its_whole(tmp_path):
