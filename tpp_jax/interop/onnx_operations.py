@@ -74,35 +74,29 @@ def _pad(eqn: Any, values: list[Any]) -> Any:
 
 def _product(eqn: Any, values: list[Any]) -> Any:
     """Returns a product of any axes as a product of matrices."""
-    left, right = values
     (by, by_right), (along, along_right) = eqn.params["dimension_numbers"]
     result = eqn.outvars[0].aval
-    if left.dtype != right.dtype or result.dtype != left.dtype:
+    if jnp.promote_types(*(x.dtype for x in values)) != result.dtype:
         return None
+    left, right = (_converted(x, result.dtype) for x in values)
     free = [i for i in range(left.ndim) if i not in (*along, *by)]
     others = [i for i in range(right.ndim) if i not in (*along_right, *by_right)]
-    contracted = _all(left.shape[i] for i in by)
-    if contracted is None:
-        return None
-    right = _moved(right, [*along_right, *by_right, *others])
-    columns = _all(right.shape[len(along) + len(by) :])
-    if columns is None:
-        return None
     left = _moved(left, [*along, *free, *by])
-    shared = left.shape[: len(along)]
+    right = _moved(right, [*along_right, *by_right, *others])
+    shared, rows = left.shape[: len(along)], left.shape[len(along) :][: len(free)]
+    contracted = _joined(left.shape[len(along) + len(free) :])
+    columns = _joined(right.shape[len(along) + len(by) :])
     if not by:
         left = _shaped(left, (*left.shape, *[1] * len(others)))
         over = [1] * len(free)
         return jnp.multiply(
             left, _shaped(right, (*shared, *over, *right.shape[len(along) :]))
         )
-    if along:
-        rows = _all(left.shape[len(along) : left.ndim - len(by)])
-        if rows is None:
-            return None
-        left = _shaped(left, (*shared, rows, contracted))
-    else:  # several axes of rows are as good as one
-        left = _shaped(left, (*left.shape[: len(free)], contracted))
+    if along:  # otherwise several axes of rows are as good as one
+        rows = (_joined(rows),)
+    if any(size is None for size in (contracted, columns, *rows)):
+        return None
+    left = _shaped(left, (*shared, *rows, contracted))
     right = _shaped(right, (*shared, contracted, columns))
     return _shaped(jnp.matmul(left, right), result.shape)
 
@@ -159,10 +153,17 @@ def _is_plain_float(dtype: Any) -> bool:
     return jnp.dtype(dtype) in (jnp.float32, jnp.float64, jnp.float16)
 
 
-def _all(sizes: Any) -> int | None:
-    """Returns the product of sizes; None if it is not a number."""
+def _joined(sizes: Sequence[Any]) -> Any:
+    """Returns the size of several axes as one; None if it is not known."""
     product = math.prod(sizes)
-    return product if isinstance(product, int) else None
+    return product if len(sizes) == 1 or isinstance(product, int) else None
+
+
+def _converted(value: Any, dtype: Any) -> Any:
+    if value.dtype == dtype:
+        return value
+    is_traced = isinstance(value, Tracer)
+    return value.astype(dtype) if is_traced else np.asarray(value).astype(dtype)
 
 
 def _moved(value: Any, order: Sequence[int]) -> Any:

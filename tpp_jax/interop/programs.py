@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from jax.core import Tracer, eval_context
+from jax.extend import core as jex_core
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.functions import apart, as_function, is_array
@@ -144,9 +145,8 @@ def program_of(
         lambda tree, params: function.call(params, *tree[0], **tree[1]),
         (inputs, kwargs),
     )
-    if not jax.tree.leaves(given):
-        raise TPPError("the inputs are missing: export(model, path, *inputs)")
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+    names = _input_names(model, given)
+    shapes = _shapes(given, names)
     fixed = all(_is_fixed(x.shape) for x in jax.tree.leaves(shapes))
     arguments = _with_any_batch(shapes) if dynamic_batch and fixed else shapes
     folded = folded_params(function, *jax.tree.map(with_sizes, (inputs, kwargs)))
@@ -162,15 +162,40 @@ def program_of(
             raise
         jax.eval_shape(flat, weights, shapes)  # raises if the batch is not the cause
         raise not_any_batch(error) from error
+    if not jax.tree.leaves(outputs):
+        raise TPPError("the model returns no arrays: there is nothing to export")
     run = jax.jit(call)
     return Program(
         call=lambda tree: run(tree, function.params),
         arguments=arguments,
         outputs=outputs,
-        input_names=_input_names(model, arguments),
-        output_names=_names(outputs, "output"),
+        input_names=names,
+        output_names=_output_names(outputs, names),
         jaxpr=jaxpr,
         weights=tuple(weights),
+    )
+
+
+def _shapes(given: Any, names: Sequence[str]) -> Any:
+    """Returns shapes of inputs, and the types that JAX converts them to."""
+    leaves, structure = jax.tree.flatten(given)
+    if not leaves:
+        raise TPPError("the inputs are missing: export(model, path, *inputs)")
+    for x, name in zip(leaves, names, strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            raise TPPError(
+                f"the input {name} is a random key, which other runtimes do not have: "
+                "pass jax.random.key_data(key), and call jax.random.wrap_key_data in "
+                "the model"
+            )
+        if not jnp.issubdtype(x.dtype, np.number) and x.dtype != np.bool_:
+            raise TPPError(
+                f"the input {name} holds {x.dtype}: pass an array of numbers instead"
+            )
+    types = (jax.dtypes.canonicalize_dtype(x.dtype) for x in leaves)
+    pairs = zip(leaves, types, strict=True)
+    return structure.unflatten(
+        [jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in pairs]
     )
 
 
@@ -259,17 +284,23 @@ def _can_be_computed(eqn: Any, values: Sequence[Any]) -> bool:
     shapes = [getattr(var.aval, "shape", None) for var in eqn.outvars]
     if any(shape is None or not _is_fixed(shape) for shape in shapes):
         return False
-    if any(_names_symbol(value) for value in eqn.params.values()):
+    if _names_symbol(eqn):
         return False
     entries = sum(math.prod(shape) for shape in shapes if shape is not None)
     return entries <= max(_MOST_ENTRIES, 2 * sum(np.size(x) for x in values))
 
 
-def _names_symbol(value: Any) -> bool:
-    """Reports whether a parameter of an operation has a symbolic size in it."""
-    if isinstance(value, tuple | list):
-        return any(map(_names_symbol, value))
-    return jax.export.is_symbolic_dim(value)
+def _names_symbol(eqn: Any) -> bool:
+    """Reports whether an operation, or one inside it, has a symbolic size in it."""
+    values = [*eqn.params.values()]
+    while values:
+        value = values.pop()
+        if isinstance(value, tuple | list):
+            values += value
+        elif jax.export.is_symbolic_dim(value):
+            return True
+    inner = jex_core.jaxprs_in_params(eqn.params)
+    return any(_names_symbol(one) for jaxpr in inner for one in jaxpr.eqns)
 
 
 def _same_operand(eqn: Any, values: Sequence[Any]) -> Any:
@@ -313,6 +344,15 @@ def _input_names(model: Any, arguments: Any) -> tuple[str, ...]:
     if len(set(found)) < len(found):
         return tuple(f"input_{i}" for i in range(len(found)))
     return tuple(found)
+
+
+def _output_names(outputs: Any, taken: Sequence[str]) -> tuple[str, ...]:
+    """Returns names of the outputs, other than those of the inputs."""
+    found = _names(outputs, "output")
+    if len({*found, *taken}) == len(found) + len(taken):
+        return found
+    free = (f"result_{i}" for i in itertools.count())
+    return tuple(itertools.islice((x for x in free if x not in taken), len(found)))
 
 
 def _parameters(model: Any) -> list[str]:
