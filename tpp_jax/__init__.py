@@ -4,6 +4,7 @@ from tpp_jax import data, models
 from tpp_jax.analysis.groups_svg import draw_groups
 from tpp_jax.analysis.groups_text import describe_groups
 from tpp_jax.analysis.jacobian import jacobian_singular_values
+from tpp_jax.analysis.latency_tables import latency_table
 from tpp_jax.callbacks import Callback
 from tpp_jax.errors import TPPError, TPPTypeError
 from tpp_jax.fitting import FitResult, fit
@@ -43,6 +44,7 @@ from tpp_jax.pruning.recalibration import recalibrate
 from tpp_jax.pruning.sensitivity import sensitivity
 from tpp_jax.pruning.slicing import mask_tree, slice_tree
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
+from tpp_jax.pruning.times import LatencyTable
 from tpp_jax.saving import load_model, load_model_info, save_model
 
 __version__ = "0.1.0"
@@ -61,6 +63,7 @@ __all__ = [
     "Groups",
     "GrowingSchedule",
     "Headline",
+    "LatencyTable",
     "LayerCount",
     "Member",
     "Moments",
@@ -95,6 +98,7 @@ __all__ = [
     "hessian_diagonal",
     "input_moments",
     "jacobian_singular_values",
+    "latency_table",
     "least_blocks",
     "linen_apply",
     "load_gguf",

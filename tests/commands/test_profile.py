@@ -12,7 +12,8 @@ from configs import digits_resnet8_tpp
 from tests.end_to_end.starts import start
 from tests.experiment.test_errors import small_config
 from tpp_jax.analysis import latency
-from tpp_jax.commands.profile import BATCH_SIZES, profile
+from tpp_jax.commands.export import export_run
+from tpp_jax.commands.profile import BATCH_SIZES, profile, table
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.run import train
 
@@ -41,7 +42,11 @@ def assert_ratios_follow(pairs):
         fewer = pair["dense_flops"] / pair["pruned_flops"]
         assert pair["speedup"] == pytest.approx(faster)
         assert pair["flops_speedup"] == pytest.approx(fewer)
-        assert pair["realised"] == pytest.approx(faster / fewer)
+        if fewer == 1:
+            assert pair["realised"] is None
+        else:
+            expected = (1 - 1 / faster) / (1 - 1 / fewer)
+            assert pair["realised"] == pytest.approx(expected)
 
 
 def test_before_any_run_it_times_the_cut_that_the_config_asks_for(
@@ -64,6 +69,26 @@ def test_before_any_run_it_times_the_cut_that_the_config_asks_for(
     rows = capsys.readouterr().out.splitlines()
     assert rows[0].startswith("cifar_resnet8, images 8×8×1, float32, on ")
     assert [row.split()[1] for row in rows if "2.00×" in row] == convs
+
+
+@pytest.mark.parametrize(
+    ("pruned_seconds", "pruned_flops", "realised", "shown"),
+    [
+        (2.0, 50, 0.0, "0%"),  # no gain
+        (1.0, 50, 1.0, "100%"),
+        (1.5, 25, 1 / 3, "33%"),
+        (2.5, 50, -0.5, "-50%"),
+        (1.0, 100, None, "–"),
+    ],
+)
+def test_realised_is_the_time_saved_by_the_flops_saved(
+    pruned_seconds, pruned_flops, realised, shown
+):
+    pair = latency.Pair(2.0, pruned_seconds, 100, pruned_flops)
+    expected = realised if realised is None else pytest.approx(realised)
+    assert pair.realised == expected
+    [*_, column] = table({"one": pair}, "network").columns
+    assert (column.header, list(column.cells)) == ("realised", [shown])
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -89,6 +114,11 @@ def test_of_a_finished_run_its_own_networks_are_timed(tmp_path):
     shares = [pair["flops_speedup"] for pair in found["layers"].values()]
     assert shares == [2, 4, 4, 4, 4, 4, 2]
     assert "net.2 and 4 equal" in said
+    export_run(tmp_path, ["stablehlo", "onnx"])
+    again = profile(small_config(), tmp_path)
+    files = [f"{n}, {suffix}" for suffix in ("stablehlo", "onnx") for n in NETWORKS]
+    assert list(again["networks"]) == NETWORKS + files
+    assert_ratios_follow(again["networks"])
 
 
 def test_a_network_that_was_never_trained_dense_is_timed_beside_its_whole(tmp_path):

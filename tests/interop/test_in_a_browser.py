@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("web")
     command = ["npm", "install", "--silent", "--no-audit", "--no-fund", PACKAGE]
     try:
-        subprocess.run(command, cwd=folder, check=True, timeout=120)
+        subprocess.run(command, cwd=folder, check=True, timeout=60)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
         pytest.skip("npm does not provide onnxruntime-web here")
     files = folder / "node_modules" / "onnxruntime-web" / "dist"

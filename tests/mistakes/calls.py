@@ -35,6 +35,7 @@ def library() -> Cases:
     yield from _plans()
     yield from _depth()
     yield from _sensitivities()
+    yield from _latencies()
     yield from _transforms()
     yield from _folding()
 
@@ -166,6 +167,79 @@ def _sensitivities() -> Cases:
             lambda f: tpp.Sensitivity.from_json({"groups": ["net.0"]}),
         ),
     )
+
+
+def _latencies() -> Cases:
+    x = jnp.ones((1, 4))
+    params = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+    groups = tpp.channel_groups(_pair, x, params=params)
+    table = tpp.LatencyTable.from_json(_TABLE)
+    wider = {"w1": jnp.ones((4, 16)), "w2": jnp.ones((16, 2))}
+    other = tpp.channel_groups(_pair, x, params=wider)
+    yield from (
+        (
+            "`tpp.make_plan(…, latency=0.5)` without a table",
+            lambda f: tpp.make_plan(groups, params, latency=0.5),
+        ),
+        (
+            '`tpp.make_plan(…, round_to="fast")` without a table',
+            lambda f: tpp.make_plan(groups, params, 0.5, round_to="fast"),
+        ),
+        (
+            "`tpp.make_plan(…, table=…)` that nothing uses",
+            lambda f: tpp.make_plan(groups, params, flops=0.5, table=table),
+        ),
+        (
+            "`tpp.make_plan(…, latency=0.5, table=…)` of another model",
+            lambda f: tpp.make_plan(other, wider, latency=0.5, table=table),
+        ),
+        (
+            "`tpp.make_plan(…, latency=0.1, table=…)` out of reach",
+            lambda f: tpp.make_plan(groups, params, latency=0.1, table=table),
+        ),
+        (
+            "`tpp.make_plan(…, memory=0.01)` out of reach",
+            lambda f: tpp.make_plan(groups, params, memory=0.01),
+        ),
+        (
+            "`tpp.make_plan(…, latency=0.5, table={…})`",
+            lambda f: tpp.make_plan(groups, params, latency=0.5, table=_TABLE),
+        ),
+        (
+            "`tpp.latency_table` with the groups of another model",
+            lambda f: tpp.latency_table(_pair, x, other, params=params),
+        ),
+        (
+            "`tpp.latency_table` with the parameters in place of the groups",
+            lambda f: tpp.latency_table(_pair, x, params, params=params),
+        ),
+        (
+            "`tpp.LatencyTable.from_json` of other data",
+            lambda f: tpp.LatencyTable.from_json({"device": "cpu"}),
+        ),
+        (
+            "`LatencyTable.seconds` of an unknown group",
+            lambda f: table.seconds({"w3": 1}),
+        ),
+    )
+
+
+def _pair(params: Any, x: Any) -> Any:
+    return x @ params["w1"] @ params["w2"]
+
+
+# Both products take a millisecond for each of eight channels.
+_TABLE = {
+    "device": "a machine",
+    "groups": ["w1", "w2"],
+    "sizes": [8, 2],
+    "axes": [[[8, [0]]]],
+    "shapes": [[[[1, 8]], [0.001, 0.008]]],
+    "layers": [[0, [[[1, [0]], [1, []]]], 2]],
+    "elements": [],
+    "weights": [1.0, 0.0, 0.004],
+    "measured": [[[8, 2], 0.02]],
+}
 
 
 def _load_into_no_sharding(folder: pathlib.Path) -> None:

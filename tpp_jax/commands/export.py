@@ -4,7 +4,6 @@ import pathlib
 from collections.abc import Sequence
 
 import rich.table
-import rich.text
 from flax import nnx
 
 from tpp_jax.commands.evaluate import finished_run, load_network
@@ -55,6 +54,7 @@ def export_run(
     inputs = task.inputs(task.probes(_EXAMPLES))
     folder = pathlib.Path(workdir)
     checked, console = [], Terminal()
+    console.print(f"Files in {folder / 'export'}:")
     for network, name in (("dense", "dense"), ("model", "pruned")):
         if not (folder / network).is_dir():
             continue  # a method that prunes before training has no dense network
@@ -62,7 +62,7 @@ def export_run(
         for suffix in formats:
             path = folder / "export" / f"{name}.{suffix}"
             if suffix == "safetensors":
-                console.print(f"{_save_weights(model, path)}: weights only")
+                console.print(f"{_save_weights(model, path).name}: weights only")
             else:
                 checked.append(export(model, path, *inputs))
     if checked:
@@ -91,7 +91,7 @@ def table(checked: Sequence[Exported]) -> rich.table.Table:
         shown.add_column(column, justify="right")
     for one in checked:
         shown.add_row(
-            rich.text.Text(f"{one.path.parent.name}/{one.path.name}"),
+            one.path.name,
             f"{one.bytes / 1e6:.2f}",
             f"{one.params:,}",
             f"{one.flops / 1e6:,.1f}",

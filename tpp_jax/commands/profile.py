@@ -12,6 +12,7 @@ import rich.table
 import rich.text
 from flax import nnx
 
+from tpp_jax.analysis.exported_files import SUFFIXES, compare_files
 from tpp_jax.analysis.latency import Pair, as_json, compare, compare_layers
 from tpp_jax.commands.evaluate import load_network
 from tpp_jax.commands.inspect import Inputs, network_of, title
@@ -51,8 +52,9 @@ def profile(
         another is used.
 
     Returns:
-      The content of ``profile.json``: ``networks`` by batch size and ``layers`` at the
-      largest batch size, as :class:`Pair`, and the ``device``.
+      The content of ``profile.json``: ``networks`` by batch size, and files that were
+      exported by batch size and format; ``layers`` at the largest batch size, as
+      :class:`Pair`; and the ``device``.
 
     Raises:
       TPPError: The config or the networks of the run are unusable.
@@ -75,6 +77,8 @@ def profile(
     networks = {
         f"batch {n}": compare(dense, pruned, inputs, n, dtype) for n in BATCH_SIZES
     }
+    if folder is not None:
+        networks |= _of_files(folder / "export", inputs, networks, console)
     console.print(table(networks, "network"))
     largest = BATCH_SIZES[-1]
     by_layer = compare_layers(dense, pruned, inputs, largest, dtype)
@@ -107,6 +111,28 @@ def _of_run(
     return dense, load_network(folder / "model", task, config)
 
 
+def _of_files(
+    folder: pathlib.Path,
+    inputs: Inputs,
+    networks: dict[str, Pair],
+    console: Terminal,
+) -> dict[str, Pair]:
+    """Returns the times of the files that ``--mode=export`` wrote, if there are any."""
+    found = {}
+    for suffix in SUFFIXES:
+        dense, pruned = folder / f"dense.{suffix}", folder / f"pruned.{suffix}"
+        if not (dense.is_file() and pruned.is_file()):
+            continue
+        try:
+            for n, (name, pair) in zip(BATCH_SIZES, networks.items(), strict=True):
+                flops = pair.dense_flops, pair.pruned_flops
+                timed = compare_files(dense, pruned, inputs, n, flops)
+                found[f"{name}, {suffix}"] = timed
+        except TPPError as error:
+            console.print(f"The files of {suffix} are not timed: {error}")
+    return found
+
+
 def _untrained(config: RunConfig) -> tuple[nnx.Module, nnx.Module, Inputs]:
     """Returns the dense and the pruned network of a config, and their inputs.
 
@@ -133,7 +159,10 @@ def _with_weights(model: nnx.Module, seed: int = 0) -> nnx.Module:
 
 
 def table(pairs: dict[str, Pair], title: str) -> rich.table.Table:
-    """Returns a table of times and speedups in which equal pairs share a row."""
+    """Returns a table of times and speedups in which equal pairs share a row.
+
+    "Realised" is the share of the time saved, divided by the share of the FLOPs saved.
+    """
     shown = rich.table.Table()
     shown.add_column(title, overflow="fold")
     for column in ("dense, ms", "pruned, ms", "faster", "fewer FLOPs", "realised"):
@@ -149,6 +178,6 @@ def table(pairs: dict[str, Pair], title: str) -> rich.table.Table:
             f"{1e3 * pair.pruned_seconds:.2f}",
             f"{pair.speedup:.2f}×",
             f"{pair.flops_speedup:.2f}×",
-            f"{pair.realised:.0%}",
+            "–" if pair.realised is None else f"{pair.realised:.0%}",
         )
     return shown

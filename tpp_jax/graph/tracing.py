@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen, nnx
 
 from tpp_jax.graph.functions import Function, as_function, is_array
@@ -54,6 +53,7 @@ class Trace:
         it; then the arrays that the function closed over.
       loops: For each ``scan``, the value numbers of what all of its steps have in
         common or hand on, as seen inside of it.
+      dtypes: Type of the numbers of every value, by number.
     """
 
     leaves: dict[str, int]
@@ -69,6 +69,7 @@ class Trace:
     output_names: tuple[str, ...]
     literals: tuple[tuple[Any, Any, int | None], ...] = ()
     loops: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[Any, ...] = ()
 
     @functools.cached_property
     def uses(self) -> tuple[Layer, ...]:
@@ -148,9 +149,9 @@ def trace_function(
     jaxpr = closed.jaxpr
     check_length(jaxpr)
     builder = Builder()
-    numbers = [builder.number(np.shape(var.aval)) for var in jaxpr.invars]
+    numbers = [builder.number(var) for var in jaxpr.invars]
     places = dict(zip(function.names, numbers, strict=False))
-    constants = [builder.number(np.shape(var.aval), ()) for var in jaxpr.constvars]
+    constants = [builder.number(var, ()) for var in jaxpr.constvars]
     builder.origin.update({n: (name,) for name, n in places.items()})
     variables = [*jaxpr.invars, *jaxpr.constvars]
     scope: dict[Any, Value] = dict(zip(variables, [*numbers, *constants], strict=True))
@@ -176,6 +177,7 @@ def trace_function(
         output_names=_places(returned, lambda _: True),
         literals=(*builder.literals, *((array, None, None) for array in closed.consts)),
         loops=tuple(builder.loops),
+        dtypes=tuple(builder.dtypes),
     )
 
 

@@ -102,6 +102,7 @@ class Builder:
 
     Attributes:
       shapes: Shape of every value, by number.
+      dtypes: Type of every value's numbers, by number.
       equations: Primitives in order of execution.
       constants: Value numbers of the arrays that inner functions closed over.
       literals: Literals in the code; see :attr:`tpp_jax.graph.tracing.Trace.literals`.
@@ -113,6 +114,7 @@ class Builder:
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
+        self.dtypes: list[Any] = []
         self.equations: list[Equation] = []
         self.constants: list[int] = []
         self.literals: list[tuple[Any, Any, int]] = []
@@ -130,11 +132,10 @@ class Builder:
         self._mesh: dict[str, int] = {}
         self._varying: dict[int | None, frozenset[str]] = {}
 
-    def number(
-        self, shape: tuple[int, ...], origin: tuple[str, ...] | None = None
-    ) -> int:
-        """Returns the number of a new value."""
-        self.shapes.append(tuple(shape))
+    def number(self, var: Any, origin: tuple[str, ...] | None = None) -> int:
+        """Returns the number of a new value, which a variable of a jaxpr stands for."""
+        self.shapes.append(_shape(var))
+        self.dtypes.append(_dtype(var))
         n = len(self.shapes) - 1
         self.origin[n] = origin
         return n
@@ -158,8 +159,7 @@ class Builder:
             if name in ENTERED:
                 outputs = self._enter(name, eqn, inputs)
             else:
-                shapes = [_shape(var) for var in eqn.outvars]
-                outputs = self._equation(name, inputs, shapes, eqn.params)
+                outputs = self._plain(name, eqn, inputs)
             known.update(zip(eqn.outvars, outputs, strict=True))
         return [
             self._literal(var) if isinstance(var, literal) else known[var]
@@ -177,14 +177,21 @@ class Builder:
             case "shard_map" if "in_specs" in eqn.params:
                 return self._shard_map(eqn, inputs)
             case "shard_map":
-                shapes = [_shape(var) for var in eqn.outvars]
-                return self._equation(name, inputs, shapes, eqn.params)
+                return self._plain(name, eqn, inputs)
         before = self._caller
         # JAX caches the jaxpr of a jitted function, with the lines of its first call.
         # So the line of this call is its source.
         self._caller = self._source if name in ("jit", "pjit") else before
         outputs = self._call(eqn.params[CALLS[name]], inputs)
         self._caller = before
+        return outputs
+
+    def _plain(self, name: str, eqn: Any, inputs: list[Value]) -> list[int]:
+        """Adds an equation of a jaxpr that is not entered."""
+        shapes = [_shape(var) for var in eqn.outvars]
+        outputs = self._equation(name, inputs, shapes, eqn.params)
+        if outputs:
+            self.dtypes[outputs[0] :] = [_dtype(var) for var in eqn.outvars]
         return outputs
 
     def _equation(
@@ -201,6 +208,9 @@ class Builder:
         origin, params = self._origin_of(inputs), params or {}
         first = len(self.shapes)
         self.shapes += shapes
+        # What unfolding adds moves numbers, and leaves their type.
+        known = next((n for n in inputs if n is not None), None)
+        self.dtypes += [None if known is None else self.dtypes[known]] * len(shapes)
         outputs = list(range(first, len(self.shapes)))
         for n in outputs:
             self.origin[n] = origin
@@ -232,7 +242,7 @@ class Builder:
         inner = getattr(closed, "jaxpr", closed)
         scope: dict[Any, Value] = dict(zip(inner.invars, inputs, strict=True))
         for var in inner.constvars:
-            scope[var] = constant = self.number(_shape(var), ())
+            scope[var] = constant = self.number(var, ())
             self.constants.append(constant)
         return self.unfold(inner, scope)
 
@@ -350,6 +360,10 @@ class Builder:
 
 def _shape(var: Any) -> tuple[int, ...]:
     return getattr(var.aval, "shape", ())
+
+
+def _dtype(var: Any) -> Any:
+    return getattr(var.aval, "dtype", None)
 
 
 def _unknown(carry: list[Value]) -> list[Value]:

@@ -138,7 +138,8 @@ def export(
             raise TPPError(
                 f"the outputs of the exported model differ from the model's by "
                 f"{difference:.2g} standard deviations, which is more than the "
-                f"tolerance of {tolerance:g}: nothing was written"
+                f"tolerance of {tolerance:g}, so that nothing was written: if a deep "
+                "network may round that much, pass a larger tolerance"
             )
         kinds = _operations(partial, path.suffix)
         size = partial.stat().st_size

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tpp_jax.errors import TPPError, require
-from tpp_jax.interop.onnx_graphs import without_expansions
+from tpp_jax.interop.onnx_graphs import with_shared_constants, without_expansions
 from tpp_jax.interop.onnx_operations import emitter
 from tpp_jax.interop.programs import Program, named
 
@@ -61,7 +61,8 @@ def write_onnx(program: Program, path: pathlib.Path) -> None:
                 "Export to .stablehlo, or with dynamic_batch=False if a size of the "
                 "inputs is the cause"
             ) from error
-    path.write_bytes(_simplified(without_expansions(converted)))
+        lean = without_expansions(with_shared_constants(converted))
+    path.write_bytes(_simplified(lean))
 
 
 def run_onnx(path: pathlib.Path, arrays: Sequence[Any]) -> list[np.ndarray]:

@@ -9,6 +9,20 @@ _BROADCAST = frozenset(
 )
 
 
+def with_shared_constants(model: Any) -> Any:
+    """Returns a model in which equal constants are one.
+
+    Args:
+      model: ONNX model.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import DeduplicateHashedInitializersPass
+
+    read = onnx_ir.from_proto(model)
+    DeduplicateHashedInitializersPass()(read)
+    return onnx_ir.to_proto(read)
+
+
 def without_expansions(model: Any) -> Any:
     """Returns a model in which operands are not expanded where this changes nothing.
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import linen, nnx
 
-from tpp_jax.graph.labels import Channels
 from tpp_jax.graph.layers import Layer, kernel_axes
 from tpp_jax.graph.records import Groups
 from tpp_jax.graph.rules import BUILT_IN
 from tpp_jax.graph.tracing import Trace, layer_names, layers, source_line, trace
+from tpp_jax.pruning.axes import Axes, values
 
 # Operations with rules whose work may be large and is not counted.
 _HEAVY = frozenset(
@@ -286,31 +286,23 @@ class Costs:
           cached: Names of the layers whose outputs :meth:`cache` counts.
         """
         traced = groups.traced
-        axes = groups.reading.axes
-        self._channels = groups.reading.solution
-        self._groups = groups
-        self._group_of = _groups_of_channels(groups, axes, self._channels)
-        self._known: dict[bytes, int] = {}
-        # For each axis, pairs of a number of positions and the groups they belong to.
-        self._axes: list[list[tuple[int, list[int]]]] = []
+        self._axes = axes = Axes(groups)
         # For each parameter and each layer, a factor and the axes that multiply it.
         self._parameters = [
-            self._product(1, axes[traced.leaves[leaf]]) for leaf in traced.trainable
+            axes.product(1, _all_axes(traced, traced.leaves[leaf]))
+            for leaf in traced.trainable
         ]
         uses = _read_uses(traced)
         self._branches = [use.equation.branches for use in uses]
-        self._flops = []
-        for use in uses:
-            factor, along = _work(traced, use)
-            labels = [axes[value][axis] for value, axis in along]
-            self._flops.append(self._product(factor, labels))
+        self._flops = [axes.product(*_work(traced, use)) for use in uses]
         self._cached = []
         for layer in layers(traced):
             if layer.name in cached:
                 value = _operands(layer)[layer.operand]
-                made, _ = kernel_axes(layer.equation, layer.operand, len(axes[value]))
-                labels = [axes[value][axis] for axis in made]
-                self._cached.append(self._product(layer.equation.times, labels))
+                rank = len(traced.shapes[value])
+                made, _ = kernel_axes(layer.equation, layer.operand, rank)
+                along = [(value, axis) for axis in made]
+                self._cached.append(axes.product(layer.equation.times, along))
 
     def __call__(self, kept: Mapping[str, int]) -> tuple[int, int]:
         """Returns the parameters and FLOPs that :func:`count` gives for a pruned model.
@@ -318,11 +310,11 @@ class Costs:
         Args:
           kept: Group name → number of kept channels; other groups are not pruned.
         """
-        sizes = self._sizes(kept)
-        flops = _values(self._flops, sizes)
+        sizes = self._axes.sizes(kept)
+        flops = values(self._flops, sizes)
         counted = _in_costliest_branches(flops, self._branches)
         total = sum(itertools.compress(flops, counted))
-        return sum(_values(self._parameters, sizes)), total
+        return sum(values(self._parameters, sizes)), total
 
     def cache(self, kept: Mapping[str, int]) -> int:
         """Returns the number of outputs, for each position, of the cached layers.
@@ -330,84 +322,8 @@ class Costs:
         Args:
           kept: Group name → number of kept channels; other groups are not pruned.
         """
-        return sum(_values(self._cached, self._sizes(kept)))
-
-    def _sizes(self, kept: Mapping[str, int]) -> list[int]:
-        """Returns the number of kept positions of each axis."""
-        counts = [
-            (kept.get(group.name, group.size), group.size) for group in self._groups
-        ]
-        sizes = []
-        for runs in self._axes:
-            size = 0
-            for positions, through in runs:
-                # Positions that several groups run through are all combinations of
-                # their channels, so the kept shares multiply.
-                for group in through:
-                    positions = positions * counts[group][0] // counts[group][1]
-                size += positions
-            sizes.append(size)
-        return sizes
-
-    def _product(self, factor: int, axes: list[np.ndarray]) -> tuple[int, list[int]]:
-        along = []
-        for labels in axes:
-            if (labels >= 0).any():
-                along.append(self._axis(labels))
-            else:
-                factor *= len(labels)
-        return factor, along
-
-    def _axis(self, labels: np.ndarray) -> int:
-        key = labels.tobytes()
-        if key not in self._known:
-            positions, channels = self._channels.of(labels)
-            through, column = np.unique(self._group_of[channels], return_inverse=True)
-            met = np.zeros((len(labels), len(through)), bool)
-            met[positions, column] = True
-            rows, numbers = np.unique(met[:, through >= 0], axis=0, return_counts=True)
-            through = through[through >= 0]
-            self._known[key] = len(self._axes)
-            self._axes.append(
-                [
-                    (int(n), through[row].tolist())
-                    for row, n in zip(rows, numbers, strict=True)
-                ]
-            )
-        return self._known[key]
+        return sum(values(self._cached, self._axes.sizes(kept)))
 
 
-def _values(
-    products: Sequence[tuple[int, list[int]]], sizes: Sequence[int]
-) -> list[int]:
-    """Returns products of a factor and of the sizes of axes."""
-    return [
-        factor * math.prod(sizes[axis] for axis in along) for factor, along in products
-    ]
-
-
-def _groups_of_channels(
-    groups: Groups, axes: Mapping[int | None, list[np.ndarray]], solution: Channels
-) -> np.ndarray:
-    """Returns int ``[channels]``: the group that each channel is in, -1 for none."""
-    index = {group.name: i for i, group in enumerate(groups)}
-    group_of = np.full(len(solution.stuck), -1)
-    draws = np.random.default_rng(0)
-    # Several channels of the trace may be one channel of a group, so that all members
-    # are needed.
-    for leaf, runs_through in groups.members.items():
-        for axis, labels in enumerate(axes[groups.traced.leaves[leaf]]):
-            here = [pair for pair in runs_through if pair[1].axis == axis]
-            if not here:
-                continue
-            positions, channels = solution.of(labels)
-            # A sum of marks, random 64-bit numbers, identifies the positions of a
-            # channel.
-            marks = draws.integers(2**63, size=len(labels), dtype=np.uint64)
-            channels, column = np.unique(channels, return_inverse=True)
-            sums = np.zeros(len(channels), np.uint64)
-            np.add.at(sums, column, marks[positions])
-            for group, member in here:
-                own = np.isin(sums, marks[member.positions].sum(axis=1))
-                group_of[channels[own]] = index[group.name]
-    return group_of
+def _all_axes(traced: Trace, value: int) -> list[tuple[int, int]]:
+    return [(value, axis) for axis in range(len(traced.shapes[value]))]

@@ -28,6 +28,7 @@ from tpp_jax.pruning.targets import (
     pools_of,
     saved_by_channels,
 )
+from tpp_jax.pruning.times import LatencyTable, check_table
 
 
 def make_plan(
@@ -40,6 +41,9 @@ def make_plan(
     params: float | None = None,
     kv_cache: float | None = None,
     cached: Sequence[str] | str = ("*.k_proj", "*.v_proj"),
+    latency: float | None = None,
+    memory: float | None = None,
+    table: LatencyTable | None = None,
     sensitivity: Sensitivity | None = None,
     skip: Sequence[str] | str = (),
     criterion: str | Criterion | Score = "l1",
@@ -48,7 +52,7 @@ def make_plan(
     scope: str = "local",
     reduce: str = "mean",
     seed: int = 0,
-    round_to: int | Literal["sharding"] = 1,
+    round_to: int | Literal["sharding", "fast"] = 1,
     min_channels: int = 1,
     allow_uncounted: bool = False,
     check: bool = True,
@@ -80,6 +84,14 @@ def make_plan(
         If it is the only target and there are no ratios, only groups that run through
         keys or values are pruned.
       cached: Patterns of the layers that make keys and values.
+      latency: Target share of the time of a call to *keep*, in (0, 1], as predicted by
+        ``table``. A narrower network may be slower: of the plans along the way, the
+        first one that meets the target is looked for.
+      memory: Target share of the peak memory of the activations to *keep*, in (0, 1]
+        (:func:`tpp_jax.pruning.memory.activation_bytes`), for the inputs that the
+        groups were found with.
+      table: Result of :func:`tpp_jax.latency_table`, for ``latency`` and
+        ``round_to="fast"``.
       sensitivity: Result of :func:`tpp_jax.sensitivity`, in place of ratios and scope,
         with a target: the groups that were measured lose unequal shares, so that the
         sum of their costs is small, and no more than was measured. Use the criterion
@@ -106,7 +118,9 @@ def make_plan(
       round_to: Number of which kept counts are rounded up to a multiple.
         ``"sharding"``: for each group the number that leaves its arrays divided over
         the axes of a mesh as they are. With other numbers, a cut array is replicated
-        along axes of the mesh that do not divide it any more.
+        along axes of the mesh that do not divide it any more. ``"fast"``: each group
+        keeps the next larger number that is worthwhile on the machine of ``table``
+        (:meth:`LatencyTable.fast_widths`).
       min_channels: Smallest number of channels that a group keeps. 0 permits patterns
         with a ratio of 1: ``{"layers.3.*": 1}`` removes all channels of the groups that
         are produced nowhere else, so that the block contributes nothing or a bias.
@@ -126,11 +140,12 @@ def make_plan(
       TPPError: A ratio is outside [0, 1); a pattern matches no layer, or only layers
         that cannot be pruned; a target is out of reach; a criterion, scope or reduction
         is unknown; statistics are missing; counts or a sensitivity are combined with
-        an argument that they replace; the sensitivity is that of other groups; scores
-        have the wrong shape or are for an unknown group; or the model does not work
-        with the plan.
-      TPPTypeError: ``groups`` is not the result of :func:`tpp_jax.channel_groups`, or
-        ``sensitivity`` not that of :func:`tpp_jax.sensitivity`.
+        an argument that they replace; the sensitivity or the table is that of other
+        groups; a table is missing or not used; scores have the wrong shape or are for
+        an unknown group; or the model does not work with the plan.
+      TPPTypeError: ``groups`` is not the result of :func:`tpp_jax.channel_groups`,
+        ``sensitivity`` not that of :func:`tpp_jax.sensitivity`, or ``table`` not that
+        of :func:`tpp_jax.latency_table`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -145,10 +160,12 @@ def make_plan(
       {'w1': [4, 5, 6, 7]}
     """
     wanted = {"params": params, "flops": flops, "kv_cache": kv_cache}
+    wanted |= {"latency": latency, "memory": memory}
     if sensitivity is not None:
         _check_sensitivity_alone(ratios, counts, scope, wanted)
     _check_arguments(groups, ratios, counts, wanted)
     _check_limits(round_to, min_channels)
+    _check_table(groups, table, latency, round_to)
     limits = Limits(max(min_channels, 1), 1 if isinstance(round_to, str) else round_to)
     layers = [] if kv_cache is None else cached_layers(groups, parse_patterns(cached))
     asked: dict[str, float] = {}
@@ -158,7 +175,7 @@ def make_plan(
         emptying = min_channels == 0
         given = 0.5 if ratios is None else ratios
         asked = ratios_of(groups, given, parse_patterns(skip), emptying=emptying)
-        if ratios is None and flops is None and params is None:
+        if ratios is None and [n for n, x in wanted.items() if x] == ["kv_cache"]:
             through = groups_of_outputs(groups, layers)
             asked = {name: r for name, r in asked.items() if name in through}
         matched = [
@@ -170,8 +187,8 @@ def make_plan(
         _check_counts_alone(others)
         _check_counts(groups, counts)
         matched = [groups[name] for name in counts]
-    if isinstance(round_to, str):
-        limits = limits._replace(round_to=multiples_of(groups, matched, model))
+    rounding = _rounding(groups, matched, model, round_to, table)
+    limits = limits._replace(round_to=rounding)
     ranks = channel_scores(
         groups,
         model,
@@ -185,14 +202,14 @@ def make_plan(
     if counts is None:
         if scope != "local" and is_additive(criterion):
             others = [g for g in matched if g.name not in (scores or {})]
-            saved = saved_by_channels(groups, others, wanted, layers)
+            saved = saved_by_channels(groups, others, wanted, layers, table)
             # What a channel costs in each layer of a loop is paid in all of them.
             shares = {g.name: saved.get(g.name, 1) / (g.steps or 1) for g in others}
             ranks |= {name: ranks[name] / share for name, share in shares.items()}
         emptied = [name for name, ratio in asked.items() if ratio == 1]
         target = None
         if _any(wanted):
-            target = Target(groups, wanted, layers, emptied, allow_uncounted)
+            target = Target(groups, wanted, layers, emptied, allow_uncounted, table)
         pools = pools_of(groups, matched, scope)
         if target is None:
             counts = kept_by_ratios(pools, asked, ranks, limits)
@@ -260,15 +277,54 @@ def _check_arguments(
 
 def _check_limits(round_to: int | str, min_channels: int) -> None:
     if isinstance(round_to, str):
-        if round_to != "sharding":
+        if round_to not in ("sharding", "fast"):
             raise TPPError(
                 f"round_to is {round_to!r}: give a number, or 'sharding' for what the "
-                "mesh of the model's arrays divides"
+                "mesh of the model's arrays divides, or 'fast' for what a latency "
+                "table shows to be worthwhile"
             )
     elif round_to < 1:
         raise TPPError(f"round_to is {round_to}, must be at least 1")
     if min_channels < 0:
         raise TPPError(f"min_channels is {min_channels}, must be at least 0")
+
+
+def _check_table(
+    groups: Groups,
+    table: LatencyTable | None,
+    latency: float | None,
+    round_to: int | str,
+) -> None:
+    """Raises if a table is missing, is that of other groups, or would be ignored."""
+    uses = [f"latency={latency}"] if latency is not None else []
+    uses += ["round_to='fast'"] if round_to == "fast" else []
+    if table is not None:
+        check_table(table, groups)
+        if not uses:
+            raise TPPError(
+                "a latency table is used by the target latency=… and by "
+                "round_to='fast', and neither is given"
+            )
+    elif uses:
+        raise TPPError(
+            f"{' and '.join(uses)} needs the times of this machine: pass table=, the "
+            "result of tpp_jax.latency_table(model, inputs, groups)"
+        )
+
+
+def _rounding(
+    groups: Groups,
+    matched: Sequence[Group],
+    model: nnx.Module | Any,
+    round_to: int | str,
+    table: LatencyTable | None,
+) -> int | Mapping[str, int | Sequence[int]]:
+    """Returns what numbers of kept channels are rounded up to; see :class:`Limits`."""
+    if round_to == "fast" and table is not None:
+        return {group.name: table.fast_widths(group.name) for group in matched}
+    if isinstance(round_to, str):
+        return multiples_of(groups, matched, model)
+    return round_to
 
 
 def _any(wanted: Mapping[str, float | None]) -> bool:

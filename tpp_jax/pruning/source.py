@@ -119,16 +119,30 @@ class Source:
         Raises:
           Exception: Any exception that the model raises with arrays of these shapes.
         """
+        return trace_function(self.cut(plan, shapes), self.inputs, self.kwargs)
+
+    def cut(
+        self,
+        plan: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+        prepare: Callable[[nnx.Module], None] | None = None,
+    ) -> Function:
+        """Returns the model as a function of narrower arrays.
+
+        Args:
+          plan: Plan of the cut.
+          shapes: Name of a parameter leaf → its shape after the cut.
+          prepare: Function that changes an NNX module in place before it runs.
+        """
         # A copy of a parameter in another collection is cut as the parameter is.
         copies = self.function.namesakes
         names = self.function.names
         cut = (shapes[name if name in shapes else copies[name]] for name in names)
-        function = dataclasses.replace(
+        return dataclasses.replace(
             self.function,
-            call=self._call_cut(plan),
+            call=self._call_cut(plan, prepare),
             params=_with_shapes(self.function.params, cut),
         )
-        return trace_function(function, self.inputs, self.kwargs)
 
     def fields(self) -> dict[Field, type]:
         """Finds the integer attributes of the model's modules.
@@ -144,9 +158,17 @@ class Source:
             return dict(self.met)
         return fields_of_tree(self.tree)
 
-    def _call_cut(self, plan: Any) -> Callable[..., Any]:
+    def _call_cut(
+        self, plan: Any, prepare: Callable[[nnx.Module], None] | None
+    ) -> Callable[..., Any]:
         if isinstance(self.model, Structure):
-            return self.model.call(lambda found: adapt(found, plan))
+
+            def change(found: list[tuple[str, nnx.Module]]) -> None:
+                adapt(found, plan)
+                if prepare is not None:
+                    prepare(found[0][1])
+
+            return self.model.call(change)
         if isinstance(self.model, linen.Module):
             return _of_leaves(linen_apply(self.model, plan), self.form)
         values = plan.field_values()

@@ -10,7 +10,7 @@ the sum of costs small.
 import bisect
 import fnmatch
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +21,19 @@ from tpp_jax.graph.groups import Group, Groups
 from tpp_jax.pruning.allocation import Problem, cheapest_levels
 from tpp_jax.pruning.criteria import Scores
 from tpp_jax.pruning.flops import Costs, uncounted_work
+from tpp_jax.pruning.memory import Memory
+from tpp_jax.pruning.times import LatencyTable
 
 Order = Int[np.ndarray, " channels"]
 
+# Numbers of removed channels at which a latency is predicted, at least.
+_PLACES = 512
+
 SCOPES = ("local", "global", "isomorphic")
 
-MEASURES = ("params", "flops", "kv_cache")
-"""What a target may limit: parameters, FLOPs, and the outputs that are cached."""
+MEASURES = ("params", "flops", "kv_cache", "latency", "memory")
+"""What a target may limit: parameters, FLOPs, the outputs that are cached, the time of
+a call, and the peak memory of the activations."""
 
 # The original code never removes more than this share of a layer, so that one filter
 # of 16 is kept at any ratio.
@@ -40,11 +46,12 @@ class Limits(NamedTuple):
     Attributes:
       min_channels: Smallest number of channels that a group keeps.
       round_to: Number of which kept counts are rounded up to a multiple: one for all
-        groups, or one by the name of each group.
+        groups, or one by the name of each group; in its place the counts, ascending,
+        to the next of which they are rounded up.
     """
 
     min_channels: int = 1
-    round_to: int | Mapping[str, int] = 1
+    round_to: int | Mapping[str, int | Sequence[int]] = 1
 
     def most(self, size: int) -> int:
         """Returns the largest number of channels that a group may lose."""
@@ -55,6 +62,9 @@ class Limits(NamedTuple):
         step = self.round_to
         if isinstance(step, Mapping):
             step = step.get(group.name, 1)
+        if isinstance(step, Sequence):
+            least = bisect.bisect_left(step, group.size - removed)
+            return step[least] if least < len(step) else group.size
         rounded = math.ceil((group.size - removed) / step) * step
         return min(rounded, group.size)
 
@@ -91,8 +101,7 @@ class Target:
     """What is to remain of a model, in shares of the measures in :data:`MEASURES`.
 
     Attributes:
-      wanted: Share of each measure to keep; None for any.
-      costs: Size and cost of the model, pruned in any way.
+      wanted: Name of a measure → share of the unpruned model to keep.
     """
 
     def __init__(
@@ -102,6 +111,7 @@ class Target:
         cached: Sequence[str] = (),
         emptied: Collection[str] = (),
         allow_uncounted: bool = False,
+        table: LatencyTable | None = None,
     ) -> None:
         """Prepares a target.
 
@@ -113,34 +123,45 @@ class Target:
           emptied: Names of groups that lose all channels in any case.
           allow_uncounted: Whether a FLOPs target is accepted for a model with work that
             is not counted.
+          table: Times of the model, for a target of the latency.
 
         Raises:
           TPPError: It is a FLOPs target and some work is not counted.
         """
         if wanted.get("flops") is not None and not allow_uncounted:
             _check_all_counted(uncounted_work(groups.traced))
-        self.wanted = tuple(wanted.get(name) for name in MEASURES)
-        self.costs = Costs(groups, cached)
+        shares = {name: wanted.get(name) for name in MEASURES}
+        self.wanted = {n: share for n, share in shares.items() if share is not None}
+        self._measures = _measures(groups, self.wanted, cached, table)
         self._groups = groups
-        self._unpruned = *self.costs({}), self.costs.cache({})
+        self._unpruned = {name: of({}) for name, of in self._measures.items()}
         self._emptied = dict.fromkeys(emptied, 0)
 
-    def shares(self, kept: Mapping[str, int]) -> tuple[float, ...]:
-        """Returns what remains of each measure.
+    def amounts(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """Returns what remains by each measure that is wanted, in its own unit.
 
         Args:
           kept: Group name → number of kept channels; other groups are not pruned.
         """
         kept = self._emptied | dict(kept)
-        found = *self.costs(kept), self.costs.cache(kept) if self.wanted[2] else 0
-        return tuple(
-            a / b if b else 0.0 for a, b in zip(found, self._unpruned, strict=True)
-        )
+        return {name: of(kept) for name, of in self._measures.items()}
+
+    def shares(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """Returns what remains by each measure that is wanted, as a share.
+
+        Args:
+          kept: Group name → number of kept channels; other groups are not pruned.
+        """
+        unpruned = self._unpruned
+        return {
+            name: found / unpruned[name] if unpruned[name] else 0.0
+            for name, found in self.amounts(kept).items()
+        }
 
     def met(self, kept: Mapping[str, int]) -> bool:
         """Reports whether the model is small enough."""
-        pairs = zip(self.shares(kept), self.wanted, strict=True)
-        return all(want is None or share <= want for share, want in pairs)
+        shares = self.shares(kept)
+        return all(shares[name] <= want for name, want in self.wanted.items())
 
     def check_reachable(
         self, fewest: Mapping[str, int], limits: Limits, more: str
@@ -153,9 +174,58 @@ class Target:
           more: What would let more channels be pruned.
         """
         if not self.met(fewest):
-            message = _out_of_reach(self.wanted, self.shares(fewest), limits, more)
             pruned = {*fewest, *self._emptied}
-            raise TPPError(message + _unpruned(self._groups, pruned))
+            raise TPPError(
+                self._out_of_reach(fewest, limits, more)
+                + _unpruned(self._groups, pruned)
+            )
+
+    def _out_of_reach(
+        self, fewest: Mapping[str, int], limits: Limits, more: str
+    ) -> str:
+        amounts, shares = self.amounts(fewest), self.shares(fewest)
+        asked = [f"{name}={want}" for name, want in self.wanted.items()]
+        reached = [
+            f"{share:.4f} of the {name}" + _in_units(name, amounts[name])
+            for name, share in shares.items()
+        ]
+        fixes = [more]
+        fixes += ["lower round_to"] if limits.round_to != 1 else []
+        fixes += ["lower min_channels"] if limits.min_channels > 1 else []
+        return (
+            f"the target {' and '.join(asked)} is out of reach: with all channels "
+            f"removed that may be, {' and '.join(reached)} remain; {' or '.join(fixes)}"
+        )
+
+
+def _in_units(measure: str, amount: float) -> str:
+    """Returns an amount in brackets for measures that are known by their units."""
+    match measure:
+        case "latency":
+            return f" ({1e3 * amount:.3g} ms)"
+        case "memory":
+            return f" ({int(amount):,} bytes)"
+    return ""
+
+
+def _measures(
+    groups: Groups,
+    wanted: Collection[str],
+    cached: Sequence[str],
+    table: LatencyTable | None,
+) -> dict[str, Callable[[Mapping[str, int]], float]]:
+    """Returns the functions of kept counts that measure a model."""
+    found: dict[str, Callable[[Mapping[str, int]], float]] = {}
+    if not {"params", "flops", "kv_cache"}.isdisjoint(wanted):
+        costs = Costs(groups, cached)
+        found["params"] = lambda kept: costs(kept)[0]
+        found["flops"] = lambda kept: costs(kept)[1]
+        found["kv_cache"] = costs.cache
+    if "latency" in wanted and table is not None:
+        found["latency"] = table.seconds
+    if "memory" in wanted:
+        found["memory"] = Memory(groups)
+    return {name: found[name] for name in wanted}
 
 
 def kept_for_target(
@@ -190,9 +260,18 @@ def kept_for_target(
             for g, n in zip(matched, removed, strict=True)
         }
 
+    def met(steps: int) -> bool:
+        return target.met(kept(steps))
+
     target.check_reachable(kept(len(order)), limits, "match more layers")
-    steps = range(len(order))
-    return kept(bisect.bisect_left(steps, True, key=lambda n: target.met(kept(n))))
+    low, high = 0, len(order)
+    if "latency" in target.wanted:
+        # A narrower network may be slower: the widest that is fast enough is looked
+        # for along the way, and not only where bisection would lead.
+        places = np.linspace(0, high, min(high, _PLACES) + 1).astype(int).tolist()
+        first = next(i for i, steps in enumerate(places) if met(steps))
+        low, high = places[max(first - 1, 0)], places[first]
+    return kept(bisect.bisect_left(range(high), True, low, key=met))
 
 
 def kept_by_costs(
@@ -228,12 +307,11 @@ def kept_by_costs(
 
     more = "measure larger ratios or more groups"
     target.check_reachable(kept_at([-1] * len(levels)), limits, more)
-    asked = [i for i, want in enumerate(target.wanted) if want is not None]
     problem = Problem(
         levels,
         [curves[g.name][own] for g, own in zip(matched, levels, strict=True)],
-        lambda chosen: np.array(target.shares(kept_at(chosen)))[asked],
-        np.array([target.wanted[i] for i in asked]),
+        lambda chosen: np.array([*target.shares(kept_at(chosen)).values()]),
+        np.array([*target.wanted.values()]),
     )
     return kept_at(cheapest_levels(problem))
 
@@ -243,6 +321,7 @@ def saved_by_channels(
     scored: Sequence[Group],
     wanted: Mapping[str, float | None],
     cached: Sequence[str] = (),
+    table: LatencyTable | None = None,
 ) -> dict[str, float]:
     """Returns the share of the model that one channel of each group is.
 
@@ -252,19 +331,15 @@ def saved_by_channels(
       wanted: Targets, as for :class:`Target`; measures with a target are of interest.
         Of several, shares are added.
       cached: Names of the layers whose outputs are cached.
+      table: Times of the model, for a target of the latency.
     """
-    names = [name for name in MEASURES if wanted.get(name) is not None]
-    if not names:
+    if all(share is None for share in wanted.values()):
         return {}
-    target = Target(groups, wanted, cached, allow_uncounted=True)
+    target = Target(groups, wanted, cached, allow_uncounted=True, table=table)
     unpruned, saved = target.shares({}), {}
     for group in scored:
         without = target.shares({group.name: group.size - 1})
-        saved[group.name] = sum(
-            a - b
-            for name, a, b in zip(MEASURES, unpruned, without, strict=True)
-            if name in names
-        )
+        saved[group.name] = sum(unpruned[name] - without[name] for name in without)
     return {name: share for name, share in saved.items() if share > 0}
 
 
@@ -379,26 +454,6 @@ def _check_all_counted(left_out: Sequence[str]) -> None:
             f"{', '.join(left_out[:3])}{more} is not: give ratios or a target of "
             "parameters, or pass allow_uncounted=True to ignore uncounted work"
         )
-
-
-def _out_of_reach(
-    wanted: tuple[float | None, ...],
-    least: tuple[float, ...],
-    limits: Limits,
-    more: str,
-) -> str:
-    asked, reached = [], []
-    for name, want, share in zip(MEASURES, wanted, least, strict=True):
-        if want is not None:
-            asked.append(f"{name}={want}")
-            reached.append(f"{share:.4f} of the {name}")
-    fixes = [more]
-    fixes += ["lower round_to"] if limits.round_to != 1 else []
-    fixes += ["lower min_channels"] if limits.min_channels > 1 else []
-    return (
-        f"the target {' and '.join(asked)} is out of reach: with all channels removed "
-        f"that may be, {' and '.join(reached)} remain; {' or '.join(fixes)}"
-    )
 
 
 def _unpruned(groups: Groups, matched: Collection[str]) -> str:
