@@ -6,11 +6,13 @@ constants alone are computed here, and calls of functions are entered.
 """
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from tpp_jax.errors import TPPError
 from tpp_jax.graph.functions import apart, as_function, is_array
 from tpp_jax.graph.naming import leaf_name
 from tpp_jax.graph.tracing import source_line
+from tpp_jax.graph.unfolding import CALLS
 from tpp_jax.pruning.folding import folded_params
 from tpp_jax.pruning.replay import replay
 
@@ -97,20 +100,42 @@ class Program:
         values = [*self.weights, *arrays]
         return replay(jaxpr.jaxpr, jaxpr.consts, values, lambda x: x, folded)
 
-    def operations(self) -> dict[str, str]:
-        """Returns the primitives that depend on the inputs, with a line of each.
+    @functools.cached_property
+    def met(self) -> "Met":
+        """Operations and types that depend on the inputs."""
+        operations: dict[str, str] = {}
+        types = {x.dtype: "" for x in self.inputs}
 
-        The line is that of the model which the first of them comes from, or "".
-        """
-        found: dict[str, str] = {}
+        def note(eqn: Any) -> None:
+            line = source_line(eqn.source_info)
+            if eqn.primitive.name not in CALLS:
+                operations.setdefault(eqn.primitive.name, line)
+            for var in eqn.outvars:
+                types.setdefault(getattr(var.aval, "dtype", None), line)
+            for jaxpr in jex_core.jaxprs_in_params(eqn.params):
+                for inner in jaxpr.eqns:
+                    note(inner)
 
         def step(eqn: Any, values: list[Any]) -> list[Any]:
-            line = source_line(eqn.source_info)
-            found.setdefault(eqn.primitive.name, line)
+            note(eqn)
             return bind(eqn, values)
 
         jax.eval_shape(lambda *arrays: self.run(arrays, step), *self.inputs)
-        return found
+        types.pop(None, None)
+        return Met(operations, types)
+
+
+class Met(NamedTuple):
+    """What a program consists of.
+
+    Attributes:
+      operations: Primitives that depend on the inputs, and those inside them, with the
+        line of the model that the first of each comes from, or "".
+      types: Types of their results and of the inputs, likewise.
+    """
+
+    operations: dict[str, str]
+    types: dict[Any, str]
 
 
 def program_of(
@@ -239,12 +264,12 @@ def _with_any_batch(shapes: Any) -> Any:
     return jax.tree.map(own, shapes)
 
 
-def with_sizes(x: Any, size: int = 4) -> Any:
+def with_sizes(x: Any, sizes: Mapping[str, int] = MappingProxyType({})) -> Any:
     """Returns the shape and type of an array with numbers for its symbolic sizes.
 
     Args:
       x: Array, or its shape and type; other objects are returned as they are.
-      size: Number for each symbolic size.
+      sizes: Number for each symbolic size, by its name; 4 for those that are not here.
 
     Raises:
       TPPError: A size is an expression.
@@ -257,8 +282,8 @@ def with_sizes(x: Any, size: int = 4) -> Any:
                 f"the size {n} of an input cannot be tried: give every symbolic size a "
                 "name of its own"
             )
-    sizes = (n if isinstance(n, int) else size for n in x.shape)
-    return jax.ShapeDtypeStruct(tuple(sizes), x.dtype)
+    shape = (n if isinstance(n, int) else sizes.get(str(n), 4) for n in x.shape)
+    return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 
 def _is_fixed(shape: Sequence[Any]) -> bool:

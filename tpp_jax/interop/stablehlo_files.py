@@ -13,7 +13,10 @@ from tpp_jax.interop.programs import Program, bind, named
 from tpp_jax.xla.convolution import conv_on_cpu
 
 PLATFORMS = "cpu", "cuda", "rocm", "tpu"
-_CALLBACKS = frozenset({"pure_callback", "io_callback"})
+# Prints are left out, except inside of loops.
+_CALLBACKS = frozenset(
+    {"pure_callback", "io_callback", "debug_callback", "debug_print"}
+)
 _MOST_BYTES = 2**31 - 2**20  # of a flatbuffer, which the file is
 
 
@@ -40,7 +43,7 @@ def write_stablehlo(
             f"the weights take {program.size / 2**30:.1f} GiB, and a StableHLO file "
             "holds 2 GiB: save them with tpp_jax.save_model"
         )
-    calls = {x: at for x, at in program.operations().items() if x in _CALLBACKS}
+    calls = {x: at for x, at in program.met.operations.items() if x in _CALLBACKS}
     if calls:
         raise TPPError(
             f"the model calls Python while it runs, by {named(calls)}: a file cannot "
