@@ -22,6 +22,7 @@ from jax.core import Tracer, eval_context
 from jax.extend import core as jex_core
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import on_host
 from tpp_jax.graph.functions import apart, as_function, is_array
 from tpp_jax.graph.naming import leaf_name
 from tpp_jax.graph.tracing import source_line
@@ -164,6 +165,8 @@ def program_of(
         isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(function.params)
     ):
         raise TPPError("the model's weights are abstract: there is nothing to export")
+    own = jax.tree.map(_undivided, function.params)
+    function = dataclasses.replace(function, params=own)
 
     # The weights are arguments, since a model may change its state while it runs.
     given, call = apart(
@@ -209,9 +212,9 @@ def _shapes(given: Any, names: Sequence[str]) -> Any:
     for x, name in zip(leaves, names, strict=True):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             raise TPPError(
-                f"the input {name} is a random key, which other runtimes do not have: "
-                "pass jax.random.key_data(key), and call jax.random.wrap_key_data in "
-                "the model"
+                f"the input {name} is a random key, which files cannot have: leave it "
+                "out if it is for dropout, or pass jax.random.key_data(key) to a model "
+                "that calls jax.random.wrap_key_data"
             )
         if not jnp.issubdtype(x.dtype, np.number) and x.dtype != np.bool_:
             raise TPPError(
@@ -222,6 +225,13 @@ def _shapes(given: Any, names: Sequence[str]) -> Any:
     return structure.unflatten(
         [jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in pairs]
     )
+
+
+def _undivided(x: Any) -> Any:
+    """Returns an array that is not divided among devices, as the file's are not."""
+    if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
+        return x
+    return x if jnp.issubdtype(x.dtype, jax.dtypes.extended) else on_host(x)
 
 
 def named(operations: dict[str, str]) -> str:

@@ -35,9 +35,14 @@ def write_stablehlo(
       platforms: Platforms that the file is for, as JAX names them.
 
     Raises:
-      TPPError: An operation has no form for one of the platforms, or the weights are
-        too large for one file.
+      TPPError: A platform is unknown, an operation has no form for one of them, or the
+        weights are too large for one file.
     """
+    if not platforms or not {*platforms} <= {*PLATFORMS}:
+        raise TPPError(
+            f"platforms={platforms!r} is not a tuple of names of platforms: choose "
+            f"from {', '.join(PLATFORMS)}"
+        )
     if program.size > _MOST_BYTES:
         raise TPPError(
             f"the weights take {program.size / 2**30:.1f} GiB, and a StableHLO file "
@@ -80,12 +85,24 @@ def run_stablehlo(
       path: Path of a file that was written with the same program.
       program: Program, for the structure of its arguments.
       arrays: Arrays of the inputs, in order.
+
+    Raises:
+      TPPError: The file is for other platforms.
     """
     inputs, kwargs = jax.tree.unflatten(
         jax.tree.structure(_arguments(program)), list(arrays)
     )
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
-    outputs = exported.call(*inputs, **kwargs)
+    try:
+        outputs = exported.call(*inputs, **kwargs)
+    except ValueError as error:
+        if "was exported for platforms" not in str(error):
+            raise
+        raise TPPError(
+            f"a file for {', '.join(exported.platforms)} cannot be compared in a "
+            f"process on {jax.default_backend()}: name this platform too, or export "
+            "on the other"
+        ) from error
     if not _is_plain(program.outputs):
         outputs = [outputs[name] for name in program.output_names]
     return [np.asarray(x) for x in jax.tree.leaves(outputs)]
