@@ -102,25 +102,34 @@ def _product(eqn: Any, values: list[Any]) -> Any:
 
 
 def _pooled(function: Callable[..., Any], border: float) -> Callable[..., Any]:
-    """Returns the form of a pooling of images, channels last."""
+    """Returns the form of a pooling over some axes, all others of which are kept."""
 
     def form(eqn: Any, values: list[Any]) -> Any:
         [value] = values
         window, strides = (
             tuple(eqn.params[name]) for name in ("window_dimensions", "window_strides")
         )
-        dilations = (*eqn.params["base_dilation"], *eqn.params["window_dilation"])
+        dilations = {*eqn.params["base_dilation"], *eqn.params["window_dilation"]}
         padding = tuple(map(tuple, eqn.params["padding"]))
-        outer = {window[0], window[-1], strides[0], strides[-1], *dilations}
-        if value.ndim != 4 or outer != {1} or not _is_plain_float(value.dtype):
-            return None
-        if padding[0] != (0, 0) or padding[-1] != (0, 0):
+        settings = zip(window, strides, padding, strict=True)
+        kept = [i for i, one in enumerate(settings) if one == (1, 1, (0, 0))]
+        if len(kept) < 2 or dilations != {1} or not _is_plain_float(value.dtype):
             return None
         if any(map(any, padding)):
             value = jnp.pad(value, padding, constant_values=border)
+        # First axes of examples and last ones of channels, as images have them.
+        pooled_axes = [i for i in range(value.ndim) if i not in kept]
+        if len(pooled_axes) < value.ndim - 2:  # one-dimensional windows of images
+            pooled_axes = sorted({*pooled_axes, *kept[1:-1]})
+        ends = [i for i in range(value.ndim) if i not in pooled_axes]
+        order = [ends[0], *pooled_axes, ends[1]]
         pooled = function(
-            value, window_shape=window[1:3], strides=strides[1:3], padding="VALID"
+            _moved(value, order),
+            window_shape=tuple(window[i] for i in pooled_axes),
+            strides=tuple(strides[i] for i in pooled_axes),
+            padding="VALID",
         )
+        pooled = _moved(pooled, [order.index(i) for i in range(value.ndim)])
         return pooled * math.prod(window) if function is nnx.avg_pool else pooled
 
     return form
@@ -134,10 +143,25 @@ def _summed(eqn: Any, values: list[Any]) -> Any:
     return _pooled(nnx.avg_pool, 0.0)(eqn, values)
 
 
+def _joined_arrays(eqn: Any, values: list[Any]) -> Any:
+    """Returns a concatenation without empty arrays, which jax2onnx makes larger."""
+    axis = eqn.params["dimension"]
+    kept = [x for x in values if x.shape[axis] != 0]
+    if len(kept) == len(values) or not kept:
+        return None
+    return jnp.concatenate(kept, axis)
+
+
+def _remainder(_: Any, values: list[Any]) -> Any:
+    return jnp.fmod(*values)
+
+
 _FORMS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "max": _relu,
     "pad": _pad,
     "dot_general": _product,
+    "concatenate": _joined_arrays,
+    "rem": _remainder,
     "reduce_window_max": _max_pooled,
     "reduce_window_sum": _summed,
 }

@@ -123,6 +123,8 @@ class Program:
 
         jax.eval_shape(lambda *arrays: self.run(arrays, step), *self.inputs)
         types.pop(None, None)
+        for x in jax.tree.leaves(self.outputs):
+            types.setdefault(x.dtype, "")
         return Met(operations, types)
 
 
@@ -132,7 +134,7 @@ class Met(NamedTuple):
     Attributes:
       operations: Primitives that depend on the inputs, and those inside them, with the
         line of the model that the first of each comes from, or "".
-      types: Types of their results and of the inputs, likewise.
+      types: Types of their results, and of the program's inputs and outputs, likewise.
     """
 
     operations: dict[str, str]

@@ -65,7 +65,8 @@ def write_stablehlo(
 
     try:
         exported = jax.export.export(jax.jit(call), platforms=tuple(platforms))
-        data = exported(*inputs, **kwargs).serialize()
+        made = exported(*inputs, **kwargs)
+        data = made.serialize()
     except (ValueError, NotImplementedError) as error:
         line = str(error).strip().partition("\n")[0]
         raise TPPError(
@@ -73,6 +74,11 @@ def write_stablehlo(
             f"({line.rstrip('.')}): if it runs on some of them only, name these, as in "
             "platforms=('cuda',)"
         ) from error
+    if made.nr_devices > 1:
+        raise TPPError(
+            f"the program would need {made.nr_devices} devices: export the model "
+            "outside of jax.set_mesh"
+        )
     path.write_bytes(data)
 
 
