@@ -55,6 +55,7 @@ def write_onnx(program: Program, path: pathlib.Path) -> None:
                 opset=OPSET,
                 input_names=program.input_names,
                 output_names=program.output_names,
+                enable_double_precision=_is_double(program),
             )
             lean = without_expansions(with_shared_constants(converted))
         except Exception as error:
@@ -88,6 +89,11 @@ def run_onnx(
         return [np.asarray(x) for x in session.run(None, given)]
     except Exception as error:
         raise _refused(program, "ONNX Runtime does not run", error) from error
+
+
+def _is_double(program: Program) -> bool:
+    """Reports whether a program has numbers of 64 bits."""
+    return any(x in (np.float64, np.int64, np.uint64) for x in program.met.types)
 
 
 def _unshared(inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, ...]:
