@@ -133,17 +133,7 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         found = _written(program, partial, path.suffix, platforms, examples)
-        difference = max(
-            comparing.difference(*pair, program.output_names)
-            for pair in zip(expected, found, strict=True)
-        )
-        if not difference <= allowed:
-            raise TPPError(
-                f"the outputs of the exported model differ from the model's by "
-                f"{difference:.2g} standard deviations, which is more than the "
-                f"tolerance of {allowed:g}, so that nothing was written: if a deep "
-                "network may round that much, pass a larger tolerance"
-            )
+        difference = _checked(program, expected, found, allowed)
         kinds = _operations(partial, path.suffix)
         size = partial.stat().st_size
     checked = Exported(
@@ -184,6 +174,27 @@ def _written(
             write_stablehlo(program, path, platforms)
             run = run_stablehlo
     return [run(path, program, arrays) for arrays in examples]
+
+
+def _checked(
+    program: Program,
+    expected: Sequence[Sequence[Any]],
+    found: Sequence[Sequence[Any]],
+    allowed: float,
+) -> float:
+    """Returns the largest difference of the outputs; raises if it is not allowed."""
+    difference = max(
+        comparing.difference(*pair, program.output_names)
+        for pair in zip(expected, found, strict=True)
+    )
+    if not difference <= allowed:
+        raise TPPError(
+            f"the outputs of the exported model differ from the model's by "
+            f"{difference:.2g} standard deviations, which is more than the tolerance "
+            f"of {allowed:g}, so that nothing was written: if a deep network may round "
+            "that much, pass a larger tolerance"
+        )
+    return difference
 
 
 def _operations(path: pathlib.Path, suffix: str) -> dict[str, int]:
