@@ -16,6 +16,7 @@ from flax import linen, nnx
 import tpp_jax as tpp
 from tests.gallery import others
 from tests.reference import filled
+from tpp_jax.interop import comparing
 
 IMAGES = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
 # A process that has JAX but neither Flax nor this library.
@@ -277,3 +278,112 @@ def test_look_ups_in_weights_are_computed_when_the_file_is_written(tmp_path):
     path = tmp_path / "net.stablehlo"
     checked = tpp.export(net, path, np.ones((2, 7), np.float32), params=params)
     assert checked.difference < 1e-6
+
+
+def odd_forms(p, x, images):
+    """Operations in forms that converters get wrong, or refuse."""
+    window = {"window_dimensions": (1, 1, 2, 2), "padding": "VALID"}
+    strides = {"window_strides": (1, 1, 2, 2)}
+    y = x @ p["w"]  # in bfloat16
+    low = jnp.asarray(jnp.floor(10 * x), jnp.int32)
+    return {
+        "input": x,
+        "weight": p["v"],
+        "twice": (y, y),
+        "columns": jnp.einsum("bd,de->eb", x, p["v"]),
+        "gram": jnp.einsum("bd,be->de", x, x),
+        "remainders": (low % -3, low // 4, jax.lax.rem(x, jnp.float32(0.3)), x % 0.7),
+        "edges": jnp.pad(images, ((0, 0), (1, 2), (2, 1), (0, 0)), mode="edge"),
+        "channels_first": jax.lax.reduce_window(
+            images, -jnp.inf, jax.lax.max, **window, **strides
+        ),
+        "volumes": nnx.avg_pool(images[..., None], (2, 2, 2), strides=(2, 2, 2)),
+        "sum_of_batch": jax.lax.fori_loop(
+            0, 3, lambda i, s: s + jnp.arange(x.shape[0]).sum(), 0
+        ),
+        "mean_of_batch": x / x.shape[0],
+        "nan": jnp.log(x),
+    }
+
+
+@pytest.mark.parametrize("suffix", ["stablehlo", "onnx"])
+def test_odd_forms_compute_the_same_for_other_batches(suffix, tmp_path):
+    draws = np.random.default_rng(4)
+    shapes = {"x": (3, 4), "images": (3, 8, 8, 4)}
+    params = {"v": draws.normal(size=(4, 4)).astype(np.float32)}
+    params["w"] = jnp.asarray(params["v"], jnp.bfloat16)
+    given = [draws.normal(size=shape) for shape in shapes.values()]  # in float64
+    checked = tpp.export(odd_forms, tmp_path / f"odd.{suffix}", *given, params=params)
+    assert checked.inputs["x"] == "float32[batch, 4]"
+    others = {
+        name: draws.normal(size=(5, *shape[1:])).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    expected = jax.tree.leaves(jax.jit(odd_forms)(params, *others.values()))
+    if suffix == "onnx":
+        found = run(checked.path, **others)
+    else:
+        net = jax.export.deserialize(bytearray(checked.path.read_bytes()))
+        found = jax.tree.leaves(net.call(*others.values()))
+    for one, other in zip(expected, found, strict=True):
+        assert one.dtype == other.dtype
+        wide = (np.asarray(value, np.float64) for value in (one, other))
+        np.testing.assert_allclose(*wide, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["stablehlo", "onnx"])
+def test_names_are_unique(suffix, tmp_path):
+    def net(p, output):
+        return {"a.b": output @ p["w"], "a": {"b": -output}}
+
+    params = {"w": np.ones((2, 2), np.float32)}
+    path = tmp_path / f"net.{suffix}"
+    checked = tpp.export(net, path, np.ones((3, 2), np.float32), params=params)
+    assert len({*checked.inputs, *checked.outputs}) == 3
+
+
+def test_a_file_that_gives_nan_or_another_type_differs():
+    a = np.array([1.0, 2.0, np.nan], np.float32)
+    b = np.array([1.0, np.nan, np.nan], np.float32)
+    assert comparing.difference([a], [a], ["output"]) == 0
+    assert comparing.difference([a], [b], ["output"]) == np.inf
+    assert comparing.difference([b], [a], ["output"]) == np.inf
+    with pytest.raises(tpp.TPPError, match=r"float64\[3\] instead of float32\[3\]"):
+        comparing.difference([a], [a.astype(np.float64)], ["output"])
+    level = np.array([1000, 1000.0001], np.float32)  # their difference is rounding
+    assert comparing.difference([level], [level[::-1]], ["output"]) < 1e-4
+
+
+def test_outputs_that_do_not_depend_on_inputs_are_a_warning(tmp_path):
+    zeros = nnx.initializers.zeros_init()
+    model = nnx.Linear(3, 2, kernel_init=zeros, rngs=nnx.Rngs(0))
+    with pytest.warns(UserWarning, match="do not depend on its inputs"):
+        tpp.export(model, tmp_path / "zero.stablehlo", jnp.ones((4, 3)))
+
+
+def test_half_precision_is_compared_up_to_its_rounding(tmp_path):
+    def create():
+        half = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+        layers = nnx.Linear(4, 8, **half), nnx.BatchNorm(8, **half), nnx.relu
+        return nnx.Sequential(*layers, nnx.Linear(8, 8, **half))
+
+    model = filled(create)
+    x = np.random.default_rng(5).normal(size=(6, 4)).astype(np.float32)
+    tpp.export(model, tmp_path / "half.stablehlo", x)
+    with pytest.raises(tpp.TPPError, match=r"bfloat16 .*to float32, or export to"):
+        tpp.export(model, tmp_path / "half.onnx", x)
+    assert not [*tmp_path.glob("*.onnx*")]
+
+
+def test_divided_weights_become_one_file(tmp_path):
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=explicit)
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "d"))
+    params = {"w": jax.device_put(np.eye(8, dtype=np.float32), divided)}
+    path = tmp_path / "net.stablehlo"
+    tpp.export(
+        lambda p, x: x @ p["w"], path, np.ones((2, 8), np.float32), params=params
+    )
+    net = jax.export.deserialize(bytearray(path.read_bytes()))
+    assert net.nr_devices == 1
+    np.testing.assert_array_equal(net.call(np.ones((3, 8), np.float32)), 1)

@@ -45,6 +45,20 @@ def exports() -> Cases:
     yield "an operation that ONNX lacks", calling
     calling = made(_called_back, "net.stablehlo", x, params=params)
     yield "an operation that a file cannot hold", calling
+    yield "a random key as an input", made(linear, "net.onnx", x, jax.random.key(0))
+    yield "an input of text", made(linear, "net.onnx", np.array(["a", "b"]))
+    silent = made(lambda p, x: None, "net.onnx", x, params=params)
+    yield "a model without outputs", silent
+    cuda = made(linear, "net.stablehlo", x, platforms="cuda")
+    yield "platforms of a file that are one string", cuda
+    elsewhere = made(linear, "net.stablehlo", x, platforms=("tpu",))
+    yield "a file for platforms that are not here", elsewhere
+
+    def folder_of(folder: pathlib.Path) -> Any:
+        (folder / "net.onnx").mkdir()
+        return tpp.export(linear, folder / "net.onnx", x)
+
+    yield "a file that is a folder", folder_of
     strict = made(linear, "net.onnx", jnp.full((4, 3), 0.1), tolerance=-1.0)
     yield "a tolerance that no file meets", strict
 

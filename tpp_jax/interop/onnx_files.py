@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from tpp_jax.errors import TPPError, require
 from tpp_jax.interop.onnx_graphs import with_shared_constants, without_expansions
@@ -48,28 +50,30 @@ def write_onnx(program: Program, path: pathlib.Path) -> None:
 
         try:
             converted = to_onnx(
-                lambda *arrays: tuple(program.run(arrays, emitter())),
+                lambda *arrays: _unshared(arrays, program.run(arrays, emitter())),
                 inputs=program.inputs,
                 opset=OPSET,
                 input_names=program.input_names,
                 output_names=program.output_names,
+                enable_double_precision=_is_double(program),
             )
+            lean = without_expansions(with_shared_constants(converted))
         except Exception as error:
-            line = str(error).strip().partition("\n")[0]
-            raise TPPError(
-                f"jax2onnx cannot convert the model: {line or type(error).__name__}. "
-                "Export to .stablehlo, or with dynamic_batch=False if a size of the "
-                "inputs is the cause"
-            ) from error
-        lean = without_expansions(with_shared_constants(converted))
-    path.write_bytes(_simplified(lean))
+            raise _refused(program, "jax2onnx does not convert", error) from error
+        try:
+            path.write_bytes(_simplified(lean))
+        except Exception as error:
+            raise _refused(program, "ONNX Runtime does not run", error) from error
 
 
-def run_onnx(path: pathlib.Path, arrays: Sequence[Any]) -> list[np.ndarray]:
+def run_onnx(
+    path: pathlib.Path, program: Program, arrays: Sequence[Any]
+) -> list[np.ndarray]:
     """Returns the outputs of a file in ONNX Runtime on the CPU.
 
     Args:
-      path: Path of the file.
+      path: Path of a file that was written with the same program.
+      program: Program, for the names of its inputs.
       arrays: Arrays of the inputs, in order.
 
     Raises:
@@ -81,12 +85,48 @@ def run_onnx(path: pathlib.Path, arrays: Sequence[Any]) -> list[np.ndarray]:
         session = onnxruntime.InferenceSession(
             path.read_bytes(), _options(), providers=["CPUExecutionProvider"]
         )
-        names = [one.name for one in session.get_inputs()]
-        given = dict(zip(names, map(np.asarray, arrays), strict=True))
+        given = dict(zip(program.input_names, map(np.asarray, arrays), strict=True))
         return [np.asarray(x) for x in session.run(None, given)]
     except Exception as error:
-        line = str(error).strip().rpartition("\n")[2]
-        raise TPPError(f"ONNX Runtime does not run the model: {line}") from error
+        raise _refused(program, "ONNX Runtime does not run", error) from error
+
+
+def _is_double(program: Program) -> bool:
+    """Reports whether a program has numbers of 64 bits."""
+    return any(x in (np.float64, np.int64, np.uint64) for x in program.met.types)
+
+
+def _unshared(inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns outputs none of which is an input, or the same as another.
+
+    Values of ONNX have one name each.
+    """
+    met, found = {id(x) for x in inputs}, []
+    for x in outputs:
+        found.append(lax.copy_p.bind(x) if id(x) in met else x)
+        met.add(id(x))
+    return tuple(found)
+
+
+def _refused(program: Program, what: str, error: Exception) -> TPPError:
+    """Returns the error for a program that others cannot convert or run."""
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    text = f"{what} the model: {line.rstrip('.')}"
+    for dtype, at in program.met.types.items():
+        where = f" ({at})" if at else ""
+        if dtype == jnp.bfloat16:
+            return TPPError(
+                f"{text}. It computes in bfloat16{where}: convert its weights and "
+                "inputs to float32, or export to .stablehlo"
+            )
+        if jnp.issubdtype(dtype, np.complexfloating):
+            return TPPError(
+                f"{text}. It has complex numbers{where}: export to .stablehlo"
+            )
+    return TPPError(
+        f"{text}. Export to .stablehlo, or with dynamic_batch=False if a size of the "
+        "inputs is the cause"
+    )
 
 
 def operations_in(path: pathlib.Path) -> dict[str, int]:
@@ -127,7 +167,7 @@ def _check_operations(program: Program) -> None:
     """Raises if an operation that depends on the inputs has no equivalent."""
     with _quiet_logs():
         known = _convertible()
-    found = program.operations()
+    found = program.met.operations
     missing = {name: line for name, line in found.items() if name not in known}
     if missing:
         raise TPPError(
@@ -150,15 +190,9 @@ def _simplified(converted: Any) -> bytes:
         options.optimized_model_filepath = str(file)
         level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.graph_optimization_level = level
-        try:
-            onnxruntime.InferenceSession(
-                converted.SerializeToString(),
-                options,
-                providers=["CPUExecutionProvider"],
-            )
-        except Exception as error:
-            line = str(error).strip().rpartition("\n")[2]
-            raise TPPError(f"ONNX Runtime does not run the model: {line}") from error
+        onnxruntime.InferenceSession(
+            converted.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
         model = onnx.load(file)
     used = {node.domain for node in model.graph.node} | {""}
     kept = [one for one in model.opset_import if one.domain in used]

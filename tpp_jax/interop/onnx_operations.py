@@ -74,59 +74,62 @@ def _pad(eqn: Any, values: list[Any]) -> Any:
 
 def _product(eqn: Any, values: list[Any]) -> Any:
     """Returns a product of any axes as a product of matrices."""
-    left, right = values
     (by, by_right), (along, along_right) = eqn.params["dimension_numbers"]
     result = eqn.outvars[0].aval
-    if left.dtype != right.dtype or result.dtype != left.dtype:
+    if jnp.promote_types(*(x.dtype for x in values)) != result.dtype:
         return None
+    left, right = (_converted(x, result.dtype) for x in values)
     free = [i for i in range(left.ndim) if i not in (*along, *by)]
     others = [i for i in range(right.ndim) if i not in (*along_right, *by_right)]
-    contracted = _all(left.shape[i] for i in by)
-    if contracted is None:
-        return None
-    right = _moved(right, [*along_right, *by_right, *others])
-    columns = _all(right.shape[len(along) + len(by) :])
-    if columns is None:
-        return None
     left = _moved(left, [*along, *free, *by])
-    shared = left.shape[: len(along)]
+    right = _moved(right, [*along_right, *by_right, *others])
+    shared, rows = left.shape[: len(along)], left.shape[len(along) :][: len(free)]
+    contracted = _joined(left.shape[len(along) + len(free) :])
+    columns = _joined(right.shape[len(along) + len(by) :])
     if not by:
         left = _shaped(left, (*left.shape, *[1] * len(others)))
         over = [1] * len(free)
         return jnp.multiply(
             left, _shaped(right, (*shared, *over, *right.shape[len(along) :]))
         )
-    if along:
-        rows = _all(left.shape[len(along) : left.ndim - len(by)])
-        if rows is None:
-            return None
-        left = _shaped(left, (*shared, rows, contracted))
-    else:  # several axes of rows are as good as one
-        left = _shaped(left, (*left.shape[: len(free)], contracted))
+    if along:  # otherwise several axes of rows are as good as one
+        rows = (_joined(rows),)
+    if any(size is None for size in (contracted, columns, *rows)):
+        return None
+    left = _shaped(left, (*shared, *rows, contracted))
     right = _shaped(right, (*shared, contracted, columns))
     return _shaped(jnp.matmul(left, right), result.shape)
 
 
 def _pooled(function: Callable[..., Any], border: float) -> Callable[..., Any]:
-    """Returns the form of a pooling of images, channels last."""
+    """Returns the form of a pooling over some axes, all others of which are kept."""
 
     def form(eqn: Any, values: list[Any]) -> Any:
         [value] = values
         window, strides = (
             tuple(eqn.params[name]) for name in ("window_dimensions", "window_strides")
         )
-        dilations = (*eqn.params["base_dilation"], *eqn.params["window_dilation"])
+        dilations = {*eqn.params["base_dilation"], *eqn.params["window_dilation"]}
         padding = tuple(map(tuple, eqn.params["padding"]))
-        outer = {window[0], window[-1], strides[0], strides[-1], *dilations}
-        if value.ndim != 4 or outer != {1} or not _is_plain_float(value.dtype):
-            return None
-        if padding[0] != (0, 0) or padding[-1] != (0, 0):
+        settings = zip(window, strides, padding, strict=True)
+        kept = [i for i, one in enumerate(settings) if one == (1, 1, (0, 0))]
+        if len(kept) < 2 or dilations != {1} or not _is_plain_float(value.dtype):
             return None
         if any(map(any, padding)):
             value = jnp.pad(value, padding, constant_values=border)
+        # First axes of examples and last ones of channels, as images have them.
+        pooled_axes = [i for i in range(value.ndim) if i not in kept]
+        if len(pooled_axes) < value.ndim - 2:  # one-dimensional windows of images
+            pooled_axes = sorted({*pooled_axes, *kept[1:-1]})
+        ends = [i for i in range(value.ndim) if i not in pooled_axes]
+        order = [ends[0], *pooled_axes, ends[1]]
         pooled = function(
-            value, window_shape=window[1:3], strides=strides[1:3], padding="VALID"
+            _moved(value, order),
+            window_shape=tuple(window[i] for i in pooled_axes),
+            strides=tuple(strides[i] for i in pooled_axes),
+            padding="VALID",
         )
+        pooled = _moved(pooled, [order.index(i) for i in range(value.ndim)])
         return pooled * math.prod(window) if function is nnx.avg_pool else pooled
 
     return form
@@ -140,10 +143,25 @@ def _summed(eqn: Any, values: list[Any]) -> Any:
     return _pooled(nnx.avg_pool, 0.0)(eqn, values)
 
 
+def _joined_arrays(eqn: Any, values: list[Any]) -> Any:
+    """Returns a concatenation without empty arrays, which jax2onnx makes larger."""
+    axis = eqn.params["dimension"]
+    kept = [x for x in values if x.shape[axis] != 0]
+    if len(kept) == len(values) or not kept:
+        return None
+    return jnp.concatenate(kept, axis)
+
+
+def _remainder(_: Any, values: list[Any]) -> Any:
+    return jnp.fmod(*values)
+
+
 _FORMS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "max": _relu,
     "pad": _pad,
     "dot_general": _product,
+    "concatenate": _joined_arrays,
+    "rem": _remainder,
     "reduce_window_max": _max_pooled,
     "reduce_window_sum": _summed,
 }
@@ -159,10 +177,17 @@ def _is_plain_float(dtype: Any) -> bool:
     return jnp.dtype(dtype) in (jnp.float32, jnp.float64, jnp.float16)
 
 
-def _all(sizes: Any) -> int | None:
-    """Returns the product of sizes; None if it is not a number."""
+def _joined(sizes: Sequence[Any]) -> Any:
+    """Returns the size of several axes as one; None if it is not known."""
     product = math.prod(sizes)
-    return product if isinstance(product, int) else None
+    return product if len(sizes) == 1 or isinstance(product, int) else None
+
+
+def _converted(value: Any, dtype: Any) -> Any:
+    if value.dtype == dtype:
+        return value
+    is_traced = isinstance(value, Tracer)
+    return value.astype(dtype) if is_traced else np.asarray(value).astype(dtype)
 
 
 def _moved(value: Any, order: Sequence[int]) -> Any:

@@ -6,22 +6,27 @@ constants alone are computed here, and calls of functions are entered.
 """
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from jax.core import Tracer, eval_context
+from jax.extend import core as jex_core
 
 from tpp_jax.errors import TPPError
+from tpp_jax.graph.arrays import on_host
 from tpp_jax.graph.functions import apart, as_function, is_array
 from tpp_jax.graph.naming import leaf_name
 from tpp_jax.graph.tracing import source_line
+from tpp_jax.graph.unfolding import CALLS
 from tpp_jax.pruning.folding import folded_params
 from tpp_jax.pruning.replay import replay
 
@@ -96,20 +101,44 @@ class Program:
         values = [*self.weights, *arrays]
         return replay(jaxpr.jaxpr, jaxpr.consts, values, lambda x: x, folded)
 
-    def operations(self) -> dict[str, str]:
-        """Returns the primitives that depend on the inputs, with a line of each.
+    @functools.cached_property
+    def met(self) -> "Met":
+        """Operations and types that depend on the inputs."""
+        operations: dict[str, str] = {}
+        types = {x.dtype: "" for x in self.inputs}
 
-        The line is that of the model which the first of them comes from, or "".
-        """
-        found: dict[str, str] = {}
+        def note(eqn: Any) -> None:
+            line = source_line(eqn.source_info)
+            if eqn.primitive.name not in CALLS:
+                operations.setdefault(eqn.primitive.name, line)
+            for var in eqn.outvars:
+                types.setdefault(getattr(var.aval, "dtype", None), line)
+            for jaxpr in jex_core.jaxprs_in_params(eqn.params):
+                for inner in jaxpr.eqns:
+                    note(inner)
 
         def step(eqn: Any, values: list[Any]) -> list[Any]:
-            line = source_line(eqn.source_info)
-            found.setdefault(eqn.primitive.name, line)
+            note(eqn)
             return bind(eqn, values)
 
         jax.eval_shape(lambda *arrays: self.run(arrays, step), *self.inputs)
-        return found
+        types.pop(None, None)
+        for x in jax.tree.leaves(self.outputs):
+            types.setdefault(x.dtype, "")
+        return Met(operations, types)
+
+
+class Met(NamedTuple):
+    """What a program consists of.
+
+    Attributes:
+      operations: Primitives that depend on the inputs, and those inside them, with the
+        line of the model that the first of each comes from, or "".
+      types: Types of their results, and of the program's inputs and outputs, likewise.
+    """
+
+    operations: dict[str, str]
+    types: dict[Any, str]
 
 
 def program_of(
@@ -138,15 +167,16 @@ def program_of(
         isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(function.params)
     ):
         raise TPPError("the model's weights are abstract: there is nothing to export")
+    own = jax.tree.map(_undivided, function.params)
+    function = dataclasses.replace(function, params=own)
 
     # The weights are arguments, since a model may change its state while it runs.
     given, call = apart(
         lambda tree, params: function.call(params, *tree[0], **tree[1]),
         (inputs, kwargs),
     )
-    if not jax.tree.leaves(given):
-        raise TPPError("the inputs are missing: export(model, path, *inputs)")
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+    names = _input_names(model, given)
+    shapes = _shapes(given, names)
     fixed = all(_is_fixed(x.shape) for x in jax.tree.leaves(shapes))
     arguments = _with_any_batch(shapes) if dynamic_batch and fixed else shapes
     folded = folded_params(function, *jax.tree.map(with_sizes, (inputs, kwargs)))
@@ -162,16 +192,48 @@ def program_of(
             raise
         jax.eval_shape(flat, weights, shapes)  # raises if the batch is not the cause
         raise not_any_batch(error) from error
+    if not jax.tree.leaves(outputs):
+        raise TPPError("the model returns no arrays: there is nothing to export")
     run = jax.jit(call)
     return Program(
         call=lambda tree: run(tree, function.params),
         arguments=arguments,
         outputs=outputs,
-        input_names=_input_names(model, arguments),
-        output_names=_names(outputs, "output"),
+        input_names=names,
+        output_names=_output_names(outputs, names),
         jaxpr=jaxpr,
         weights=tuple(weights),
     )
+
+
+def _shapes(given: Any, names: Sequence[str]) -> Any:
+    """Returns shapes of inputs, and the types that JAX converts them to."""
+    leaves, structure = jax.tree.flatten(given)
+    if not leaves:
+        raise TPPError("the inputs are missing: export(model, path, *inputs)")
+    for x, name in zip(leaves, names, strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            raise TPPError(
+                f"the input {name} is a random key, which files cannot have: leave it "
+                "out if it is for dropout, or pass jax.random.key_data(key) to a model "
+                "that calls jax.random.wrap_key_data"
+            )
+        if not jnp.issubdtype(x.dtype, np.number) and x.dtype != np.bool_:
+            raise TPPError(
+                f"the input {name} holds {x.dtype}: pass an array of numbers instead"
+            )
+    types = (jax.dtypes.canonicalize_dtype(x.dtype) for x in leaves)
+    pairs = zip(leaves, types, strict=True)
+    return structure.unflatten(
+        [jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in pairs]
+    )
+
+
+def _undivided(x: Any) -> Any:
+    """Returns an array that is not divided among devices, as the file's are not."""
+    if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
+        return x
+    return x if jnp.issubdtype(x.dtype, jax.dtypes.extended) else on_host(x)
 
 
 def named(operations: dict[str, str]) -> str:
@@ -214,12 +276,12 @@ def _with_any_batch(shapes: Any) -> Any:
     return jax.tree.map(own, shapes)
 
 
-def with_sizes(x: Any, size: int = 4) -> Any:
+def with_sizes(x: Any, sizes: Mapping[str, int] = MappingProxyType({})) -> Any:
     """Returns the shape and type of an array with numbers for its symbolic sizes.
 
     Args:
       x: Array, or its shape and type; other objects are returned as they are.
-      size: Number for each symbolic size.
+      sizes: Number for each symbolic size, by its name; 4 for those that are not here.
 
     Raises:
       TPPError: A size is an expression.
@@ -232,8 +294,8 @@ def with_sizes(x: Any, size: int = 4) -> Any:
                 f"the size {n} of an input cannot be tried: give every symbolic size a "
                 "name of its own"
             )
-    sizes = (n if isinstance(n, int) else size for n in x.shape)
-    return jax.ShapeDtypeStruct(tuple(sizes), x.dtype)
+    shape = (n if isinstance(n, int) else sizes.get(str(n), 4) for n in x.shape)
+    return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 
 def _is_fixed(shape: Sequence[Any]) -> bool:
@@ -259,17 +321,23 @@ def _can_be_computed(eqn: Any, values: Sequence[Any]) -> bool:
     shapes = [getattr(var.aval, "shape", None) for var in eqn.outvars]
     if any(shape is None or not _is_fixed(shape) for shape in shapes):
         return False
-    if any(_names_symbol(value) for value in eqn.params.values()):
+    if _names_symbol(eqn):
         return False
     entries = sum(math.prod(shape) for shape in shapes if shape is not None)
     return entries <= max(_MOST_ENTRIES, 2 * sum(np.size(x) for x in values))
 
 
-def _names_symbol(value: Any) -> bool:
-    """Reports whether a parameter of an operation has a symbolic size in it."""
-    if isinstance(value, tuple | list):
-        return any(map(_names_symbol, value))
-    return jax.export.is_symbolic_dim(value)
+def _names_symbol(eqn: Any) -> bool:
+    """Reports whether an operation, or one inside it, has a symbolic size in it."""
+    values = [*eqn.params.values()]
+    while values:
+        value = values.pop()
+        if isinstance(value, tuple | list):
+            values += value
+        elif jax.export.is_symbolic_dim(value):
+            return True
+    inner = jex_core.jaxprs_in_params(eqn.params)
+    return any(_names_symbol(one) for jaxpr in inner for one in jaxpr.eqns)
 
 
 def _same_operand(eqn: Any, values: Sequence[Any]) -> Any:
@@ -313,6 +381,15 @@ def _input_names(model: Any, arguments: Any) -> tuple[str, ...]:
     if len(set(found)) < len(found):
         return tuple(f"input_{i}" for i in range(len(found)))
     return tuple(found)
+
+
+def _output_names(outputs: Any, taken: Sequence[str]) -> tuple[str, ...]:
+    """Returns names of the outputs, other than those of the inputs."""
+    found = _names(outputs, "output")
+    if len({*found, *taken}) == len(found) + len(taken):
+        return found
+    free = (f"result_{i}" for i in itertools.count())
+    return tuple(itertools.islice((x for x in free if x not in taken), len(found)))
 
 
 def _parameters(model: Any) -> list[str]:

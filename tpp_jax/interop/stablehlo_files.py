@@ -13,7 +13,10 @@ from tpp_jax.interop.programs import Program, bind, named
 from tpp_jax.xla.convolution import conv_on_cpu
 
 PLATFORMS = "cpu", "cuda", "rocm", "tpu"
-_CALLBACKS = frozenset({"pure_callback", "io_callback"})
+# Prints are left out, except inside of loops.
+_CALLBACKS = frozenset(
+    {"pure_callback", "io_callback", "debug_callback", "debug_print"}
+)
 _MOST_BYTES = 2**31 - 2**20  # of a flatbuffer, which the file is
 
 
@@ -32,15 +35,20 @@ def write_stablehlo(
       platforms: Platforms that the file is for, as JAX names them.
 
     Raises:
-      TPPError: An operation has no form for one of the platforms, or the weights are
-        too large for one file.
+      TPPError: A platform is unknown, an operation has no form for one of them, or the
+        weights are too large for one file.
     """
+    if not platforms or not {*platforms} <= {*PLATFORMS}:
+        raise TPPError(
+            f"platforms={platforms!r} is not a tuple of names of platforms: choose "
+            f"from {', '.join(PLATFORMS)}"
+        )
     if program.size > _MOST_BYTES:
         raise TPPError(
             f"the weights take {program.size / 2**30:.1f} GiB, and a StableHLO file "
             "holds 2 GiB: save them with tpp_jax.save_model"
         )
-    calls = {x: at for x, at in program.operations().items() if x in _CALLBACKS}
+    calls = {x: at for x, at in program.met.operations.items() if x in _CALLBACKS}
     if calls:
         raise TPPError(
             f"the model calls Python while it runs, by {named(calls)}: a file cannot "
@@ -57,7 +65,8 @@ def write_stablehlo(
 
     try:
         exported = jax.export.export(jax.jit(call), platforms=tuple(platforms))
-        data = exported(*inputs, **kwargs).serialize()
+        made = exported(*inputs, **kwargs)
+        data = made.serialize()
     except (ValueError, NotImplementedError) as error:
         line = str(error).strip().partition("\n")[0]
         raise TPPError(
@@ -65,6 +74,11 @@ def write_stablehlo(
             f"({line.rstrip('.')}): if it runs on some of them only, name these, as in "
             "platforms=('cuda',)"
         ) from error
+    if made.nr_devices > 1:
+        raise TPPError(
+            f"the program would need {made.nr_devices} devices: export the model "
+            "outside of jax.set_mesh"
+        )
     path.write_bytes(data)
 
 
@@ -77,12 +91,24 @@ def run_stablehlo(
       path: Path of a file that was written with the same program.
       program: Program, for the structure of its arguments.
       arrays: Arrays of the inputs, in order.
+
+    Raises:
+      TPPError: The file is for other platforms.
     """
     inputs, kwargs = jax.tree.unflatten(
         jax.tree.structure(_arguments(program)), list(arrays)
     )
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
-    outputs = exported.call(*inputs, **kwargs)
+    try:
+        outputs = exported.call(*inputs, **kwargs)
+    except ValueError as error:
+        if "was exported for platforms" not in str(error):
+            raise
+        raise TPPError(
+            f"a file for {', '.join(exported.platforms)} cannot be compared in a "
+            f"process on {jax.default_backend()}: name this platform too, or export "
+            "on the other"
+        ) from error
     if not _is_plain(program.outputs):
         outputs = [outputs[name] for name in program.output_names]
     return [np.asarray(x) for x in jax.tree.leaves(outputs)]
