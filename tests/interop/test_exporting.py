@@ -387,3 +387,14 @@ def test_divided_weights_become_one_file(tmp_path):
     net = jax.export.deserialize(bytearray(path.read_bytes()))
     assert net.nr_devices == 1
     np.testing.assert_array_equal(net.call(np.ones((3, 8), np.float32)), 1)
+
+
+def test_jax_is_as_before_after_a_conversion(onnx_file):
+    assert onnx_file.difference < 1e-5  # jax2onnx was imported, and ran
+    changed = [
+        f"{module.__name__}.{name}"
+        for module in (jnp, jax.nn, jax.lax, nnx, linen)
+        for name, value in vars(module).items()
+        if str(getattr(value, "__module__", "")).startswith("jax2onnx")
+    ]
+    assert not changed

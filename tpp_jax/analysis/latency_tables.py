@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 from flax import linen, nnx
 from jaxtyping import Array
 
@@ -303,6 +302,8 @@ def _filled(x: jax.ShapeDtypeStruct, draws: np.random.Generator) -> Array:
 
 def _fitted(table: LatencyTable) -> LatencyTable:
     """Returns the table with the weights that fit its networks, by relative error."""
+    import scipy.optimize  # late: it takes long to import
+
     seconds = np.array([network.seconds for network in table.measured])
     parts = np.array([table.parts(network.counts) for network in table.measured])
     relative = parts / seconds[:, None]

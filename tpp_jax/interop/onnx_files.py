@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen, nnx
 from jax import lax
 
 from tpp_jax.errors import TPPError, require
@@ -154,12 +156,15 @@ def _check_packages() -> None:
 @functools.cache
 def _convertible() -> frozenset[str]:
     """Returns the names of the primitives that jax2onnx converts."""
-    from jax2onnx.plugins.plugin_system import (
-        PLUGIN_REGISTRY,
-        import_all_plugins,
-    )
+    # Importing a plugin of jax2onnx 0.17 replaces jnp.cumsum for good.
+    before = [(module, dict(vars(module))) for module in (jnp, jax.nn, lax, nnx, linen)]
+    from jax2onnx.plugins.plugin_system import PLUGIN_REGISTRY, import_all_plugins
 
     import_all_plugins()
+    for module, own in before:
+        for name, value in own.items():
+            if vars(module)[name] is not value:
+                setattr(module, name, value)
     return frozenset(PLUGIN_REGISTRY)
 
 
