@@ -71,6 +71,7 @@ CASES = (
     Case("cifar_resnet56", "0.9", {"ratios": "*layer*.conv1:0.9"}),
     Case("mobilenet_v2"),
     Case("mobilenet_v2", "half of the FLOPs", {"flops": 0.5}),
+    Case("mobilenet_v2", "half, in sixteens", {"flops": 0.5, "round_to": 16}),
     Case("small_decoder"),
     Case("small_decoder", "MLPs 0.75", {"ratios": "*gate_proj:0.75"}),
 )
