@@ -17,9 +17,8 @@ from jax import lax
 from jax.core import Tracer
 
 from tpp_jax.errors import TPPError, require
-from tpp_jax.interop.programs import Program, bind
+from tpp_jax.interop.programs import Program, bind, check_size
 
-_MOST_BYTES = 2**31 - 2**20  # of a flatbuffer, which the file is
 # The form that files of StableHLO are stored in, read; calls of functions entered.
 _READ = (
     "builtin.module(vhlo-legalize-stablehlo,reconcile-unrealized-casts,"
@@ -39,11 +38,7 @@ def write_litert(program: Program, path: pathlib.Path) -> None:
         operation has no equivalent.
     """
     require("litert", "litert_converter", "ai_edge_litert")
-    if program.size > _MOST_BYTES:
-        raise TPPError(
-            f"the weights take {program.size / 2**30:.1f} GiB, and a LiteRT file holds "
-            "2 GiB: save them with tpp_jax.save_model"
-        )
+    check_size(program)
 
     def call(*arrays: Any) -> tuple[Any, ...]:
         return tuple(program.run(arrays, _emit))

@@ -22,11 +22,10 @@ from jax import lax
 from tpp_jax.errors import TPPError, require
 from tpp_jax.interop.onnx_graphs import with_shared_constants, without_expansions
 from tpp_jax.interop.onnx_operations import emitter
-from tpp_jax.interop.programs import Program, named
+from tpp_jax.interop.programs import Program, check_size, named
 
 OPSET = 21
 _PACKAGES = "onnx", "onnx_ir", "onnxruntime"
-_MOST_BYTES = 2**31 - 2**20  # of a protocol buffer, which the file is
 
 
 def write_onnx(program: Program, path: pathlib.Path) -> None:
@@ -41,11 +40,7 @@ def write_onnx(program: Program, path: pathlib.Path) -> None:
         operation has no equivalent.
     """
     _check_packages()
-    if program.size > _MOST_BYTES:
-        raise TPPError(
-            f"the weights take {program.size / 2**30:.1f} GiB, and an ONNX file holds "
-            "2 GiB: convert them to a smaller type first"
-        )
+    check_size(program)
     _check_operations(program)
     with _quiet_logs():
         from jax2onnx import to_onnx

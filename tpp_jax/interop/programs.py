@@ -32,6 +32,7 @@ from tpp_jax.pruning.replay import replay
 
 # Constants are broadcast in the file up to this many entries, above when it runs.
 _MOST_ENTRIES = 1 << 20
+_MOST_BYTES = 2**31 - 2**20  # of a file
 # What only matters to the compiler, or to a mesh of devices.
 _TRANSPARENT = frozenset({"optimization_barrier", "sharding_constraint", "copy_p"})
 _PRINTS = frozenset({"debug_callback", "debug_print"})
@@ -234,6 +235,18 @@ def _undivided(x: Any) -> Any:
     if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
         return x
     return x if jnp.issubdtype(x.dtype, jax.dtypes.extended) else on_host(x)
+
+
+def check_size(program: Program) -> None:
+    """Raises if the weights are too large for a file, whatever its format.
+
+    All formats are protocol buffers or flatbuffers, whose offsets have 32 bits.
+    """
+    if program.size > _MOST_BYTES:
+        raise TPPError(
+            f"the weights take {program.size / 2**30:.1f} GiB, and a file holds 2 GiB: "
+            "convert them to a smaller type, or save them with tpp_jax.save_model"
+        )
 
 
 def named(operations: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from tpp_jax.errors import TPPError
-from tpp_jax.interop.programs import Program, bind, named
+from tpp_jax.interop.programs import Program, bind, check_size, named
 from tpp_jax.xla.convolution import conv_on_cpu
 
 PLATFORMS = "cpu", "cuda", "rocm", "tpu"
@@ -17,7 +17,6 @@ PLATFORMS = "cpu", "cuda", "rocm", "tpu"
 _CALLBACKS = frozenset(
     {"pure_callback", "io_callback", "debug_callback", "debug_print"}
 )
-_MOST_BYTES = 2**31 - 2**20  # of a flatbuffer, which the file is
 
 
 def write_stablehlo(
@@ -43,11 +42,7 @@ def write_stablehlo(
             f"platforms={platforms!r} is not a tuple of names of platforms: choose "
             f"from {', '.join(PLATFORMS)}"
         )
-    if program.size > _MOST_BYTES:
-        raise TPPError(
-            f"the weights take {program.size / 2**30:.1f} GiB, and a StableHLO file "
-            "holds 2 GiB: save them with tpp_jax.save_model"
-        )
+    check_size(program)
     calls = {x: at for x, at in program.met.operations.items() if x in _CALLBACKS}
     if calls:
         raise TPPError(
