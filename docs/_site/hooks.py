@@ -109,5 +109,7 @@ def _notebook(file: pathlib.Path) -> str:
     for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         code = cell["cell_type"] == "code"
+        # The badge is a picture on another server.
+        source = re.sub(r"\[!\[(.*?)\]\(.*?\)\]", r"[\1]", source)
         parts.append(f"```python\n{source}\n```" if code else source)
     return "\n\n".join(parts) + "\n"
