@@ -16,6 +16,9 @@ from mkdocs.structure.pages import Page
 ROOT = pathlib.Path(__file__).parents[2]
 _LOG = logging.getLogger("mkdocs.plugins.tpp_jax")  # its warnings end a strict build
 _LINK = re.compile(r"(\]\()([^)\s#]+)([^)\s]*\))")
+_NAMED = re.compile(
+    r"\[([\w/]+\.md)\](?=\(([\w/.]+\.md))"
+)  # by the file, not by a title
 _FENCE = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(
     r"(<pre.*?</pre>|<a .*?</a>|<h\d.*?</h\d>)"  # left alone
@@ -39,6 +42,10 @@ def on_page_markdown(text: str, *, page: Page, config: MkDocsConfig, **_) -> str
     if page.file.src_uri == "changelog.md" and changes.exists():
         text, folder = changes.read_text(encoding="utf-8"), ROOT
     parts = _FENCE.split(text)
+    parts[::2] = [
+        _NAMED.sub(lambda m: f"[{_title(folder / m[2]) or m[1]}]", part)
+        for part in parts[::2]
+    ]
     parts[::2] = [
         _LINK.sub(lambda m: m[1] + _target(m[2], folder, page, config) + m[3], part)
         for part in parts[::2]
@@ -85,6 +92,13 @@ def _target(link: str, folder: pathlib.Path, page: Page, config: MkDocsConfig) -
         return up + inside.with_suffix(".md").as_posix()
     kind = "tree" if path.is_dir() else "blob"
     return f"{config.repo_url}/{kind}/main/{inside.as_posix()}"
+
+
+def _title(page: pathlib.Path) -> str:
+    """Returns the title of a page, "" if there is none."""
+    if not page.resolve().is_relative_to(ROOT / "docs") or not page.exists():
+        return ""
+    return page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
 
 def _entries() -> dict[str, str]:
