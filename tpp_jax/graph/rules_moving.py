@@ -227,7 +227,8 @@ def gather(ctx: Context) -> list[Axes]:
         if i in along:
             ctx.tie(axis, indices[along[i]])
         elif i in dims.collapsed_slice_dims:
-            ctx.fix(axis, _INDEXED)
+            if i not in ctx.free:
+                ctx.fix(axis, _INDEXED)
         elif sizes[i] == len(axis) and i not in dims.start_index_map:
             whole.append(axis)
         else:
@@ -252,7 +253,8 @@ def scatter(ctx: Context) -> list[Axes]:
         if i in along:
             axis = ctx.tie(axis, indices[along[i]])
         elif i in dims.inserted_window_dims:
-            ctx.fix(axis, _INDEXED)
+            if i not in ctx.free:
+                ctx.fix(axis, _INDEXED)
         else:
             window = updates[next(windows)]
             moved = i in dims.scatter_dims_to_operand_dims
