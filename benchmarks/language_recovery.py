@@ -241,15 +241,15 @@ class Bench:
     def perplexities(self, model: nnx.Module) -> dict[str, dict[str, float]]:
         """Returns the perplexity of each text of the test, and of its first tokens."""
         split = nnx.split(model)
-        nats = {
+        measured = {
             name: [float(nats(*split, x)) for x in batches]
             for name, batches in self.tests.items()
         }
         few = FIRST // (LENGTH * EVALUATED)
         return {
-            "perplexity": {t: float(np.exp(np.mean(x))) for t, x in nats.items()},
+            "perplexity": {t: float(np.exp(np.mean(x))) for t, x in measured.items()},
             "of the first": {
-                t: float(np.exp(np.mean(x[:few]))) for t, x in nats.items()
+                t: float(np.exp(np.mean(x[:few]))) for t, x in measured.items()
             },
         }
 
