@@ -315,8 +315,8 @@ class Bench:
                 name, tx = f"rate {rate}", falling(rate, TRIED_STEPS)
                 model = self.train(model, tx, TRIED_STEPS, 0, name)
                 tokens = self.tests[next(iter(self.tests))][:4]
-                nats = [nats(*nnx.split(model), batch) for batch in tokens]
-                tried[str(rate)] = float(np.exp(np.mean(nats)))
+                losses = [nats(*nnx.split(model), batch) for batch in tokens]
+                tried[str(rate)] = float(np.exp(np.mean(losses)))
                 machine.write(NAME, self.record)
                 self.train.forget(name)
         return float(min(tried, key=tried.__getitem__))
