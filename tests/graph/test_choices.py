@@ -257,6 +257,25 @@ def ranked(p, h):
     return run_all(p, h, jnp.einsum("bk,bke->be", best, jax.nn.one_hot(places, 6)))
 
 
+def in_groups(p, h):
+    """Experts of the best group only, as in DeepSeek-V3."""
+    scores = jax.nn.sigmoid(h @ p["router"]).reshape(-1, 3, 2)
+    _, groups = jax.lax.top_k(scores.max(-1), 2)
+    allowed = jax.nn.one_hot(groups, 3).sum(1)[..., None] > 0
+    scores = jnp.where(allowed, scores, 0).reshape(-1, EXPERTS)
+    best, places = jax.lax.top_k(scores, CHOSEN)
+    choices = jax.nn.one_hot(places, EXPERTS)
+    return run_all(p, h, jnp.einsum("bk,bke->be", best, choices))
+
+
+def share(p, h):
+    """The number of chosen experts is a share of theirs."""
+    experts = p["router"].shape[1]
+    best, places = jax.lax.top_k(h @ p["router"], experts // 2)
+    choices = jax.nn.one_hot(places, experts)
+    return run_all(p, h, jnp.einsum("bk,bke->be", best, choices))
+
+
 def embedded(p, h):
     best, places = jax.lax.top_k(h @ p["router"], CHOSEN)
     return h * (places / EXPERTS * best).sum(-1, keepdims=True)
@@ -279,7 +298,7 @@ def fixed_sizes(p, h):
 
 STRANGE = (
     *(returned, one_by_one, paired, padded, switched, ranked, embedded, offset),
-    fixed_sizes,
+    *(fixed_sizes, in_groups, share),
 )
 
 
@@ -287,13 +306,10 @@ STRANGE = (
 def test_experts_whose_places_are_used_otherwise_are_kept(layer, x):
     params, model = weights(), network(layer)
     groups = tpp.channel_groups(model, x, params=params)
-    met = [g for g in groups if any(m.leaf == "router" for m in g.members)]
-    [experts] = [g for g in met if g.size in (EXPERTS, EXPERTS - 1)]
-    assert experts.reason is not None
-    for leaf in ("up", "down"):
+    for leaf, axis in (("router", 1), ("up", 0), ("down", 0)):
         along = [
-            g for g in groups if (leaf, 0) in {(m.leaf, m.axis) for m in g.members}
+            g for g in groups if (leaf, axis) in {(m.leaf, m.axis) for m in g.members}
         ]
-        assert all(group.reason is not None for group in along), leaf
+        assert all(g.reason is not None for g in along if g.size > 1), leaf
     plan = tpp.make_plan(groups, params, 0.5)
     assert model(tpp.prune(model, plan, params), x).shape == (7, 3)

@@ -224,6 +224,8 @@ def _read_group(
     makers = [m.leaf for m in members if m.role in ("produced", "depthwise")]
     if code >= 0:
         reason = _explain(*labels.reasons[code])
+    elif chosen >= len(channels):
+        reason = f"a choice of {chosen} channels at once"
     else:
         lost = leaves.roles.lost
         reason = next((lost[slot] for slot in produced if slot in lost), None)

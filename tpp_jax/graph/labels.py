@@ -294,12 +294,21 @@ def solve(labels: Labels) -> Channels:
         if reduced[more].all():
             break
         reduced[more] = True
-    chosen = np.zeros(len(stuck), np.int64)
-    for axis, number in labels.chosen:
-        of = component[axis[axis >= 0]]
-        chosen[of] = np.maximum(chosen[of], number)
+    chosen = _chosen(labels, component, parts)
     defined = np.asarray((parts >= 0).any(axis=1))
     return Channels(component, stuck, reduced, chosen, parts, defined)
+
+
+def _chosen(labels: Labels, component: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Returns how many positions like each component's are chosen at once."""
+    chosen = np.zeros(len(parts), np.int64)
+    for axis, number in labels.chosen:
+        of = np.unique(component[axis[axis >= 0]])
+        while of.size:  # a choice among pairs is one among all their parts
+            chosen[of] = np.maximum(chosen[of], number)
+            of = np.unique(parts[of])
+            of = of[of >= 0]
+    return chosen
 
 
 def _fix_circles(
