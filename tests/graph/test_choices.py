@@ -63,7 +63,37 @@ def threshold(p, h):
     return run_all(p, h, jnp.where(scores >= best[:, -1:], scores, 0))
 
 
-STYLES = (one_hot, looked_up, single, scattered, sorted_rows, threshold)
+def mapped(p, h):
+    p = jax.tree.map(jnp.asarray, p)
+
+    def of_token(token):
+        best, places = jax.lax.top_k(token @ p["router"], CHOSEN)
+
+        def expert(place, gate):
+            return gate * (jax.nn.relu(token @ p["up"][place]) @ p["down"][place])
+
+        return jax.vmap(expert)(places, jax.nn.softmax(best)).sum(0)
+
+    return jax.vmap(of_token)(h)
+
+
+def in_buffers(p, h):
+    """Each expert has room for some tokens, as in GShard; more are left out."""
+    shares = jax.nn.softmax(h @ p["router"])
+    best, places = jax.lax.top_k(shares, CHOSEN)
+    chosen = jax.nn.one_hot(places, shares.shape[-1], dtype=jnp.int32)
+    before = jnp.cumsum(chosen.reshape(-1, shares.shape[-1]), 0).reshape(chosen.shape)
+    taken = jax.nn.one_hot(before * chosen - 1, 20) * chosen[..., None]
+    inputs = jnp.einsum("td,tkec->ecd", h, taken)
+    up = jax.nn.relu(jnp.einsum("ecd,edf->ecf", inputs, p["up"]))
+    y = jnp.einsum("ecf,efd->ecd", up, p["down"])
+    return jnp.einsum("tk,tkec,ecd->td", best, taken, y)
+
+
+STYLES = (
+    *(one_hot, looked_up, single, scattered, sorted_rows, threshold),
+    *(mapped, in_buffers),
+)
 
 
 def network(layer):

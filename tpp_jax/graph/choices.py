@@ -295,7 +295,9 @@ class _Reader:
         dims = eqn.params["dimension_numbers"]
         if table is not None and (table.wrapped or _mixed(table)):
             return None
-        return [table] if self._fits(eqn, indices, dims.collapsed_slice_dims) else None
+        sizes = eqn.params["slice_sizes"]
+        single = [i for i in dims.start_index_map if sizes[i] == 1]
+        return [table] if self._fits(eqn, indices, single) else None
 
     def _scatter(self, eqn: Equation, given: list[Places | None]):
         array, indices, updates = given

@@ -53,7 +53,8 @@ class Equation(NamedTuple):
     In addition to JAX's primitives there are six that come from unfolding:
     ``loop_slice`` takes one step's part of an array (without its first axis),
     ``loop_stack`` puts the parts together again, ``join`` is one value of several
-    sources, ``decide`` reads the value that a branch or another step depends on, ``shard`` is one device's part of an array and ``unshard`` puts these parts
+    sources, ``decide`` reads the value that a branch or another step depends on,
+    ``shard`` is one device's part of an array and ``unshard`` puts these parts
     together. Their parameter ``shards`` is the number of parts along each axis.
 
     Attributes:
