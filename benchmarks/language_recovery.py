@@ -241,15 +241,15 @@ class Bench:
     def perplexities(self, model: nnx.Module) -> dict[str, dict[str, float]]:
         """Returns the perplexity of each text of the test, and of its first tokens."""
         split = nnx.split(model)
-        nats = {
+        measured = {
             name: [float(nats(*split, x)) for x in batches]
             for name, batches in self.tests.items()
         }
         few = FIRST // (LENGTH * EVALUATED)
         return {
-            "perplexity": {t: float(np.exp(np.mean(x))) for t, x in nats.items()},
+            "perplexity": {t: float(np.exp(np.mean(x))) for t, x in measured.items()},
             "of the first": {
-                t: float(np.exp(np.mean(x[:few]))) for t, x in nats.items()
+                t: float(np.exp(np.mean(x[:few]))) for t, x in measured.items()
             },
         }
 
@@ -315,8 +315,8 @@ class Bench:
                 name, tx = f"rate {rate}", falling(rate, TRIED_STEPS)
                 model = self.train(model, tx, TRIED_STEPS, 0, name)
                 tokens = self.tests[next(iter(self.tests))][:4]
-                nats = [nats(*nnx.split(model), batch) for batch in tokens]
-                tried[str(rate)] = float(np.exp(np.mean(nats)))
+                losses = [nats(*nnx.split(model), batch) for batch in tokens]
+                tried[str(rate)] = float(np.exp(np.mean(losses)))
                 machine.write(NAME, self.record)
                 self.train.forget(name)
         return float(min(tried, key=tried.__getitem__))

@@ -146,8 +146,8 @@ class Bench:
     def perplexities(self, model: nnx.Module) -> list[float]:
         """Returns the perplexity of each text of the test."""
         split = nnx.split(model)
-        nats = [np.mean([nats(*split, x) for x in batches(t)]) for t in self.tests]
-        return [float(np.exp(value)) for value in nats]
+        means = [np.mean([nats(*split, x) for x in batches(t)]) for t in self.tests]
+        return [float(np.exp(value)) for value in means]
 
     @functools.cached_property
     def moments(self) -> tuple[tpp.Moments, float]:

@@ -93,14 +93,8 @@ GROUPS = {
     ],
     "mixture of experts": [
         free("embed", "experts.down", size=16),
-        # Which of the experts are best is not a matter of channels.
-        whole(
-            "experts.router",
-            size=4,
-            why="an axis of which the largest entries are taken",
-        ),
+        free("experts.router", "experts.up", size=4),
         free("experts.up", size=24),
-        within("experts.up#2", size=4, why="positions that are counted"),
         whole("head", size=3),
     ],
     "plain decoder": [

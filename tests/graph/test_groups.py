@@ -279,6 +279,38 @@ def test_a_layer_that_runs_twice_is_pruned_on_both_sides():
     assert groups.layers == ("in", "again", "out")
 
 
+def switch(p, h):
+    scores = jnp.sum(h @ p["decides"], axis=0)
+    branches = [jnp.tanh, jnp.square, jnp.sin, jnp.cos]
+    return lax.switch(jnp.argmax(scores), branches, h)
+
+
+def branch(p, h):
+    return lax.cond((h @ p["decides"])[0, 1] > 0, jnp.tanh, jnp.square, h)
+
+
+def loop(p, h):
+    return lax.while_loop(lambda c: (c @ p["decides"])[0, 2] > 1, lambda c: c / 2, h)
+
+
+def carried(p, h):
+    start = h, h @ p["decides"]
+    halve = lambda c: (c[0] / 2, c[1] / 2)  # noqa: E731
+    return lax.while_loop(lambda c: c[1][0, 3] > 1, halve, start)[0]
+
+
+@pytest.mark.parametrize("layer", [switch, branch, loop, carried])
+def test_what_branches_and_loops_depend_on_is_kept(layer):
+    def fn(p, x):
+        return layer(p, x @ p["in"]) @ p["out"]
+
+    params = {"in": shape(3, 6), "decides": shape(6, 4), "out": shape(6, 2)}
+    groups = tpp.channel_groups(fn, shape(1, 3), params=params)
+    assert groups["decides"].reason is not None
+    assert groups["in"].reason is None
+    assert tpp.count(fn, shape(1, 3), params=params).layers["decides"].flops == 48
+
+
 def test_channels_are_followed_through_loops_and_branches():
     def fn(p, x):
         hidden = lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x @ p["in"], p["all"])[

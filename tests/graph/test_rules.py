@@ -105,8 +105,8 @@ STAYING = {
         ),
         "the operation 'triangular_solve', which mixes the positions of an axis",
     ),
-    "largest channels": (
-        lambda h: jnp.tile(lax.approx_max_k(h, 4)[0], 2),
+    "places of the largest channels": (
+        lambda h: jnp.tile(lax.approx_max_k(h, 4)[1].astype(h.dtype), 2),
         "an axis of which the largest entries are taken",
     ),
     "pooling over channels": (

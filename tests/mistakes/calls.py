@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -19,6 +20,11 @@ def _even(params: Any, x: Any) -> Any:
 
 
 _EVEN_PARAMS = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+
+
+def _sparse(p: Any, x: jax.Array) -> jax.Array:
+    best, places = jax.lax.top_k(x @ p["w1"], 2)
+    return jnp.einsum("bk,bkd->bd", best, p["w2"][places])
 
 
 def _mlp(name: str = "mlp7_relu") -> nnx.Module:
@@ -252,6 +258,7 @@ def _transforms() -> Cases:
     kernel = jnp.ones((4, 8))
     params = nnx.state(model, nnx.Param)
     picky_groups = tpp.channel_groups(_even, jnp.ones((1, 4)), params=_EVEN_PARAMS)
+    sparse_groups = tpp.channel_groups(_sparse, jnp.ones((1, 4)), params=_EVEN_PARAMS)
     yield from (
         (
             "`tpp.growing_schedule(granularity=0)`",
@@ -284,6 +291,10 @@ def _transforms() -> Cases:
         (
             "`tpp.make_plan` with a width that the model's code does not allow",
             lambda f: tpp.make_plan(picky_groups, _EVEN_PARAMS, counts={"w1": 5}),
+        ),
+        (
+            "`tpp.make_plan` with fewer experts than a token is sent to",
+            lambda f: tpp.make_plan(sparse_groups, _EVEN_PARAMS, counts={"w1": 1}),
         ),
         (
             "`tpp.register_rule` for a primitive that has a rule",

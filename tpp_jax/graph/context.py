@@ -25,6 +25,8 @@ class Context:
       labels: Labels of the model so far; the methods here are its ways to change.
       kind: Kind of a convolution in the unpruned model, ``"plain"``, ``"grouped"`` or
         ``"depthwise"``; None to derive it from its sizes.
+      free: Axes that the operation chooses along, indexes or counts, and which need not
+        be kept for that, since it is understood what becomes of the chosen places.
 
     Example:
       >>> def swap(ctx: Context) -> list[Axes]:  # a transpose of a matrix
@@ -43,6 +45,7 @@ class Context:
     shapes: Sequence[tuple[int, ...]]
     labels: Labels
     kind: str | None = None
+    free: frozenset[int] = frozenset()
 
     def fresh(self, size: int) -> Axis:
         """Returns a new axis, whose positions are tied to nothing so far."""
@@ -117,3 +120,13 @@ class Context:
     def sum_over(self, axis: Axis) -> None:
         """Notes that results depend on all positions of an axis, as those of a sum."""
         self.labels.reduced.append(axis[axis >= 0])
+
+    def choose(self, axis: Axis, number: int) -> None:
+        """Notes that the model chooses some positions among all along an axis.
+
+        Args:
+          axis: Axis along which it chooses.
+          number: Number of positions that it chooses at once.
+        """
+        self.sum_over(axis)
+        self.labels.chosen.append((axis, number))

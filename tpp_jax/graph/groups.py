@@ -24,6 +24,7 @@ from tpp_jax.graph.bundles import (
     rows_of,
     sorted_by_channel,
 )
+from tpp_jax.graph.choices import find_choices
 from tpp_jax.graph.comparing import Reading
 from tpp_jax.graph.functions import is_array
 from tpp_jax.graph.labels import Axis, Channels, Labels, NotUnderstood, solve
@@ -209,7 +210,8 @@ def _read_group(
         return None  # the window of a convolution, for instance
     first_use = leaves.first_use
     slots = sorted(slots, key=lambda slot: first_use.get(slot[0], 0))
-    here = _roles_here(leaves.roles, slots, code >= 0)
+    chosen = int(solution.chosen[channels].max())
+    here = _roles_here(leaves.roles, slots, code >= 0, chosen > 0)
     if "produced" not in here.values():
         return None
     # A kernel comes before the other leaves that its layer is computed from.
@@ -222,6 +224,8 @@ def _read_group(
     makers = [m.leaf for m in members if m.role in ("produced", "depthwise")]
     if code >= 0:
         reason = _explain(*labels.reasons[code])
+    elif chosen >= len(channels):
+        reason = f"a choice of {chosen} channels at once"
     else:
         lost = leaves.roles.lost
         reason = next((lost[slot] for slot in produced if slot in lost), None)
@@ -233,6 +237,7 @@ def _read_group(
         inner=False,
         reason=reason,
         reduced=bool(solution.reduced[channels].any()),
+        chosen=chosen,
     )
     return group, channels
 
@@ -254,17 +259,20 @@ def _explain(reason: str, source: Any) -> str:
     return f"{reason} ({line})" if line else str(reason)
 
 
-def _roles_here(roles: Roles, slots: list[Slot], stuck: bool) -> dict[Slot, str]:
+def _roles_here(
+    roles: Roles, slots: list[Slot], stuck: bool, chosen: bool
+) -> dict[Slot, str]:
     """Returns the roles of the axes that some channels run through.
 
     If none of the axes is known to produce the channels, the producer is a factor of a
     kernel that does, or a table that is used directly, or else a kernel whose
-    computation was not followed.
+    computation was not followed, or a table whose rows are chosen.
 
     Args:
       roles: Roles in the model.
       slots: Axes, in the order in which their leaves are first needed.
       stuck: Whether the channels cannot be pruned.
+      chosen: Whether the model chooses among the channels.
     """
     here = {slot: roles.of.get(slot, "along") for slot in slots}
     if "produced" in here.values():
@@ -272,7 +280,7 @@ def _roles_here(roles: Roles, slots: list[Slot], stuck: bool) -> dict[Slot, str]
     makers = [slot for slot in slots if slot in roles.makers]
     if not makers:
         makers = [slot for slot in slots if slot in roles.lost]
-    if not makers and not stuck and "contracted" in here.values():
+    if not makers and not stuck and ("contracted" in here.values() or chosen):
         makers = [slot for slot in slots if here[slot] == "along"][:1]
     return here | dict.fromkeys(makers, "produced")
 
@@ -306,11 +314,15 @@ def label_axes(
             for n in traced.shapes[value]
         ]
     sure = {use.equation.outputs[0] for use in traced.uses if use.sure}
+    choices = find_choices(traced)
     for eqn in traced.equations:
         operands = [axes[n] for n in eqn.inputs]
         shapes = [traced.shapes[n] for n in eqn.outputs]
         kind = kind_of(eqn, traced, kinds) if kinds else None
-        results = apply_rule(labels, eqn, operands, shapes, kind)
+        free = choices.free(eqn) if choices else frozenset()
+        results = apply_rule(labels, eqn, operands, shapes, kind, free)
+        if choices and results:
+            choices.tie(labels, eqn, operands, list(results[0]))
         if eqn.primitive in ("dot_general", "ragged_dot_general") and not (
             eqn.outputs[0] in sure
             or any(
@@ -338,18 +350,19 @@ def _named(what: str, names: tuple[str, ...]) -> list[str]:
     return [f"{what} {name}" if len(names) > 1 else what for name in names]
 
 
-def _grain(group: Group, leaf: str) -> tuple[bool, int, int, int]:
+def _grain(group: Group, leaf: str) -> tuple[bool, bool, int, int, int]:
     """Returns a sort key of the groups that run through one layer's filters.
 
     Coarser groups come first: those whose channels take up more adjacent filters, or
-    an axis further left. Groups that cannot be pruned come last.
+    an axis further left. Groups that cannot be pruned come last, and before them those
+    that the model chooses among.
     """
     [own, *_] = [m for m in group.members if m.role == "produced" and m.leaf == leaf]
     first, longest = int(own.positions.min()), 1
     if own.positions.shape[1] > 1:
         breaks = np.flatnonzero(np.diff(own.positions[0]) != 1)
         longest = int(np.diff([-1, *breaks.tolist(), own.positions.shape[1] - 1]).max())
-    return group.reason is not None, own.axis, -longest, first
+    return group.reason is not None, group.chosen > 0, own.axis, -longest, first
 
 
 def _abstract(array: Any) -> jax.ShapeDtypeStruct:
@@ -372,11 +385,11 @@ def _with_unique_names(groups: list[Group]) -> tuple[Group, ...]:
     outer: dict[int, list[Group]] = {}
     for group in groups:
         own = next(member for member in group.members if member.role == "produced")
-        grain = _grain(group, own.leaf)[:3]
+        grain = _grain(group, own.leaf)[:4]
         coarser = [
             other
             for other, member in through[own.leaf]
-            if _grain(other, own.leaf)[:3] < grain
+            if _grain(other, own.leaf)[:4] < grain
             and (
                 member.axis != own.axis
                 or bool(np.isin(own.positions, member.positions).any())

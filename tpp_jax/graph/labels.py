@@ -49,6 +49,7 @@ class Labels:
         source. That the size follows the channels is a supposition, to be tried.
       reduced: Labels of axes that a reduction runs over.
       noise: Axes of random numbers.
+      chosen: Axes along which the model chooses places, each with their number.
       reasons: Reasons with the sources of the operations that gave them; the fixed
         label ``-1 - i`` stands for ``reasons[i]``.
       source: Source of the operation whose rule is being applied.
@@ -67,6 +68,7 @@ class Labels:
         self.supposed: list[tuple[np.ndarray, int, Any]] = []
         self.reduced: list[np.ndarray] = []
         self.noise: list[np.ndarray] = []
+        self.chosen: list[tuple[np.ndarray, int]] = []
         self.reasons: list[tuple[str, Any]] = []
         self.source: Any = None
         self._numbers: dict[tuple[str, int], int] = {}
@@ -230,6 +232,8 @@ class Channels(NamedTuple):
       stuck: Number of the reason why a component must be kept, or -1, int64
         ``[components]``.
       reduced: Whether a reduction runs over it, bool ``[components]``.
+      chosen: Number of positions like it that the model chooses at once, int64
+        ``[components]``; 0 if it does not choose among them.
       parts: Components that define it, -1 in unused entries, int64 ``[components, k]``.
       defined: Whether it has parts, bool ``[components]``.
     """
@@ -237,6 +241,7 @@ class Channels(NamedTuple):
     component: np.ndarray
     stuck: np.ndarray
     reduced: np.ndarray
+    chosen: np.ndarray
     parts: np.ndarray
     defined: np.ndarray
 
@@ -289,9 +294,21 @@ def solve(labels: Labels) -> Channels:
         if reduced[more].all():
             break
         reduced[more] = True
-    return Channels(
-        component, stuck, reduced, parts, np.asarray((parts >= 0).any(axis=1))
-    )
+    chosen = _chosen(labels, component, parts)
+    defined = np.asarray((parts >= 0).any(axis=1))
+    return Channels(component, stuck, reduced, chosen, parts, defined)
+
+
+def _chosen(labels: Labels, component: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Returns how many positions like each component's are chosen at once."""
+    chosen = np.zeros(len(parts), np.int64)
+    for axis, number in labels.chosen:
+        of = np.unique(component[axis[axis >= 0]])
+        while of.size:  # a choice among pairs is one among all their parts
+            chosen[of] = np.maximum(chosen[of], number)
+            of = np.unique(parts[of])
+            of = of[of >= 0]
+    return chosen
 
 
 def _fix_circles(

@@ -95,6 +95,9 @@ class Group:
       steps: Number of layers that a loop runs through (``jax.lax.scan``), each of which
         may keep channels of its own, the same number in all; None outside of loops, and
         where all of them keep the same.
+      chosen: Number of the channels that the model chooses for each example: of the
+        experts of a mixture, those that a token is sent to. At least as many are kept,
+        and such a group is only pruned if a ratio names it. 0 for all other groups.
     """
 
     name: str
@@ -106,6 +109,7 @@ class Group:
     reduced: bool
     outer: tuple[str, ...] = ()
     steps: int | None = None
+    chosen: int = 0
 
 
 def with_inner(groups: tuple[Group, ...]) -> tuple[Group, ...]:

@@ -41,6 +41,7 @@ def apply_rule(
     operands: list[Axes],
     shapes: Sequence[tuple[int, ...]],
     kind: str | None = None,
+    free: frozenset[int] = frozenset(),
 ) -> Sequence[Axes]:
     """Returns the axes of the results of one equation, by its rule or as unknown.
 
@@ -50,10 +51,13 @@ def apply_rule(
       operands: Axes of each operand.
       shapes: Shape of each result.
       kind: Kind of a convolution; see :class:`Context`.
+      free: Axes that need not be kept; see :class:`Context`.
     """
     labels.source = eqn.source
     rule = RULES.get(eqn.primitive, _unknown)
-    return rule(Context(eqn.primitive, eqn.params, operands, shapes, labels, kind))
+    return rule(
+        Context(eqn.primitive, eqn.params, operands, shapes, labels, kind, free)
+    )
 
 
 def register_rule(primitive_name: str, *, override: bool = False) -> Callable[[R], R]:
@@ -199,6 +203,7 @@ RULES: dict[str, Rule] = {
     ),
     "debug_callback": rules_computing.no_results,
     "debug_print": rules_computing.no_results,
+    "decide": rules_computing.decide,
     "dot_general": rules_computing.dot_general,
     "dynamic_slice": rules_moving.dynamic_slice,
     "dynamic_update_slice": rules_moving.dynamic_update_slice,

@@ -1,5 +1,7 @@
 """How the primitives that compute tie positions together; see rules.py."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tpp_jax.graph.context import Context
@@ -76,9 +78,10 @@ def ragged_dot(ctx: Context) -> list[Axes]:
     dims, groups = ragged.dot_dimension_numbers, ragged.rhs_group_dimensions
     (left_sum, right_sum), (left_batch, right_batch) = dims
     reason = "the groups of a ragged product"
-    for axes in sizes:
-        ctx.fix_all(axes, reason)
-    ctx.fix_all([right[j] for j in groups], reason)
+    if not ctx.free:
+        for axes in sizes:
+            ctx.fix_all(axes, reason)
+    ctx.fix_all([right[j] for j in groups if j not in ctx.free], reason)
     ctx.fix_all([left[i] for i in ragged.lhs_ragged_dimensions], reason)
     for i, j in zip(left_sum, right_sum, strict=True):
         ctx.tie(left[i], right[j])
@@ -175,7 +178,7 @@ def top_k(ctx: Context) -> list[Axes]:
     reason = "an axis of which the largest entries are taken"
     along = ctx.params.get("reduction_dimension", ctx.params.get("axis", -1))
     along %= len(ctx.shapes[0])
-    ctx.fix(axes[along], reason)
+    _choose(ctx, [along], ctx.shapes[0][along], reason)
     out = list(axes)
     out[along] = ctx.fixed(ctx.shapes[0][along], reason)
     return [out for _ in ctx.shapes]
@@ -184,6 +187,12 @@ def top_k(ctx: Context) -> list[Axes]:
 def same(ctx: Context) -> list[Axes]:
     """Results that are shaped like the operands, one each."""
     return [list(axes) for axes in ctx.operands]
+
+
+def decide(ctx: Context) -> list[Axes]:
+    """Which branch runs, or whether a loop goes on, depends on the operand."""
+    ctx.fix_all(ctx.operands[0], "what a branch or a loop depends on")
+    return [[]]
 
 
 def no_results(ctx: Context) -> list[Axes]:
@@ -203,15 +212,28 @@ def arg_reduce(ctx: Context) -> list[Axes]:
     """The place of the largest or smallest entry."""
     axes = ctx.operands[0]
     gone = ctx.params["axes"]
-    reason = f"the axis that '{ctx.primitive}' runs over"
-    ctx.fix_all([axes[i] for i in gone], reason)
+    _choose(ctx, gone, 1, f"the axis that '{ctx.primitive}' runs over")
     return [_without(axes, gone)]
 
 
 def iota(ctx: Context) -> list[Axes]:
     """Numbers counted from 0."""
     reason = "positions that are counted (iota)"
-    return [[ctx.fixed(n, reason) for n in ctx.shapes[0]]]
+    if not ctx.free:
+        return [[ctx.fixed(n, reason) for n in ctx.shapes[0]]]
+    out = [ctx.fresh(n) for n in ctx.shapes[0]]
+    for i, axis in enumerate(out):
+        ctx.suppose(axis, i)
+    return [out]
+
+
+def _choose(ctx: Context, along: Sequence[int], number: int, reason: str) -> None:
+    """Some positions are chosen among all along axes of the first operand."""
+    for i in along:
+        if i in ctx.free:
+            ctx.choose(ctx.operands[0][i], number)
+        else:
+            ctx.fix(ctx.operands[0][i], reason)
 
 
 def _without(axes: Axes, gone: set[int] | tuple[int, ...]) -> Axes:

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+from jax.lax import GatherScatterMode
 
 from tpp_jax.graph.context import Context
 from tpp_jax.graph.labels import Axes
@@ -219,6 +220,8 @@ def gather(ctx: Context) -> list[Axes]:
     table, indices = ctx.operands
     dims = ctx.params["dimension_numbers"]
     sizes = ctx.params["slice_sizes"]
+    # A slice as long as its axis starts at 0 then, as those of a mapped loop do.
+    inside = ctx.params["mode"] != GatherScatterMode.FILL_OR_DROP
     along = dict(
         zip(dims.operand_batching_dims, dims.start_indices_batching_dims, strict=True)
     )
@@ -227,11 +230,13 @@ def gather(ctx: Context) -> list[Axes]:
         if i in along:
             ctx.tie(axis, indices[along[i]])
         elif i in dims.collapsed_slice_dims:
-            ctx.fix(axis, _INDEXED)
-        elif sizes[i] == len(axis) and i not in dims.start_index_map:
+            if i not in ctx.free:
+                ctx.fix(axis, _INDEXED)
+        elif sizes[i] == len(axis) and (inside or i not in dims.start_index_map):
             whole.append(axis)
         else:
-            ctx.fix(axis, _INDEXED)
+            if i not in ctx.free:
+                ctx.fix(axis, _INDEXED)
             whole.append(ctx.fixed(sizes[i], _INDEXED))
     offsets = dict(zip(dims.offset_dims, whole, strict=True))
     looked_up = iter(indices[:-1])
@@ -252,7 +257,8 @@ def scatter(ctx: Context) -> list[Axes]:
         if i in along:
             axis = ctx.tie(axis, indices[along[i]])
         elif i in dims.inserted_window_dims:
-            ctx.fix(axis, _INDEXED)
+            if i not in ctx.free:
+                ctx.fix(axis, _INDEXED)
         else:
             window = updates[next(windows)]
             moved = i in dims.scatter_dims_to_operand_dims

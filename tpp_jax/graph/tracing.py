@@ -22,7 +22,7 @@ from flax import linen, nnx
 from tpp_jax.graph.functions import Function, as_function, is_array
 from tpp_jax.graph.layers import Layer, Lookup, find_layers, find_lookups
 from tpp_jax.graph.naming import layer_name
-from tpp_jax.graph.unfolding import Builder, Equation, Value, check_length
+from tpp_jax.graph.unfolding import LASTING, Builder, Equation, Value, check_length
 
 # Libraries of layers: messages name a line of theirs if there is none of the user's.
 _LAYERS = ("flax", "equinox", "haiku", "einops")
@@ -253,7 +253,8 @@ def _needed(
     """Leaves out equations whose results are not used.
 
     One is a slice of which the model reads only the shape. Values that a loop carries
-    from step to step are kept, and so are operations of parameters on activations.
+    from step to step are kept, and so are those that branches depend on, and operations
+    of parameters on activations.
 
     Args:
       equations: All equations.
@@ -267,7 +268,7 @@ def _needed(
     def leading_to(ends: set[int]) -> set[int]:
         found = set(ends)
         for eqn in reversed(equations):
-            if eqn.primitive == "join" or not found.isdisjoint(eqn.outputs):
+            if eqn.primitive in LASTING or not found.isdisjoint(eqn.outputs):
                 found.update(n for n in eqn.inputs if n is not None)
                 found.update(eqn.outputs)
         return found

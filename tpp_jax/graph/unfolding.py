@@ -31,6 +31,9 @@ CALLS = {
 ENTERED = frozenset({*CALLS, "scan", "while", "cond", "shard_map"})
 """Primitives in whose place the operations inside them are listed."""
 
+LASTING = frozenset({"join", "decide"})
+"""Operations that matter even if no result of theirs is read."""
+
 # A language model of a hundred unrolled layers has some ten thousand equations.
 MOST_EQUATIONS = 2_000_000
 
@@ -47,10 +50,11 @@ _MADE_ALIKE = {
 class Equation(NamedTuple):
     """One primitive applied to numbered values; ``None`` is a scalar literal.
 
-    In addition to JAX's primitives there are five that come from unfolding:
+    In addition to JAX's primitives there are six that come from unfolding:
     ``loop_slice`` takes one step's part of an array (without its first axis),
     ``loop_stack`` puts the parts together again, ``join`` is one value of several
-    sources, ``shard`` is one device's part of an array and ``unshard`` puts these parts
+    sources, ``decide`` reads the value that a branch or another step depends on,
+    ``shard`` is one device's part of an array and ``unshard`` puts these parts
     together. Their parameter ``shards`` is the number of parts along each axis.
 
     Attributes:
@@ -253,6 +257,11 @@ class Builder:
             return known[0] if known else None
         return self._equation("join", sources, [self.shapes[known[0]]])[0]
 
+    def _decide(self, value: Value) -> None:
+        """Adds the use of a value by which a branch is chosen, or a loop ends."""
+        if isinstance(value, int):
+            self._equation("decide", [value], [()])
+
     def _carried(self, first: list[Value], last: list[Value]) -> list[Value]:
         """Returns what a loop carries, from its operands and results.
 
@@ -290,13 +299,14 @@ class Builder:
         inside = _unknown(carry)
         before = self._endless
         self._endless = True
-        self._call(eqn.params["cond_jaxpr"], [*inputs[:n_cond], *inside])
+        self._decide(*self._call(eqn.params["cond_jaxpr"], [*inputs[:n_cond], *inside]))
         body = [*inputs[n_cond:][:n_body], *inside]
         results = self._call(eqn.params["body_jaxpr"], body)
         self._endless = before
         return self._carried(carry, results)
 
     def _cond(self, eqn: Any, inputs: list[Value]) -> list[Value]:
+        self._decide(inputs[0])
         before, number = self._branches, self._conds
         self._conds += 1
         found = []

@@ -61,7 +61,8 @@ class Checks(NamedTuple):
       unproved: Names of the groups that are only partly proved: they do not influence
         the outputs (a dead unit, a bias before a softmax), or a reduction runs over
         them and no weights make masking and removing the same (a softmax over channels,
-        an activation that is not zero at zero before a norm).
+        an activation that is not zero at zero before a norm, experts of which others
+        are chosen in place of those removed).
 
     Example:
       >>> import jax.numpy as jnp
@@ -306,6 +307,9 @@ def _unproved(
     for group in groups:
         if not group.reduced or group.reason is not None or group.size < 2:
             continue
+        if group.chosen:  # the model chooses others in their place
+            unproved.append(group.name)
+            continue
         plan = _share(groups, rng, group)
         if network.is_free(plan):
             weights = network.zeroed(plan)
@@ -370,6 +374,7 @@ def _half(
     for group in groups:
         if group.reason is None:
             n = (group.size + 1) // 2 if chosen(group) else group.size
+            n = max(n, group.chosen)
             kept[group.name] = _some(group, n, rng)
     return Plan(kept, groups)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tpp_jax.graph.comparing import Difference, Kept
 from tpp_jax.graph.tracing import Trace, source_line, source_lines
-from tpp_jax.graph.unfolding import Equation
+from tpp_jax.graph.unfolding import LASTING, Equation
 
 IsEmpty = Callable[[int], bool]
 
@@ -112,7 +112,7 @@ def _computing(traced: Trace, is_empty: IsEmpty) -> list[Equation]:
     read = {n for n in (*traced.outputs, *traced.unread) if n is not None}
     found = []
     for eqn in reversed(traced.equations):
-        needed = eqn.primitive == "join" or not read.isdisjoint(eqn.outputs)
+        needed = eqn.primitive in LASTING or not read.isdisjoint(eqn.outputs)
         if needed and not all(map(is_empty, eqn.outputs)):
             found.append(eqn)
             read.update(n for n in eqn.inputs if n is not None)

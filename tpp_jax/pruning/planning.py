@@ -68,11 +68,12 @@ def make_plan(
         given for every group that is pruned.
       ratios: Share of the channels to prune, in [0, 1): one number for every group that
         can be pruned and is not inner (the dimensions within heads, if the heads can
-        be pruned), or pattern → share, as a dict or as a string in the format of the
-        original code, ``"*layer*.conv1:0.9,*layer3*:0.5"``. Patterns are ``fnmatch``
+        be pruned) or chosen among (:attr:`Group.chosen`), or pattern → share, as a dict
+        or as a string in the format of the original code,
+        ``"*layer*.conv1:0.9,*layer3*:0.5"``. Patterns are ``fnmatch``
         globs over layer names; the last match wins, no match means 0. A group is
-        matched by any layer that produces it, an inner group (``layer#2``) by its own
-        name only.
+        matched by any layer that produces it; an inner group (``layer#2``), and one
+        that is chosen among, by its own name only.
       counts: Group name → number of channels to keep, in place of ratios, targets,
         ``skip``, ``scope`` and limits.
       flops: Target share of the model's FLOPs to *keep*, in (0, 1]. Ratios are then
@@ -178,9 +179,7 @@ def make_plan(
         if ratios is None and [n for n, x in wanted.items() if x] == ["kv_cache"]:
             through = groups_of_outputs(groups, layers)
             asked = {name: r for name, r in asked.items() if name in through}
-        matched = [
-            g for g in groups if 0 < asked.get(g.name, 0) < 1 and limits.most(g.size)
-        ]
+        matched = [g for g in groups if 0 < asked.get(g.name, 0) < 1 and limits.most(g)]
     else:
         limited = {"round_to": round_to, "min_channels": min_channels}
         others = dict(ratios=ratios, skip=skip, scope=scope, **wanted, **limited)
@@ -359,7 +358,7 @@ def _measured(
     """Returns the groups that were measured and may lose channels."""
     check_measured(sensitivity, groups)
     asked = ratios_of(groups, 0.5, skip).keys() & set(sensitivity.groups)
-    return [g for g in groups if g.name in asked and limits.most(g.size)]
+    return [g for g in groups if g.name in asked and limits.most(g)]
 
 
 def _check_counts_alone(others: Mapping[str, Any]) -> None:
@@ -390,4 +389,9 @@ def _check_counts(groups: Groups, counts: Mapping[str, int]) -> None:
         if not is_number(count) or not 0 <= count <= sizes[name] or count % 1:
             raise TPPError(
                 f"cannot keep {count} channels of {name}, which has {sizes[name]}"
+            )
+        if count < (chosen := groups[name].chosen):
+            raise TPPError(
+                f"cannot keep {count} channels of {name}, of which the model chooses "
+                f"{chosen} for each example"
             )

@@ -36,7 +36,7 @@ def ratios_of(
     asked: dict[str, float] = {}
     if isinstance(ratios, int | float) or is_number(ratios):
         _check_ratio(ratios, "every group")
-        asked = {g.name: ratios for g in groups if g.reason is None and not g.inner}
+        asked = {g.name: ratios for g in groups if g.reason is None and not _own(g)}
     else:
         by_pattern = parse_ratios(ratios, emptying=emptying)
         for pattern, ratio in by_pattern.items():
@@ -47,7 +47,8 @@ def ratios_of(
             matching = [
                 ratio
                 for pattern, ratio in by_pattern.items()
-                if _matches(pattern, group) and (ratio < 1 or _inside(pattern, group))
+                if _matches(pattern, group)
+                and (ratio < 1 or (_inside(pattern, group) and not group.chosen))
             ]
             if group.reason is None and matching:
                 asked[group.name] = matching[-1]
@@ -184,8 +185,13 @@ def _hint(ratio: object, of: str) -> str:
     return "; tpp_jax.make_plan(..., min_channels=0) takes 1, which removes all"
 
 
+def _own(group: Group) -> bool:
+    """Reports whether only a ratio that names it prunes a group."""
+    return group.inner or group.chosen > 0
+
+
 def _matches(pattern: str, group: Group) -> bool:
-    names = (group.name,) if group.inner else (group.name, *group.producers)
+    names = (group.name,) if _own(group) else (group.name, *group.producers)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 

@@ -280,8 +280,8 @@ class _Search:
 
     def _admit_with_other_sizes(self, members: list[int]) -> bool:
         before = {i: self.fewer[i] for i in members}
-        size, tried = self.groups[members[0]].size, set(before.values())
-        self.fewer |= dict.fromkeys(members, other_size(size, tried))
+        size = other_size(self.groups[members[0]], set(before.values()))
+        self.fewer |= dict.fromkeys(members, size)
         if self.fewer != self.fewer | before and not self.attempt(
             self.rest.union(members)
         ):

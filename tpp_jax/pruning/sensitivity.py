@@ -111,7 +111,7 @@ def sensitivity(
     _check_arguments(groups, loss, ratios)
     ascending = sorted(set(map(float, ratios)))
     measured = ratios_of(groups, 0.5, parse_patterns(skip))
-    matched = [g for g in groups if g.name in measured and _removed(g.size, 0.5)]
+    matched = [g for g in groups if g.name in measured and _removed(g, 0.5)]
     if not matched:
         raise TPPError(
             "there is no group to measure: all that could be pruned are skipped"
@@ -147,7 +147,7 @@ def sensitivity(
             )
         return value - baseline
 
-    removed = [[_removed(g.size, ratio) for ratio in ascending] for g in matched]
+    removed = [[_removed(g, ratio) for ratio in ascending] for g in matched]
     costs = [
         [cost(group.name, n) for n in row]
         for group, row in zip(matched, removed, strict=True)
@@ -162,9 +162,9 @@ def sensitivity(
     )
 
 
-def _removed(size: int, ratio: float) -> int:
+def _removed(group: Group, ratio: float) -> int:
     """Returns the number of channels that ``make_plan`` removes by a ratio."""
-    return min(math.ceil(ratio * size), Limits().most(size))
+    return min(math.ceil(ratio * group.size), Limits().most(group))
 
 
 def with_loss(

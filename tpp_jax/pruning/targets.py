@@ -53,9 +53,10 @@ class Limits(NamedTuple):
     min_channels: int = 1
     round_to: int | Mapping[str, int | Sequence[int]] = 1
 
-    def most(self, size: int) -> int:
+    def most(self, group: Group) -> int:
         """Returns the largest number of channels that a group may lose."""
-        return max(min(math.floor(_LARGEST_SHARE * size), size - self.min_channels), 0)
+        least, share = max(self.min_channels, group.chosen), _LARGEST_SHARE
+        return max(min(math.floor(share * group.size), group.size - least), 0)
 
     def kept(self, group: Group, removed: int) -> int:
         """Returns the rounded number of channels that a group keeps."""
@@ -87,7 +88,7 @@ def kept_by_ratios(
     kept = {}
     for pool in pools:
         total = sum(
-            min(math.ceil(ratios[g.name] * g.size), limits.most(g.size)) for g in pool
+            min(math.ceil(ratios[g.name] * g.size), limits.most(g)) for g in pool
         )
         removed = np.bincount(
             _removals(pool, scores, limits)[:total], minlength=len(pool)
@@ -295,7 +296,7 @@ def kept_by_costs(
     """
     levels = []
     for group in matched:
-        most = min(limits.most(group.size), len(curves[group.name]) - 1)
+        most = min(limits.most(group), len(curves[group.name]) - 1)
         kept = {limits.kept(group, removed) for removed in range(most + 1)}
         levels.append(np.sort([group.size - n for n in kept]))
 
@@ -413,8 +414,8 @@ def _removals(
 ) -> Order:
     """Returns the index of the group of a pool that loses the next channel."""
     if len(pool) == 1:
-        return np.zeros(limits.most(pool[0].size), np.int64)
-    lowest = [_ladder(scores[g.name])[: limits.most(g.size)] for g in pool]
+        return np.zeros(limits.most(pool[0]), np.int64)
+    lowest = [_ladder(scores[g.name])[: limits.most(g)] for g in pool]
     group = np.repeat(np.arange(len(pool)), [len(ranked) for ranked in lowest])
     return group[np.argsort(np.concatenate(lowest), kind="stable")]
 
@@ -437,8 +438,7 @@ def _removals_of_all(
         # A group of n channels loses its k-th at the ratio (k - ½) / n, where k is the
         # nearest number of channels.
         thresholds = [
-            (np.arange(limits.most(g.size)) + 0.5) / (g.size * weights[g.name])
-            for g in pool
+            (np.arange(limits.most(g)) + 0.5) / (g.size * weights[g.name]) for g in pool
         ]
         ratios.append(np.sort(np.concatenate(thresholds)))
         losers.append(before + _removals(pool, scores, limits))

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Set
 
-from tpp_jax.graph.records import Groups
+from tpp_jax.graph.records import Group, Groups
 
 # Groups of a family that follow each other more closely lose different numbers.
 _NEAR = 8
@@ -29,7 +29,7 @@ def families_of(
     families: dict[object, list[int]] = {}
     for i, group in enumerate(groups):
         if group.reason is None and group.size > 1:
-            key = frozenset(lines.get(i, ())), group.inner, group.size
+            key = frozenset(lines.get(i, ())), group.inner, group.size, group.chosen
             families.setdefault(key, []).append(i)
     return sorted(families.values(), key=lambda family: groups[family[0]].inner)
 
@@ -45,14 +45,15 @@ def trial_sizes(groups: Groups, families: list[list[int]]) -> dict[int, int]:
     groups of different sizes lose the same share of their channels.
     """
     sizes = {n for shape in groups.traced.shapes for n in shape}
-    alike: dict[int, list[list[int]]] = {}
+    alike: dict[tuple[int, int], list[list[int]]] = {}
     for family in families:
-        alike.setdefault(groups[family[0]].size, []).append(family)
+        first = groups[family[0]]
+        alike.setdefault((first.size, first.chosen), []).append(family)
     taken: set[int] = set()
     shares: set[float] = set()
     fewer: dict[int, int] = {}
-    for size, members in alike.items():
-        near = _near_half(size, sum(map(len, members)))
+    for (size, chosen), members in alike.items():
+        near = _near_half(size, sum(map(len, members)), chosen)
         near.sort(key=lambda n: (n in sizes, n in taken, n / size in shares))
         for family, numbers in zip(members, _dealt(near, members), strict=True):
             fewer |= dict(zip(sorted(family), itertools.cycle(numbers), strict=False))
@@ -61,15 +62,16 @@ def trial_sizes(groups: Groups, families: list[list[int]]) -> dict[int, int]:
     return fewer
 
 
-def _near_half(size: int, count: int) -> list[int]:
+def _near_half(size: int, count: int, least: int) -> list[int]:
     """Returns at least ``count`` numbers of channels, if there are, the nearest first.
 
     One is among them only if there is no other: along an axis of size one, JAX
-    broadcasts.
+    broadcasts. None is smaller than ``least``, which is smaller than the size.
     """
-    half = size // 2
+    half = max(size // 2, least)
     low, high = max(half - count - 2, min(2, half)), min(half + count + 2, size - 1)
-    return sorted(range(low, high + 1), key=lambda n: abs(n - half)) or [1]
+    near = range(max(low, least), high + 1)
+    return sorted(near, key=lambda n: abs(n - half)) or [max(least, 1)]
 
 
 def _dealt(numbers: list[int], families: list[list[int]]) -> list[list[int]]:
@@ -92,14 +94,15 @@ def _dealt(numbers: list[int], families: list[list[int]]) -> list[list[int]]:
     return dealt
 
 
-def other_size(size: int, tried: set[int]) -> int:
+def other_size(group: Group, tried: set[int]) -> int:
     """Returns a round number of channels, for models that require one.
 
     Args:
-      size: Number of channels.
+      group: Group of channels.
       tried: Numbers that were tried before.
     """
-    return max(size // 4 if tried == {size // 2} else size // 2, 1)
+    size = group.size
+    return max(size // 4 if tried == {size // 2} else size // 2, group.chosen, 1)
 
 
 def apart(
