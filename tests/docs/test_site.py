@@ -6,6 +6,7 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import runpy
 import urllib.parse
 from typing import NamedTuple
 
@@ -142,3 +143,11 @@ def test_the_entries_say_what_the_docstrings_say(site):
     assert not re.findall(
         r"\]\[[\w.]*\]", visible
     )  # cross-references that lead nowhere
+
+
+def test_the_drawings_are_those_of_their_script():
+    # To draw them again: python docs/_site/drawings.py
+    script = runpy.run_path(str(ROOT / "docs" / "_site" / "drawings.py"))
+    for name in script["DRAWINGS"]:
+        file = ROOT / "docs" / "images" / f"{name}.svg"
+        assert file.read_text(encoding="utf-8") == script["drawn"](name)
