@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import select
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -77,6 +78,8 @@ class Tab:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._answers], [], [], 60)
+            assert ready, "the browser does not answer"
             more = os.read(self._answers, 1 << 20)
             assert more, "the browser has ended"
             self._rest += more
