@@ -17,6 +17,7 @@ from tpp_jax.reports import grids, story, tables
 from tpp_jax.reports.canvas import Picture
 
 _LONG = 40  # a list of more layers is folded
+_PHONE = 42  # letters in a line of a phone
 _CAPTIONS = {
     "curves": "The metric on the test set and on training batches, and what drives "
     "the pruned filters to zero. The solid line is the cut.",
@@ -41,6 +42,17 @@ class Table(NamedTuple):
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether a phone shows the entries of a row one below the other."""
+        return _stacked([self.header, *self.rows])
+
+
+def _stacked(rows: Iterable[Sequence[str]]) -> bool:
+    """Returns whether a table is too wide for a phone."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return sum(widths) + 2 * len(widths) > _PHONE
 
 
 class Files(NamedTuple):
@@ -148,8 +160,15 @@ def of_grid(
         }
         for metric in grid.metrics
     ]
+    texts = [
+        [row, *(f"★ {cell['text']}" for cell in found)]
+        for section in sections
+        for row, found in section["rows"]
+    ]
     return _render(
         "sweep.html",
+        axis="pruning ratio" if grids.by_ratio(grid) else "",
+        stacked=_stacked([["", *grid.columns], *texts]),
         title=grid.title,
         explanation=grids.explanation(grid),
         columns=grid.columns,
