@@ -50,6 +50,9 @@ EXPORTS = {
 }
 
 
+MADE = {"command": "python launch.py --workdir='a b'", "date": "2026-11-30"}
+
+
 def whole_summary():
     """The summary of a finished run, with everything that a report shows."""
     phases = [
@@ -59,8 +62,7 @@ def whole_summary():
     config = {**SUMMARY["config"], "note": "</pre><script>alert(1)</script>"}
     dense = SUMMARY["dense"] | {"bytes": 4000}
     pruned = SUMMARY["pruned"] | {"bytes": 1600}
-    made = {"command": "python launch.py --workdir='a b'", "date": "2026-11-30"}
-    more = {"phases": phases, "config": config, "made": made}
+    more = {"phases": phases, "config": config}
     return {**SUMMARY, **more, "dense": dense, "pruned": pruned}
 
 

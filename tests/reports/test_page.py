@@ -15,6 +15,7 @@ from tests.reports.runs import (
     EXPORTS,
     GRAMS,
     HISTORY,
+    MADE,
     PROFILE,
     grid,
     whole_summary,
@@ -56,7 +57,7 @@ def written(name):
         return page.of_run(stopped_summary(), rendered(drawings))
     drawings = plots.of_run(HISTORY, whole_summary(), GRAMS, PROFILE)
     table = "../../report.html"
-    files = page.Files(HISTORY, PROFILE, EXPORTS, table=table)
+    files = page.Files(HISTORY, PROFILE, EXPORTS, made=MADE, table=table)
     return page.of_run(whole_summary(), rendered(drawings), files)
 
 

@@ -63,6 +63,7 @@ class Files(NamedTuple):
       profile: Content of ``profile.json``; None if the networks were not timed.
       exports: What was checked of each exported file, by its name.
       groups: Drawing of the channel groups; None if there is none.
+      made: Command, date, version and machine.
       table: Address of the report of the sweep that the run belongs to; "" for none.
     """
 
@@ -70,6 +71,7 @@ class Files(NamedTuple):
     profile: Mapping[str, Any] | None = None
     exports: Mapping[str, Mapping[str, Any]] = {}
     groups: Picture | None = None
+    made: Mapping[str, str] = {}
     table: str = ""
 
 
@@ -117,11 +119,12 @@ def of_run(
         chapters=list(story.chapters(summary)),
         scores=Table(("network", f"test {headline.name}"), scores),
         pictures={name: _shown(name, one) for name, one in shown.items()},
+        changes=", ".join(f"{n} {a} → {b}" for n, a, b in layers if a != b),
         folded=len(layers) > _LONG,
         profile=timed,
         device=files.profile["device"] if files.profile else "",
         exports=export_table(files.exports) if files.exports else None,
-        made=summary.get("made", {}),
+        made=files.made,
         config=json.dumps(summary["config"], indent=2),
         data={name: _address("text/csv", text) for name, text in data.items()},
     )
