@@ -147,9 +147,8 @@ def draw_jacobians(phases: Sequence[Mapping[str, Any]], canvas: Canvas) -> Figur
         dress(axes, size, below=i == len(stages) - 1)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        name = literal(f"after {words_of(stage['name'])}")
-        if stage["name"] not in words_of(stage["name"]) and canvas.narrow:
-            name = literal(words_of(stage["name"]))
+        words = words_of(stage["name"]).replace("cut", "the cut")
+        name = literal(words if canvas.narrow else f"after {words}")
         write(figure, _MARGIN, y + 1.1 * size, name, fontsize=size)
         numbers = f"mean {plain(_round(jacobian['mean']))}"
         if not canvas.narrow:

@@ -52,7 +52,7 @@ class Table(NamedTuple):
 def _stacked(rows: Iterable[Sequence[str]]) -> bool:
     """Returns whether a table is too wide for a phone."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return sum(widths) + 2 * len(widths) > _PHONE
+    return len(widths) > 2 and sum(widths) + 2 * len(widths) > _PHONE
 
 
 class Files(NamedTuple):
@@ -111,6 +111,7 @@ def of_run(
     return _render(
         "run.html",
         title=title_of(summary["config"]),
+        tpp="tpp" in str(summary["method"]),
         method=story.method_of(summary),
         summary=summary,
         stopped=summary.get("status") != "done",
@@ -170,6 +171,7 @@ def of_grid(
     ]
     return _render(
         "sweep.html",
+        tpp=False,
         axis="pruning ratio" if grids.by_ratio(grid) else "",
         stacked=_stacked([["", *grid.columns], *texts]),
         title=grid.title,
