@@ -221,7 +221,7 @@ def profile_table(profile: Mapping[str, Any]) -> Table:
 
 def _timed(name: str, pair: Mapping[str, Any]) -> tuple[str, ...]:
     before, after = pair["dense_seconds"], pair["pruned_seconds"]
-    fewer = pair["dense_flops"] / pair["pruned_flops"] if pair["pruned_flops"] else 1.0
+    fewer = pair["dense_flops"] / pair["pruned_flops"]
     times = f"{1e3 * before:,.2f}", f"{1e3 * after:,.2f}"
     return (name, *times, f"{before / after:.2f}×", f"{fewer:.2f}×")
 

@@ -10,15 +10,15 @@ from tpp_jax import style
 from tpp_jax.analysis.groups_svg import picture_of
 from tpp_jax.experiment.records import origin
 from tpp_jax.experiment.records.folders import write
-from tpp_jax.experiment.records.history import read_history
+from tpp_jax.experiment.records.history import is_number, read_history
 from tpp_jax.graph.groups import Groups
 from tpp_jax.pruning.plan import Plan
 from tpp_jax.reports.canvas import Picture
 from tpp_jax.reports.page import Files
 
 _GROUPS = {"groups.svg": style.WIDE, "groups_phone.svg": style.PHONE}
-_PROFILE = {"networks", "layers", "device"}
-_EXPORT = {"bytes", "params", "flops", "runtime", "difference"}
+_PAIR = ("dense_seconds", "pruned_seconds", "dense_flops", "pruned_flops")
+_EXPORT = ("bytes", "params", "flops", "difference")
 
 
 def draw_groups(workdir: pathlib.Path, groups: Groups, plans: Sequence[Plan]) -> None:
@@ -47,13 +47,14 @@ def read(workdir: pathlib.Path) -> Files:
     """
     exports = {}
     for file in sorted((workdir / "export").glob("*.json")):
-        if (found := _read(file, _EXPORT)) is not None:
+        found = _read(file)
+        if _has_numbers(found, _EXPORT) and "runtime" in found:
             exports[file.stem] = found
     above = workdir.absolute().parent
     cell = above.name in ("cells", "dense") and (above.parent / "table.json").is_file()
     return Files(
         history=read_history(workdir / "metrics.jsonl"),
-        profile=_read(workdir / "profile.json", _PROFILE),
+        profile=_profile(workdir / "profile.json"),
         exports=exports,
         groups=_groups(workdir),
         made=origin.read(workdir),
@@ -61,12 +62,32 @@ def read(workdir: pathlib.Path) -> Files:
     )
 
 
-def _read(file: pathlib.Path, keys: set[str]) -> dict[str, Any] | None:
+def _profile(file: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the times in a file of ``--mode=profile``; None if there are none."""
+    found = _read(file)
+    parts: dict[str, Any] = {}
+    for part in ("networks", "layers"):
+        pairs = found.get(part)
+        pairs = pairs.items() if isinstance(pairs, dict) else ()
+        parts[part] = {name: x for name, x in pairs if _has_numbers(x, _PAIR)}
+    device = str(found.get("device", ""))
+    return {"device": device, **parts} if parts["networks"] else None
+
+
+def _has_numbers(content: Any, names: Sequence[str]) -> bool:
+    """Returns whether a dict has positive numbers, or a difference, of these names."""
+    return isinstance(content, dict) and all(
+        is_number(content.get(name)) and (content[name] > 0 or name == "difference")
+        for name in names
+    )
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and keys <= found.keys() else None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _groups(workdir: pathlib.Path) -> Picture | None:
