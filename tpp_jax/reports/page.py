@@ -165,7 +165,7 @@ def of_grid(
         for metric in grid.metrics
     ]
     texts = [
-        [row, *(f"★ {cell['text']}" for cell in found)]
+        [row, *(f"★ {cell['text']} {cell['paper']}" for cell in found)]
         for section in sections
         for row, found in section["rows"]
     ]
@@ -200,8 +200,10 @@ def _cell(
     runs = {
         seed: link for (r, c, seed), link in links.items() if (r, c) == (row, column)
     }
+    ours, _, paper = grids.text(grid, row, column, metric).partition(" [")
     return {
-        "text": grids.text(grid, row, column, metric),
+        "text": ours,
+        "paper": paper.removesuffix("]"),
         "runs": runs,
         "best": row in grids.best_rows(grid, column, metric),
     }
