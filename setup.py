@@ -38,6 +38,7 @@ setup(
         "tpp_jax.configs.tables",
     ],
     package_dir={"tpp_jax.configs": "configs"},
+    py_modules=["tpp_jax_command"],
     long_description=description(),
     long_description_content_type="text/markdown",
 )
