@@ -34,9 +34,7 @@ def finish(run: Run, tools: Tools) -> dict[str, Any]:
     dense, small = count(setup.model, *example), count(run.model, *example)
     rows, headline = tools.history.read(), tools.task.headline
     summary = summarize_run(setup, run.position, headline, rows, dense, small)
-    network = ""
     if run.plans:
-        network = f"The pruned network is in {workdir / 'model'}; "
         save_model(
             workdir / "model",
             run.model,
@@ -51,7 +49,9 @@ def finish(run: Run, tools: Tools) -> dict[str, Any]:
     processes.wait_for_all("summary")
     say(tables.result_table(summary))
     if tools.kept:
-        say(f"{network}{workdir / 'report.html'} is the report of the run.")
+        say(f"Report of the run: {workdir / 'report.html'}")
+        if run.plans:
+            say(f"Pruned network:    {workdir / 'model'}")
     return summary
 
 
