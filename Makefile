@@ -9,16 +9,16 @@ DEMO_WORKDIR ?= runs/digits
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test unittest doctest lint format release-check clean
+.PHONY: help demo test unittest doctest lint format release-check newcomer clean
 
 help:
 	@echo "make demo    train, prune and fine-tune on handwritten digits (minutes)"
 	@echo "make test    lint, tests and the examples in docstrings"
 	@echo "make lint    ruff check, format check and type check only"
 	@echo "make format  format the code with ruff"
-	@echo "make docs    the documentation as a site, in site/"
 	@echo "make clean   remove the virtual environment and caches (keeps runs/)"
 	@echo "make release-check  build the package, install it elsewhere, run the demo"
+	@echo "make newcomer       follow the README in a clone, top to bottom"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS)"
 
 demo: $(VENV)/.installed
@@ -53,6 +53,9 @@ format: $(VENV)/.installed-test
 
 release-check: $(VENV)/.installed-release
 	.ci/release-check $(BIN)/python
+
+newcomer:
+	$(PYTHON) tests/newcomer.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import tpp_jax as tpp
+from tests import newcomer
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -30,3 +31,13 @@ def test_it_is_short():
     code = "\n".join(lines).split("</details>")[1].split("```")[1]
     calls = [line for line in code.splitlines() if "tpp." in line]
     assert len(calls) <= 10
+
+
+def test_a_newcomer_finds_each_command_and_the_results_of_the_demo():
+    text = README.read_text(encoding="utf-8")
+    shell = [block for language, block in newcomer.blocks(text) if not language]
+    found = [command for block in shell for command in newcomer.commands(block)]
+    assert found == ["make demo", newcomer.LONG, "pip install '.[train]'"]
+    table = "│ dense │       98.89 % │\n│ fine-tuned │  9.50 % │"
+    assert newcomer.accuracies(table) == [98.89, 9.5]
+    assert len(newcomer.accuracies(text.partition("## Prune your own")[0])) == 4
