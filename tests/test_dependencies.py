@@ -117,6 +117,7 @@ def test_the_core_works_without_the_extras_and_says_what_is_missing(tmp_path):
     refused = {MODULES.get(name, name.replace("-", "_")) for name in names}
     refused -= {"absl", "etils"}  # optax and Orbax, which Flax requires, bring them
     assert {"orbax", "grain", "matplotlib", "torch", "ml_collections"} <= refused
+    assert "jinja2" in refused
     done = without(refused, CORE, tmp_path)
     assert done.returncode == 0, done.stderr
     missing = [
@@ -137,7 +138,12 @@ def test_the_core_works_without_the_extras_and_says_what_is_missing(tmp_path):
 
 @pytest.mark.parametrize(
     ("package", "extra"),
-    [("ml_collections", "train"), ("tensorboardX", "train"), ("matplotlib", "plots")],
+    [
+        ("ml_collections", "train"),
+        ("tensorboardX", "train"),
+        ("matplotlib", "plots"),
+        ("jinja2", "plots"),
+    ],
 )
 def test_the_command_line_names_the_extra_that_it_needs(package, extra, tmp_path):
     program = "from tpp_jax.commands.command_line import main; "
@@ -159,7 +165,7 @@ def test_a_package_inside_a_missing_one_is_missing():
 
 def test_importing_the_package_imports_nothing_heavy():
     heavy = {"orbax", "matplotlib", "tensorflow", "grain", "torch", "sklearn", "PIL"}
-    heavy |= {"tensorboardX", "ml_collections", "tensorflow_datasets"}
+    heavy |= {"tensorboardX", "ml_collections", "tensorflow_datasets", "jinja2"}
     code = "import sys, jax, optax, flax.nnx, flax.linen; before = set(sys.modules)"
     code += "; import tpp_jax; print(*set(sys.modules) - before)"
     done = subprocess.run(

@@ -16,7 +16,7 @@ from tpp_jax.analysis.groups_text import headline, member_lines, size_change
 from tpp_jax.graph.groups import Group, Groups
 from tpp_jax.pruning.plan import Plan
 
-_COLORS = style.LANES_LIGHT
+_COLORS = style.LANES
 _FIXED = style.LIGHT.line  # color of lanes that cannot be pruned
 _INK, _FAINT, _RULE = style.LIGHT.ink, style.LIGHT.soft, style.LIGHT.surface
 _PAPER, _BORDER = style.LIGHT.paper, style.LIGHT.line
@@ -74,17 +74,20 @@ def picture_of(
       canvas: Canvas of the drawing.
     """
     rows, lanes = place_groups(groups, plan)
+    columns = 1 + max((lane.column for lane in lanes), default=0)
+    if canvas.narrow:
+        room = canvas.width - 2 * _MARGIN - _GAP - _LANE * columns
+        rows = [row._replace(name=_shortened(row.name, room)) for row in rows]
     # From left to right: layers, shapes of their kernels, lanes, notes on the groups.
     shapes_x = _MARGIN + _width(row.name for row in rows) + _GAP
     shapes = 0 if canvas.narrow else _width(row.shape for row in rows) + 2 * _GAP
     lanes_x = shapes_x + shapes
-    columns = 1 + max((lane.column for lane in lanes), default=0)
     ends = lanes_x + _LANE * columns
     notes_x = _MARGIN if canvas.narrow else ends + _GAP
     letters = int((canvas.width - notes_x - _GAP - _MARGIN) / _LETTER)
     letters = min(max(letters, _LEAST_NOTE), _MOST_NOTE)
     notes = [_note(lane.group, plan, letters) for lane in lanes]
-    words = textwrap.wrap(headline(groups), letters if canvas.narrow else 200)
+    words = textwrap.wrap(headline(groups), 30 if canvas.narrow else 200)
     width = _MARGIN + max(
         *(notes_x + _GAP + _width(line for note in notes for line in note), ends),
         *(_MARGIN + 1.4 * _width(words), canvas.width - _MARGIN),
@@ -108,6 +111,15 @@ def picture_of(
         elements += _group(lane, color, plan, tip, x, row_y)
         elements += [*_noted(lane.group, note, color, notes_x, y), "</g>"]
     return "\n".join([*elements, "</svg>", ""])
+
+
+def _shortened(name: str, width: float) -> str:
+    """Returns a name with an ellipsis in its middle if it is wider."""
+    letters = max(int(width / _LETTER), 12)
+    if len(name) <= letters:
+        return name
+    start = letters // 3
+    return f"{name[:start]}…{name[start + 1 - letters :]}"
 
 
 def _frame(width: float, height: float) -> list[str]:

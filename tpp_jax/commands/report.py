@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment.records import folders
+from tpp_jax.experiment.records import folders, origin
 from tpp_jax.experiment.records.summary import draw, read_summary
 from tpp_jax.headline import headline_of
 from tpp_jax.reports import grids, page, plots
@@ -67,7 +67,7 @@ def _names(described: Mapping[str, Any]) -> dict[tuple[str, str, int], str]:
 
 def _made(runs: Iterable[pathlib.Path]) -> Mapping[str, str]:
     """Returns what made the last of some finished runs."""
-    found = [read_summary(run / "summary.json").get("made", {}) for run in runs]
+    found = [origin.read(run) for run in runs]
     return max(found, key=lambda made: made.get("date", ""), default={})
 
 

@@ -87,11 +87,18 @@ def _svg(figure: Figure) -> str:
     """Returns a figure as compact SVG in the fonts of the style sheet."""
     text = io.StringIO()
     figure.savefig(text, format="svg", facecolor="none", metadata={"Date": None})
-    svg = re.sub(r"'DejaVu Sans'[^;\"]*", FONT.replace('"', "'"), text.getvalue())
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"(?<=[ \"(,-])(\d+\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->", "", text.getvalue(), flags=re.DOTALL
+    )
     svg = re.sub(r'(width|height)="([\d.]+)pt"', r'\1="\2"', svg, count=2)
-    return re.sub(r"\n\s*", "\n", svg)
+    return re.sub(r"<[^<>]*>\s*", lambda tag: _compact(tag[0]), svg)
+
+
+def _compact(tag: str) -> str:
+    """Returns a tag of SVG in the library's fonts and with two decimals."""
+    tag = re.sub(r"'DejaVu Sans'[^;\"]*", FONT, tag)
+    tag = re.sub(r"(?<=[ \"(,-])(\d+\.\d\d)\d+", r"\1", tag)
+    return re.sub(r"\s*\n\s*", "\n", tag)
 
 
 def literal(text: str) -> str:

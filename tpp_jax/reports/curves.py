@@ -260,7 +260,8 @@ def _mark_cut(
     low, high = sorted(axes.get_ylim())
     left, right = axes.get_xlim()
     on_left = step - left > right - step
-    text = f"cut: {_short(before)} → {headline.text(after)}"
+    first = headline.text(before).removesuffix(headline.unit).rstrip()
+    text = f"cut: {first} → {headline.text(after)}"
     lower = after > (low + high) / 2
     place = step, min(max(after, low), high)
     _note(axes, text, place, -15 if lower else 15, on_left, color, canvas)

@@ -1,7 +1,6 @@
 """The picture of a sweep: a dot for each row, a panel for each column."""
 
 import math
-import re
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -87,8 +86,7 @@ def _axis_name(grid: grids.Grid, metric: str) -> str:
 
 def _named(grid: grids.Grid, column: str) -> str:
     """Returns the name of a column; one that is a number is a pruning ratio."""
-    numbers = all(re.fullmatch(r"0?\.\d+", name) for name in grid.columns)
-    return f"pruning ratio {column}" if numbers else column
+    return f"pruning ratio {column}" if grids.by_ratio(grid) else column
 
 
 def _name_rows(axes: Axes, rows: list[str], room: float, canvas: Canvas) -> None:

@@ -172,6 +172,15 @@ def is_tpp(row: str) -> bool:
     return re.search(r"\btpp\b", row, re.IGNORECASE) is not None
 
 
+def by_ratio(grid: Grid) -> bool:
+    """Returns whether the columns of a table are pruning ratios, by their names.
+
+    Args:
+      grid: Results of the sweep.
+    """
+    return all(re.fullmatch(r"0?\.\d+", name) for name in grid.columns)
+
+
 def has_ran(grid: Grid, row: str) -> bool:
     """Returns whether any run of a row is done.
 

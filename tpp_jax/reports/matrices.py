@@ -34,13 +34,14 @@ def draw_grams(grams: Mapping[str, np.ndarray], canvas: Canvas) -> Figure:
     size, gap = canvas.size, 14 if canvas.narrow else 30
     side = (canvas.width - 2 * _MARGIN - gap * (len(moments) - 1)) / len(moments)
     side = min(side, 220.0)
-    head = 4.6 * size
+    head = 5.6 * size
     figure = blank(canvas, head + side + 4.2 * size)
     gone = len(pruned) - kept
-    title = f"W Wᵀ of {grams['layer']}: {kept} kept filters, then {gone} to prune"
-    room = canvas.width - 2 * _MARGIN
-    title = literal(shortened(title, size, room))
-    write(figure, _MARGIN, 1.2 * size, title, fontsize=size)
+    title = shortened(f"W Wᵀ of {grams['layer']}", size, canvas.width - 2 * _MARGIN)
+    write(figure, _MARGIN, 1.2 * size, literal(title), fontsize=size)
+    order_of = f"{kept} kept filters, then {gone} to prune"
+    style = {"fontsize": size, "color": LIGHT.soft}
+    write(figure, _MARGIN, 2.7 * size, order_of, **style)
     for i, moment in enumerate(moments):
         left = _MARGIN + i * (side + gap)
         axes = place(figure, left, head, side, side)

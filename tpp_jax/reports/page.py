@@ -17,6 +17,7 @@ from tpp_jax.reports import grids, story, tables
 from tpp_jax.reports.canvas import Picture
 
 _LONG = 40  # a list of more layers is folded
+_PHONE = 42  # letters in a line of a phone
 _CAPTIONS = {
     "curves": "The metric on the test set and on training batches, and what drives "
     "the pruned filters to zero. The solid line is the cut.",
@@ -42,6 +43,17 @@ class Table(NamedTuple):
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    @property
+    def stacked(self) -> bool:
+        """Whether a phone shows the entries of a row one below the other."""
+        return _stacked([self.header, *self.rows])
+
+
+def _stacked(rows: Iterable[Sequence[str]]) -> bool:
+    """Returns whether a table is too wide for a phone."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return sum(widths) + 2 * len(widths) > _PHONE
+
 
 class Files(NamedTuple):
     """What belongs to a run besides its summary and its pictures.
@@ -51,6 +63,7 @@ class Files(NamedTuple):
       profile: Content of ``profile.json``; None if the networks were not timed.
       exports: What was checked of each exported file, by its name.
       groups: Drawing of the channel groups; None if there is none.
+      made: Command, date, version and machine.
       table: Address of the report of the sweep that the run belongs to; "" for none.
     """
 
@@ -58,6 +71,7 @@ class Files(NamedTuple):
     profile: Mapping[str, Any] | None = None
     exports: Mapping[str, Mapping[str, Any]] = {}
     groups: Picture | None = None
+    made: Mapping[str, str] = {}
     table: str = ""
 
 
@@ -105,11 +119,12 @@ def of_run(
         chapters=list(story.chapters(summary)),
         scores=Table(("network", f"test {headline.name}"), scores),
         pictures={name: _shown(name, one) for name, one in shown.items()},
+        changes=", ".join(f"{n} {a} → {b}" for n, a, b in layers if a != b),
         folded=len(layers) > _LONG,
         profile=timed,
         device=files.profile["device"] if files.profile else "",
         exports=export_table(files.exports) if files.exports else None,
-        made=summary.get("made", {}),
+        made=files.made,
         config=json.dumps(summary["config"], indent=2),
         data={name: _address("text/csv", text) for name, text in data.items()},
     )
@@ -148,8 +163,15 @@ def of_grid(
         }
         for metric in grid.metrics
     ]
+    texts = [
+        [row, *(f"★ {cell['text']}" for cell in found)]
+        for section in sections
+        for row, found in section["rows"]
+    ]
     return _render(
         "sweep.html",
+        axis="pruning ratio" if grids.by_ratio(grid) else "",
+        stacked=_stacked([["", *grid.columns], *texts]),
         title=grid.title,
         explanation=grids.explanation(grid),
         columns=grid.columns,

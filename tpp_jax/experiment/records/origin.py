@@ -1,6 +1,7 @@
 """Where a result comes from: command, date, version and machine."""
 
 import datetime
+import json
 import math
 import os
 import pathlib
@@ -11,6 +12,9 @@ from typing import Any
 
 import jax
 from flax import nnx
+
+from tpp_jax.experiment.records.folders import ORIGIN, write
+from tpp_jax.headline import Headline
 
 
 def describe() -> dict[str, str]:
@@ -25,6 +29,47 @@ def describe() -> dict[str, str]:
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "devices": f"{len(devices)} × {devices[0].device_kind}",
     }
+
+
+def record(workdir: pathlib.Path, headline: Headline) -> None:
+    """Writes what makes a result into the folder of its run.
+
+    Args:
+      workdir: Folder of the run.
+      headline: Metric by which the run is judged.
+    """
+    content = describe() | {"headline": headline.to_dict()}
+    write(workdir / ORIGIN, json.dumps(content, indent=2))
+
+
+def read(workdir: pathlib.Path) -> dict[str, str]:
+    """Returns what :func:`describe` found; empty if there is nothing legible.
+
+    Args:
+      workdir: Folder of the run.
+    """
+    found = _read(workdir)
+    return {name: x for name, x in found.items() if isinstance(x, str)}
+
+
+def read_headline(workdir: pathlib.Path) -> Headline | None:
+    """Returns the metric by which a run is judged; None if it is not legible.
+
+    Args:
+      workdir: Folder of the run.
+    """
+    try:
+        return Headline(**_read(workdir)["headline"])
+    except (LookupError, TypeError):
+        return None
+
+
+def _read(workdir: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads((workdir / ORIGIN).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def command() -> str:

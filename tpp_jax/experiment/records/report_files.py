@@ -8,6 +8,7 @@ from typing import Any
 
 from tpp_jax import style
 from tpp_jax.analysis.groups_svg import picture_of
+from tpp_jax.experiment.records import origin
 from tpp_jax.experiment.records.folders import write
 from tpp_jax.experiment.records.history import read_history
 from tpp_jax.graph.groups import Groups
@@ -55,6 +56,7 @@ def read(workdir: pathlib.Path) -> Files:
         profile=_read(workdir / "profile.json", _PROFILE),
         exports=exports,
         groups=_groups(workdir),
+        made=origin.read(workdir),
         table="../../report.html" if cell else "",
     )
 

@@ -35,7 +35,6 @@ def finish(run: Run, tools: Tools) -> dict[str, Any]:
     dense, small = count(setup.model, *example), count(run.model, *example)
     rows, headline = tools.history.read(), tools.task.headline
     summary = summarize_run(setup, run.position, headline, rows, dense, small)
-    summary["made"] = origin.describe()
     summary["dense"]["bytes"] = origin.bytes_of(setup.model)
     if summary["pruned"] is not None:
         summary["pruned"]["bytes"] = origin.bytes_of(run.model)
@@ -50,6 +49,7 @@ def finish(run: Run, tools: Tools) -> dict[str, Any]:
         say(tables.layer_table(dense, small))
     if processes.is_first():
         write(workdir / "summary.json", json.dumps(summary, indent=2))
+        origin.record(workdir, headline)
         if run.plans:
             report_files.draw_groups(workdir, setup.groups, run.plans)
         draw(workdir)
@@ -146,7 +146,7 @@ def summarize_run(
         "status": "done",
         "method": setup.config.prune.method,
         "headline": headline.to_dict(),
-        "phases": [_phase(result, name) for result in results],
+        "phases": [unfinished.renamed(result, name) for result in results],
         "dense": {
             "params": dense.params,
             "flops": dense.flops,
@@ -169,14 +169,6 @@ def summarize_run(
         },
         "config": position.config,
     }
-
-
-def _phase(result: Result, name: str) -> dict[str, Any]:
-    """Returns the entry of a stage in a summary."""
-    renamed = {"score": name, "best": f"best_{name}"}
-    cut = ("before", "after", "compensated", "recalibrated")
-    renamed |= {key: f"{name}_{key}" for key in cut}
-    return {renamed.get(key, key): x for key, x in result.to_json().items()}
 
 
 def _of_fine_tuning(

@@ -5,20 +5,15 @@ import pathlib
 from typing import Any
 
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment.config import RunConfig, with_defaults
-from tpp_jax.experiment.dotted import is_dotted
-from tpp_jax.experiment.fields import build
-from tpp_jax.experiment.position import Position
+from tpp_jax.experiment.position import Position, Result
+from tpp_jax.experiment.records import origin
 from tpp_jax.experiment.records.folders import own_config
 from tpp_jax.experiment.records.history import read_history
-from tpp_jax.experiment.tasks import headline_of_task
-from tpp_jax.headline import Headline
+from tpp_jax.headline import ACCURACY
 
 
 def summarize(workdir: pathlib.Path) -> dict[str, Any]:
     """Returns a summary of the stages so far; the counts of networks are missing.
-
-    A user's own task is not imported: its run is summarized by its loss.
 
     Args:
       workdir: Folder of the run.
@@ -28,27 +23,35 @@ def summarize(workdir: pathlib.Path) -> dict[str, Any]:
     """
     if (config := own_config(workdir)) is None:
         raise TPPError(f"{workdir} is not the folder of a run")
-    typed = build(RunConfig, with_defaults(config))
-    headline = Headline("loss", better="lower")
-    if not is_dotted(typed.task.name):
-        headline = headline_of_task(typed)
+    headline = origin.read_headline(workdir) or ACCURACY
     position, name = _position(workdir, config), headline.name
-    scored = not is_dotted(typed.task.name)  # as the position's scores are
-    phases = [_result(entry, name, scored) for entry in _results(position)]
+    phases = [renamed(result, name) for result in position.results]
     phases += _running(workdir, name, [phase["name"] for phase in phases])
-    dense = position.dense if scored else None
     return {
         "status": "stopped",
-        "method": typed.prune.method,
+        "method": config["prune"].get("method", ""),
         "headline": headline.to_dict(),
         "phases": phases,
-        "dense": {name: dense},
+        "dense": {name: position.dense},
         "pruned": None,
-        "one_shot": {f"{name}_after": position.one_shot if scored else None},
+        "one_shot": {f"{name}_after": position.one_shot},
         "speedup": None,
         "layers": {},
         "config": config,
     }
+
+
+def renamed(result: Result, name: str) -> dict[str, Any]:
+    """Returns a finished stage as a summary has it.
+
+    Args:
+      result: Outcome of the stage.
+      name: Name of the headline.
+    """
+    names = {"score": name, "best": f"best_{name}"}
+    cut = ("before", "after", "compensated", "recalibrated")
+    names |= {key: f"{name}_{key}" for key in cut}
+    return {names.get(key, key): x for key, x in result.to_json().items()}
 
 
 def _position(workdir: pathlib.Path, config: dict[str, Any]) -> Position:
@@ -61,19 +64,6 @@ def _position(workdir: pathlib.Path, config: dict[str, Any]) -> Position:
         except (OSError, ValueError, AttributeError, RecursionError):
             continue
     return Position(config)
-
-
-def _results(position: Position) -> list[dict[str, Any]]:
-    return [result.to_json() for result in position.results]
-
-
-def _result(entry: dict[str, Any], name: str, scored: bool) -> dict[str, Any]:
-    """Returns a finished stage as it is in the summary of a finished run."""
-    scores = {"score": name, "best": f"best_{name}"}
-    scores |= {x: f"{name}_{x}" for x in ("before", "after")}
-    scores |= {x: f"{name}_{x}" for x in ("compensated", "recalibrated")}
-    found = {scores.get(key, key): value for key, value in entry.items()}
-    return found if scored else found | dict.fromkeys(scores.values())
 
 
 def _running(
