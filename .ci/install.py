@@ -32,7 +32,8 @@ def follow(lines: Iterable[str], out: TextIO, live: bool) -> list[str]:
         step = line.strip()
         if not step.startswith(STEPS):
             continue
-        minor = step.startswith("Collecting") or ".metadata" in step
+        minor = step.startswith(("Collecting", "Building", "Preparing"))
+        minor |= ".metadata" in step
         step = re.sub(r" \(from .*|-py3\S*(?= \()|-cp\d\S*(?= \()", "", step)
         step = re.sub(r"collected packages: (.*)", _counted, step)
         if live:
