@@ -9,12 +9,13 @@ DEMO_WORKDIR ?= runs/digits
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test unittest doctest lint format release-check newcomer clean
+.PHONY: help demo test unittest doctest lint format docs release-check newcomer clean
 
 help:
 	@echo "make demo    train, prune and fine-tune on handwritten digits (minutes)"
 	@echo "make test    lint, tests and the examples in docstrings"
 	@echo "make lint    ruff check, format check and type check only"
+	@echo "make docs    build the documentation site: site/index.html"
 	@echo "make format  format the code with ruff"
 	@echo "make clean   remove the virtual environment and caches (keeps runs/)"
 	@echo "make release-check  build the package, install it elsewhere, run the demo"
@@ -57,8 +58,13 @@ release-check: $(VENV)/.installed-release
 newcomer:
 	$(PYTHON) tests/newcomer.py
 
+# Warnings are errors: a link that leads nowhere, a name without an entry.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "Open site/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find tpp_jax tests configs benchmarks -name __pycache__ -prune -exec rm -rf {} + \
 		2>/dev/null || true
 
@@ -68,12 +74,17 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.created
 	@$(BIN)/python .ci/install.py --editable '.[train,plots]'
 	@touch $@
 
+$(VENV)/.installed-docs: pyproject.toml setup.py | $(VENV)/.created
+	@echo "Installing the tools of the documentation into $(VENV)"
+	@$(BIN)/python .ci/install.py --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.installed-test: pyproject.toml setup.py | $(VENV)/.created
 	@echo "Installing tpp_jax and what its tests need into $(VENV) (once, minutes)"
 	@$(BIN)/python .ci/install.py --editable '.[test]'
 	@# It asks for an old orbax-checkpoint, which it does not import.
 	@$(BIN)/python .ci/install.py --no-deps 'jax2onnx>=0.17.1,<0.18'
-	@touch $@ $(VENV)/.installed
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-docs
 
 $(VENV)/.installed-release: | $(VENV)/.created
 	@echo "Installing build and twine into $(VENV)"
