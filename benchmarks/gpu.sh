@@ -94,14 +94,18 @@ recipe() {
     return 0
   fi
   rm -f "$json"  # it is only what was reached so far
-  mkdir -p "$scratch/recipe"
-  cat "$results"/recipe.tar.* 2>/dev/null | tar -x -C "$scratch/recipe" 2>/dev/null
+  # A relative path, since the configs of the runs name it: equal on every machine.
+  local runs=runs/gpu_recipe${tiny:+_tiny}
+  if [ ! -d "$runs" ]; then
+    mkdir -p "$runs"
+    cat "$results"/recipe.tar.* 2>/dev/null | tar -x -C "$runs" 2>/dev/null
+  fi
   local left=$((60 * minutes - SECONDS - 45))  # the last checkpoints take a while
-  stage b $((left + 90)) recipe benchmarks.gpu_recipe --workdir="$scratch/recipe" \
+  stage b $((left + 90)) recipe benchmarks.gpu_recipe --workdir="$runs" \
     --data="$data" --seconds=$((left > 60 ? left : 60)) --seeds="$seeds" \
     ${tiny:+--tiny}
   rm -f "$results"/recipe.tar.*  # in parts, so that no file is larger than 15 MiB
-  tar -c -C "$scratch/recipe" --exclude=images.npz --exclude='*.png' --exclude='*.svg' \
+  tar -c -C "$runs" --exclude=images.npz --exclude='*.png' --exclude='*.svg' \
     --exclude=tensorboard --exclude=report.html . |
     split --bytes=15M --numeric-suffixes --suffix-length=1 - "$results/recipe.tar."
 }
