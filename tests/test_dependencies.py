@@ -131,7 +131,7 @@ def test_the_core_works_without_the_extras_and_says_what_is_missing(tmp_path):
     ]
     assert done.stdout.splitlines() == [
         f"the package {package}, which is needed here, is not installed: "
-        f"pip install 'tpp_jax[{extra}]'"
+        f"pip install -e '{ROOT}[{extra}]'"
         for package, extra in missing
     ]
 
@@ -152,14 +152,14 @@ def test_the_command_line_names_the_extra_that_it_needs(package, extra, tmp_path
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         f"error: the package {package}, which is needed here, is not installed: "
-        f"pip install 'tpp_jax[{extra}]'\n"
+        f"pip install -e '{ROOT}[{extra}]'\n"
     )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_package_inside_a_missing_one_is_missing():
     require("train", "json", "xml.dom")
-    with pytest.raises(TPPError, match=r"package no_such\.inner,.*'tpp_jax\[train\]'"):
+    with pytest.raises(TPPError, match=r"package no_such\.inner,.*\[train\]'"):
         require("train", "json", "no_such.inner")
 
 

@@ -9,8 +9,10 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
 PAGES = (
+    "index.md",
     "guide.md",
     "plans.md",
+    "zeros.md",
     "recovery.md",
     "llm.md",
     "trainability.md",

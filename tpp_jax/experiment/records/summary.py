@@ -38,9 +38,7 @@ def finish(run: Run, tools: Tools) -> dict[str, Any]:
     summary["dense"]["bytes"] = origin.bytes_of(setup.model)
     if summary["pruned"] is not None:
         summary["pruned"]["bytes"] = origin.bytes_of(run.model)
-    network = ""
     if run.plans:
-        network = f"The pruned network is in {workdir / 'model'}; "
         save_model(
             workdir / "model",
             run.model,
@@ -58,7 +56,9 @@ def finish(run: Run, tools: Tools) -> dict[str, Any]:
     processes.wait_for_all("summary")
     say(tables.result_table(summary))
     if tools.kept:
-        say(f"{network}{workdir / 'report.html'} is the report of the run.")
+        say(f"Report of the run: {workdir / 'report.html'}")
+        if run.plans:
+            say(f"Pruned network:    {workdir / 'model'}")
     return summary
 
 
