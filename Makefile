@@ -9,7 +9,7 @@ DEMO_WORKDIR ?= runs/digits
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test unittest doctest lint format docs clean
+.PHONY: help demo test unittest doctest lint format docs release-check newcomer clean
 
 help:
 	@echo "make demo    train, prune and fine-tune on handwritten digits (minutes)"
@@ -18,6 +18,8 @@ help:
 	@echo "make docs    build the documentation site: site/index.html"
 	@echo "make format  format the code with ruff"
 	@echo "make clean   remove the virtual environment and caches (keeps runs/)"
+	@echo "make release-check  build the package, install it elsewhere, run the demo"
+	@echo "make newcomer       follow the README in a clone, top to bottom"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS)"
 
 demo: $(VENV)/.installed
@@ -50,6 +52,12 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+release-check: $(VENV)/.installed-release
+	.ci/release-check $(BIN)/python
+
+newcomer:
+	$(PYTHON) tests/newcomer.py
+
 # Warnings are errors: a link that leads nowhere, a name without an entry.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
@@ -62,18 +70,26 @@ clean:
 
 # The stamps say that the installation finished, for the dependencies as they are now.
 $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.created
-	$(BIN)/python -m pip install --quiet --editable '.[train,plots]'
+	@echo "Installing tpp_jax and what it needs into $(VENV) (once, a few minutes)"
+	@$(BIN)/python .ci/install.py --editable '.[train,plots]'
 	@touch $@
 
 $(VENV)/.installed-docs: pyproject.toml setup.py | $(VENV)/.created
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@echo "Installing the tools of the documentation into $(VENV)"
+	@$(BIN)/python .ci/install.py --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml setup.py | $(VENV)/.created
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@echo "Installing tpp_jax and what its tests need into $(VENV) (once, minutes)"
+	@$(BIN)/python .ci/install.py --editable '.[test]'
 	@# It asks for an old orbax-checkpoint, which it does not import.
-	$(BIN)/python -m pip install --quiet --no-deps 'jax2onnx>=0.17.1,<0.18'
+	@$(BIN)/python .ci/install.py --no-deps 'jax2onnx>=0.17.1,<0.18'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-docs
+
+$(VENV)/.installed-release: | $(VENV)/.created
+	@echo "Installing build and twine into $(VENV)"
+	@$(BIN)/python .ci/install.py 'build>=1.2' 'twine>=6.1'
+	@touch $@
 
 $(VENV)/.created:
 	@command -v $(PYTHON) >/dev/null || { \
@@ -83,6 +99,7 @@ $(VENV)/.created:
 		echo "error: Python 3.11 or later is needed, but $(PYTHON) is" \
 			"$$($(PYTHON) --version 2>&1). Name another:" \
 			"make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Creating the virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { \
 		echo "error: no virtual environment could be made; on Debian and Ubuntu" \
 			"install python3-venv" >&2; rm -rf $(VENV); exit 1; }

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+_DEFAULT = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(os.environ.get("BENCHMARK_RESULTS") or _DEFAULT)
 
 
 def describe() -> dict[str, Any]:
@@ -52,7 +53,7 @@ def busy() -> float:
 
 def write(name: str, result: dict[str, Any]) -> pathlib.Path:
     """Writes a result with a description of the machine; returns the file."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{name}_{jax.default_backend()}.json"
     file.write_text(json.dumps({**result, "machine": describe()}, indent=2) + "\n")
     return file

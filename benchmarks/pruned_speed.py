@@ -11,6 +11,7 @@ divided by the speedup in FLOPs here, as when the results were recorded; in
 """
 
 import argparse
+import fnmatch
 import functools
 
 import jax
@@ -37,11 +38,14 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--imagenet_batch_size", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--networks", default="*", help="pattern of their names")
     options = parser.parse_args()
     title = "network, ratios, rounding, batch"
     print(f"{title:<64}" + "".join(f"{column:>12}" for column in _COLUMNS))
     results = {}
     for name, ratios, skip in CASES:
+        if not fnmatch.fnmatchcase(name, options.networks):
+            continue
         dense = with_weights(functools.partial(_create, name))
         shape = dense.spec.image_shape
         example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)

@@ -39,7 +39,7 @@ import numpy as np
 from flax import nnx
 
 import tpp_jax as tpp
-from benchmarks import machine, scaling_plots
+from benchmarks import machine
 from benchmarks.architectures import Llama, LlamaShape
 from benchmarks.graph import with_weights
 from tpp_jax.training import parallel
@@ -81,8 +81,7 @@ def main() -> None:
         print(f"\n{part} (load {load})")
         result[part] = {"load": load, "note": options.note, "rows": PARTS[part]()}
     print(f"\n{machine.write('scaling', result)}")
-    for picture in scaling_plots.save(result, IMAGES):
-        print(picture)
+    print("python -m benchmarks.pictures draws it")
 
 
 def _child(*arguments: str) -> list[str]:

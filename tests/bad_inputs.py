@@ -50,6 +50,7 @@ def message_of(title: str, make: Make, folder: pathlib.Path) -> str:
         said = next(line for line in lines if line.startswith("error: "))
         said = said.removeprefix("error: ")
     said = said.replace(str(folder), "…").replace(str(ROOT) + "/", "")
+    said = said.replace(str(ROOT), ".")
     said = re.sub(r"process \d+ on \S+\)", "process … on …)", said)
     assert len(said) > 10 and said.count("\n") <= 12, said
     return said

@@ -5,15 +5,16 @@ from collections.abc import Mapping
 
 import matplotlib
 
-from tpp_jax.reports import plots
+from tpp_jax.reports import canvas
+from tpp_jax.style import WIDE
 
 
 def sketched(
-    drawings: Mapping[str, plots.Drawing], folder: pathlib.Path
-) -> dict[str, str]:
+    drawings: Mapping[str, canvas.Drawing], folder: pathlib.Path
+) -> dict[str, canvas.Picture]:
     """Draws pictures like ``plots.save``, and writes empty ones."""
     for name, drawing in drawings.items():
-        with matplotlib.rc_context(plots._SETTINGS):
-            drawing()
+        with matplotlib.rc_context(canvas._SETTINGS):
+            drawing(WIDE)
         (folder / f"{name}.svg").write_text("<svg/>")
-    return dict.fromkeys(drawings, "<svg/>")
+    return dict.fromkeys(drawings, canvas.Picture("<svg/>", "<svg/>"))

@@ -9,7 +9,7 @@ import re
 PACKAGE = pathlib.Path(__file__).parents[1] / "tpp_jax"
 # Each may import those before it; docs/architecture.md says what they are for.
 ORDER = [
-    *("errors", "callbacks", "loggers", "headline", "xla", "graph", "pruning"),
+    *("errors", "callbacks", "loggers", "headline", "style", "xla", "graph", "pruning"),
     *("models", "data", "method", "interop", "analysis", "storage", "saving"),
     *("reports", "training", "experiment", "fitting", "commands", "__main__"),
 ]

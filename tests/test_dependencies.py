@@ -117,6 +117,7 @@ def test_the_core_works_without_the_extras_and_says_what_is_missing(tmp_path):
     refused = {MODULES.get(name, name.replace("-", "_")) for name in names}
     refused -= {"absl", "etils"}  # optax and Orbax, which Flax requires, bring them
     assert {"orbax", "grain", "matplotlib", "torch", "ml_collections"} <= refused
+    assert "jinja2" in refused
     done = without(refused, CORE, tmp_path)
     assert done.returncode == 0, done.stderr
     missing = [
@@ -130,14 +131,19 @@ def test_the_core_works_without_the_extras_and_says_what_is_missing(tmp_path):
     ]
     assert done.stdout.splitlines() == [
         f"the package {package}, which is needed here, is not installed: "
-        f"pip install 'tpp_jax[{extra}]'"
+        f"pip install -e '{ROOT}[{extra}]'"
         for package, extra in missing
     ]
 
 
 @pytest.mark.parametrize(
     ("package", "extra"),
-    [("ml_collections", "train"), ("tensorboardX", "train"), ("matplotlib", "plots")],
+    [
+        ("ml_collections", "train"),
+        ("tensorboardX", "train"),
+        ("matplotlib", "plots"),
+        ("jinja2", "plots"),
+    ],
 )
 def test_the_command_line_names_the_extra_that_it_needs(package, extra, tmp_path):
     program = "from tpp_jax.commands.command_line import main; "
@@ -146,20 +152,20 @@ def test_the_command_line_names_the_extra_that_it_needs(package, extra, tmp_path
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         f"error: the package {package}, which is needed here, is not installed: "
-        f"pip install 'tpp_jax[{extra}]'\n"
+        f"pip install -e '{ROOT}[{extra}]'\n"
     )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_package_inside_a_missing_one_is_missing():
     require("train", "json", "xml.dom")
-    with pytest.raises(TPPError, match=r"package no_such\.inner,.*'tpp_jax\[train\]'"):
+    with pytest.raises(TPPError, match=r"package no_such\.inner,.*\[train\]'"):
         require("train", "json", "no_such.inner")
 
 
 def test_importing_the_package_imports_nothing_heavy():
     heavy = {"orbax", "matplotlib", "tensorflow", "grain", "torch", "sklearn", "PIL"}
-    heavy |= {"tensorboardX", "ml_collections", "tensorflow_datasets"}
+    heavy |= {"tensorboardX", "ml_collections", "tensorflow_datasets", "jinja2"}
     code = "import sys, jax, optax, flax.nnx, flax.linen; before = set(sys.modules)"
     code += "; import tpp_jax; print(*set(sys.modules) - before)"
     done = subprocess.run(

@@ -1,10 +1,12 @@
 """What is built and installed is complete, and says the same everywhere."""
 
+import io
 import itertools
 import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -154,3 +156,30 @@ def test_an_installed_package_runs_a_table_from_an_empty_folder(installed, tmp_p
     assert "The report is table/report.html" in said
     [summary] = tmp_path.glob("table/cells/*/summary.json")
     assert json.loads(summary.read_text())["status"] == "done"
+
+
+def follow(lines, live):
+    out = io.StringIO()
+    kept = runpy.run_path(str(ROOT / ".ci" / "install.py"))["follow"](lines, out, live)
+    assert kept == lines
+    return out.getvalue()
+
+
+def test_an_installation_says_what_it_does_in_lines_that_fit():
+    names = ", ".join(f"package{i}" for i in range(90))
+    pip = [
+        "Looking in indexes: https://example.org/simple\n",
+        "Collecting jax>=0.10 (from tpp_jax==0.1.0)\n",
+        "  Downloading jax-0.10.2-py3-none-any.whl.metadata (13 kB)\n",
+        "Requirement already satisfied: numpy in ./lib\n",
+        "Downloading jaxlib-0.10.2-cp311-cp311-manylinux_2_27_x86_64.whl (85.3 MB)\n",
+        f"Installing collected packages: {names}\n",
+        f"Successfully installed {names}\n",
+    ]
+    assert follow(pip, live=False).splitlines() == [
+        "  Downloading jaxlib-0.10.2 (85.3 MB)",
+        "  Installing 90 packages",
+    ]
+    shown = follow(pip, live=True)
+    assert "\n" not in shown and "Collecting jax>=0.10\r" in shown
+    assert all(len(line.removeprefix("\033[K")) < 80 for line in shown.split("\r"))

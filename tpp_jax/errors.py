@@ -1,6 +1,20 @@
-"""Exceptions for mistakes in the use of the library."""
+"""Exceptions for mistakes in the use of the library, and the names in their messages.
 
+What sets a value has one name in the library, ``data_dir``, and another one in a
+config, ``config.data.dir``. A message names what its reader can set: whoever calls a
+function for another kind of user renames it, see :func:`renamed`.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
 import importlib.util
+import json
+import pathlib
+import re
+import shlex
+import urllib.parse
+from collections.abc import Callable, Iterator
 
 
 class TPPError(ValueError):
@@ -30,7 +44,7 @@ def require(extra: str, *packages: str) -> None:
         if not _installed(package):
             raise TPPError(
                 f"the package {package}, which is needed here, is not installed: "
-                f"pip install 'tpp_jax[{extra}]'"
+                f"{install_command(extra)}"
             )
 
 
@@ -39,3 +53,56 @@ def _installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # the package that this one is in
         return False
+
+
+def install_command(extra: str) -> str:
+    """Returns the shell command that adds an extra to this installation.
+
+    Args:
+      extra: Name of the extra in ``pyproject.toml``.
+
+    Returns:
+      In a checkout an editable installation of it; otherwise an installation from where
+      pip has it: a folder, a repository or an index.
+
+    Example:
+      >>> install_command("onnx").startswith("pip install ")
+      True
+    """
+    checkout = pathlib.Path(__file__).parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        where = "." if checkout == pathlib.Path.cwd() else checkout
+        return f"pip install -e {shlex.quote(f'{where}[{extra}]')}"
+    place = _installed_from()
+    if place.startswith("file:"):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(place).path)
+        return f"pip install {shlex.quote(f'{path}[{extra}]')}"
+    source = f" @ {place}" if place else ""
+    return f"pip install {shlex.quote(f'tpp_jax[{extra}]{source}')}"
+
+
+@functools.cache
+def _installed_from() -> str:
+    """Returns the URL that pip has installed this package from; "" for an index."""
+    try:
+        found = importlib.metadata.distribution("tpp_jax").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    record = json.loads(found or "{}")
+    vcs = record.get("vcs_info", {}).get("vcs")
+    return f"{vcs}+{record['url']}" if vcs else record.get("url", "")
+
+
+@contextlib.contextmanager
+def renamed(pattern: str, name: str | Callable[[re.Match[str]], str]) -> Iterator[None]:
+    """Renames what messages of errors tell the user to set.
+
+    Args:
+      pattern: Regular expression of the names.
+      name: Name for this user, or function from a match to it.
+    """
+    try:
+        yield
+    except TPPError as error:
+        error.args = (re.sub(pattern, name, str(error)), *error.args[1:])
+        raise

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import pathlib
+import re
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 from flax import linen, nnx
 
-from tpp_jax.errors import TPPError, require
+from tpp_jax.errors import TPPError, renamed, require
 from tpp_jax.interop.equinox_modules import is_equinox
 from tpp_jax.pruning.plan import Plan
 
@@ -144,9 +145,37 @@ def fit(
     made = complete(own, name.partition(":")[2], int(batch_size))
     tree.data.batch_size = made.batch_size
     given = Given(made, listeners, checkpoints=folder is not None)
-    with _folder(folder) as place:
+    with _folder(folder) as place, renamed(_IN_A_CONFIG, _as_argument):
         summary = run.train(tree, place, given)
         return _result(summary, place, made, tree, folder is not None)
+
+
+# What runs call the values that arguments of fit set.
+_IN_A_CONFIG = r"(?:--)?\bconfig\.([a-z_]+(?:\.[a-z_]+)*)|--workdir"
+_ARGUMENTS = {
+    "data.batch_size": "batch_size",
+    "prune.method": "method",
+    "prune.ratios": "ratios",
+    "prune.schedule": "schedule",
+    "pretrain.epochs": "pretrain_epochs",
+    "pretrain.learning_rate": "learning_rate",
+    "finetune.epochs": "epochs",
+    "finetune.learning_rate": "learning_rate",
+}
+
+
+def _as_argument(found: re.Match[str]) -> str:
+    """Returns the argument of fit for a field of a config."""
+    from tpp_jax.experiment.config import FIELDS
+
+    if (name := found[1]) is None:
+        return "folder"
+    section, _, last = name.rpartition(".")
+    if name not in FIELDS and name not in _ARGUMENTS:  # such as config.json
+        return found[0]
+    if section == "prune.schedule":
+        return f'schedule["{last}"]'
+    return _ARGUMENTS.get(name) or f'config["{name}"]'
 
 
 def _own(

@@ -2,12 +2,15 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
-from tpp_jax.commands import config_files
+from tpp_jax.commands import command_line, config_files
+from tpp_jax.commands.export import FORMATS
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -123,3 +126,41 @@ def test_a_table_finds_its_configs_and_those_of_the_user(tmp_path):
         capture_output=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+HELP = (ROOT / "tpp_jax" / "commands" / "help.txt").read_text("ascii")
+
+
+@pytest.mark.parametrize("asked", ["--help", "-h", "--mode=sweep --help"])
+def test_the_help_is_printed_without_importing_the_package(asked):
+    program = "import sys; sys.modules['jax'] = sys.modules['tpp_jax'] = None; "
+    program += "from tpp_jax_command import main; "
+    program += f"sys.argv = ['tpp-jax', *{asked.split()}]; main()"
+    done = started("-c", program)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", HELP)
+
+
+def test_every_way_to_start_prints_the_same_help():
+    assert started(ROOT / "launch.py", "--help").stdout == HELP
+    assert started("-m", "tpp_jax", "--help").stdout == HELP
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"tpp-jax": "tpp_jax_command:main"}
+
+
+def test_the_help_names_every_mode_flag_and_format_and_fits_a_terminal():
+    assert max(map(len, HELP.splitlines())) <= 80
+    for mode in command_line.MODES:
+        assert mode == "train" or f"--mode={mode}" in HELP
+        assert mode in HELP.partition("--mode=MODE ")[2]
+    for name in ("coordinator", "num_processes", "process_id", "timeout", "debug"):
+        assert f"--{name}" in HELP
+    for name in FORMATS:
+        assert name in HELP.partition("--format=NAMES")[2]
+
+
+def test_the_examples_of_the_help_name_configs_of_the_package():
+    named = set(re.findall(r"--config=(\S+)", HELP)) - {"FILE]", "FILE[:ARGUMENT]"}
+    named |= {"cifar10_resnet56_tpp", "imagenet_resnet50_tpp:2.31"}
+    assert len(named) > 3
+    for name in named - {"my_config.py"}:
+        assert pathlib.Path(config_files.find(name).partition(":")[0]).is_file()

@@ -103,7 +103,9 @@ def test_of_a_finished_run_its_own_networks_are_timed(tmp_path):
     process = start(*flags, program=str(program), XLA_FLAGS="")
     said, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert {file.name for file in tmp_path.iterdir()} == before | {"profile.json"}
+    added = {file.name for file in tmp_path.iterdir()} - before
+    assert {"profile.json", "report.html"} <= added
+    assert "Speed by the clock" in (tmp_path / "report.html").read_text()
     found = json.loads((tmp_path / "profile.json").read_text())
     assert found["model"] == "mlp7_linear"
     assert list(found["networks"]) == NETWORKS

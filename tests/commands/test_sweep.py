@@ -147,8 +147,12 @@ def test_a_report_can_be_made_at_any_time(swept):
     page = write_report(workdir).read_text()
     assert "4 of 8 runs are done" in page
     assert "tpp_none_1" in page and "matches no layer" in page
+    for name in ("l1_half_0", "l1_half_1", "tpp_half_0", "tpp_half_1"):
+        assert f'href="cells/{name}/report.html"' in page
+    assert page.count('href="cells/') == 4 * len(read_grid(workdir).metrics)
     page = write_report(workdir / "cells" / "tpp_half_0").read_text()
     assert "regularized, after the cut" in page
+    assert 'href="../../report.html"' in page and "tpp_jax" in page
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -423,7 +423,7 @@ def test_the_guides_lines_sort_tiny_imagenets_test_images(root, tmp_path, monkey
     ("name", "options", "message"),
     [
         ("photographs", {}, "unknown streamed data set 'photographs': folder or im"),
-        ("folder", {"data_dir": None}, "'folder' needs --config.data.dir"),
+        ("folder", {"data_dir": None}, "'folder' needs data_dir"),
         ("folder", {"image_size": 0}, "image_size 0"),
         ("folder", {"threads": 0}, "threads 0 must be 1 or more"),
         ("folder", {"workers": -1}, "workers -1 not negative"),

@@ -159,7 +159,7 @@ def test_the_links_of_the_page_lead_somewhere():
 
 
 def test_the_help_lists_every_field_with_its_default():
-    shown = launch("--help")
+    shown = launch("--helpfull")
     assert "Python file whose function get_config()" in shown.stdout
     repeated = {name for name in FIELDS if name.startswith("finetune.")}
     own = {f"finetune.{name}" for name in ("epochs", "learning_rate")}

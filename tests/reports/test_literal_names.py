@@ -23,6 +23,8 @@ TEXT = "{http://www.w3.org/2000/svg}text"
 def summary_of(name):
     return {
         "config": {"model": {"name": name}, "data": {"name": name}},
+        "method": "tpp",
+        "one_shot": {"accuracy_after": 50.0},
         "dense": {"params": 1, "flops": 1, "accuracy": 90.0},
         "pruned": {"params": 1, "flops": 1, "accuracy": 89.0},
         "phases": [
@@ -43,7 +45,7 @@ def texts_of(pictures):
     """All texts of some SVGs."""
     found = []
     for picture in pictures.values():
-        root = ElementTree.fromstring(picture)
+        root = ElementTree.fromstring(picture.wide)
         found += ["".join(element.itertext()) for element in root.iter(TEXT)]
     return found
 
@@ -56,7 +58,7 @@ def test_titles_of_a_run_show_names_as_they_are(tmp_path, name):
     titled = {title: drawings[title] for title in ("curves", "gram")}
     texts = texts_of(plots.save(titled, tmp_path))
     assert any(text.startswith(f"{name} on {name}: 1.00×") for text in texts)
-    assert any(text.startswith(f"W Wᵀ of {name}: 1 kept filters") for text in texts)
+    assert f"W Wᵀ of {name}" in texts
 
 
 def test_bars_and_histograms_of_a_run_show_names_as_they_are(tmp_path):
@@ -68,7 +70,7 @@ def test_bars_and_histograms_of_a_run_show_names_as_they_are(tmp_path):
     texts = texts_of(plots.save(listed, tmp_path))
     for name in NAMES:
         assert texts.count(name) == 1  # the layer's bar
-        assert sum(text.startswith(f"{name}: mean 1") for text in texts) == 1
+        assert texts.count(f"after {name}") == 1
 
 
 def grid_of(names, columns=("0.5",)):
@@ -87,7 +89,7 @@ def grid_of(names, columns=("0.5",)):
 def test_pictures_of_a_sweep_show_every_row_and_column_as_it_is(tmp_path):
     grid = grid_of(NAMES, columns=["$1$", "_2"])
     texts = texts_of(plots.save(plots.of_grid(grid), tmp_path))
-    for name in [*NAMES, "$1$", "_2", "published"]:
+    for name in [*NAMES, "$1$", "_2", "◇ published value"]:
         assert texts.count(name) == 1
 
 
@@ -136,7 +138,8 @@ def test_curves_are_drawn_of_any_rows(tmp_path, rows):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pictures = plots.save(curves(rows), tmp_path)
-    assert "test_accuracy" not in pictures["curves"] and len(pictures["curves"]) > 1000
+    svg = pictures["curves"].wide
+    assert "test_accuracy" not in svg and len(svg) > 1000
 
 
 @pytest.mark.parametrize("name", [*NAMES, "a|b", "<b>", "`x`", "*bold*", "two\nlines"])

@@ -16,6 +16,7 @@ from tpp_jax.reports import plots, tables
 
 SUMMARY = {
     "status": "done",
+    "method": "tpp",
     "phases": [
         {"name": "pretrain", "steps": 10, "accuracy": 90.0},
         {"name": "regularize", "steps": 5, "accuracy": 88.5},
@@ -142,7 +143,7 @@ def test_plots_are_drawn_also_from_a_run_without_all_phases(tmp_path):
     plots.save(plots.of_run(history, SUMMARY, {}), tmp_path)
     for name in ("curves.png", "channels.png"):
         image = matplotlib.image.imread(tmp_path / name)
-        assert image.shape[0] > 200 and image.std() > 0.05
+        assert image.shape[0] > 100 and image.std() > 0.03
 
 
 def test_the_picture_of_a_sensitivity_shows_every_cost(tmp_path):
@@ -155,8 +156,8 @@ def test_the_picture_of_a_sensitivity_shows_every_cost(tmp_path):
         baseline=0.25,
     )
     svg = plots.save(plots.of_sensitivity(result), tmp_path)["sensitivity"]
-    for text in ("conv1", "a$b", "25%", "-0.01", "0.5", "1.2e+02", "from 0.25"):
-        assert text in svg
+    for text in ("conv1", "a$b", "25%", "−0.01", "0.5", "1.2e+2", "from 0.25"):
+        assert text in svg.wide and text in svg.phone
     assert matplotlib.image.imread(tmp_path / "sensitivity.png").std() > 0.1
     nothing = dataclasses.replace(result, costs=np.zeros((2, 2)))
     assert plots.save(plots.of_sensitivity(nothing), tmp_path)

@@ -10,19 +10,16 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from xml.sax.saxutils import escape, quoteattr
 
+from tpp_jax import style
 from tpp_jax.analysis.groups_layout import Lane, Row, place_groups
 from tpp_jax.analysis.groups_text import headline, member_lines, size_change
 from tpp_jax.graph.groups import Group, Groups
 from tpp_jax.pruning.plan import Plan
 
-_COLORS = [
-    *("#4c72b0", "#dd8452", "#55a868", "#8172b3"),
-    *("#c44e52", "#64b5cd", "#937860", "#da8bc3"),
-]
-_FIXED = "#9aa0a6"  # color of lanes that cannot be pruned
-_INK, _FAINT, _RULE = "#24292f", "#6e7781", "#eaeef2"
-_PAPER, _BORDER = "#ffffff", "#d0d7de"
-_FONT = "ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono, monospace"
+_COLORS = style.LANES
+_FIXED = style.LIGHT.line  # color of lanes that cannot be pruned
+_INK, _FAINT, _RULE = style.LIGHT.ink, style.LIGHT.soft, style.LIGHT.surface
+_PAPER, _BORDER = style.LIGHT.paper, style.LIGHT.line
 
 # Sizes in pixels.
 _SIZE = 11  # font size
@@ -33,7 +30,7 @@ _GAP = 18  # space between the columns of the picture
 _LANE = 24  # distance between lanes
 _BAR = 12  # width of a lane's bar
 
-_NOTE = 76  # number of letters in a line of a note
+_LEAST_NOTE, _MOST_NOTE = 30, 76  # numbers of letters in a line of a note
 
 
 def draw_groups(
@@ -44,7 +41,7 @@ def draw_groups(
     Args:
       groups: Groups from :func:`tpp_jax.channel_groups`.
       path: Path of the file; its folder must exist.
-      plan: Plan whose pruned share of the channels is drawn pale, if any.
+      plan: Plan whose pruned share of the channels is drawn empty, if any.
 
     Raises:
       OSError: If the file cannot be written.
@@ -60,62 +57,114 @@ def draw_groups(
       >>> file.read_text()[:4]
       '<svg'
     """
-    pathlib.Path(path).write_text(_picture(groups, plan), encoding="utf-8")
+    pathlib.Path(path).write_text(picture_of(groups, plan), encoding="utf-8")
 
 
-def _picture(groups: Groups, plan: Plan | None) -> str:
-    """Returns the content of the file."""
+def picture_of(
+    groups: Groups, plan: Plan | None = None, canvas: style.Canvas = style.WIDE
+) -> str:
+    """Returns a drawing of the groups as SVG.
+
+    For a phone it has no shapes of kernels, and the notes on the groups are below the
+    layers. A drawing is wider than its canvas where names and lanes need that.
+
+    Args:
+      groups: Groups from :func:`tpp_jax.channel_groups`.
+      plan: Plan whose pruned share of the channels is drawn empty, if any.
+      canvas: Canvas of the drawing.
+    """
     rows, lanes = place_groups(groups, plan)
-    notes = [_note(lane.group, plan) for lane in lanes]
-
+    columns = 1 + max((lane.column for lane in lanes), default=0)
+    if canvas.narrow:
+        room = canvas.width - 2 * _MARGIN - _GAP - _LANE * columns
+        rows = [row._replace(name=_shortened(row.name, room)) for row in rows]
     # From left to right: layers, shapes of their kernels, lanes, notes on the groups.
     shapes_x = _MARGIN + _width(row.name for row in rows) + _GAP
-    lanes_x = shapes_x + _width(row.shape for row in rows) + 2 * _GAP
-    columns = 1 + max((lane.column for lane in lanes), default=0)
-    notes_x = lanes_x + _LANE * columns + _GAP
-    title = headline(groups)
+    shapes = 0 if canvas.narrow else _width(row.shape for row in rows) + 2 * _GAP
+    lanes_x = shapes_x + shapes
+    ends = lanes_x + _LANE * columns
+    notes_x = _MARGIN if canvas.narrow else ends + _GAP
+    letters = int((canvas.width - notes_x - _GAP - _MARGIN) / _LETTER)
+    letters = min(max(letters, _LEAST_NOTE), _MOST_NOTE)
+    notes = [_note(lane.group, plan, letters) for lane in lanes]
+    words = textwrap.wrap(headline(groups), 30 if canvas.narrow else 200)
     width = _MARGIN + max(
-        notes_x + _GAP + _width(line for note in notes for line in note),
-        _MARGIN + 1.4 * _width([title]),
+        *(notes_x + _GAP + _width(line for note in notes for line in note), ends),
+        *(_MARGIN + 1.4 * _width(words), canvas.width - _MARGIN),
     )
-    legend, top = _legend(lanes, plan, width)
-    row_y, note_y, bottom = _heights(rows, lanes, notes, top)
-    lane_x = [lanes_x + _LANE * (lane.column + 0.5) for lane in lanes]
-
-    elements = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" '
-        f'height="{bottom:.0f}" viewBox="0 0 {width:.0f} {bottom:.0f}" '
-        f'font-family="{_FONT}" font-size="{_SIZE}">',
-        # A background makes the picture readable on a dark page.
-        f'<rect x="0.5" y="0.5" width="{width - 1:.0f}" height="{bottom - 1:.0f}" '
-        f'rx="8" fill="{_PAPER}" stroke="{_BORDER}"/>',
-        f'<text x="{_MARGIN}" y="{_MARGIN + 12}" font-size="14" font-weight="bold" '
-        f'fill="{_INK}">{escape(title)}</text>',
-        *legend,
-    ]
+    legend, top = _legend(lanes, plan, width, 20.0 * (len(words) - 1))
+    row_y, note_y, bottom = _heights(rows, lanes, notes, top, canvas.narrow)
+    xs = [lanes_x + _LANE * (lane.column + 0.5) for lane in lanes]
+    elements = [*_frame(width, bottom), *_title(words), *legend]
     for i, (row, y) in enumerate(zip(rows, row_y, strict=True)):
         if row.is_layer and i:
             rule = y - _LINE / 2 - 3
-            elements.append(_line(_MARGIN, rule, notes_x - _GAP, rule, _RULE))
+            elements.append(_line(_MARGIN, rule, ends, rule, _RULE))
         elements.append(_text(_MARGIN, y, row.name, _INK if row.is_layer else _FAINT))
-        if row.shape:
+        if row.shape and not canvas.narrow:
             elements.append(_text(shapes_x, y, row.shape, _FAINT))
-        elements += _connection(i, y, lanes, lane_x, lanes_x - _GAP / 2)
-    colors = _colors(lanes)
+        elements += _connection(i, y, lanes, xs, lanes_x - _GAP / 2)
     for lane, color, x, note, y in zip(
-        lanes, colors, lane_x, notes, note_y, strict=True
+        lanes, _colors(lanes), xs, notes, note_y, strict=True
     ):
-        elements.append(f"<g data-group={quoteattr(lane.group.name)}>")
-        elements.append(f"<title>{escape(_tooltip(lane.group, groups, plan))}</title>")
-        elements += _bar(lane, x, row_y, color, plan)
-        for row, roles in lane.roles.items():
-            elements += _marks(roles, x, row_y[row])
-        elements.append(_rect(notes_x, y - 5, 10, 10, color))
-        ink = _INK if lane.group.reason is None else _FAINT
-        for i, line in enumerate(note):
-            elements.append(_text(notes_x + _GAP, y + i * _LINE, line, ink))
-        elements.append("</g>")
+        tip = _tooltip(lane.group, groups, plan)
+        elements += _group(lane, color, plan, tip, x, row_y)
+        elements += [*_noted(lane.group, note, color, notes_x, y), "</g>"]
     return "\n".join([*elements, "</svg>", ""])
+
+
+def _shortened(name: str, width: float) -> str:
+    """Returns a name with an ellipsis in its middle if it is wider."""
+    letters = max(int(width / _LETTER), 12)
+    if len(name) <= letters:
+        return name
+    start = letters // 3
+    return f"{name[:start]}…{name[start + 1 - letters :]}"
+
+
+def _frame(width: float, height: float) -> list[str]:
+    """Returns the opening tag, and a background that is legible on a dark page."""
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" '
+        f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'font-family="{style.MONO}" font-size="{_SIZE}">',
+        f'<rect x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1:.0f}" '
+        f'rx="8" fill="{_PAPER}" stroke="{_BORDER}"/>',
+    ]
+
+
+def _title(lines: Sequence[str]) -> list[str]:
+    return [
+        f'<text x="{_MARGIN}" y="{_MARGIN + 12 + 20 * i}" font-size="14" '
+        f'font-weight="bold" fill="{_INK}">{escape(line)}</text>'
+        for i, line in enumerate(lines)
+    ]
+
+
+def _group(
+    lane: Lane,
+    color: str,
+    plan: Plan | None,
+    tooltip: str,
+    x: float,
+    row_y: Sequence[float],
+) -> list[str]:
+    """Returns the lane of a group with its marks, as a group of elements to close."""
+    return [
+        f"<g data-group={quoteattr(lane.group.name)}>",
+        f"<title>{escape(tooltip)}</title>",
+        *_bar(lane, x, row_y, color, plan),
+        *(mark for i, some in lane.roles.items() for mark in _marks(some, x, row_y[i])),
+    ]
+
+
+def _noted(
+    group: Group, note: Sequence[str], color: str, x: float, y: float
+) -> list[str]:
+    """Returns the note on a group, with a square in its color."""
+    ink = _INK if group.reason is None else _FAINT
+    lines = [_text(x + _GAP, y + i * _LINE, line, ink) for i, line in enumerate(note)]
+    return [_rect(x, y - 5, 10, 10, color), *lines]
 
 
 def _connection(
@@ -139,12 +188,16 @@ def _connection(
 
 
 def _heights(
-    rows: Sequence[Row], lanes: Sequence[Lane], notes: Sequence[list[str]], top: float
+    rows: Sequence[Row],
+    lanes: Sequence[Lane],
+    notes: Sequence[list[str]],
+    top: float,
+    below: bool,
 ) -> tuple[list[float], list[float], float]:
     """Returns the middle of every row, that of every note's first line, the bottom.
 
     A note begins in the row where its group begins, and may extend over rows without a
-    note; a row with a note is moved down.
+    note; a row with a note is moved down. Or all notes are ``below`` the rows.
     """
     row_y: list[float] = []
     note_y: list[float] = []
@@ -152,7 +205,9 @@ def _heights(
     for i, row in enumerate(rows):
         y += 6 if row.is_layer and i else 0
         mine = [
-            note for lane, note in zip(lanes, notes, strict=True) if lane.first == i
+            note
+            for lane, note in zip(lanes, notes, strict=True)
+            if lane.first == i and not below
         ]
         y = max(y, free) if mine else y
         row_y.append(y + _LINE / 2)
@@ -162,7 +217,11 @@ def _heights(
             at += _LINE * len(note)
         free = max(free, at)
         y += _LINE
-    return row_y, note_y, max(y, free) + _MARGIN
+    y = max(y, free)
+    for note in notes if below else ():
+        note_y.append(y + 1.5 * _LINE)
+        y += _LINE * len(note)
+    return row_y, note_y, y + _MARGIN + (_LINE if below else 0)
 
 
 def _colors(lanes: Sequence[Lane]) -> list[str]:
@@ -180,15 +239,15 @@ def _colors(lanes: Sequence[Lane]) -> list[str]:
     return colors
 
 
-def _note(group: Group, plan: Plan | None) -> list[str]:
+def _note(group: Group, plan: Plan | None, letters: int) -> list[str]:
     """Returns the lines of the note next to the first row of a group."""
     size = f"{group.name}  {size_change(group, plan)}"
     if group.reason is None:
         return [size]
     reason = f"kept: {group.reason}"
-    if len(size) + 2 + len(reason) <= _NOTE:
+    if len(size) + 2 + len(reason) <= letters:
         return [f"{size}  {reason}"]
-    return [size, *textwrap.wrap(reason, _NOTE)]
+    return [size, *textwrap.wrap(reason, letters)]
 
 
 def _tooltip(group: Group, groups: Groups, plan: Plan | None) -> str:
@@ -203,7 +262,7 @@ def _tooltip(group: Group, groups: Groups, plan: Plan | None) -> str:
 
 
 def _legend(
-    lanes: Sequence[Lane], plan: Plan | None, width: float
+    lanes: Sequence[Lane], plan: Plan | None, width: float, down: float
 ) -> tuple[list[str], float]:
     """Returns the legend of the symbols in the picture, and its lower end."""
     roles = {role for lane in lanes for some in lane.roles.values() for role in some}
@@ -219,14 +278,14 @@ def _legend(
     ]
     if plan is not None and plan.pruned_groups:
         pale = [
-            _rect(2, -5, _BAR, 10, _COLORS[0], 0.3),
+            _outline(2, -5, _BAR, 10, _COLORS[0]),
             _rect(5, -5, 6, 10, _COLORS[0]),
         ]
-        entries.append((pale, "pale: the share that is pruned"))
+        entries.append((pale, "empty: the share that is pruned"))
     if any(lane.group.reason is not None for lane in lanes):
-        entries.append(([_rect(2, -5, _BAR, 10, _FIXED, 0.5)], "cannot be pruned"))
+        entries.append(([_rect(2, -5, _BAR, 10, _FIXED)], "cannot be pruned"))
     elements = []
-    x, y = _MARGIN, _MARGIN + 36
+    x, y = _MARGIN, _MARGIN + 36 + down
     for drawing, text in entries:
         needed = 20 + _width([text]) + _GAP
         if x + needed > width and x > _MARGIN:
@@ -240,16 +299,16 @@ def _legend(
 def _bar(
     lane: Lane, x: float, row_y: Sequence[float], color: str, plan: Plan | None
 ) -> list[str]:
-    """Returns the bar of a lane, pale, and on it the share that is kept."""
+    """Returns the bar of a lane, empty but for the share that is kept."""
     top, height = row_y[lane.first] - 8, row_y[lane.last] - row_y[lane.first] + 16
     group = lane.group
     if group.reason is not None:
-        return [_rect(x - _BAR / 2, top, _BAR, height, color, 0.5)]
+        return [_rect(x - _BAR / 2, top, _BAR, height, color)]
     kept = group.size if plan is None else plan.kept_count(group)
     inner = max(2, _BAR * kept / group.size)
-    pale = [_rect(x - _BAR / 2, top, _BAR, height, color, 0.3)]
+    empty = [_outline(x - _BAR / 2, top, _BAR, height, color)]
     return [
-        *(pale if inner < _BAR else []),
+        *(empty if inner < _BAR else []),
         _rect(x - inner / 2, top, inner, height, color),
     ]
 
@@ -285,9 +344,11 @@ def _circle(x: float, y: float, r: float, fill: str) -> str:
     return f'<circle {place} fill="{fill}" stroke="{_INK}" stroke-width="1.3"/>'
 
 
-def _rect(
-    x: float, y: float, width: float, height: float, color: str, opacity: float = 1
-) -> str:
+def _rect(x: float, y: float, width: float, height: float, color: str) -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-    pale = f' fill-opacity="{opacity}"' if opacity < 1 else ""
-    return f'<rect {place} rx="1.5" fill="{color}"{pale}/>'
+    return f'<rect {place} rx="1.5" fill="{color}"/>'
+
+
+def _outline(x: float, y: float, width: float, height: float, color: str) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f'<rect {place} rx="1.5" fill="{_PAPER}" stroke="{color}"/>'

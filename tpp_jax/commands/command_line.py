@@ -1,21 +1,12 @@
-"""Prune a network by TPP; preview a cut; time, evaluate or export a run.
+"""The flags of the command line, and what each mode runs.
 
-    tpp-jax --config=configs/digits_resnet8_tpp.py --workdir=runs/digits
-    tpp-jax --mode=sweep --config=configs/tables/digits.py --workdir=runs/table
-    tpp-jax --mode=inspect --config=configs/cifar10_resnet56_tpp.py
-    tpp-jax --mode=report --workdir=runs/table
-    tpp-jax --mode=profile --workdir=runs/digits
-    tpp-jax --mode=evaluate --workdir=runs/digits
-    tpp-jax --mode=export --format=stablehlo,onnx --workdir=runs/digits
-
-Every config field is a flag: --config.prune.ratios='*layer*.conv1:0.9'. The same
-command continues an interrupted run. `python -m tpp_jax` and, in a checkout,
-`python launch.py` are other names of this command.
+help.txt is what ``tpp-jax --help`` prints, without importing the package.
 """
 
 import contextlib
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -38,7 +29,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     from absl import app
 
-    sys.modules["__main__"].__doc__ = __doc__  # what --help prints
+    text = pathlib.Path(__file__).with_name("help.txt").read_text("ascii")
+    sys.modules["__main__"].__doc__ = text  # --helpfull begins with it
     sys.argv[1:] = config_files.found(sys.argv[1:])
     sys.path.append(os.getcwd())  # the user's own modules, which a config may name
     config_files.make_importable()
@@ -76,8 +68,6 @@ def _define_flags() -> None:
         "Formats to export: stablehlo, onnx, tflite, safetensors.",
     )
     flags.DEFINE_bool("debug", False, "Show tracebacks and library logs.")
-    for flag in flags.FLAGS.get_flags_for_module(__name__):  # --help shows these
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def _parse(argv: list[str]) -> list[str]:

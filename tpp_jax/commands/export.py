@@ -9,6 +9,7 @@ from flax import nnx
 from tpp_jax.commands.evaluate import finished_run, load_network
 from tpp_jax.errors import TPPError
 from tpp_jax.experiment.fields import Tree
+from tpp_jax.experiment.records.summary import draw_again
 from tpp_jax.experiment.records.terminal import Terminal
 from tpp_jax.interop.exporting import Exported, export
 from tpp_jax.interop.hugging_face import save_hf
@@ -67,6 +68,7 @@ def export_run(
                 checked.append(export(model, path, *inputs))
     if checked:
         console.print(table(checked))
+        draw_again(folder)
     return checked
 
 

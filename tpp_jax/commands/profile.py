@@ -22,6 +22,7 @@ from tpp_jax.experiment.fields import build
 from tpp_jax.experiment.own import check_known
 from tpp_jax.experiment.planning import plan_for
 from tpp_jax.experiment.records.folders import config_of
+from tpp_jax.experiment.records.summary import draw_again
 from tpp_jax.experiment.records.terminal import Terminal
 from tpp_jax.experiment.setup import abstract_model
 from tpp_jax.experiment.tasks import described_task
@@ -97,6 +98,7 @@ def profile(
             (folder / "profile.json").write_text(text, encoding="utf-8")
         except OSError as error:
             raise TPPError(f"the profile cannot be written: {error}") from error
+        draw_again(folder)
     return result
 
 

@@ -2,16 +2,19 @@
 
 import json
 import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import quote
 
 from tpp_jax.errors import TPPError
-from tpp_jax.experiment.records import folders
+from tpp_jax.experiment.records import folders, origin
 from tpp_jax.experiment.records.summary import draw, read_summary
 from tpp_jax.headline import headline_of
 from tpp_jax.reports import grids, page, plots
 
 
 def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
-    """Writes the report of a sweep at its current state, or of a finished run.
+    """Writes the report of a sweep or of a run, at its current state.
 
     Args:
       workdir: Folder of the sweep or of the run.
@@ -20,12 +23,12 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
       The path of ``report.html``, next to which its plots are.
 
     Raises:
-      TPPError: The folder belongs neither to a sweep nor to a finished run.
+      TPPError: The folder belongs neither to a sweep nor to a run.
     """
     workdir = pathlib.Path(workdir)
     folders.check_layout(workdir)
     with folders.errors_explained(workdir):
-        if (workdir / "summary.json").exists():
+        if (workdir / "summary.json").exists() or _begun(workdir):
             return draw(workdir)
         grid = read_grid(workdir)
         tabulate(workdir)
@@ -34,9 +37,38 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
             file.parent.name: _last_line(file)
             for file in sorted(workdir.glob("cells/*/error.txt"))
         }
+        described = json.loads((workdir / "table.json").read_bytes())
+        names = _names(described)
+        links = {
+            key: f"cells/{quote(name)}/report.html"
+            for key, name in names.items()
+            if (workdir / "cells" / name / "report.html").is_file()
+        }
         file = workdir / "report.html"
-        folders.write(file, page.of_grid(grid, pictures, failed))
+        made = _made(workdir / "cells" / names[key] for key in grid.results)
+        base = described.get("base")
+        folders.write(file, page.of_grid(grid, pictures, failed, links, made, base))
         return file
+
+
+def _begun(workdir: pathlib.Path) -> bool:
+    """Returns whether a folder holds a run that is not finished."""
+    files = (workdir / folders.CONFIG, workdir / "metrics.jsonl")
+    return all(file.is_file() for file in files)
+
+
+def _names(described: Mapping[str, Any]) -> dict[tuple[str, str, int], str]:
+    """Returns the names of the cells of ``table.json``, by row, column and seed."""
+    return {
+        (cell["row"], cell["column"], cell["seed"]): cell["name"]
+        for cell in described["cells"]
+    }
+
+
+def _made(runs: Iterable[pathlib.Path]) -> Mapping[str, str]:
+    """Returns what made the last of some finished runs."""
+    found = [origin.read(run) for run in runs]
+    return max(found, key=lambda made: made.get("date", ""), default={})
 
 
 def tabulate(workdir: pathlib.Path) -> str:
@@ -64,10 +96,7 @@ def read_grid(workdir: pathlib.Path) -> grids.Grid:
     """
     try:
         described = json.loads((workdir / "table.json").read_bytes())
-        names = {
-            (cell["row"], cell["column"], cell["seed"]): cell["name"]
-            for cell in described["cells"]
-        }
+        names = _names(described)
         grid = grids.Grid(
             title=described["title"],
             rows=tuple(dict.fromkeys(row for row, _, _ in names)),
@@ -83,7 +112,7 @@ def read_grid(workdir: pathlib.Path) -> grids.Grid:
         )
     except OSError as error:
         raise TPPError(
-            f"{workdir} is neither the folder of a sweep nor that of a finished run"
+            f"{workdir} is neither the folder of a sweep nor that of a run"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise TPPError(

@@ -97,8 +97,7 @@ def open_folders(data_dir: str | None) -> tuple[ClassFolders, ClassFolders, int]
     """
     if not data_dir:
         raise TPPError(
-            "data set 'folder' needs --config.data.dir: the folder that holds train/ "
-            "and val/"
+            "data set 'folder' needs data_dir: the folder that holds train/ and val/"
         )
     root = pathlib.Path(data_dir).expanduser()
     train, test = (_split_folder(root, names) for names in (_TRAIN, _TEST))
@@ -125,7 +124,7 @@ def _split_folder(root: pathlib.Path, names: Sequence[str]) -> ClassFolders:
         if (root / name).is_dir():
             return ClassFolders(root / name)
     raise TPPError(
-        f"there is no folder {root / names[0]}: --config.data.dir must hold train/ and "
+        f"there is no folder {root / names[0]}: data_dir must hold train/ and "
         "val/, each with a folder of images for every class"
     )
 

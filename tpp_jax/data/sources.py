@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from tpp_jax.errors import TPPError, require
+from tpp_jax.errors import TPPError, install_command, require
 
 
 class Dataset(NamedTuple):
@@ -255,14 +255,14 @@ def _why_unreadable(
     data_dir = os.path.expanduser(data_dir) if data_dir else None
     if data_dir and "://" not in data_dir and not os.path.isdir(data_dir):
         return TPPError(
-            f"The data folder {data_dir} does not exist. Point --config.data.dir at "
-            f"prepared TFDS data, or prepare {name} there: "
+            f"The data folder {data_dir} does not exist. Point data_dir at prepared "
+            f"TFDS data, or prepare {name} there: "
             f"{prepare_command(name, data_dir)}"
         )
     if not builder.info.splits:
         return TPPError(
             f"{name} is not prepared ({builder.data_dir} holds no data set). Point "
-            f"--config.data.dir at prepared TFDS data, or prepare it: "
+            "data_dir at prepared TFDS data, or prepare it: "
             f"{prepare_command(name, data_dir)}"
         )
     formats = sorted(f.value for f in builder.info.available_file_formats())
@@ -270,7 +270,7 @@ def _why_unreadable(
         return TPPError(
             f"{name} in {builder.data_dir} is prepared as {', '.join(formats)}; only "
             "array_record can be read without TensorFlow. Prepare it in another "
-            "folder, and point --config.data.dir there: "
+            "folder, and point data_dir there: "
             f"{prepare_command(name, 'DIR')}"
         )
     return TPPError(
@@ -287,10 +287,8 @@ def prepare_command(name: str, data_dir: str | None) -> str:
       data_dir: Folder to prepare it in, or None for TFDS's default.
     """
     where = f" --data_dir={shlex.quote(data_dir)}" if data_dir else ""
-    return (
-        "pip install 'tpp_jax[prepare]' && "
-        f"python -m tpp_jax.data.prepare {name}{where}"
-    )
+    command = f"python -m tpp_jax.data.prepare {name}{where}"
+    return f"{install_command('prepare')} && {command}"
 
 
 def _check_labels(

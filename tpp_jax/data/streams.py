@@ -292,7 +292,7 @@ def _closing(batches: Any, count: int | None) -> Batches:
         raise TPPError(
             "a process that decodes images has died; its own message may be above. "
             "If memory or a container's /dev/shm is full, set fewer "
-            "config.data.workers, or 0; a script must call this under "
+            "workers (data.workers of a config), or 0; a script must call this under "
             "if __name__ == '__main__'"
         ) from error
     finally:

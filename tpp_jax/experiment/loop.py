@@ -55,7 +55,7 @@ def train(run: Run, stage: Stage, tools: Tools) -> Run:
     state, recent = _state(run, phase, tools), [*run.position.recent]
     key = stage.key(config.seed)
     key_on_devices = parallel.replicate(key, tools.setup.devices)
-    tools.progress.phase(stage.name, phase.steps, run.position.step)
+    tools.progress.phase(stage.name, phase.steps, first := run.position.step)
     started = time.monotonic() - run.position.seconds
     tools.feed.begin(key, run.position.step)
     while (done := run.position.step) < phase.steps:
@@ -63,6 +63,9 @@ def train(run: Run, stage: Stage, tools: Tools) -> Run:
         data = tools.feed.train_data(done)
         arguments = state, key_on_devices, np.int32(stop - done), *data
         state, metrics = tools.take(program, arguments, _steps_left(run, tools))
+        if done == first:
+            jax.block_until_ready(metrics)
+            tools.progress.compiled(stop)
         recent.append((stop - done, metrics))
         jax.block_until_ready(recent[-2:-1])  # limits the streamed batches in memory
         run = run.at(step=stop, seconds=time.monotonic() - started)
@@ -70,7 +73,8 @@ def train(run: Run, stage: Stage, tools: Tools) -> Run:
             _log(run, phase, state, recent, tools)
             recent = []
         if stop < phase.steps:
-            run = _between(run, state, recent, tools)
+            with tools.progress.pause():
+                run = _between(run, state, recent, tools)
     return _finish(run, stage, state, started, tools)
 
 
@@ -153,7 +157,8 @@ def _finish(
 ) -> Run:
     """Measures, records and saves the end of a phase."""
     phase, state = run.phases[stage.kind], parallel.local(state)
-    run, score = _evaluate(run, state, tools)
+    with tools.progress.pause():
+        run, score = _evaluate(run, state, tools)
     more = {}
     if tools.jacobian is not None:
         more["jacobian"] = _measure_jacobian(run, state, tools.jacobian, tools)
@@ -188,8 +193,10 @@ def _log(
         metrics["pruned_norm"] = float(norm)
     tools.progress.step(done, metrics)
     metrics["learning_rate"] = float(np.asarray(phase.learning_rate(done - 1)))
-    rate = tools.progress.rate(done) * tools.task.examples_per_step
-    tools.record(run.position, {**metrics, f"{tools.task.examples}_per_second": rate})
+    if rate := tools.progress.rate(done):
+        speed = rate * tools.task.examples_per_step
+        metrics[f"{tools.task.examples}_per_second"] = speed
+    tools.record(run.position, metrics)
 
 
 def _check_finite(run: Run, recent: Recent, tools: Tools) -> None:

@@ -23,7 +23,7 @@ from tpp_jax.experiment.methods import Stage
 from tpp_jax.experiment.own import callbacks_of
 from tpp_jax.experiment.position import Position
 from tpp_jax.experiment.program import Take, alone
-from tpp_jax.experiment.records import folders
+from tpp_jax.experiment.records import folders, origin
 from tpp_jax.experiment.records.checkpoints import Checkpoints
 from tpp_jax.experiment.records.history import History
 from tpp_jax.experiment.records.progress import Progress
@@ -136,6 +136,7 @@ def _complete(
     ):
         if first:
             folders.write_config(workdir, config.to_dict())
+            origin.record(workdir, tools.task.headline)
         processes.check_shared(workdir, config.to_json())
         with processes.explained_losses():
             for stage in setup.stages:

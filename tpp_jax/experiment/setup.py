@@ -183,7 +183,7 @@ def make_setup(tree: Tree, load: Load = data.load, given: Task | None = None) ->
         pairs=any(recipe.mixup or recipe.cutmix for recipe in recipes.values()),
         field="the batch_size of the task"
         if is_dotted(config.task.name)
-        else "--config.data.batch_size",
+        else "config.data.batch_size",
     )
     model = initial_model(tasks[""], config.model, config.seed, config.init)
     if is_dotted(config.task.name):

@@ -12,7 +12,7 @@ from flax import nnx
 from tpp_jax import data, models
 from tpp_jax.data import sources
 from tpp_jax.data.arrays import labelled_images
-from tpp_jax.errors import TPPError
+from tpp_jax.errors import TPPError, renamed
 from tpp_jax.experiment.config import RunConfig
 from tpp_jax.experiment.dotted import is_dotted
 from tpp_jax.experiment.own import called
@@ -80,6 +80,11 @@ def headline_of_task(config: RunConfig, load: Load = data.load) -> Headline:
     return make_task(config, load).headline if known is None else known
 
 
+# Names of arguments of tpp_jax.data in messages, for whom a config sets them.
+_in_a_config = renamed(r"(?<![-./\w'])data_dir(?![=/\w'])", "--config.data.dir")
+
+
+@_in_a_config
 def open_images(
     config: RunConfig, load: Load = data.load
 ) -> data.Dataset | data.Stream:
@@ -169,6 +174,7 @@ def _language(config: RunConfig) -> LanguageModelling:
     return LanguageModelling(text, network, settings.length, settings.batch_size)
 
 
+@_in_a_config
 def _shapes(config: RunConfig) -> tuple[int, tuple[int, int, int]]:
     """Returns the number of classes and the image shape, if possible without images."""
     settings = config.data

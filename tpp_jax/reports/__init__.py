@@ -2,4 +2,4 @@
 
 from tpp_jax.errors import require
 
-require("plots", "matplotlib")
+require("plots", "matplotlib", "jinja2")

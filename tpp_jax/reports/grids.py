@@ -42,6 +42,8 @@ class Grid(NamedTuple):
       planned: Total number of runs.
       paper: Published mean, and standard deviation or None, by row, column and metric.
       headline: Metric by which the runs are judged.
+      recorded: Entries of a table that was read from CSV, which has no results of
+        single runs, by row, column and metric.
     """
 
     title: str
@@ -52,6 +54,21 @@ class Grid(NamedTuple):
     planned: int
     paper: Mapping[tuple[str, str, str], tuple[float, float | None]]
     headline: Headline = ACCURACY
+    recorded: Mapping[tuple[str, str, str], "Entry"] = {}
+
+    @property
+    def done(self) -> int:
+        """Number of finished runs."""
+        most: dict[tuple[str, str], int] = {}
+        for (row, column, _), found in self.recorded.items():
+            most[row, column] = max(most.get((row, column), 0), found.n)
+        return len(self.results) + sum(most.values())
+
+    @property
+    def seeds(self) -> int:
+        """Largest number of seeds in a row and column."""
+        seeds = len({seed for _, _, seed in self.results})
+        return max([seeds, *(found.n for found in self.recorded.values())])
 
 
 class Entry(NamedTuple):
@@ -107,6 +124,8 @@ def entry(grid: Grid, row: str, column: str, metric: str) -> Entry:
       column: Name of the column.
       metric: Name of the metric.
     """
+    if (recorded := grid.recorded.get((row, column, metric))) is not None:
+        return recorded
     values = [
         metrics[metric]
         for (r, c, _), metrics in grid.results.items()
@@ -117,6 +136,86 @@ def entry(grid: Grid, row: str, column: str, metric: str) -> Entry:
         return Entry(math.nan, math.nan, 0, paper, paper_std)
     mean, std = statistics.fmean(values), statistics.pstdev(values)
     return Entry(mean, std, len(values), paper, paper_std)
+
+
+def dense(grid: Grid, column: str, metric: str) -> float | None:
+    """Returns the mean of a column's dense networks, next to which a metric stands.
+
+    None for a metric that is not a score of the pruned network, or without results.
+
+    Args:
+      grid: Results of the sweep.
+      column: Name of the column.
+      metric: Name of the metric.
+    """
+    name = grid.headline.name
+    if metric not in (f"best_{name}", f"last_{name}", f"cut_{name}"):
+        return None
+    found = [
+        metrics[f"dense_{name}"]
+        for (_, c, _), metrics in grid.results.items()
+        if c == column and f"dense_{name}" in metrics
+    ]
+    return statistics.fmean(found) if found else None
+
+
+def is_tpp(row: str) -> bool:
+    """Returns whether a row of a table is one of TPP, by its name.
+
+    Args:
+      row: Name of the row.
+
+    Example:
+      >>> is_tpp("TPP, distilled"), is_tpp("GReg-1")
+      (True, False)
+    """
+    return re.search(r"\btpp\b", row, re.IGNORECASE) is not None
+
+
+def by_ratio(grid: Grid) -> bool:
+    """Returns whether the columns of a table are pruning ratios, by their names.
+
+    Args:
+      grid: Results of the sweep.
+    """
+    return all(re.fullmatch(r"0?\.\d+", name) for name in grid.columns)
+
+
+def has_ran(grid: Grid, row: str) -> bool:
+    """Returns whether any run of a row is done.
+
+    Args:
+      grid: Results of the sweep.
+      row: Name of the row.
+    """
+    return any(
+        entry(grid, row, column, metric).n
+        for column in grid.columns
+        for metric in grid.metrics
+    )
+
+
+def best_rows(grid: Grid, column: str, metric: str) -> list[str]:
+    """Returns the rows with the best mean in a column, if there are several rows.
+
+    Empty for a metric of which neither more nor less is better.
+
+    Args:
+      grid: Results of the sweep.
+      column: Name of the column.
+      metric: Name of the metric.
+    """
+    name = grid.headline.name
+    scored = metric.endswith(f"_{name}") and metric != f"dense_{name}"
+    if not scored and metric != "speedup":
+        return []
+    found = {row: entry(grid, row, column, metric) for row in grid.rows}
+    means = {row: e.mean for row, e in found.items() if e.n and math.isfinite(e.mean)}
+    if len(set(means.values())) < 2:
+        return []
+    lower = scored and grid.headline.better == "lower"
+    best = (min if lower else max)(means.values())
+    return [row for row, mean in means.items() if mean == best]
 
 
 def markdown(grid: Grid) -> str:
@@ -166,11 +265,15 @@ def explanation(grid: Grid) -> str:
     Args:
       grid: Results of the sweep.
     """
-    seeds = len({seed for _, _, seed in grid.results})
     published = "; in brackets the published value, and ours minus it"
+    seeds = (
+        "One seed"
+        if grid.seeds == 1
+        else f"Mean ± population standard deviation over up to {grid.seeds} seeds"
+    )
     return (
-        f"{len(grid.results)} of {grid.planned} runs are done. Mean ± population "
-        f"standard deviation over up to {seeds} seeds{published if grid.paper else ''}."
+        f"{grid.done} of {grid.planned} runs are done. "
+        f"{seeds}{published if grid.paper else ''}."
     )
 
 
@@ -224,6 +327,37 @@ def csv(grid: Grid) -> str:
             [row, column, metric, *numbers, e.n, e.paper, e.paper_std, e.difference]
         )
     return lines.getvalue()
+
+
+def read_csv(text: str, title: str, planned: int) -> Grid:
+    """Returns the table that :func:`csv` has written.
+
+    Args:
+      text: Content of the file.
+      title: Title of the table.
+      planned: Total number of runs.
+    """
+    recorded: dict[tuple[str, str, str], Entry] = {}
+    for line in csv_format.DictReader(io.StringIO(text)):
+        mean, std, paper, paper_std = (
+            float(line[name]) if line[name] else None
+            for name in ("mean", "std", "paper", "paper_std")
+        )
+        recorded[line["row"], line["column"], line["metric"]] = Entry(
+            *(math.nan if mean is None else mean, math.nan if std is None else std),
+            *(int(line["runs"]), paper, paper_std),
+        )
+    rows, columns, metrics = (
+        tuple(dict.fromkeys(key[i] for key in recorded)) for i in range(3)
+    )
+    published = {
+        key: (found.paper, found.paper_std)
+        for key, found in recorded.items()
+        if found.paper is not None
+    }
+    return Grid(
+        *(title, rows, columns, metrics, {}, planned, published), recorded=recorded
+    )
 
 
 def _places(grid: Grid) -> Iterator[tuple[str, str, str]]:

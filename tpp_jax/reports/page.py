@@ -1,167 +1,313 @@
 """A page about a run or a sweep: one self-contained HTML file."""
 
 import base64
-import html
+import csv
+import functools
+import io
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jinja2
+import markupsafe
+
+from tpp_jax import style
 from tpp_jax.headline import headline_of, title_of
-from tpp_jax.reports import grids, plots, tables
+from tpp_jax.reports import grids, story, tables
+from tpp_jax.reports.canvas import Picture
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto;
-  padding: 1rem; background: #fff; color: #222; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; }
-td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8884;
-  white-space: nowrap; }
-td:first-child, th:first-child { text-align: left; }
-table { margin-bottom: 1rem; } figure { margin: 1.5rem 0; }
-img { width: 100%; min-width: 34rem; max-width: 54rem; height: auto; display: block; }
-small, figcaption { color: #777; }
-summary { cursor: pointer; }
-pre { overflow-x: auto; font-size: .85rem; }
-@media (prefers-color-scheme: dark) { body { background: #16181c; color: #ddd; }
-  small, figcaption { color: #999; } }
-"""
-
+_LONG = 40  # a list of more layers is folded
+_PHONE = 42  # letters in a line of a phone
 _CAPTIONS = {
-    "curves": "{}, loss, penalty strength and Gram penalty over all phases. "
-    "Dots: test set; faint: training batches.",
-    "channels": "Channels of each layer before and after.",
-    "jacobian": "Jacobian singular values at the end of each stage. Values far below 1 "
-    "mean that gradients vanish.",
-    "gram": "Filters to prune are decorrelated from the kept ones, so that the cut "
-    "does not affect the latter.",
+    "curves": "The metric on the test set and on training batches, and what drives "
+    "the pruned filters to zero. The solid line is the cut.",
+    "channels": "Kept of all channels, for each layer.",
+    "groups": "Layers in order of execution. A lane is a group of channels that live "
+    "and die together; its narrow part is kept.",
+    "profile": "Median time of a call, dense and pruned.",
+    "jacobian": "Singular values of the Jacobian at the end of each stage. Values far "
+    "below 1 mean that gradients vanish.",
+    "gram": "Filters to prune become zero and uncorrelated with the kept ones, so that "
+    "the cut does not affect the latter.",
 }
+
+
+class Table(NamedTuple):
+    """A table of texts.
+
+    Attributes:
+      header: Names of the columns.
+      rows: Entries of each row.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether a phone shows the entries of a row one below the other."""
+        return _stacked([self.header, *self.rows])
+
+
+def _stacked(rows: Iterable[Sequence[str]]) -> bool:
+    """Returns whether a table is too wide for a phone."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return len(widths) > 2 and sum(widths) + 2 * len(widths) > _PHONE
+
+
+class Files(NamedTuple):
+    """What belongs to a run besides its summary and its pictures.
+
+    Attributes:
+      history: Rows of metrics.
+      profile: Content of ``profile.json``; None if the networks were not timed.
+      exports: What was checked of each exported file, by its name.
+      groups: Drawing of the channel groups; None if there is none.
+      made: Command, date, version and machine.
+      table: Address of the report of the sweep that the run belongs to; "" for none.
+    """
+
+    history: Sequence[Mapping[str, Any]] = ()
+    profile: Mapping[str, Any] | None = None
+    exports: Mapping[str, Mapping[str, Any]] = {}
+    groups: Picture | None = None
+    made: Mapping[str, str] = {}
+    table: str = ""
+
+
+_NO_FILES = Files()
 
 
 def of_run(
     summary: Mapping[str, Any],
-    pictures: Mapping[str, str],
+    pictures: Mapping[str, Picture],
+    files: Files = _NO_FILES,
 ) -> str:
-    """Returns the page of a finished run.
+    """Returns the page of a run, finished or not.
 
     Args:
       summary: Summary of the run.
-      pictures: SVG pictures by name, from :func:`tpp_jax.reports.plots.save`.
+      pictures: Pictures by name, from :func:`tpp_jax.reports.canvas.save`.
+      files: What else belongs to the run.
     """
-    config = summary["config"]
-    title = title_of(config)
-    dense, small = summary["dense"], summary["pruned"] or summary["dense"]
-    sizes = [
-        ("parameters", dense["params"], small["params"]),
-        ("FLOPs", dense["flops"], small["flops"]),
-    ]
     headline = headline_of(summary)
-    metric = headline.name
+    shown = pictures if files.groups is None else {**pictures, "groups": files.groups}
     scores = [
         (name, headline.text(score))
         for name, score in tables.scores(summary)
         if score is not None
     ]
-    phases = [
-        (
-            phase["name"],
-            f"{phase['steps']:,}",
-            f"{phase['seconds']:.1f} s",
-            headline.text(phase[metric]),
-            headline.text(phase[f"best_{metric}"]),
-        )
-        for phase in summary["phases"]
+    layers = [
+        (name, str(layer["total"]), str(layer["kept"]))
+        for name, layer in summary["layers"].items()
     ]
-    title_case = metric[0].upper() + metric[1:]
-    captions = {name: text.format(title_case) for name, text in _CAPTIONS.items()}
-    shown = pictures.items()
-    blocks = [
-        f"<p>Method {html.escape(summary['method'])}: {summary['speedup']:.2f}× fewer "
-        f"FLOPs, {100 * summary['sparsity']:.1f} % of the parameters removed.</p>",
-        _table(("network", f"test {metric}"), scores),
-        _table(
-            ("", "before", "after", "share"),
-            [
-                (name, f"{a:,}", f"{b:,}", f"{100 * b / a:.1f} %")
-                for name, a, b in sizes
-            ],
-        ),
-        "<h2>Phases</h2>",
-        _table(("phase", "steps", "time", f"{metric} at its end", "best"), phases),
-        *(_picture(name, svg, captions.get(name, "")) for name, svg in shown),
-        "<h2>Configuration</h2><details><summary>all fields</summary><pre>"
-        f"{html.escape(json.dumps(config, indent=2))}</pre></details>",
-    ]
-    return _page(title, blocks)
+    data = {"metrics.csv": _rows_csv(files.history)} if files.history else {}
+    data["scores.csv"] = _csv([("network", f"test {headline.name}"), *scores])
+    if layers:
+        data["channels.csv"] = _csv([("layer", "channels", "kept"), *layers])
+    timed = profile_table(files.profile) if files.profile else None
+    if timed:
+        data["profile.csv"] = _csv([timed.header, *timed.rows])
+    return _render(
+        "run.html",
+        title=title_of(summary["config"]),
+        tpp="tpp" in str(summary["method"]),
+        method=story.method_of(summary),
+        summary=summary,
+        stopped=summary.get("status") != "done",
+        table=files.table,
+        figures=list(story.figures(summary, files.profile)),
+        chapters=list(story.chapters(summary)),
+        scores=Table(("network", f"test {headline.name}"), scores),
+        pictures={name: _shown(name, one) for name, one in shown.items()},
+        changes=", ".join(f"{n} {a} → {b}" for n, a, b in layers if a != b),
+        folded=len(layers) > _LONG,
+        profile=timed,
+        device=files.profile["device"] if files.profile else "",
+        exports=export_table(files.exports) if files.exports else None,
+        made=files.made,
+        config=json.dumps(summary["config"], indent=2),
+        data={name: _address("text/csv", text) for name, text in data.items()},
+    )
 
 
 def of_grid(
-    grid: grids.Grid, pictures: Mapping[str, str], failed: Mapping[str, str]
+    grid: grids.Grid,
+    pictures: Mapping[str, Picture],
+    failed: Mapping[str, str],
+    links: Mapping[tuple[str, str, int], str] | None = None,
+    made: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> str:
     """Returns the page of a sweep, finished or not.
 
     Args:
       grid: Results so far.
-      pictures: SVG pictures by metric.
+      pictures: Pictures by metric.
       failed: Error messages by name of the failed cell.
+      links: Addresses of the reports of the runs, by row, column and seed.
+      made: Command, date, version and machine of a run of the sweep.
+      config: Base of the table's config.
     """
-    blocks = [f"<p>{html.escape(grids.explanation(grid))}</p>"]
-    for metric in grid.metrics:
-        blocks.append(f"<h2>{html.escape(grids.heading(grid, metric))}</h2>")
-        rows = [
-            (row, *(grids.text(grid, row, column, metric) for column in grid.columns))
-            for row in grid.rows
-        ]
-        blocks.append(_table(("", *grid.columns), rows))
-        blocks.append(_picture(metric, pictures[metric]))
-    if failed:
-        blocks.append("<h2>Failed</h2>")
-        blocks.append(_table(("cell", "error"), list(failed.items())))
-    return _page(grid.title, blocks)
-
-
-def _page(title: str, blocks: Sequence[str]) -> str:
-    body = "\n".join(blocks)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<link rel="icon" href="data:,">
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{html.escape(title)}</h1>
-{body}
-</body>
-</html>
-"""
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in header)
-    lines = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{lines}</tbody></table></div>"
+    ran = [row for row in grid.rows if grids.has_ran(grid, row)]
+    seen = dict.fromkeys([*ran, *(row for row, _, _ in grid.paper)])
+    rows = [row for row in grid.rows if row in seen]
+    cells = functools.partial(_cell, grid, links or {})
+    sections = [
+        {
+            "metric": metric,
+            "heading": grids.heading(grid, metric),
+            "rows": [
+                (row, [cells(row, c, metric) for c in grid.columns]) for row in rows
+            ],
+            "picture": _shown(metric, pictures[metric]),
+        }
+        for metric in grid.metrics
+    ]
+    texts = [
+        [row, *(f"★ {cell['text']} {cell['paper']}" for cell in found)]
+        for section in sections
+        for row, found in section["rows"]
+    ]
+    return _render(
+        "sweep.html",
+        tpp=False,
+        axis="pruning ratio" if grids.by_ratio(grid) else "",
+        stacked=_stacked([["", *grid.columns], *texts]),
+        title=grid.title,
+        explanation=grids.explanation(grid),
+        columns=grid.columns,
+        sections=sections,
+        marked=any(
+            cell["best"] for s in sections for _, row in s["rows"] for cell in row
+        ),
+        missing=[row for row in grid.rows if row not in seen],
+        failed=failed,
+        made=made or {},
+        config=json.dumps(config, indent=2) if config else "",
+        data={"table.csv": _address("text/csv", grids.csv(grid))},
     )
 
 
-def _picture(name: str, svg: str, caption: str = "") -> str:
-    """Returns a picture in both themes, of which the browser shows the suitable one."""
-    light, dark = _data_uri(svg), _data_uri(plots.on_dark(svg))
-    return (
-        f'<figure id="{name}"><div class="wide"><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{html.escape(caption or name)}"></picture></div>'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+def _cell(
+    grid: grids.Grid,
+    links: Mapping[tuple[str, str, int], str],
+    row: str,
+    column: str,
+    metric: str,
+) -> dict[str, Any]:
+    """Returns an entry of a table: its text, the runs in it, and whether it is best."""
+    runs = {
+        seed: link for (r, c, seed), link in links.items() if (r, c) == (row, column)
+    }
+    ours, _, paper = grids.text(grid, row, column, metric).partition(" [")
+    return {
+        "text": ours,
+        "paper": paper.removesuffix("]"),
+        "runs": runs,
+        "best": row in grids.best_rows(grid, column, metric),
+    }
+
+
+def profile_table(profile: Mapping[str, Any]) -> Table:
+    """Returns times and speedups of networks and of layers.
+
+    Args:
+      profile: Content of ``profile.json``.
+    """
+    header = ("", "dense, ms", "pruned, ms", "faster", "fewer FLOPs")
+    pairs = {**profile["networks"]}
+    pairs |= {f"layer {name}": pair for name, pair in profile["layers"].items()}
+    return Table(header, [_timed(name, pair) for name, pair in pairs.items()])
+
+
+def _timed(name: str, pair: Mapping[str, Any]) -> tuple[str, ...]:
+    before, after = pair["dense_seconds"], pair["pruned_seconds"]
+    fewer = pair["dense_flops"] / pair["pruned_flops"]
+    times = f"{1e3 * before:,.2f}", f"{1e3 * after:,.2f}"
+    return (name, *times, f"{before / after:.2f}×", f"{fewer:.2f}×")
+
+
+def export_table(exports: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Returns what was checked of exported files.
+
+    Args:
+      exports: Content of the description next to each file, by the file's name.
+    """
+    header = ("file", "size", "parameters", "FLOPs", "runtime", "largest difference")
+    rows = [
+        (
+            name,
+            story.size(one["bytes"]),
+            f"{one['params']:,}",
+            story.number(one["flops"]),
+            str(one["runtime"]),
+            f"{one['difference']:.0e} std",
+        )
+        for name, one in exports.items()
+    ]
+    return Table(header, rows)
+
+
+class _Shown(NamedTuple):
+    """A picture as the page has it: its addresses, by theme and width."""
+
+    name: str
+    caption: str
+    wide: str
+    wide_dark: str
+    phone: str
+    phone_dark: str
+
+
+def _shown(name: str, picture: Picture) -> _Shown:
+    addresses = []
+    for svg in picture:
+        addresses += [_address("image/svg+xml", svg)]
+        addresses += [_address("image/svg+xml", style.on_dark(svg))]
+    return _Shown(name, _CAPTIONS.get(name, ""), *addresses)
+
+
+def _address(kind: str, text: str) -> str:
+    # Lone surrogates stand for bytes that are not UTF-8.
+    content = base64.b64encode(text.encode(errors="backslashreplace")).decode()
+    return f"data:{kind};base64,{content}"
+
+
+def _csv(rows: Iterable[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _rows_csv(history: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows of metrics as CSV, with a column for each metric."""
+    names = list(dict.fromkeys(name for row in history for name in row))
+    rows = [[str(row.get(name, "")) for name in names] for row in history]
+    return _csv([names, *rows])
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tpp_jax.reports"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters["is_tpp"] = grids.is_tpp
+    return environment
 
 
-def _data_uri(svg: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+def _render(template: str, **content: Any) -> str:
+    environment = _environment()
+    css = environment.get_template("page.css").render(
+        light=style.LIGHT.colors(),
+        dark=style.DARK.colors(),
+        font=markupsafe.Markup(style.FONT),
+        mono=markupsafe.Markup(style.MONO),
+    )
+    return environment.get_template(template).render(
+        css=markupsafe.Markup(css), **content
+    )

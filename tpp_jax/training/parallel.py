@@ -216,7 +216,7 @@ def check_batch_size(
     devices: Sequence[Device],
     accumulate: int = 1,
     pairs: bool = False,
-    field: str = "--config.data.batch_size",
+    field: str = "config.data.batch_size",
 ) -> None:
     """Checks that the global batch splits evenly.
 

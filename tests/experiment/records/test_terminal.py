@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import subprocess
 import sys
 
@@ -101,11 +102,60 @@ def test_a_line_shows_the_days_that_are_left(tmp_path, monkeypatch):
     def go():
         with Progress(tmp_path / "tb") as progress:
             progress.phase("finetune", 1_000_000, 0)
+            progress.compiled(1)
             clock[0] += 2000.0
-            progress.step(20, {})
-            progress.line(20, {"loss": 1.0})
+            progress.step(21, {})
+            progress.line(21, {"loss": 1.0})
 
     shown = printed(go)
-    # 999,980 steps of 100 s each.
-    assert "left 1157 d 09:13:20" in shown
+    # 999,979 steps of 100 s each.
+    assert "left 1157 d 09:11:40" in shown
     assert " 0.01 step/s" in shown
+
+
+def test_neither_compilation_nor_an_evaluation_counts_as_speed(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with Progress(tmp_path / "tb", hidden=True) as progress:
+        progress.phase("finetune", 1000, 100)
+        clock[0] += 60.0  # compilation, and the first 10 steps
+        assert progress.rate(110) is None
+        progress.compiled(110)
+        assert progress.rate(110) is None
+        clock[0] += 5.0
+        assert progress.rate(120) == 2.0
+        with progress.pause():
+            clock[0] += 30.0
+            assert progress.rate(120) == 2.0
+        clock[0] += 5.0
+        assert progress.rate(130) == 2.0
+        progress.phase("next", 1000, 0)
+        assert progress.rate(1) is None
+
+
+METRICS = {"loss": 0.1234, "accuracy": 98.25, "strength": 0.5, "gram_loss": 1e-5}
+METRICS |= {"the_norm_of_everything_that_will_be_removed_by_the_cut": 1.0}
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_the_live_line_is_one_line_of_any_terminal(tmp_path, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    stream = io.StringIO()
+    with contextlib.redirect_stdout(stream), Progress(tmp_path / "tb") as progress:
+        progress.phase("regularize", 110_001, 0)
+        progress.compiled(1)
+        progress.step(50_000, METRICS)
+        progress.line(50_000, METRICS)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    lines = [line.rstrip() for line in re.split(r"[\r\n]", plain) if line.strip()]
+    assert any("compiling" in line for line in lines)
+    live = [line for line in lines if "50000/110001" in line]
+    assert live and all(len(line) <= width for line in live)
+    assert "step/s" in live[0] or width < 60
+    # Nothing is lost in the permanent lines, which only a long name makes too long.
+    for name in METRICS:
+        assert any(f"{name} " in line for line in lines)
+    rest = [line for line in lines if "removed_by" not in line]
+    assert all(len(line) <= width for line in rest)

@@ -18,11 +18,13 @@ from tpp_jax.experiment.records.terminal import say
 from tpp_jax.saving import load_model_info
 
 CONFIG = "config.json"
+ORIGIN = "origin.json"
 
 _FOLDERS = ("checkpoints", "tensorboard", "dense", "model", "best", "cells")
-_PICTURES = ("curves", "channels", "jacobian", "gram")
+_PICTURES = ("curves", "channels", "profile", "jacobian", "gram")
 _FILES = (CONFIG, "lock", "metrics.jsonl", "summary.json", "gram.npz", "report.html")
 _FILES += ("table.json", "table.md", "table.csv", "profile.json", "groups.svg")
+_FILES += ("groups_phone.svg", ORIGIN)
 _FILES += tuple(f"{name}.{end}" for name in _PICTURES for end in ("png", "svg"))
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

@@ -3,9 +3,10 @@
 import contextlib
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import rich.progress
+import rich.text
 from tensorboardX import SummaryWriter
 
 from tpp_jax.errors import TPPError
@@ -16,8 +17,8 @@ class Progress:
     """Display of the steps of one phase after another; a context manager.
 
     On a terminal, a live line shows the phase, steps, steps/s, the remaining time and
-    the last metrics. :meth:`line` and :meth:`say` print permanent lines. TensorBoard's
-    files count the steps of the run.
+    those of the last metrics for which there is space. :meth:`line` and :meth:`say`
+    print permanent lines. TensorBoard's files count the steps of the run.
     """
 
     def __init__(
@@ -43,14 +44,7 @@ class Progress:
                 f"is in the way ({error.strerror}): move it away"
             ) from error
         self._live = rich.progress.Progress(
-            rich.progress.TextColumn(
-                "{task.description:<10}", style="bold", markup=False
-            ),
-            rich.progress.BarColumn(bar_width=20),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[rate]:.3g} step/s  left"),
-            rich.progress.TextColumn("{task.fields[left]}"),
-            rich.progress.TextColumn("{task.fields[note]}", markup=False),
+            _LiveLine(self._console),
             console=self._console,
             transient=True,
             disable=hidden or not self._console.is_terminal,
@@ -77,33 +71,64 @@ class Progress:
         for task in self._live.task_ids:
             self._live.remove_task(task)
         self._name, self._steps = name, steps
-        self._start, self._done_before = time.monotonic(), done
+        self._start, self._done_before = None, done
+        self._paused, self._pause_start = 0.0, None
         self._task = self._live.add_task(
-            name, total=steps, completed=done, note="", rate=0.0, left="?"
+            name, total=steps, completed=done, facts=["compiling"], metrics=[]
         )
+
+    def compiled(self, done: int) -> None:
+        """Starts to measure speed: the first steps, with compilation, are done."""
+        self._start, self._done_before = time.monotonic(), done
+        self._live.update(self._task, completed=done, facts=[])
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves the time of evaluations and checkpoints out of the steps/s."""
+        self._pause_start = start = time.monotonic()
+        yield
+        self._paused += time.monotonic() - start
+        self._pause_start = None
 
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
         """Shows the metrics of the last steps."""
-        rate = self.rate(done)
-        left = duration((self._steps - done) / rate)
         self._live.update(
-            self._task, completed=done, note=_note(metrics), rate=rate, left=left
+            self._task, completed=done, facts=self._facts(done), metrics=_notes(metrics)
         )
 
-    def rate(self, done: int) -> float:
-        """Returns the mean steps/s of the phase in this process, with compilation."""
-        elapsed = max(time.monotonic() - self._start, 1e-9)
-        return max(done - self._done_before, 1) / elapsed
+    def rate(self, done: int) -> float | None:
+        """Returns the mean steps/s of the phase in this process.
+
+        Returns:
+          The rate without compilation, evaluations and checkpoints; None before any
+          step was measured.
+        """
+        if self._start is None or done <= self._done_before:
+            return None
+        now = self._pause_start or time.monotonic()
+        elapsed = now - self._start - self._paused
+        return (done - self._done_before) / max(elapsed, 1e-9)
 
     def line(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Prints a line with phase, step, speed, remaining time and metrics."""
+        """Prints phase, step, speed and metrics, and the remaining time.
+
+        On a terminal, the remaining time is left to the live line, and metrics that do
+        not fit in a line are on further lines.
+        """
+        first, facts = f"{self._name:<10} {done:>7}/{self._steps}", self._facts(done)
+        live, width = self._console.is_terminal, self._console.width
+        parts = [first, *(facts[:1] if live else facts), *_notes(metrics)]
+        self.say("\n".join(_lines(parts, width if live else None)))
+
+    def _facts(self, done: int) -> list[str]:
+        """Returns the steps/s and the remaining time, if they are known."""
         rate = self.rate(done)
-        left = duration((self._steps - done) / rate)
-        digits = ".2f" if rate >= 0.1 else ".2g"
-        self.say(
-            f"{self._name:<10} {done:>7}/{self._steps}  {rate:6{digits}} step/s  "
-            f"left {left}  {_note(metrics)}"
-        )
+        if rate is None or self._start is None:
+            return []
+        # What is left includes evaluations and checkpoints, as the time so far does.
+        elapsed = time.monotonic() - self._start
+        left = (self._steps - done) * elapsed / (done - self._done_before)
+        return [f"{rate:.3g} step/s", f"left {duration(left)}"]
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes metrics to TensorBoard at a step of the run."""
@@ -129,5 +154,32 @@ def duration(seconds: float) -> str:
     return f"{days} d {clock}" if days else clock
 
 
-def _note(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+class _LiveLine(rich.progress.ProgressColumn):
+    """The live line: as much of a phase's state as one line of the terminal holds."""
+
+    def __init__(self, console: Terminal) -> None:
+        super().__init__()
+        self._console = console
+
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        """Returns the line of a phase, for the width that the terminal has now."""
+        first = f"{task.description:<10} {task.completed:.0f}/{task.total:.0f}"
+        parts = [first, *task.fields["facts"], *task.fields["metrics"]]
+        line = _lines(parts, self._console.width - 1)[0]
+        return rich.text.Text(line, no_wrap=True, overflow="crop")
+
+
+def _lines(parts: Sequence[str], width: int | None) -> list[str]:
+    """Returns parts, two spaces apart, in lines of a width; None for a single line."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = f"{lines[-1]}  {part}"
+        if width is None or len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(f"{'':<10} {part}")
+    return lines
+
+
+def _notes(metrics: Mapping[str, float]) -> list[str]:
+    return [f"{name} {value:.4g}" for name, value in metrics.items()]

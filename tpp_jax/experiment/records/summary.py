@@ -1,5 +1,6 @@
 """The results of a run: the summary, the pruned network and the report."""
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -10,8 +11,8 @@ from tpp_jax.errors import TPPError
 from tpp_jax.experiment import measures
 from tpp_jax.experiment.measures import trainability_score
 from tpp_jax.experiment.position import Position, Result
+from tpp_jax.experiment.records import origin, report_files, unfinished
 from tpp_jax.experiment.records.folders import write
-from tpp_jax.experiment.records.history import read_history
 from tpp_jax.experiment.setup import Setup
 from tpp_jax.experiment.tools import Run, Tools
 from tpp_jax.headline import Headline, headline_of
@@ -34,9 +35,10 @@ def finish(run: Run, tools: Tools) -> dict[str, Any]:
     dense, small = count(setup.model, *example), count(run.model, *example)
     rows, headline = tools.history.read(), tools.task.headline
     summary = summarize_run(setup, run.position, headline, rows, dense, small)
-    network = ""
+    summary["dense"]["bytes"] = origin.bytes_of(setup.model)
+    if summary["pruned"] is not None:
+        summary["pruned"]["bytes"] = origin.bytes_of(run.model)
     if run.plans:
-        network = f"The pruned network is in {workdir / 'model'}; "
         save_model(
             workdir / "model",
             run.model,
@@ -47,11 +49,16 @@ def finish(run: Run, tools: Tools) -> dict[str, Any]:
         say(tables.layer_table(dense, small))
     if processes.is_first():
         write(workdir / "summary.json", json.dumps(summary, indent=2))
+        origin.record(workdir, headline)
+        if run.plans:
+            report_files.draw_groups(workdir, setup.groups, run.plans)
         draw(workdir)
     processes.wait_for_all("summary")
     say(tables.result_table(summary))
     if tools.kept:
-        say(f"{network}{workdir / 'report.html'} is the report of the run.")
+        say(f"Report of the run: {workdir / 'report.html'}")
+        if run.plans:
+            say(f"Pruned network:    {workdir / 'model'}")
     return summary
 
 
@@ -78,17 +85,35 @@ def read_summary(file: pathlib.Path) -> dict[str, Any]:
 
 
 def draw(workdir: pathlib.Path) -> pathlib.Path:
-    """Draws the plots and the report of a finished run and returns the report's path.
+    """Draws the plots and the report of a run and returns the report's path.
+
+    The report of a run that is not finished shows how far it is.
 
     Raises:
       TPPError: The summary or the metrics cannot be read.
     """
-    summary = read_summary(workdir / "summary.json")
-    rows = read_history(workdir / "metrics.jsonl")
-    drawings = plots.of_run(rows, summary, measures.read_grams(workdir / "gram.npz"))
+    if (workdir / "summary.json").exists():
+        summary = read_summary(workdir / "summary.json")
+    else:
+        summary = unfinished.summarize(workdir)
+    files = report_files.read(workdir)
+    grams = measures.read_grams(workdir / "gram.npz")
+    drawings = plots.of_run(files.history, summary, grams, files.profile)
     file = workdir / "report.html"
-    write(file, page.of_run(summary, plots.save(drawings, workdir)))
+    write(file, page.of_run(summary, plots.save(drawings, workdir), files))
     return file
+
+
+def draw_again(workdir: pathlib.Path) -> None:
+    """Draws the report of a finished run with what another mode has added.
+
+    Nothing is drawn where there is no finished run, or where drawing is impossible,
+    since that mode has written its result.
+    """
+    if not (workdir / "summary.json").exists():
+        return
+    with contextlib.suppress(TPPError, OSError):
+        draw(workdir)
 
 
 def summarize_run(
@@ -121,7 +146,7 @@ def summarize_run(
         "status": "done",
         "method": setup.config.prune.method,
         "headline": headline.to_dict(),
-        "phases": [_phase(result, name) for result in results],
+        "phases": [unfinished.renamed(result, name) for result in results],
         "dense": {
             "params": dense.params,
             "flops": dense.flops,
@@ -144,14 +169,6 @@ def summarize_run(
         },
         "config": position.config,
     }
-
-
-def _phase(result: Result, name: str) -> dict[str, Any]:
-    """Returns the entry of a stage in a summary."""
-    renamed = {"score": name, "best": f"best_{name}"}
-    cut = ("before", "after", "compensated", "recalibrated")
-    renamed |= {key: f"{name}_{key}" for key in cut}
-    return {renamed.get(key, key): x for key, x in result.to_json().items()}
 
 
 def _of_fine_tuning(
