@@ -60,7 +60,7 @@ newcomer:
 
 # Warnings are errors: a link that leads nowhere, a name without an entry.
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "Open site/index.html"
 
 clean:

@@ -98,24 +98,23 @@ def stream() -> tuple[int, str]:
 
 def labels() -> tuple[int, str]:
     """Labels of positions, operation by operation."""
-    one, two = ["one"] * 4, ["two"] * 2
+    one, two, none = ["one"] * 4, ["two"] * 2, [""] * 6
+    all_of = ["0", "1", "2", "3", "4", "5"]
     rows = [
-        ("a = x @ A", one, "0123"),
-        ("a = relu(a)", one, "0123"),
-        ("b = x @ B", two, "45"),
-        ("c = concat(a, b)", one + two, "012345"),
-        ("d = x @ D", one + two, "012345"),
-        ("c + d", one + two, "012345"),
-        ("(c + d) @ W", one + two, "012345"),
+        ("a = x @ A", one, all_of[:4], "new"),
+        ("a = relu(a)", one, all_of[:4], "as before"),
+        ("b = x @ B", two, all_of[4:], "new"),
+        ("c = concat(a, b)", one + two, all_of, "in a row"),
+        ("d = x @ D", none, ["6", "7", "8", "9", "10", "11"], "new"),
+        ("e = c + d", one + two, all_of, "6 is 0, …"),
+        ("y = e @ W", one + two, all_of, "rows of W"),
     ]
-    notes = {1: "the same", 4: "new: 6 to 11", 5: "6 is 0, 7 is 1, …", 6: "rows of W"}
     parts = []
-    for i, (words, marks, shown) in enumerate(rows):
-        y = 4 + i * 46
-        parts += [text(0, y + 16, words, "code"), cells(136, y, marks, shown)]
-        if i in notes:
-            parts.append(text(136, y + 37, notes[i], "soft"))
-    return 316, "".join(parts)
+    for i, (words, marks, shown, note) in enumerate(rows):
+        y = 4 + i * 34
+        parts += [text(0, y + 16, words, "code"), cells(132, y, marks, shown)]
+        parts.append(text(142 + CELL * len(marks), y + 16, note, "soft"))
+    return 238, "".join(parts)
 
 
 def trial() -> tuple[int, str]:

@@ -16,6 +16,9 @@ from mkdocs.structure.pages import Page
 ROOT = pathlib.Path(__file__).parents[2]
 _LOG = logging.getLogger("mkdocs.plugins.tpp_jax")  # its warnings end a strict build
 _LINK = re.compile(r"(\]\()([^)\s#]+)([^)\s]*\))")
+_NAMED = re.compile(
+    r"\[([\w/]+\.md)\](?=\(([\w/.]+\.md))"
+)  # by the file, not by a title
 _FENCE = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(
     r"(<pre.*?</pre>|<a .*?</a>|<h\d.*?</h\d>)"  # left alone
@@ -39,6 +42,10 @@ def on_page_markdown(text: str, *, page: Page, config: MkDocsConfig, **_) -> str
     if page.file.src_uri == "changelog.md" and changes.exists():
         text, folder = changes.read_text(encoding="utf-8"), ROOT
     parts = _FENCE.split(text)
+    parts[::2] = [
+        _NAMED.sub(lambda m: f"[{_title(folder / m[2]) or m[1]}]", part)
+        for part in parts[::2]
+    ]
     parts[::2] = [
         _LINK.sub(lambda m: m[1] + _target(m[2], folder, page, config) + m[3], part)
         for part in parts[::2]
@@ -87,6 +94,13 @@ def _target(link: str, folder: pathlib.Path, page: Page, config: MkDocsConfig) -
     return f"{config.repo_url}/{kind}/main/{inside.as_posix()}"
 
 
+def _title(page: pathlib.Path) -> str:
+    """Returns the title of a page, "" if there is none."""
+    if not page.resolve().is_relative_to(ROOT / "docs") or not page.exists():
+        return ""
+    return page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
 def _entries() -> dict[str, str]:
     """Returns the address of the entry of each name on the pages of the API."""
     found = {}
@@ -109,5 +123,7 @@ def _notebook(file: pathlib.Path) -> str:
     for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         code = cell["cell_type"] == "code"
+        # The badge is a picture on another server.
+        source = re.sub(r"\[!\[(.*?)\]\(.*?\)\]", r"[\1]", source)
         parts.append(f"```python\n{source}\n```" if code else source)
     return "\n\n".join(parts) + "\n"

@@ -16,7 +16,7 @@ def site(tmp_path_factory):
     for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         pytest.importorskip(package, reason="needs the extra docs")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     done = subprocess.run(
         [*command, "--site-dir", str(folder)],
         cwd=ROOT,
@@ -26,5 +26,7 @@ def site(tmp_path_factory):
         text=True,
         timeout=300,
     )
+    # With --quiet, warnings would not end the build.
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stderr, done.stderr
     return folder

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import select
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -27,12 +28,13 @@ class Tab:
         self.requests: list[str] = []
         self._ask, self._answers = ask, answers
         self._numbers, self._rest, self._session = itertools.count(1), b"", {}
-        self._loaded = False
+        self._loaded: set[str] = set()
         target = self._send("Target.createTarget", url="about:blank")
         session = self._send("Target.attachToTarget", flatten=True, **target)
         self._session = session
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._send(f"{domain}.enable")
+        self._send("Page.setLifecycleEventsEnabled", enabled=True)
 
     def size(self, width: int, height: int = 844, *, dark: bool = False) -> None:
         """Sets the size of the window, and the colours that the user prefers."""
@@ -43,9 +45,8 @@ class Tab:
 
     def open(self, address: str) -> None:
         """Opens a page and waits until all of it is there."""
-        self._loaded = False
-        self._send("Page.navigate", url=address)
-        while not self._loaded:
+        loader = self._send("Page.navigate", url=address).get("loaderId")
+        while loader and loader not in self._loaded:  # None: a place on the same page
             self._receive()
 
     def ask(self, script: str) -> Any:
@@ -77,6 +78,8 @@ class Tab:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._answers], [], [], 60)
+            assert ready, "the browser does not answer"
             more = os.read(self._answers, 1 << 20)
             assert more, "the browser has ended"
             self._rest += more
@@ -84,8 +87,8 @@ class Tab:
         message = json.loads(text)
         params = message.get("params", {})
         match message.get("method"):
-            case "Page.loadEventFired":
-                self._loaded = True
+            case "Page.lifecycleEvent" if params["name"] == "load":
+                self._loaded.add(params["loaderId"])
             case "Runtime.exceptionThrown":
                 self.complaints.append(json.dumps(params["exceptionDetails"]))
             case "Runtime.consoleAPICalled" if params["type"] in ("error", "warning"):
@@ -107,9 +110,11 @@ def open_browser() -> Iterator[Tab]:
         command += ["--remote-debugging-pipe", f"--user-data-dir={profile}"]
         command += ["--no-first-run", "--disable-background-networking"]
         command += ["--hide-scrollbars"]
-        shell = ["sh", "-c", f'exec "$@" 3<&{reads} 4>&{writes}', "sh", *command]
+        script = f'exec "$@" 3</dev/fd/{reads} 4>/dev/fd/{writes}'
         process = subprocess.Popen(
-            shell, pass_fds=(reads, writes), stderr=subprocess.DEVNULL
+            ["sh", "-c", script, "sh", *command],
+            pass_fds=(reads, writes),
+            stderr=subprocess.DEVNULL,
         )
         os.close(reads)
         os.close(writes)

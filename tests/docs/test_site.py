@@ -1,4 +1,8 @@
-"""The site is whole: its links lead somewhere, and it needs nothing from outside."""
+"""The site is whole: its links lead somewhere, and it needs nothing from outside.
+
+In a browser it fits on a phone, can be read in light and dark colours, and is searched
+without a server.
+"""
 
 import functools
 import html.parser
@@ -6,11 +10,21 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import runpy
 import urllib.parse
 from typing import NamedTuple
 
+import pytest
+
 import tpp_jax as tpp
+from tests.browser import needs_browser
 from tests.docs.conftest import ROOT
+from tests.docs.devtools import open_browser
+from tests.docs.questions import CONTRAST, SEARCH
+
+# Pages that are looked at in a browser.
+SHOWN = ("index.html", "groups.html", "plans.html", "errors.html", "api/plans.html")
+SHOWN += ("notebooks/recover.html",)
 
 # Attributes whose addresses a browser fetches by itself.
 _FETCHED = {"src", "srcset", "poster", "data"}
@@ -142,3 +156,62 @@ def test_the_entries_say_what_the_docstrings_say(site):
     assert not re.findall(
         r"\]\[[\w.]*\]", visible
     )  # cross-references that lead nowhere
+
+
+def test_the_drawings_are_those_of_their_script():
+    # To draw them again: python docs/_site/drawings.py
+    script = runpy.run_path(str(ROOT / "docs" / "_site" / "drawings.py"))
+    for name in script["DRAWINGS"]:
+        file = ROOT / "docs" / "images" / f"{name}.svg"
+        assert file.read_text(encoding="utf-8") == script["drawn"](name)
+
+
+@pytest.fixture(scope="module")
+def tab():
+    with open_browser() as tab:
+        yield tab
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_fit_and_can_be_read(width, dark, site, tab):
+    tab.size(width, dark=dark)
+    tab.open((site / "index.html").as_uri())
+    tab.ask("localStorage.clear()")  # the colours of the test before
+    for page in SHOWN:
+        tab.open((site / page).as_uri())
+        scheme = tab.ask("document.body.dataset.mdColorScheme")
+        assert scheme == ("slate" if dark else "default")
+        wide = "document.documentElement.scrollWidth - innerWidth"
+        assert tab.ask(wide) <= 0, page
+        assert tab.ask(CONTRAST) == [], page
+        sizes = "[...document.images].map((image) => image.naturalWidth)"
+        assert all(tab.ask(sizes)), page
+    assert tab.complaints == []
+    outside = [
+        x for x in tab.requests if not x.startswith(("file:", "data:", "about:"))
+    ]
+    assert not outside
+
+
+@needs_browser
+def test_the_search_finds_a_function_without_a_server(site, tab):
+    tab.size(1280)
+    tab.open((site / "index.html").as_uri())
+    hits = tab.ask(SEARCH)
+    assert any("/api/plans.html" in hit for hit in hits), hits
+    assert tab.complaints == []
+
+
+@needs_browser
+def test_a_drawing_follows_the_switch_of_colours(site, tab):
+    tab.size(1280)
+    tab.open((site / "groups.html").as_uri())
+    tab.ask("localStorage.clear()")
+    tab.open((site / "groups.html").as_uri())
+    ink = "getComputedStyle(document.querySelector('svg.drawing text')).fill"
+    before = tab.ask(ink)
+    tab.ask("document.querySelector('label[for=__palette_1]').click()")
+    assert tab.ask("document.body.dataset.mdColorScheme") == "slate"
+    assert tab.ask(ink) != before
