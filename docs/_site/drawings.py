@@ -8,16 +8,25 @@ import html
 import pathlib
 from collections.abc import Callable, Sequence
 
+from tpp_jax.style import DARK, LIGHT, Palette
+
 FOLDER = pathlib.Path(__file__).parents[1] / "images"
 WIDTH = 360
 CELL = 22
-_STYLE = """<style>
-svg.drawing { --ink: #1f2933; --soft: #5b6770; --line: #9aa5ae; --paper: #fff;
-  --one: #b3541e; --two: #1f6f8b; --one-pale: #f3ddd0; --two-pale: #d3e6ec; }
-@media (prefers-color-scheme: dark) { svg.drawing { --ink: #e3e8ec; --soft: #aab4bc;
-  --line: #6d7880; --paper: #1b2126; --one: #f0a36b; --two: #7cc4dc;
-  --one-pale: #573a29; --two-pale: #24444f; } }
-svg.drawing text { font: 13px system-ui, sans-serif; fill: var(--ink); }
+
+
+def _of(palette: Palette) -> str:
+    names = "ink", "soft", "line", "paper"
+    return " ".join(f"--{name}: {getattr(palette, name)};" for name in names)
+
+
+_STYLE = f"""<style>
+svg.drawing {{ {_of(LIGHT)}
+  --one: #b3541e; --two: #1f6f8b; --one-pale: #f3ddd0; --two-pale: #d3e6ec; }}
+@media (prefers-color-scheme: dark) {{ svg.drawing {{ {_of(DARK)}
+  --one: #f0a36b; --two: #7cc4dc; --one-pale: #573a29; --two-pale: #24444f; }} }}
+"""
+_STYLE += """svg.drawing text { font: 13px system-ui, sans-serif; fill: var(--ink); }
 svg.drawing text.code { font: 12px ui-monospace, monospace; }
 svg.drawing text.soft { fill: var(--soft); }
 svg.drawing text.one { fill: var(--one); }
