@@ -93,7 +93,10 @@ def _hero(demo: Mapping[str, Any], size: style.Canvas) -> Figure:
     title = "Test accuracy right after the cut, before any fine-tuning"
     canvas.write(figure, 8, 24, title, fontsize=17, fontweight="bold")
     across = (size.width - 16 - gap) / 2
-    parts = {"0.5": "half of the filters removed", "0.9": "nine in ten removed"}
+    parts = {
+        "0.5": "half of the channels in the blocks removed",
+        "0.9": "nine in ten removed",
+    }
     for i, (ratio, words) in enumerate(parts.items()):
         left = 8 + i * (across + gap)
         canvas.write(figure, left, 56, words, fontsize=15, color=light.soft)
@@ -101,7 +104,11 @@ def _hero(demo: Mapping[str, Any], size: style.Canvas) -> Figure:
         axes.set(xlim=(0, 112), ylim=(2.15, -0.85))
         axes.axis("off")
         _bars(axes, demo[ratio]["summary"])
-    foot = "ResNet-8 on scikit-learn's digits, seed 0 (python -m benchmarks.demo)"
+    summary = demo["0.5"]["summary"]
+    prepared = ("regularize", "stabilize")
+    steps = sum(x["steps"] for x in summary["phases"] if x["name"] in prepared)
+    foot = "ResNet-8 on scikit-learn's digits, seed 0 (python -m benchmarks.demo); "
+    foot += f"TPP: after {steps:,} more steps of training"
     canvas.write(figure, 8, 252, foot, fontsize=11, color=light.soft)
     return figure
 

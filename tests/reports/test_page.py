@@ -126,6 +126,14 @@ def test_the_page_of_a_run_tells_its_story():
     assert "<script>alert(1)</script>" in text  # as text
 
 
+@pytest.mark.parametrize("weight", [0.0, 1000.0])
+def test_filters_are_said_to_be_decorrelated_only_by_a_gram_penalty(weight):
+    summary = whole_summary()
+    summary["config"] = summary["config"] | {"prune": {"gram_weight": weight}}
+    [text] = [x.text for x in story.chapters(summary) if x.stage == "regularize"]
+    assert ("decorrelates" in text) == bool(weight)
+
+
 def test_the_data_of_a_page_can_be_downloaded():
     links = Page(written("run")).links
     files = {name: decoded(link) for link, name in links.items() if name}

@@ -77,7 +77,7 @@ def growing_schedule(
     zero_out_every: int = 100,
     regularize_steps: int | None = None,
 ) -> GrowingSchedule:
-    """Creates the schedule of the strength λ (GReg; TPP section 3.2, method step 1).
+    """Creates the schedule of the strength λ (GReg; TPP section 3.2).
 
     Args:
       kind: Form of the growth. ``"linear"``: λ = Δ·k in the k-th interval, until it

@@ -85,7 +85,7 @@ def add_tpp_penalties(
     kept_weight: float = 0.0,
     strengths: Mapping[str, float] | str = "",
 ) -> optax.GradientTransformation:
-    """Adds the gradients of the TPP penalties (method steps 2–4).
+    """Adds the gradients of the TPP penalties to the updates.
 
     For every layer with filters P to prune, and the strength λ of the step, it adds
     ``gram_weight · λ · ∂L_gram/∂W`` and, on P, ``λ · W`` to the gradient of the kernel;

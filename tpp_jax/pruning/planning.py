@@ -57,7 +57,7 @@ def make_plan(
     allow_uncounted: bool = False,
     check: bool = True,
 ) -> Plan:
-    """Chooses the channels to prune (method section 1: once, from the weights).
+    """Chooses the channels to prune.
 
     Ratios determine how many channels are pruned, or a target that the ratios are
     solved for.

@@ -19,16 +19,16 @@ from tpp_jax.reports.canvas import Picture
 _LONG = 40  # a list of more layers is folded
 _PHONE = 42  # letters in a line of a phone
 _CAPTIONS = {
-    "curves": "The metric on the test set and on training batches, and what drives "
-    "the pruned filters to zero. The solid line is the cut.",
+    "curves": "The metric on the test set and on training batches, the loss, and the "
+    "penalties if there are any. A solid vertical line is a cut.",
     "channels": "Kept of all channels, for each layer.",
-    "groups": "Layers in order of execution. A lane is a group of channels that live "
-    "and die together; its narrow part is kept.",
+    "groups": "Layers in order of execution. A lane is a group of channels that can "
+    "only be removed together; its filled part is kept.",
     "profile": "Median time of a call, dense and pruned.",
     "jacobian": "Singular values of the Jacobian at the end of each stage. Values far "
     "below 1 mean that gradients vanish.",
-    "gram": "Filters to prune become zero and uncorrelated with the kept ones, so that "
-    "the cut does not affect the latter.",
+    "gram": "Inner products of the filters. Outside of the upper left block, which the "
+    "kept filters form, TPP drives them to zero before the cut.",
 }
 
 

@@ -21,7 +21,7 @@ _METHODS = {
 
 _SENTENCES = {
     "pretrain": "The unpruned network is trained.",
-    "grow": "A growing penalty shrinks all filters of the groups to prune.",
+    "grow": "A penalty shrinks all filters of the groups to prune.",
     "refit": "The layers that read the channels to prune are refit without them.",
     "regularize": "A growing penalty shrinks the filters to prune and decorrelates "
     "them from the kept ones, while training continues.",
@@ -30,6 +30,8 @@ _SENTENCES = {
     "extra": "The pruned network is trained for as many steps as TPP regularizes.",
     "finetune": "The pruned network is trained.",
 }
+# Of ``regularize`` without a Gram penalty.
+_SHRUNK = "A growing penalty shrinks the filters to prune, while training continues."
 
 
 class Figure(NamedTuple):
@@ -182,25 +184,31 @@ def chapters(summary: Mapping[str, Any]) -> Iterator[Chapter]:
     headline = headline_of(summary)
     metric = headline.name
     at_once = (summary["one_shot"] or {}).get(f"{metric}_after")
-    told = at_once is None
+    shown = at_once is None
     for phase in summary["phases"]:
         kind, _, _ = phase["name"].partition("_")
-        if not told and kind in ("regularize", "refit", "slice"):
+        if not shown and kind in ("regularize", "refit", "slice"):
             yield _choice(headline, at_once)
-            told = True
+            shown = True
         title = words_of(phase["name"])
         text = _SENTENCES.get(kind, "The network is trained.")
+        if kind == "regularize" and not _decorrelates(summary):
+            text = _SHRUNK
         yield Chapter(
             title[0].upper() + title[1:], phase["name"], text, _facts(phase, headline)
         )
-    if not told:
+    if not shown:
         yield _choice(headline, at_once)
+
+
+def _decorrelates(summary: Mapping[str, Any]) -> bool:
+    return summary["config"].get("prune", {}).get("gram_weight") != 0
 
 
 def _choice(headline: Headline, at_once: float | None) -> Chapter:
     assert at_once is not None
-    text = "The channels to prune are chosen. Cut at once, without any preparation, "
-    text += f"the network would be left with {headline.name} {headline.text(at_once)}."
+    text = "The channels to prune are chosen. If they were cut now, the network would "
+    text += f"have {headline.name} {headline.text(at_once)}."
     return Chapter("Choice of the channels", "", text, "")
 
 
