@@ -183,7 +183,7 @@ def test_other_endings_are_refused(tmp_path):
 
 def test_pth_files_without_pytorch_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(TPPError, match=r"not installed.*tpp_jax\[torch\]"):
+    with pytest.raises(TPPError, match=r"not installed.*\[torch\]"):
         save_torch(filled(Tiny), tmp_path / "weights.pth")
 
 
