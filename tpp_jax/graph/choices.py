@@ -214,7 +214,7 @@ class _Reader:
         self.length[value] = length = self.shapes[of][axis]
         if eqn.primitive == "iota":
             self.counted.add(value)
-        elif not jnp.issubdtype(self.dtypes[of], jnp.inexact):
+        elif of in self.counts or not jnp.issubdtype(self.dtypes[of], jnp.inexact):
             self.lost.add(value)  # the first of equal ones is chosen
         elif eqn.primitive.endswith("top_k"):
             self.along[value] = axis
