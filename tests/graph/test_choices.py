@@ -383,6 +383,26 @@ def lowest_chosen(p, h):
     return chosen_by(p, h, jnp.argmax(chosen, -1))
 
 
+def first_for_others(p, h):
+    places = jnp.argmax(h @ p["router"], -1)
+    rows = jnp.arange(0, 2 * len(h), 2)
+    return chosen_by(p, h, places.at[rows].get(mode="fill", fill_value=0))
+
+
+def counted_on(p, h):
+    """In step i of a loop, experts before the i-th are left out."""
+
+    def step(carry, _):
+        h, i = carry
+        best, places = jax.lax.top_k(h @ p["router"], CHOSEN)
+        choices = jax.nn.one_hot(places, p["router"].shape[1])
+        gates = (jnp.where(jax.lax.lt(places, i), 0, best)[..., None] * choices).sum(1)
+        return (h + run_all(p, h, gates), i + 1), None
+
+    zeros = jax.jit(lambda: jnp.zeros((len(h), CHOSEN), jnp.int32))()
+    return jax.lax.scan(step, (h, zeros), None, length=2)[0][0]
+
+
 def sorted_by_place(p, h):
     places = jnp.sort(jax.lax.top_k(h @ p["router"], CHOSEN)[1], -1)
     return chosen_by(p, h, places[:, 0]) - chosen_by(p, h, places[:, 1])
@@ -403,6 +423,7 @@ STRANGE = (
     *(returned, one_by_one, paired, padded, switched, ranked, embedded, offset),
     *(fixed_sizes, in_groups, share, one_more, without_the_first, first_above),
     *(sometimes_the_last, lowest_chosen, sorted_by_place, first_unless_large),
+    *(first_for_others, counted_on),
 )
 
 

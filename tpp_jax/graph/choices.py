@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
+from jax.lax import GatherScatterMode
 
 from tpp_jax.graph.labels import Axes, Axis, Labels
 from tpp_jax.graph.tracing import Trace
@@ -325,6 +326,8 @@ class _Reader:
         dims = eqn.params["dimension_numbers"]
         if table is not None and (table.wrapped or _mixed(table)):
             return None
+        if table and indices is None and _fills(eqn):
+            return None  # what stands for missing entries is no place
         sizes = eqn.params["slice_sizes"]
         single = [i for i in dims.start_index_map if sizes[i] == 1]
         fits = self._fits(eqn, indices, single)
@@ -445,6 +448,11 @@ def _index_axes(eqn: Equation) -> Sequence[int]:
     if eqn.primitive.startswith("scatter"):
         return eqn.params["dimension_numbers"].scatter_dims_to_operand_dims
     return ()
+
+
+def _fills(eqn: Equation) -> bool:
+    """Reports whether a gather has a number in place of entries that do not exist."""
+    return eqn.params["mode"] == GatherScatterMode.FILL_OR_DROP
 
 
 def _mixed(places: Places) -> bool:
