@@ -355,6 +355,13 @@ def one_more(p, h):
     return jax.lax.ragged_dot(jax.nn.relu(up), p["down"], sizes)
 
 
+def counted_from_one(p, h):
+    places = jnp.argmax(h @ p["router"], -1)
+    sizes = jnp.ones(p["router"].shape[1], jnp.int32).at[places].add(1)
+    up = jax.lax.ragged_dot(h[jnp.argsort(places)], p["up"], sizes)
+    return jax.lax.ragged_dot(jax.nn.relu(up), p["down"], sizes)
+
+
 def without_the_first(p, h):
     best, places = jax.lax.top_k(h @ p["router"], CHOSEN)
     best = jnp.where(jnp.less(0, places), best, 0)
@@ -423,7 +430,7 @@ STRANGE = (
     *(returned, one_by_one, paired, padded, switched, ranked, embedded, offset),
     *(fixed_sizes, in_groups, share, one_more, without_the_first, first_above),
     *(sometimes_the_last, lowest_chosen, sorted_by_place, first_unless_large),
-    *(first_for_others, counted_on),
+    *(first_for_others, counted_on, counted_from_one),
 )
 
 

@@ -338,7 +338,8 @@ class _Reader:
         dims = eqn.params["dimension_numbers"]
         if array or updates or not self._fits(eqn, indices, dims.inserted_window_dims):
             return None
-        if eqn.primitive in ("scatter-add", "scatter_add"):
+        ones = [self.numbers.get(eqn.inputs[i]) for i in (0, 2)] == [0, 1]
+        if ones and eqn.primitive in ("scatter-add", "scatter_add"):
             self.counts.add(eqn.outputs[0])
         return [None]
 
