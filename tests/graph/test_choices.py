@@ -251,6 +251,27 @@ def test_entries_of_a_codebook_are_channels(x):
     )
 
 
+@pytest.mark.parametrize("choose", [jnp.argmax, jnp.argmin])
+def test_places_that_a_loop_hands_on_are_of_one_axis(choose, x):
+    """Each step runs the expert that the step before has chosen."""
+
+    def layer(p, h):
+        def step(carry, _):
+            h, places = carry
+            return (h + chosen_by(p, h, places), choose(h @ p["next"], -1)), None
+
+        start = h, choose(h @ p["router"], -1)
+        return jax.lax.scan(step, start, None, length=2)[0][0]
+
+    params, model = weights(next=(WIDTH, EXPERTS)), network(layer)
+    groups = tpp.channel_groups(model, x, params=params)
+    slots = {(member.leaf, member.axis) for member in groups["router"].members}
+    assert slots == {("router", 1), ("next", 1), ("up", 0), ("down", 0)}
+    checks = tpp.check_groups(model, x, params=params, groups=groups)
+    [proof] = [one for one in checks.groups if one.name == "router"]
+    assert proof.permuted < 1e-5 < 1e-2 < proof.influence
+
+
 def returned(p, h):
     return one_hot(p, h) + jax.lax.top_k(h @ p["router"], CHOSEN)[1][:, :1]
 
@@ -326,9 +347,90 @@ def fixed_sizes(p, h):
     return jax.lax.ragged_dot(jax.nn.relu(up), p["down"], sizes)
 
 
+def one_more(p, h):
+    """Each expert has one row more than tokens."""
+    places = jnp.argmax(h @ p["router"], -1)
+    sizes = jnp.bincount(places, length=p["router"].shape[1]) + 1
+    up = jax.lax.ragged_dot(h[jnp.argsort(places)], p["up"], sizes)
+    return jax.lax.ragged_dot(jax.nn.relu(up), p["down"], sizes)
+
+
+def counted_from_one(p, h):
+    places = jnp.argmax(h @ p["router"], -1)
+    sizes = jnp.ones(p["router"].shape[1], jnp.int32).at[places].add(1)
+    up = jax.lax.ragged_dot(h[jnp.argsort(places)], p["up"], sizes)
+    return jax.lax.ragged_dot(jax.nn.relu(up), p["down"], sizes)
+
+
+def without_the_first(p, h):
+    best, places = jax.lax.top_k(h @ p["router"], CHOSEN)
+    best = jnp.where(jnp.less(0, places), best, 0)
+    choices = jax.nn.one_hot(places, p["router"].shape[1])
+    return run_all(p, h, jnp.einsum("bk,bke->be", best, choices))
+
+
+def chosen_by(p, h, places):
+    up = jnp.einsum("bd,bdf->bf", h, jnp.take(p["up"], places, axis=0, mode="clip"))
+    down = jnp.take(p["down"], places, axis=0, mode="clip")
+    return jnp.einsum("bf,bfd->bd", jax.nn.relu(up), down)
+
+
+def sometimes_the_last(p, h):
+    places = jnp.argmax(h @ p["router"], -1)
+    return chosen_by(p, h, jnp.where(h[:, 1] > 0, places + EXPERTS, places))
+
+
+def first_above(p, h):
+    return chosen_by(p, h, jnp.argmax(h @ p["router"] > 1, -1))
+
+
+def lowest_chosen(p, h):
+    places = jax.lax.top_k(h @ p["router"], CHOSEN)[1]
+    chosen = jax.nn.one_hot(places, p["router"].shape[1]).sum(1)
+    return chosen_by(p, h, jnp.argmax(chosen, -1))
+
+
+def first_for_others(p, h):
+    places = jnp.argmax(h @ p["router"], -1)
+    rows = jnp.arange(0, 2 * len(h), 2)
+    return chosen_by(p, h, places.at[rows].get(mode="fill", fill_value=0))
+
+
+def counted_on(p, h):
+    """In step i of a loop, experts before the i-th are left out."""
+
+    def step(carry, _):
+        h, i = carry
+        best, places = jax.lax.top_k(h @ p["router"], CHOSEN)
+        choices = jax.nn.one_hot(places, p["router"].shape[1])
+        gates = (jnp.where(jax.lax.lt(places, i), 0, best)[..., None] * choices).sum(1)
+        return (h + run_all(p, h, gates), i + 1), None
+
+    zeros = jax.jit(lambda: jnp.zeros((len(h), CHOSEN), jnp.int32))()
+    return jax.lax.scan(step, (h, zeros), None, length=2)[0][0]
+
+
+def sorted_by_place(p, h):
+    places = jnp.sort(jax.lax.top_k(h @ p["router"], CHOSEN)[1], -1)
+    return chosen_by(p, h, places[:, 0]) - chosen_by(p, h, places[:, 1])
+
+
+def first_unless_large(p, h):
+    """A loop without steps leaves the place that it starts from."""
+
+    def step(carry):
+        h, _ = carry
+        return h / 2, jnp.argmax((h @ p["router"]).sum(0))
+
+    h, place = jax.lax.while_loop(lambda c: jnp.abs(c[0]).max() > 99, step, (h, 0))
+    return chosen_by(p, h, jnp.broadcast_to(place, len(h)))
+
+
 STRANGE = (
     *(returned, one_by_one, paired, padded, switched, ranked, embedded, offset),
-    *(fixed_sizes, in_groups, share),
+    *(fixed_sizes, in_groups, share, one_more, without_the_first, first_above),
+    *(sometimes_the_last, lowest_chosen, sorted_by_place, first_unless_large),
+    *(first_for_others, counted_on, counted_from_one),
 )
 
 

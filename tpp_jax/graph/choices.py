@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
+from jax.lax import GatherScatterMode
 
 from tpp_jax.graph.labels import Axes, Axis, Labels
 from tpp_jax.graph.tracing import Trace
@@ -32,7 +33,7 @@ _MOVING = frozenset(
 )
 _BY_ENTRY = frozenset({"optimization_barrier", "sort"})
 _COUNTING = frozenset(
-    "add broadcast_in_dim convert_element_type mul reduce_sum reshape squeeze".split()
+    "add broadcast_in_dim convert_element_type reduce_sum reshape squeeze".split()
 )
 _MESSAGES = frozenset({"debug_callback", "debug_print"})
 
@@ -104,10 +105,10 @@ class Choices:
             axis = chosen_axis(eqn, self.shapes)
             if axis is not None and at in self.followed:
                 self.axes[at] = (operands[0] if operands else out)[axis]
-        elif eqn.primitive in ("eq", "ne"):
+        elif eqn.primitive in ("eq", "join", "ne"):
             given = [self.places[n] for n in _values(eqn) if n in self.places]
             sources = frozenset().union(*(one.sources for one in given))
-            if len(given) == 2 and sources <= self.followed:
+            if len(given) == len(eqn.inputs) and sources <= self.followed:
                 met = [self.axes[n] for n in sorted(sources)]
                 functools.reduce(labels.tie, met)
         elif eqn.primitive == "ragged_dot_general":
@@ -147,18 +148,26 @@ class _Reader:
       places: Places so far, by value.
       length: Length of the axis that the places of a source are of.
       lost: Sources with a use that is not understood.
-      met: Pairs of sources that are compared with each other.
+      along: Axis of places that the largest entries are along, by source.
+      met: Sources that are compared with each other, or that one value may be of.
+      never: Comparisons of places that hold for none.
       counts: Values that count or mark chosen places.
       ragged: Results of ragged products whose groups are such counts.
       numbers: Values that are one number of the code.
+      changing: Values that a loop or a branch puts others in place of.
     """
 
     def __init__(self, traced: Trace) -> None:
-        self.shapes = traced.shapes
+        self.shapes, self.dtypes = traced.shapes, traced.dtypes
+        self.changing = {
+            n for eqn in traced.equations if eqn.primitive == "join" for n in eqn.inputs
+        }
         self.places: dict[int, Places] = {}
         self.length: dict[int, int] = {}
         self.counted: set[int] = set()  # sources that are ``arange``
         self.lost: set[int] = set()
+        self.along: dict[int, int] = {}
+        self.never: set[int | None] = set()
         self.met: list[frozenset[int]] = []
         self.counts: set[int] = set()
         self.ragged: set[int] = set()
@@ -206,8 +215,12 @@ class _Reader:
         self.length[value] = length = self.shapes[of][axis]
         if eqn.primitive == "iota":
             self.counted.add(value)
-        elif eqn.primitive.endswith("top_k") and self.shapes[value][axis] == length:
-            self.lost.add(value)  # all are chosen, and sorted
+        elif of in self.counts or not jnp.issubdtype(self.dtypes[of], jnp.inexact):
+            self.lost.add(value)  # the first of equal ones is chosen
+        elif eqn.primitive.endswith("top_k"):
+            self.along[value] = axis
+            if self.shapes[value][axis] == length:
+                self.lost.add(value)  # all are chosen, and sorted
 
     def _results(self, eqn: Equation) -> Sequence[Places | None] | None:
         """Returns the places of an equation's results; None if it is not understood."""
@@ -222,7 +235,12 @@ class _Reader:
         if any(one is not None and (one.wrapped or _mixed(one)) for one in given):
             return None
         if name in _BY_ENTRY:
-            return given
+            sorted_along = eqn.params.get("dimension")
+            if any(
+                self.along.get(n) == sorted_along for n in eqn.inputs if n in self.along
+            ):
+                return None  # what comes first is no longer the best
+            return [one and Places(one.sources) for one in given]
         if name in _MOVING and given[0] is not None:
             return [Places(given[0].sources)] * len(eqn.outputs)
         return None
@@ -234,15 +252,24 @@ class _Reader:
 
     def _join(self, eqn: Equation, given: list[Places | None]):
         """Several places in one: of a loop, of branches, of one of two arrays."""
-        known = [one for one in given if one is not None and not _mixed(one)]
-        plain = [one for one in known if not one.wrapped]
-        if len(known) < len(eqn.inputs) or not plain:
+        del eqn
+        known = [
+            one.sources
+            for one in given
+            if one is not None and not one.wrapped and not _mixed(one)
+        ]
+        sources = frozenset().union(*known)
+        lengths = {self.length[n] for n in sources}
+        if len(known) < len(given) or len(lengths) > 1:
             return None
-        return [Places(frozenset().union(*(one.sources for one in plain)))]
+        self.met.append(sources)
+        return [Places(sources)]
 
     def _select(self, eqn: Equation, given: list[Places | None]):
         which, *cases = given
-        return None if which else self._join(eqn._replace(inputs=eqn.inputs[1:]), cases)
+        if eqn.inputs[0] in self.never:
+            return self._join(eqn, cases[:1])  # the rest is for negative indices
+        return None if which else self._join(eqn, cases)
 
     def _concatenate(self, eqn: Equation, given: list[Places | None]):
         if any(one is not None and (one.wrapped or _mixed(one)) for one in given):
@@ -275,8 +302,12 @@ class _Reader:
 
     def _inside(self, eqn: Equation, given: list[Places | None]):
         """Whether places are below 0, or not below the length."""
-        number = self._number(eqn)
-        lengths = {self.length[n] for n in given[0].sources} if given[0] else set()
+        places, number = given[0], self._number(eqn)
+        if places is None:
+            return None
+        if number == 0 and eqn.primitive == "lt" and not _mixed(places):
+            self.never.add(eqn.outputs[0])
+        lengths = {self.length[n] for n in places.sources}
         return [None] if number == 0 or lengths == {number} else None
 
     def _compare(self, eqn: Equation, given: list[Places | None]):
@@ -295,16 +326,20 @@ class _Reader:
         dims = eqn.params["dimension_numbers"]
         if table is not None and (table.wrapped or _mixed(table)):
             return None
+        if table and indices is None and _fills(eqn):
+            return None  # what stands for missing entries is no place
         sizes = eqn.params["slice_sizes"]
         single = [i for i in dims.start_index_map if sizes[i] == 1]
-        return [table] if self._fits(eqn, indices, single) else None
+        fits = self._fits(eqn, indices, single)
+        return [table and Places(table.sources)] if fits else None
 
     def _scatter(self, eqn: Equation, given: list[Places | None]):
         array, indices, updates = given
         dims = eqn.params["dimension_numbers"]
         if array or updates or not self._fits(eqn, indices, dims.inserted_window_dims):
             return None
-        if eqn.primitive in ("scatter-add", "scatter_add"):
+        ones = [self.numbers.get(eqn.inputs[i]) for i in (0, 2)] == [0, 1]
+        if ones and eqn.primitive in ("scatter-add", "scatter_add"):
             self.counts.add(eqn.outputs[0])
         return [None]
 
@@ -329,7 +364,8 @@ class _Reader:
         )
 
     def _note_number(self, eqn: Equation) -> None:
-        if eqn.primitive in ("convert_element_type", "broadcast_in_dim"):
+        known = eqn.primitive in ("convert_element_type", "broadcast_in_dim")
+        if known and eqn.outputs[0] not in self.changing:
             number = eqn.scalars[0] if eqn.scalars else None
             if number is None:
                 number = self.numbers.get(eqn.inputs[0])
@@ -346,7 +382,7 @@ class _Reader:
         return known[0] if len(known) == 1 else None
 
     def _note_counts(self, eqn: Equation) -> None:
-        if eqn.primitive in _COUNTING and not self.counts.isdisjoint(eqn.inputs):
+        if eqn.primitive in _COUNTING and self.counts.issuperset(eqn.inputs):
             self.counts.update(eqn.outputs)
         if eqn.primitive == "ragged_dot_general" and eqn.inputs[2] in self.counts:
             self.ragged.add(eqn.outputs[0])
@@ -413,6 +449,11 @@ def _index_axes(eqn: Equation) -> Sequence[int]:
     if eqn.primitive.startswith("scatter"):
         return eqn.params["dimension_numbers"].scatter_dims_to_operand_dims
     return ()
+
+
+def _fills(eqn: Equation) -> bool:
+    """Reports whether a gather has a number in place of entries that do not exist."""
+    return eqn.params["mode"] == GatherScatterMode.FILL_OR_DROP
 
 
 def _mixed(places: Places) -> bool:

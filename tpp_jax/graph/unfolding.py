@@ -263,12 +263,8 @@ class Builder:
             self._equation("decide", [value], [()])
 
     def _carried(self, first: list[Value], last: list[Value]) -> list[Value]:
-        """Returns what a loop carries, from its operands and results.
-
-        A literal is only where the loop starts, and is not known inside of it.
-        """
-        pairs = zip(first, last, strict=True)
-        return [self._join([n for n in pair if isinstance(n, int)]) for pair in pairs]
+        """Returns what a loop carries, from its operands and results."""
+        return [self._join(pair) for pair in zip(first, last, strict=True)]
 
     def _scan(self, eqn: Any, inputs: list[Value]) -> list[Value]:
         n_consts, n_carry = scan_parts(eqn)
