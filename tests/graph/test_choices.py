@@ -384,6 +384,11 @@ def first_above(p, h):
     return chosen_by(p, h, jnp.argmax(h @ p["router"] > 1, -1))
 
 
+def first_marked(p, h):
+    marks = jax.nn.sigmoid(h @ p["router"]) > 0.7
+    return chosen_by(p, h, jnp.argmax(marks.astype(float), -1))
+
+
 def lowest_chosen(p, h):
     places = jax.lax.top_k(h @ p["router"], CHOSEN)[1]
     chosen = jax.nn.one_hot(places, p["router"].shape[1]).sum(1)
@@ -430,7 +435,7 @@ STRANGE = (
     *(returned, one_by_one, paired, padded, switched, ranked, embedded, offset),
     *(fixed_sizes, in_groups, share, one_more, without_the_first, first_above),
     *(sometimes_the_last, lowest_chosen, sorted_by_place, first_unless_large),
-    *(first_for_others, counted_on, counted_from_one),
+    *(first_for_others, counted_on, counted_from_one, first_marked),
 )
 
 

@@ -152,6 +152,7 @@ class _Reader:
       met: Sources that are compared with each other, or that one value may be of.
       never: Comparisons of places that hold for none.
       counts: Values that count or mark chosen places.
+      whole: Values that are sums of marks or of integers.
       ragged: Results of ragged products whose groups are such counts.
       numbers: Values that are one number of the code.
       changing: Values that a loop or a branch puts others in place of.
@@ -170,6 +171,7 @@ class _Reader:
         self.never: set[int | None] = set()
         self.met: list[frozenset[int]] = []
         self.counts: set[int] = set()
+        self.whole: set[int] = set()
         self.ragged: set[int] = set()
         self.numbers: dict[int | None, float] = {}
 
@@ -215,7 +217,7 @@ class _Reader:
         self.length[value] = length = self.shapes[of][axis]
         if eqn.primitive == "iota":
             self.counted.add(value)
-        elif of in self.counts or not jnp.issubdtype(self.dtypes[of], jnp.inexact):
+        elif self._discrete(of):
             self.lost.add(value)  # the first of equal ones is chosen
         elif eqn.primitive.endswith("top_k"):
             self.along[value] = axis
@@ -381,9 +383,17 @@ class _Reader:
         known = [float(number) for number in found if number is not None]
         return known[0] if len(known) == 1 else None
 
+    def _discrete(self, value: int) -> bool:
+        """Reports whether a value holds marks or whole numbers, some of them equal."""
+        known = value in self.counts or value in self.whole
+        return known or not jnp.issubdtype(self.dtypes[value], jnp.inexact)
+
     def _note_counts(self, eqn: Equation) -> None:
-        if eqn.primitive in _COUNTING and self.counts.issuperset(eqn.inputs):
-            self.counts.update(eqn.outputs)
+        if eqn.primitive in _COUNTING:
+            if self.counts.issuperset(eqn.inputs):
+                self.counts.update(eqn.outputs)
+            if all(n is not None and self._discrete(n) for n in eqn.inputs):
+                self.whole.update(eqn.outputs)
         if eqn.primitive == "ragged_dot_general" and eqn.inputs[2] in self.counts:
             self.ragged.add(eqn.outputs[0])
 
