@@ -113,6 +113,22 @@ def test_a_line_shows_the_days_that_are_left(tmp_path, monkeypatch):
     assert " 0.01 step/s" in shown
 
 
+def test_time_that_holds_compilation_gives_no_speed_but_what_is_left(
+    tmp_path, monkeypatch
+):
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def go():
+        with Progress(tmp_path / "tb") as progress:
+            progress.phase("finetune", 10_000_000, 0)
+            clock[0] += 100.0
+            progress.line(1000, {"loss": 1.0})
+
+    shown = printed(go)
+    assert "left 11 d 13:45:00" in shown and "step/s" not in shown
+
+
 def test_neither_compilation_nor_an_evaluation_counts_as_speed(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])

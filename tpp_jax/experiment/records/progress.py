@@ -71,7 +71,7 @@ class Progress:
         for task in self._live.task_ids:
             self._live.remove_task(task)
         self._name, self._steps = name, steps
-        self._start, self._done_before = None, done
+        self._begun, self._measured, self._done_before = time.monotonic(), False, done
         self._paused, self._pause_start = 0.0, None
         self._task = self._live.add_task(
             name, total=steps, completed=done, facts=["compiling"], metrics=[]
@@ -79,7 +79,7 @@ class Progress:
 
     def compiled(self, done: int) -> None:
         """Starts to measure speed: the first steps, with compilation, are done."""
-        self._start, self._done_before = time.monotonic(), done
+        self._begun, self._measured, self._done_before = time.monotonic(), True, done
         self._live.update(self._task, completed=done, facts=[])
 
     @contextlib.contextmanager
@@ -103,10 +103,10 @@ class Progress:
           The rate without compilation, evaluations and checkpoints; None before any
           step was measured.
         """
-        if self._start is None or done <= self._done_before:
+        if not self._measured or done <= self._done_before:
             return None
         now = self._pause_start or time.monotonic()
-        elapsed = now - self._start - self._paused
+        elapsed = now - self._begun - self._paused
         return (done - self._done_before) / max(elapsed, 1e-9)
 
     def line(self, done: int, metrics: Mapping[str, float]) -> None:
@@ -122,13 +122,14 @@ class Progress:
 
     def _facts(self, done: int) -> list[str]:
         """Returns the steps/s and the remaining time, if they are known."""
-        rate = self.rate(done)
-        if rate is None or self._start is None:
+        if done <= self._done_before:
             return []
         # What is left includes evaluations and checkpoints, as the time so far does.
-        elapsed = time.monotonic() - self._start
+        elapsed = time.monotonic() - self._begun
         left = (self._steps - done) * elapsed / (done - self._done_before)
-        return [f"{rate:.3g} step/s", f"left {duration(left)}"]
+        rate = self.rate(done)
+        speed = [] if rate is None else [f"{rate:.3g} step/s"]
+        return [*speed, f"left {duration(left)}"]
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes metrics to TensorBoard at a step of the run."""
