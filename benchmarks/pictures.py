@@ -2,7 +2,7 @@
 
     python -m benchmarks.pictures
 
-Draws the hero and the curves and channels of the demo from
+Draws the hero and the curves and groups of the demo from
 ``benchmarks/results/demo_cpu.json`` (``python -m benchmarks.demo``), the tables from
 ``docs/tables/*/table.csv``, and the costs at scale from
 ``benchmarks/results/scaling_cpu.json``. A picture follows the theme of the page that it
@@ -47,7 +47,7 @@ def main() -> None:
     run = demo["0.5"]
     of_demo = plots.of_run(run["history"], run["summary"], {})
     drawings = {"hero": functools.partial(_hero, demo)}
-    drawings |= {f"digits_{name}": drawing for name, drawing in of_demo.items()}
+    drawings["digits_curves"] = of_demo["curves"]
     for name, (metric, picture) in TABLES.items():
         grid = _recorded(name)
         of_grid = plots.of_grid(grid)

@@ -99,6 +99,18 @@ def write(file: pathlib.Path, text: str) -> None:
     os.replace(partial, file)
 
 
+def read_if_legible(file: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a file of JSON; empty if there is none, or it is damaged.
+
+    For files that only the report shows: without them it is still drawn.
+    """
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Writes the config of a run, for people and :func:`own_config`.
 

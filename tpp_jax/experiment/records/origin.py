@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from tpp_jax.experiment.records.folders import ORIGIN, write
+from tpp_jax.experiment.records.folders import ORIGIN, read_if_legible, write
 from tpp_jax.headline import Headline
 
 
@@ -48,7 +48,7 @@ def read(workdir: pathlib.Path) -> dict[str, str]:
     Args:
       workdir: Folder of the run.
     """
-    found = _read(workdir)
+    found = read_if_legible(workdir / ORIGIN)
     return {name: x for name, x in found.items() if isinstance(x, str)}
 
 
@@ -59,17 +59,9 @@ def read_headline(workdir: pathlib.Path) -> Headline | None:
       workdir: Folder of the run.
     """
     try:
-        return Headline(**_read(workdir)["headline"])
+        return Headline(**read_if_legible(workdir / ORIGIN)["headline"])
     except (LookupError, TypeError):
         return None
-
-
-def _read(workdir: pathlib.Path) -> dict[str, Any]:
-    try:
-        found = json.loads((workdir / ORIGIN).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def command() -> str:

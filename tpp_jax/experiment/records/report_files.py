@@ -1,7 +1,6 @@
 """What a report shows besides the summary: what other modes left in a run's folder."""
 
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from tpp_jax import style
 from tpp_jax.analysis.groups_svg import picture_of
 from tpp_jax.experiment.records import origin
-from tpp_jax.experiment.records.folders import write
+from tpp_jax.experiment.records.folders import read_if_legible, write
 from tpp_jax.experiment.records.history import is_number, read_history
 from tpp_jax.graph.groups import Groups
 from tpp_jax.pruning.plan import Plan
@@ -47,7 +46,7 @@ def read(workdir: pathlib.Path) -> Files:
     """
     exports = {}
     for file in sorted((workdir / "export").glob("*.json")):
-        found = _read(file)
+        found = read_if_legible(file)
         if _has_numbers(found, _EXPORT) and "runtime" in found:
             exports[file.stem] = found
     above = workdir.absolute().parent
@@ -64,7 +63,7 @@ def read(workdir: pathlib.Path) -> Files:
 
 def _profile(file: pathlib.Path) -> dict[str, Any] | None:
     """Returns the times in a file of ``--mode=profile``; None if there are none."""
-    found = _read(file)
+    found = read_if_legible(file)
     parts: dict[str, Any] = {}
     for part in ("networks", "layers"):
         pairs = found.get(part)
@@ -80,14 +79,6 @@ def _has_numbers(content: Any, names: Sequence[str]) -> bool:
         is_number(content.get(name)) and (content[name] > 0 or name == "difference")
         for name in names
     )
-
-
-def _read(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _groups(workdir: pathlib.Path) -> Picture | None:
