@@ -15,7 +15,7 @@ from tpp_jax.xla.convolution import (
     conv_on_cpu,
     use_fast_convolutions,
 )
-from tpp_jax.xla.depthwise import depthwise
+from tpp_jax.xla.shifted import depthwise
 
 CHANNELS_LAST = lax.conv_dimension_numbers(
     (1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC")
@@ -37,6 +37,15 @@ CASES = {
     "narrowing": ((8, 8, 3, 3, 9, 1), (1, 1), ((1, 1), (1, 1))),
     "narrowing stride": ((9, 6, 3, 2, 12, 2), (2, 1), ((1, 1), (0, 1))),
     "narrowing valid": ((8, 8, 3, 3, 9, 1), (2, 2), "VALID"),
+    "narrowing both strides": ((9, 8, 3, 3, 16, 3), (2, 2), ((1, 1), (1, 1))),
+    "narrowing same": ((8, 8, 3, 3, 16, 3), (2, 2), "SAME"),
+    "narrowing in threes": ((8, 9, 3, 5, 16, 2), (1, 3), ((1, 1), (2, 2))),
+    "narrowing odd width": ((8, 9, 3, 3, 16, 2), (2, 2), ((1, 1), (1, 1))),
+    "narrowing uneven": ((7, 8, 3, 3, 16, 2), (2, 2), ((0, 2), (3, 0))),
+    "narrowing cropped": ((9, 12, 3, 3, 16, 2), (1, 2), ((-1, 0), (-3, -2))),
+    "few channels": ((8, 8, 3, 3, 4, 5), (1, 1), ((1, 1), (1, 1))),
+    "few channels, stride": ((9, 8, 3, 2, 2, 5), (2, 3), ((0, 2), (1, 0))),
+    "few channels, cropped": ((9, 8, 3, 3, 3, 5), (2, 1), ((-1, 0), (2, -2))),
     "pairs": ((4, 32, 3, 3, 5, 6), (1, 1), ((1, 1), (1, 1))),
     "pairs uneven": ((5, 34, 3, 2, 5, 6), (2, 1), ((0, 2), (0, 1))),
     "pairs valid": ((6, 34, 3, 3, 5, 6), (1, 1), "VALID"),
@@ -73,7 +82,8 @@ def test_values_and_gradients_are_those_of_lax(name: str) -> None:
             return jnp.sin(y).sum(), y
 
         differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        return jax.jit(differentiate)(images, kernel)
+        called = jax.jit(loss)(images, kernel)  # in another form than below
+        return called, jax.jit(differentiate)(images, kernel)
 
     with jax.enable_x64(True):
         images, kernel = jnp.asarray(images), jnp.asarray(kernel)
@@ -104,6 +114,19 @@ def test_depthwise_values_and_gradients_are_those_of_lax(name: str) -> None:
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, 1e-10, 1e-13), ours, theirs
     )
+
+
+@pytest.mark.parametrize("name", ["few channels", "narrowing both strides"])
+def test_thin_convolutions_are_no_convolutions_of_xla(name: str) -> None:
+    images, kernel = map(jnp.float32, _arrays(name))
+    _, strides, padding = CASES[name]
+
+    def call(images, kernel):
+        return conv_on_cpu(
+            images, kernel, strides, padding, dimension_numbers=CHANNELS_LAST
+        )
+
+    assert "convolution" not in jax.jit(call).lower(images, kernel).as_text()
 
 
 def test_depthwise_convolutions_are_no_convolutions_of_xla() -> None:
@@ -183,7 +206,7 @@ def test_a_second_derivative_backwards() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["3x3", "widening", "four pixels"])
+@pytest.mark.parametrize("name", ["3x3", "widening", "narrowing", "four pixels"])
 def test_what_made_the_images_is_not_computed_again(name: str) -> None:
     images, kernel = map(jnp.float32, _arrays(name))
     _, strides, padding = CASES[name]

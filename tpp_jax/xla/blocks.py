@@ -44,6 +44,7 @@ class Blocks(nnx.List):
     def __call__(self, x: Any) -> Any:
         """Applies all modules in order."""
         if self.rolled_from is None:
+            x = held(x) if self.hold else x
             for module in self:
                 x = held(module(x)) if self.hold else module(x)
             return x

@@ -6,7 +6,8 @@ training step slow on a CPU, none of which is arithmetic:
 - *Kernel gradients.* Their convolution needs the images as [channels, h, w, batch]. XLA
   fuses that transposition with the operations that computed the images and repeats
   them, batch norms and sums included, while reading memory in strides: half the time of
-  a step of ResNet-56. A call that is not inlined prevents the fusion.
+  a step of ResNet-56. A call that is not inlined prevents the fusion. The same holds
+  for the gradient of the output, which is read in two layouts.
 - *Images of one to four pixels*, as at the end of a CIFAR VGG: some sixty times slower
   than the same arithmetic as a matrix product.
 - *1×1 convolutions*: about twice as slow as the equivalent matrix product.
@@ -16,9 +17,10 @@ training step slow on a CPU, none of which is arithmetic:
   multiplications (by zero) are needed.
 - *Thin layers*, as pruning leaves them, from or to few channels: two to six times
   slower than one product of all patches with the kernel, or of all pixels with all taps
-  of the kernel.
+  of the kernel. Where no gradient is needed, those from few channels are faster still
+  as sums of shifted images, and those to few channels as sums of planes.
 - *Depthwise convolutions*: eight to twenty-four times slower than the same arithmetic
-  as sums of shifted images (:mod:`tpp_jax.xla.depthwise`).
+  as sums of shifted images (:mod:`tpp_jax.xla.shifted`).
 - *One thread*: XLA passes convolutions to a library, YNNPACK, that it runs on a single
   core, whereas its own kernels use all cores. See :func:`compiler_options`.
 
@@ -27,9 +29,10 @@ docs/performance.md has the measurements.
 """
 
 import functools
+import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,8 +42,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from tpp_jax.xla.depthwise import depthwise
 from tpp_jax.xla.holding import held
+from tpp_jax.xla.shifted import depthwise, from_few_channels
 
 Images = Float[Array, "b h w c"]
 Kernel = Float[Array, "kh kw c n"]
@@ -50,6 +53,8 @@ _CHANNELS_LAST = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 
 _FEW_PIXELS = 4
 # Pixels are computed in pairs up to this many output channels and from this width on.
 _FEW_OUTPUTS, _WIDE = 16, 32
+# Largest number of products that are computed one by one for each output.
+_FEW_PRODUCTS = 36
 # Largest ratio of the size of a product's operands to that of images and outputs.
 _THIN = 1.25
 # YNNPACK computes only these: elementwise operations and convolutions are slower in it.
@@ -170,11 +175,18 @@ def conv_on_cpu(
     taps = math.prod(window)
     pixels = math.prod(case.output_sides(sides, window))
     inputs, outputs = kernel.shape[2:]
-    if taps == 1 or pixels <= _FEW_PIXELS or taps * inputs <= _THIN * outputs:
+    if taps == 1 or pixels <= _FEW_PIXELS:
         return _gathered(images, kernel, case)
-    if taps * outputs <= _THIN * inputs:
-        return _scattered(images, kernel, case)
-    return _convolved(images, kernel, case)
+    across = strides[1] if sides[1] % strides[1] == 0 else 1
+    if taps * inputs <= _THIN * outputs:
+        called = trained = _gathered
+    elif taps * outputs <= _THIN * across * inputs:
+        called, trained = _in_planes, _scattered
+    else:
+        called = trained = _convolved
+    if taps * inputs <= _FEW_PRODUCTS:
+        called = _summed
+    return _by_use(images, kernel, case, called, trained)
 
 
 # Compiled as one where equations are run one by one.
@@ -216,6 +228,9 @@ class _Case(NamedTuple):
         )
 
 
+_Form = Callable[[Images, Kernel, _Case], Images]
+
+
 def _gathered(images: Images, kernel: Kernel, case: _Case) -> Images:
     """Convolves by one product of all patches of the images with the kernel."""
     kh, kw, _, n = kernel.shape
@@ -230,17 +245,65 @@ def _gathered(images: Images, kernel: Kernel, case: _Case) -> Images:
 
 def _scattered(images: Images, kernel: Kernel, case: _Case) -> Images:
     """Convolves by one product of all pixels with all taps, shifted and added up."""
+    images, kernel, case = _columns_as_channels(images, kernel, case)
     kh, kw, c, n = kernel.shape
-    h, w = case.output_sides(images.shape[1:3], (kh, kw))
     flat = kernel.transpose(2, 0, 1, 3).reshape(c, -1)
     product = jnp.dot(images.reshape(-1, c), flat, precision=case.precision)
     taps = product.reshape(*images.shape[:3], kh, kw, n)
-    shifted = [
-        _shifted(taps[:, :, :, i, j], i, j, h, w, case)
-        for i in range(kh)
-        for j in range(kw)
-    ]
-    return functools.reduce(operator.add, shifted)
+    return _sum_of_taps(taps.transpose(3, 4, 0, 1, 2, 5), case)
+
+
+def _in_planes(images: Images, kernel: Kernel, case: _Case) -> Images:
+    """The same with an image of its own for each output channel of each tap.
+
+    Their sums are faster, and their gradients are slower.
+    """
+    images, kernel, case = _columns_as_channels(images, kernel, case)
+    kh, kw, c, n = kernel.shape
+    b, h, w, _ = images.shape
+    flat = kernel.transpose(0, 1, 3, 2).reshape(-1, c)
+    product = jnp.dot(flat, images.reshape(-1, c).T, precision=case.precision)
+    planes = _sum_of_taps(product.reshape(kh, kw, n * b, h, w, 1), case)
+    return jnp.moveaxis(planes.reshape(n, b, *planes.shape[1:3]), 0, -1)
+
+
+def _sum_of_taps(taps: Float[Array, "kh kw b h w n"], case: _Case) -> Images:
+    """Adds up what each tap of a kernel makes of all pixels."""
+    kh, kw, _, *sides, _ = taps.shape
+    h, w = case.output_sides(sides, (kh, kw))
+    window = itertools.product(range(kh), range(kw))
+    return functools.reduce(
+        operator.add, [_shifted(taps[i, j], i, j, h, w, case) for i, j in window]
+    )
+
+
+def _summed(images: Images, kernel: Kernel, case: _Case) -> Images:
+    """Convolves images of few channels by one product after the other."""
+    return from_few_channels(images, kernel, case.strides, case.padding)
+
+
+def _columns_as_channels(
+    images: Images, kernel: Kernel, case: _Case
+) -> tuple[Images, Kernel, _Case]:
+    """Returns a convolution of stride one along the width, with the same output.
+
+    The columns that a stride passes over become channels, which moves no pixel. So the
+    product is not computed for pixels of which a tap reads only some.
+    """
+    (down, stride), (rows, (low, _)) = case.strides, case.padding
+    b, h, w, c = images.shape
+    if stride == 1 or w % stride:
+        return images, kernel, case
+    kh, kw, _, n = kernel.shape
+    _, width = case.output_sides((h, w), (kh, kw))
+    before = -low % stride
+    after = -(before + kw) % stride
+    taps = jnp.pad(kernel, ((0, 0), (before, after), (0, 0), (0, 0)))
+    taps = taps.reshape(kh, -1, stride * c, n)
+    low = (low + before) // stride
+    high = width - 1 + taps.shape[1] - low - w // stride
+    folded = images.reshape(b, h, w // stride, stride * c)
+    return folded, taps, case._replace(strides=(down, 1), padding=(rows, (low, high)))
 
 
 def _shifted(images: Images, i: int, j: int, h: int, w: int, case: _Case) -> Images:
@@ -253,6 +316,36 @@ def _shifted(images: Images, i: int, j: int, h: int, w: int, case: _Case) -> Ima
         config.append((low - tap, last - side - low + tap, 0))  # negative: cropped
     padded = lax.pad(images, jnp.zeros((), images.dtype), [*config, (0, 0, 0)])
     return padded[:, :: case.strides[0], :: case.strides[1]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _by_use(
+    images: Images, kernel: Kernel, case: _Case, called: _Form, trained: _Form
+) -> Images:
+    """Convolves in one form, and where gradients are needed in another one."""
+    del trained
+    return called(images, kernel, case)
+
+
+def _by_use_forward(
+    images: Images, kernel: Kernel, case: _Case, called: _Form, trained: _Form
+) -> tuple[Images, Callable[[Images], tuple[Images, Kernel]]]:
+    del called
+    return jax.vjp(lambda x, k: trained(x, k, case), images, kernel)
+
+
+def _by_use_backward(
+    case: _Case,
+    called: _Form,
+    trained: _Form,
+    pull: Callable[[Images], tuple[Images, Kernel]],
+    gradient: Images,
+) -> tuple[Images, Kernel]:
+    del case, called, trained
+    return pull(gradient)
+
+
+_by_use.defvjp(_by_use_forward, _by_use_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -268,6 +361,7 @@ def _backward(
     case: _Case, operands: tuple[Images, Kernel], gradient: Images
 ) -> tuple[Images, Kernel]:
     images, kernel = operands
+    gradient = held(gradient)  # read in two layouts, and computed by a batch norm
     if case.strides == (1, 1):
         # The same as JAX's gradient, but as a convolution that can pair its pixels.
         rotated = kernel[::-1, ::-1].swapaxes(2, 3)

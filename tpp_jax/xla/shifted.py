@@ -1,14 +1,15 @@
-"""Depthwise convolutions in the form that XLA's CPU backend runs fastest.
+"""Convolutions as sums of shifted images, each times one tap of the kernel.
 
-XLA:CPU computes a convolution of as many groups as channels in a generic loop, eight to
-twenty-four times slower than the same arithmetic as sums of shifted images, each times
-one tap of the kernel, which it fuses into one vectorised loop. docs/performance.md has
-the measurements.
+XLA's CPU backend fuses such a sum into one vectorised loop, together with what is done
+to the output. It computes a convolution of as many groups as channels in a generic
+loop, which is eight to twenty-four times slower, and one from few channels as a product
+that is too narrow, two to ten times slower. docs/performance.md has the measurements.
 """
 
 import functools
 import itertools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float
 from tpp_jax.xla.holding import held
 
 Images = Float[Array, "b h w c"]
+Kernel = Float[Array, "kh kw c n"]
 DepthwiseKernel = Float[Array, "kh kw 1 c"]
 Pair = tuple[int, int]
 
@@ -38,17 +40,47 @@ def depthwise(
     Returns:
       Output of the convolution, ``[b, h', w', c]``.
     """
-    padded = _padded(images, padding)
-    taps = itertools.product(*map(range, kernel.shape[:2]))
-    sides = _output_sides(padded, kernel, strides)
-    products = [_window(padded, tap, sides, strides) * kernel[tap][0] for tap in taps]
+    products = [x * tap[0] for x, tap in _windows(images, kernel, strides, padding)]
     return functools.reduce(operator.add, products)
+
+
+def from_few_channels(
+    images: Images, kernel: Kernel, strides: Pair, padding: tuple[Pair, Pair]
+) -> Images:
+    """Convolves images of few channels.
+
+    Args:
+      images: Batch of images, ``[b, h, w, c]``.
+      kernel: Filters, ``[kh, kw, c, n]``; a sum of kh · kw · c products is computed.
+      strides: Strides along height and width.
+      padding: Zeros before and after, along height and width; negative numbers crop.
+
+    Returns:
+      Output of the convolution, ``[b, h', w', n]``.
+    """
+    products = [
+        x[..., i : i + 1] * tap[i]
+        for x, tap in _windows(images, kernel, strides, padding)
+        for i in range(kernel.shape[2])
+    ]
+    return functools.reduce(operator.add, products)
+
+
+def _windows(
+    images: Images, kernel: Kernel, strides: Pair, padding: tuple[Pair, Pair]
+) -> Iterator[tuple[Images, Float[Array, "c n"]]]:
+    """Yields what each tap of the kernel reads, and the tap."""
+    padded = _padded(images, padding)
+    sides = _output_sides(padded, kernel, strides)
+    for tap in itertools.product(*map(range, kernel.shape[:2])):
+        yield _window(padded, tap, sides, strides), kernel[tap]
 
 
 def _forward(
     images: Images, kernel: DepthwiseKernel, strides: Pair, padding: tuple[Pair, Pair]
 ) -> tuple[Images, Any]:
-    return depthwise(images, kernel, strides, padding), (images, kernel)
+    # Of training: a batch norm reads the output several times.
+    return held(depthwise(images, kernel, strides, padding)), (images, kernel)
 
 
 def _backward(
@@ -120,7 +152,7 @@ def _window(
     ]
 
 
-def _output_sides(padded: Images, kernel: DepthwiseKernel, strides: Pair) -> Pair:
+def _output_sides(padded: Images, kernel: Kernel, strides: Pair) -> Pair:
     each = zip(padded.shape[1:3], kernel.shape[:2], strides, strict=True)
     h, w = ((side - taps) // stride + 1 for side, taps, stride in each)
     return h, w
