@@ -100,18 +100,18 @@ def _of_one(
     )
     if axis != rank - 1:
         grad, of_pruned = (jnp.moveaxis(x, -1, axis) for x in (grad, of_pruned))
-    where = (slice(None),) * axis + (places,)
-    grad = grad.at[where].add(
-        of_pruned,
+    # Gathered, since XLA:CPU adds columns to columns one number after the other.
+    nearest = jnp.maximum(jnp.cumsum(pruned) - 1, 0)
+    spread = of_pruned.at[(slice(None),) * axis + (nearest,)].get(
         mode="promise_in_bounds",
         indices_are_sorted=True,
-        unique_indices=True,
         out_sharding=spec(*range(rank)),
     )
+    shape = [n if i == axis else 1 for i in range(rank)]
+    grad = grad + jnp.where(pruned.reshape(shape), spread, 0)
     energy = jnp.sum(jnp.square(rows)) + jnp.sum(jnp.square(of_kept))
     if target == "decorrelate":
         return energy / n**2, 4 / n**2 * grad
-    shape = [n if i == axis else 1 for i in range(rank)]
     squares = jnp.square(jnp.where(pruned.reshape(shape), 0, kernel))
     mean = jnp.sum(squares) / max(n - count, 1)
     mean = jnp.where(mean > 0, mean, 1)
