@@ -109,6 +109,25 @@ def test_nothing_is_added_while_the_strength_is_zero():
     assert state.gram > 0  # still reported
 
 
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_gram_penalty_of_every_second_step_is_twice_as_large(step: int):
+    due = step % 2 == 0
+    added, state = penalty_gradients(step=jnp.int32(step), gram_every=2)
+    expected = expected_gradients(0.5, gram_weight=2000.0 if due else 0.0)
+    for name, gradient in expected.items():
+        np.testing.assert_allclose(
+            added[name], gradient, rtol=1e-5, atol=1e-5, err_msg=name
+        )
+    # The energy is that of the last such step, of which there was none before this.
+    assert state.gram == (penalty_gradients()[1].gram if due else 0)
+
+
+@pytest.mark.parametrize("number", [0, 1.5, "2"])
+def test_a_number_of_steps_that_is_none_is_an_error(number):
+    with pytest.raises(tpp.TPPError, match=r"gram_every is .* an integer above 0"):
+        penalty_gradients(gram_every=number)
+
+
 def test_the_penalties_are_added_to_the_gradients_of_the_loss():
     _, params, plan = small()
     tx = tpp.add_tpp_penalties(plan, SCHEDULE)

@@ -70,6 +70,7 @@ _WRONG_VALUES = [
     ("prune.round_to", 0),
     ("prune.min_channels", 0),
     ("prune.gram_weight", float("nan")),
+    ("prune.gram_every", 0),
     ("prune.target", "zero"),
     ("prune.schedule.kind", "sine"),
     ("prune.schedule.kind", "poly2"),

@@ -179,6 +179,7 @@ def tpp_phases(
         prune.target,
         prune.kept_weight,
         prune.strengths,
+        prune.gram_every,
     )
     tx = optax.chain(_descent(prune, penalty), zero_pruned(plan, schedule))
     rate = optax.constant_schedule(prune.learning_rate)

@@ -375,6 +375,12 @@ class PruneConfig:
     gram_weight: float = field(
         1000.0, "Weight of the Gram penalty; 0 for no decorrelation."
     )
+    gram_every: int = field(
+        1,
+        "Number of steps from one with the Gram penalty to the next, whose gradient is "
+        "as many times as large.",
+        least=1,
+    )
     bn: bool = field(
         True, "Whether the scales and biases of norms in pruned channels are shrunk."
     )

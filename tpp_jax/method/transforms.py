@@ -12,6 +12,7 @@ code. After the cut both transforms change nothing, so the same ``tx`` continues
 ``slice_tree(plan, opt_state)`` and the pruned parameters.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tpp_jax.errors import TPPError
 from tpp_jax.graph.arrays import is_explicit
 from tpp_jax.graph.groups import Member
-from tpp_jax.graph.naming import map_named
+from tpp_jax.graph.naming import map_named, named_leaves
 from tpp_jax.method.gram import (
     Target,
     gram_penalty_and_grad,
@@ -84,6 +85,7 @@ def add_tpp_penalties(
     target: Target = "decorrelate",
     kept_weight: float = 0.0,
     strengths: Mapping[str, float] | str = "",
+    gram_every: int = 1,
 ) -> optax.GradientTransformation:
     """Adds the gradients of the TPP penalties to the updates.
 
@@ -105,6 +107,9 @@ def add_tpp_penalties(
         grow with λ (ablation; 0.1 in the original).
       strengths: Pattern of layers → factor on λ for the groups that it matches, or
         ``"pattern:factor,…"``; empty for the same λ in all groups.
+      gram_every: Number of updates from one with the Gram penalty to the next. Its
+        gradient is as many times as large, so that it adds up to the same, and costs a
+        share of the time.
 
     Returns:
       A transform of gradients that needs ``params``. Chain it before weight decay and
@@ -114,7 +119,8 @@ def add_tpp_penalties(
       does. Filters that are already cut are not penalised.
 
     Raises:
-      TPPError: If a pattern of ``strengths`` matches no layer; from ``init`` or
+      TPPError: If a pattern of ``strengths`` matches no layer, or ``gram_every`` is not
+        a positive integer; from ``init`` or
         ``update``, if a parameter that the plan prunes is missing from the tree of
         parameters, occurs twice, or has another shape.
 
@@ -136,6 +142,8 @@ def add_tpp_penalties(
       >>> int(state[0].step), float(state[0].strength), float(state[0].gram)
       (2, 0.5, 0.25)
     """
+    if not isinstance(gram_every, int) or gram_every < 1:
+        raise TPPError(f"gram_every is {gram_every!r}, must be an integer above 0")
     filters = pruned_filters(plan)
     factors = strengths_of(plan.groups, strengths)
 
@@ -149,35 +157,51 @@ def add_tpp_penalties(
     ) -> tuple[optax.Updates, TPPState]:
         if params is None:
             raise TPPError(_NO_PARAMS)
-        found = find_filters(plan, filters, params)
+        found = _not_empty(find_filters(plan, filters, params), params)
         strength = schedule(state.step)
-        penalties = []
+        parameters = named_leaves(params)
+        kernels = {
+            name: gradient
+            for name, gradient in named_leaves(updates).items()
+            if name in found and found[name].kernel is not None
+        }
+
+        def factor(name: str) -> Array:
+            own = max(factors[group] for group in found[name].groups)
+            return own * strength
+
+        with_gram = functools.partial(
+            _add_gram,
+            found=found,
+            parameters=parameters,
+            weights={name: gram_every * gram_weight * factor(name) for name in kernels},
+            target=target,
+        )
+        energy = jnp.zeros((), strength.dtype)
+        if gram_weight and gram_every == 1:
+            kernels, energy = with_gram(kernels)
+        elif gram_weight and kernels:
+            kernels, energy = jax.lax.cond(
+                state.step % gram_every == 0,
+                with_gram,
+                lambda unchanged: (unchanged, state.gram),
+                kernels,
+            )
 
         def add(name: str, gradient: Array, parameter: Array) -> Array:
-            if name not in found or not parameter.size:  # a removed branch
+            if name not in found:
                 return gradient
-            here = found[name]
-            own = max(factors[group] for group in here.groups)
-            factor, kernel = own * strength.astype(gradient.dtype), here.kernel
-            if kernel is not None and gram_weight:
-                mask = _delayed(_pruned_mask(here, kernel, parameter), gradient)
-                penalty, grad = _penalty_and_grad(here, kernel, parameter, mask, target)
-                penalties.append(penalty.astype(strength.dtype))
-                gradient = gradient + gram_weight * factor * grad
-            if kernel is not None and kept_weight:
-                mask = _pruned_mask(here, kernel, parameter)
-                _, grad = kept_penalty_and_grad(
-                    parameter, mask, kernel.filters, kernel.batch
-                )
-                gradient = gradient + kept_weight * grad
+            here, gradient = found[name], kernels.get(name, gradient)
+            if here.kernel is not None and kept_weight:
+                gradient = gradient + kept_weight * _kept_gradient(here, parameter)
             if l2 if belongs_to_layer(plan, here) else bn:
-                coefficient = factor * here.mask(parameter.ndim)
+                own = factor(name).astype(gradient.dtype)
+                coefficient = own * here.mask(parameter.ndim)
                 gradient = gradient + coefficient * parameter
             return gradient
 
         updates = map_named(add, updates, params)
-        gram = sum(penalties, jnp.zeros((), strength.dtype))
-        return updates, TPPState(state.step + 1, strength, gram)
+        return updates, TPPState(state.step + 1, strength, energy)
 
     return optax.GradientTransformation(init, update)
 
@@ -272,11 +296,43 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
     return optax.GradientTransformation(init, update)
 
 
-def _penalty_and_grad(
-    found: Filters, kernel: Member, parameter: Array, mask: Array, target: Target
+def _not_empty(found: dict[str, Filters], params: Any) -> dict[str, Filters]:
+    """Returns what was found in parameters other than those of a removed branch."""
+    leaves = named_leaves(params)
+    return {name: here for name, here in found.items() if leaves[name].size}
+
+
+def _add_gram(
+    gradients: dict[str, Array],
+    found: dict[str, Filters],
+    parameters: dict[str, Array],
+    weights: dict[str, Array],
+    target: Target,
+) -> tuple[dict[str, Array], Array]:
+    """Adds weighted gradients of Gram penalties; returns the penalties' sum too."""
+    added, penalties = {}, []
+    for name, gradient in gradients.items():
+        penalty, grad = _gram_penalty(found[name], parameters[name], gradient, target)
+        added[name] = gradient + weights[name].astype(gradient.dtype) * grad
+        penalties.append(penalty.astype(weights[name].dtype))
+    return added, sum(penalties, jnp.zeros((), jnp.result_type(float)))
+
+
+def _kept_gradient(found: Filters, parameter: Array) -> Array:
+    kernel = found.kernel
+    assert kernel is not None
+    mask = _pruned_mask(found, kernel, parameter)
+    return kept_penalty_and_grad(parameter, mask, kernel.filters, kernel.batch)[1]
+
+
+def _gram_penalty(
+    found: Filters, parameter: Array, gradient: Array, target: Target
 ) -> tuple[Array, Array]:
     """Returns the Gram penalty of a kernel and its gradient."""
+    kernel = found.kernel
+    assert kernel is not None
     filters, batch = kernel.filters, kernel.batch
+    mask = _delayed(_pruned_mask(found, kernel, parameter), gradient)
     numbers = {
         member.axis: positions.number
         for member, positions in zip(found.members, found.pruned, strict=True)
