@@ -43,7 +43,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from tpp_jax.xla.holding import held
-from tpp_jax.xla.shifted import depthwise, from_few_channels
+from tpp_jax.xla.shifted import Pair, depthwise, from_few_channels
 
 Images = Float[Array, "b h w c"]
 Kernel = Float[Array, "kh kw c n"]
@@ -165,10 +165,12 @@ def conv_on_cpu(
         return lax.conv_general_dilated(
             images, kernel, window_strides, padding, **options
         )
-    sides, window, strides = images.shape[1:3], kernel.shape[:2], tuple(window_strides)
+    sides, window = images.shape[1:3], kernel.shape[:2]
+    strides = window_strides[0], window_strides[1]
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(sides, window, strides, padding)
-    pads = tuple((low, high) for low, high in padding)
+    rows, columns = ((low, high) for low, high in padding)
+    pads = rows, columns
     if apart:
         return depthwise(images, kernel, strides, pads)
     case = _Case(strides, pads, options.get("precision"))
@@ -207,8 +209,8 @@ _compiled = jax.jit(
 class _Case(NamedTuple):
     """Settings of a convolution: all of its operands that are not arrays."""
 
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
+    strides: Pair
+    padding: tuple[Pair, Pair]
     precision: Any
 
     def output_sides(self, sides: Sequence[int], window: Sequence[int]) -> list[int]:
