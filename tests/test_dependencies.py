@@ -166,6 +166,7 @@ def test_a_package_inside_a_missing_one_is_missing():
 def test_importing_the_package_imports_nothing_heavy():
     heavy = {"orbax", "matplotlib", "tensorflow", "grain", "torch", "sklearn", "PIL"}
     heavy |= {"tensorboardX", "ml_collections", "tensorflow_datasets", "jinja2"}
+    heavy |= {"scipy"}  # two fifths of the time
     code = "import sys, jax, optax, flax.nnx, flax.linen; before = set(sys.modules)"
     code += "; import tpp_jax; print(*set(sys.modules) - before)"
     done = subprocess.run(
@@ -174,7 +175,6 @@ def test_importing_the_package_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "tpp_jax" in loaded and not loaded & heavy
-    assert "scipy.optimize" not in done.stdout.split()  # a fifth of the time
 
 
 def test_dir_lists_the_public_names():

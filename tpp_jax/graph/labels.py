@@ -18,8 +18,6 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 Axis = np.ndarray
 """Labels of the positions along one axis, int64 ``[n]``."""
@@ -358,6 +356,9 @@ def _components(labels: Labels) -> np.ndarray:
     component = np.arange(labels.count) + np.repeat(first[root] - start, sizes)
     if not labels.ties:
         return component
+    from scipy.sparse import coo_array  # late: slow to import
+    from scipy.sparse.csgraph import connected_components
+
     a, b = (component[np.concatenate(side)] for side in zip(*labels.ties, strict=True))
     n = int(sizes[own].sum())
     graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(n, n))

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 from jaxtyping import Float, Int
 
 from tpp_jax.errors import TPPError
@@ -143,7 +142,9 @@ def reader_of(
 
 def _inverse(matrix: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
     """Returns the inverse of a positive definite matrix."""
-    factor, invert = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
+    from scipy.linalg import get_lapack_funcs  # late: slow to import
+
+    factor, invert = get_lapack_funcs(("potrf", "potri"), (matrix,))
     root, failed = factor(matrix, lower=1)
     if failed:  # singular to rounding
         return np.linalg.pinv(matrix, hermitian=True)

@@ -14,7 +14,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from scipy.sparse import csr_array, eye_array, hstack
 
 from tpp_jax.graph.functions import is_array
 from tpp_jax.graph.naming import longest_known_suffix, map_named, some
@@ -267,6 +266,7 @@ def _least(
       relaxed: Cost of the amount by which each equation is not met.
     """
     from scipy.optimize import linprog  # late: slow to import
+    from scipy.sparse import csr_array, eye_array, hstack
 
     rows, names = matrix.shape
     one, sparse = eye_array(rows), csr_array(matrix)
