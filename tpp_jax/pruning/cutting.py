@@ -21,7 +21,7 @@ from tpp_jax.graph import linen as linen_modules
 from tpp_jax.graph.arrays import spread
 from tpp_jax.graph.bridge import follow_inputs
 from tpp_jax.graph.comparing import Difference
-from tpp_jax.graph.functions import split_module
+from tpp_jax.graph.functions import Structure, split_module
 from tpp_jax.graph.groups import read_groups
 from tpp_jax.graph.naming import longest_known_suffix, named_leaves
 from tpp_jax.graph.nnx_layers import modules
@@ -111,13 +111,14 @@ def prune(
       >>> small["w1"].shape, net(small, jnp.ones((1, 4))).shape
       ((4, 4), (1, 2))
     """
-    check_plan(plan, model, params)
-    source = _source(plan.groups, model, params)
     if not isinstance(model, nnx.Module):
+        source = _tried(plan, model, params)
         return slice_tree(plan, _rescaled(plan, source, params, opt_state))
-    graphdef, state = nnx.split(model)
-    state = _rescaled(plan, source, state, opt_state)
-    small = nnx.merge(graphdef, slice_tree(plan, state))
+    structure, function = split_module(model)
+    source = _tried(plan, model, params, structure)
+    named = dict(zip(function.names, function.params, strict=True))
+    named = slice_tree(plan, _rescaled(plan, source, named, opt_state))
+    small = structure.merge([named[name] for name in function.names])
     adapt(list(modules(small)), plan)
     follow_inputs(small, *plan.groups.inputs, **plan.groups.kwargs)
     return small
@@ -208,22 +209,43 @@ def check_plan(
       ...
       tpp_jax.errors.TPPError: ... 3 of the 8 channels of w1: the width must be even...
     """
+    given = split_module(model)[0] if isinstance(model, nnx.Module) else None
+    _tried(plan, model, params, given)
+
+
+def _tried(
+    plan: Plan, model: Any, params: Any, structure: Structure | None = None
+) -> Source | None:
+    """Tries a plan on its model, and returns the model.
+
+    Args:
+      plan: Plan of the channels to keep.
+      model: Model to try the plan on, or None, as in :func:`check_plan`.
+      params: Its parameters.
+      structure: Structure of an NNX module.
+
+    Raises:
+      TPPError: The plan does not fit the model.
+    """
     expect_plan(plan)
     groups = plan.groups
-    source = _source(groups, model, params)
+    source = given = _source(groups, model, params, structure)
     if source is None or groups.reading is None:
         groups = _found_again(groups, source)
         source, plan = groups.source, Plan(plan.kept, groups)
     if groups.checked(source, plan.kept):
-        return
+        return given
     found = blamed(source, plan)
     if found is not None:
         _check_call(source)
         raise _refused(plan, *found)
     groups.note_checked(source, plan.kept)
+    return given
 
 
-def _source(groups: Groups, model: Any, params: Any) -> Source | None:
+def _source(
+    groups: Groups, model: Any, params: Any, structure: Structure | None
+) -> Source | None:
     """Returns the model to try a plan on: the given one, or that of the groups.
 
     Raises:
@@ -232,7 +254,7 @@ def _source(groups: Groups, model: Any, params: Any) -> Source | None:
     known = groups.source
     if model is None:
         return known
-    given = split_module(model)[0] if isinstance(model, nnx.Module) else model
+    given = model if structure is None else structure
     if known is not None and known.model == given:
         return known
     if params is None and not isinstance(model, nnx.Module):
