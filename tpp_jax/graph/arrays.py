@@ -315,6 +315,12 @@ def put_back(arrays: list[Any], originals: list[Any]) -> list[Any]:
     return arrays
 
 
+def delete(leaf: Any) -> None:
+    """Frees the memory of a JAX array that is not traced; does nothing with others."""
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+        leaf.delete()
+
+
 def _copied_key(key: jax.Array) -> jax.Array:
     """Returns a copy of a random key.
 

@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph import linen as linen_modules
-from tpp_jax.graph.arrays import spread
+from tpp_jax.graph.arrays import delete, spread
 from tpp_jax.graph.bridge import follow_inputs
 from tpp_jax.graph.comparing import Difference
 from tpp_jax.graph.functions import Structure, split_module
@@ -43,6 +43,7 @@ def prune(
     params: None = None,
     *,
     opt_state: optax.OptState | None = None,
+    donate: bool = False,
 ) -> ModuleT: ...
 
 
@@ -53,6 +54,7 @@ def prune(
     params: Any,
     *,
     opt_state: optax.OptState | None = None,
+    donate: bool = False,
 ) -> Any: ...
 
 
@@ -62,6 +64,7 @@ def prune(
     params: Any = None,
     *,
     opt_state: optax.OptState | None = None,
+    donate: bool = False,
 ) -> Any:
     """Returns the pruned model, or its parameters; the given ones are not modified.
 
@@ -83,6 +86,9 @@ def prune(
       params: Variables of a Linen module, or parameter pytree of a function.
       opt_state: State of the optimizer with TPP's transforms, to check that the pruned
         filters are zero; not modified.
+      donate: Whether the parameters are given away, so that the memory of both is never
+        needed at once, as in :func:`slice_tree`: the given model cannot be used any
+        more. If the plan is refused, it is as it was.
 
     Returns:
       For an NNX module, a new module of the same class with narrower layers and
@@ -113,15 +119,28 @@ def prune(
     """
     if not isinstance(model, nnx.Module):
         source = _tried(plan, model, params)
-        return slice_tree(plan, _rescaled(plan, source, params, opt_state))
+        small = slice_tree(
+            plan, _rescaled(plan, source, params, opt_state), donate=donate
+        )
+        _give_away(params if donate else (), small)
+        return small
     structure, function = split_module(model)
     source = _tried(plan, model, params, structure)
     named = dict(zip(function.names, function.params, strict=True))
-    named = slice_tree(plan, _rescaled(plan, source, named, opt_state))
+    named = slice_tree(plan, _rescaled(plan, source, named, opt_state), donate=donate)
+    _give_away(function.params if donate else (), named)
     small = structure.merge([named[name] for name in function.names])
     adapt(list(modules(small)), plan)
     follow_inputs(small, *plan.groups.inputs, **plan.groups.kwargs)
     return small
+
+
+def _give_away(given: Any, small: Any) -> None:
+    """Deletes the arrays that were rescaled before the cut, and so are left over."""
+    handed_over = {id(leaf) for leaf in jax.tree.leaves(small)}
+    for leaf in jax.tree.leaves(given):
+        if id(leaf) not in handed_over:
+            delete(leaf)
 
 
 def _rescaled(
@@ -166,6 +185,7 @@ def _first_is_zero(plan: Plan, group: Group, params: Any) -> bool:
         bool(jnp.any(jnp.where(first, leaf, 0)))
         for name, leaf in named_leaves(params).items()
         if longest_known_suffix(name, plan.groups.shapes) == member.leaf
+        and np.shape(leaf) == shape  # slice_tree refuses any other
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
-from tpp_jax.graph.arrays import Positions, cut, put_back
+from tpp_jax.graph.arrays import Positions, cut, delete, put_back
 from tpp_jax.graph.fields import follow_fields
 from tpp_jax.graph.functions import is_array
 from tpp_jax.graph.naming import leaf_name, map_named, named_leaves, some
@@ -23,7 +23,7 @@ from tpp_jax.pruning.plan import Plan, expect_plan
 from tpp_jax.pruning.readiness import warn_if_early
 
 
-def slice_tree(plan: Plan, tree: Any) -> Any:
+def slice_tree(plan: Plan, tree: Any, *, donate: bool = False) -> Any:
     """Removes the pruned channels from a pytree.
 
     Args:
@@ -32,6 +32,11 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
         end in them: ``nnx.State``, dict, optax state, training state. Leaves may also
         be ``jax.ShapeDtypeStruct``. The states of optax's Adafactor, SM3, NovoGrad and
         L-BFGS, which have other shapes, are cut along the axes that they keep.
+      donate: Whether the tree is given away: each JAX array is deleted as soon as it is
+        cut, and those that keep their shape are returned themselves. So the memory of
+        one array is needed in addition, not that of all. Traced arrays belong to the
+        computation that they are traced for, and NumPy arrays to whoever holds them;
+        neither is deleted.
 
     Returns:
       The same structure with smaller arrays. Kept channels keep their ascending order.
@@ -39,7 +44,8 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
       not arrays are the same objects. NumPy arrays remain NumPy arrays of the same
       dtype. JAX arrays remain on their devices, with the same sharding; along axes of
       the mesh that do not divide the new size they are replicated. No array shares
-      memory with the given tree, so that either may be donated.
+      memory with the given tree, so that either may be donated, unless ``donate`` is
+      set.
 
     Warns:
       UserWarning: The tree contains ``params`` and the state of TPP's transforms, and
@@ -72,16 +78,33 @@ def slice_tree(plan: Plan, tree: Any) -> Any:
         named[copy.source] if copy else leaf
         for copy, (_, leaf) in zip(found, paths, strict=True)
     ]
-    small = [
-        cut(leaf, _cuts(plan, copy)) if copy else leaf
-        for copy, leaf in zip(found, leaves, strict=True)
-    ]
-    small = put_back(small, leaves)
+    # All of them before the first array is deleted, since they may raise.
+    cuts = [_cuts(plan, copy) if copy else {} for copy in found]
+    if donate:
+        small = _cut_in_turn(leaves, cuts)
+    else:
+        small = put_back(
+            [cut(*each) for each in zip(leaves, cuts, strict=True)], leaves
+        )
     if copies.cut:
         changed = with_new_products(dict(zip(names, small, strict=True)))
         small = [changed.get(n, leaf) for n, leaf in zip(names, small, strict=True)]
     result = jax.tree.unflatten(structure, small)
     return follow_fields(result, plan.groups.sizes, plan.field_values())
+
+
+def _cut_in_turn(leaves: list[Any], cuts: list[dict[int, Positions]]) -> list[Any]:
+    """Returns arrays without their pruned positions, and deletes those that had any."""
+    last = {id(leaf): i for i, leaf in enumerate(leaves)}
+    uncut = {id(leaf) for leaf, own in zip(leaves, cuts, strict=True) if not own}
+    small = []
+    for i, (leaf, own) in enumerate(zip(leaves, cuts, strict=True)):
+        small += put_back([cut(leaf, own)], [leaf]) if own else [leaf]
+        traced = isinstance(small[-1], Tracer)
+        if last[id(leaf)] == i and id(leaf) not in uncut and not traced:
+            jax.block_until_ready(small[-1])
+            delete(leaf)
+    return small
 
 
 def mask_tree(plan: Plan, tree: Any) -> Any:
