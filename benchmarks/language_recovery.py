@@ -396,7 +396,7 @@ def table(record: dict[str, Any]) -> str:
     """Returns the record as a table in Markdown, perplexities as mean over seeds."""
     texts = list(next(iter(record["cells"].values()))["perplexity"])
     lines = [
-        f"| removed | way | training | {' | '.join(texts)} | MB | tokens/s | seeds |",
+        f"| removed | way | training | {' | '.join(texts)} | MB | speed | seeds |",
         "|---" * (6 + len(texts)) + "|",
     ]
     for cell in sorted(
@@ -410,8 +410,10 @@ def table(record: dict[str, Any]) -> str:
         if cell.seed or not found:
             continue
         cells = [_mean([each["perplexity"][text] for each in found]) for text in texts]
-        for name, form in (("megabytes", ".0f"), ("tokens per second", ",.0f")):
-            cells.append(f"{found[0][name]:{form}}" if name in found[0] else "–")
+        sizes = found[0] if cell.criterion else found[0] | {"speed": 1.0}
+        cells += ["–", "–"]
+        if "megabytes" in sizes:
+            cells[-2:] = [f"{sizes['megabytes']:.0f}", f"{sizes['speed']:.2f}×"]
         cells.append(str(len(found)) if cell.training else "–")
         lines.append(f"| {' | '.join(_words(cell) + cells)} |")
     return "\n".join(lines)
