@@ -161,6 +161,28 @@ def test_one_array_under_several_names_is_cut_under_each(plan):
     assert int(small["step"]) == 3
 
 
+def test_arrays_that_share_memory_are_cut_each_and_kept_where_not_cut(plan):
+    params = placed("one device")
+    others = {n: jax.device_put(leaf, leaf.sharding) for n, leaf in params.items()}
+    tree = {"params": params, "ema": others, "uncut": {"copy of up0": None}}
+    tree["uncut"]["copy of up0"] = jax.device_put(params["up0"], params["up0"].sharding)
+    small = tpp.slice_tree(plan, tree, donate=True)
+    wanted = tpp.slice_tree(plan, host_params())
+    for part in ("params", "ema"):
+        for name, leaf in wanted.items():
+            np.testing.assert_array_equal(small[part][name], leaf)
+    whole = small["uncut"]["copy of up0"]
+    np.testing.assert_array_equal(whole, host_params()["up0"])
+
+
+def test_an_array_that_was_donated_before_is_an_error_before_any_is_deleted(plan):
+    params = placed("one device")
+    params["up7"].delete()
+    with pytest.raises(tpp.TPPError, match="up7 is deleted: it was donated before"):
+        tpp.slice_tree(plan, params, donate=True)
+    assert sum(leaf.is_deleted() for leaf in params.values()) == 1
+
+
 def test_the_state_of_an_optimizer(plan):
     params = placed("one device")
     tx = optax.adam(1e-3)

@@ -321,6 +321,20 @@ def delete(leaf: Any) -> None:
         leaf.delete()
 
 
+def buffer_of(leaf: Any) -> int:
+    """Returns a number for the memory of a leaf, which several arrays may share.
+
+    That of an array on several devices is the array's own: asking for its parts would
+    make arrays of them.
+    """
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
+        return id(leaf)
+    extended = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    if extended or leaf.is_deleted() or is_spread(leaf):
+        return id(leaf)
+    return leaf.unsafe_buffer_pointer()
+
+
 def _copied_key(key: jax.Array) -> jax.Array:
     """Returns a copy of a random key.
 

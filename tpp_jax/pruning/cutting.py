@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph import linen as linen_modules
-from tpp_jax.graph.arrays import delete, spread
+from tpp_jax.graph.arrays import buffer_of, delete, spread
 from tpp_jax.graph.bridge import follow_inputs
 from tpp_jax.graph.comparing import Difference
 from tpp_jax.graph.functions import Structure, split_module
@@ -137,9 +137,9 @@ def prune(
 
 def _give_away(given: Any, small: Any) -> None:
     """Deletes the arrays that were rescaled before the cut, and so are left over."""
-    handed_over = {id(leaf) for leaf in jax.tree.leaves(small)}
+    handed_over = set(map(buffer_of, jax.tree.leaves(small)))
     for leaf in jax.tree.leaves(given):
-        if id(leaf) not in handed_over:
+        if buffer_of(leaf) not in handed_over:
             delete(leaf)
 
 

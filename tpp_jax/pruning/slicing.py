@@ -13,7 +13,14 @@ import numpy as np
 from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
-from tpp_jax.graph.arrays import Positions, cut, delete, put_back
+from tpp_jax.graph.arrays import (
+    Positions,
+    buffer_of,
+    cut,
+    delete,
+    is_spread,
+    put_back,
+)
 from tpp_jax.graph.fields import follow_fields
 from tpp_jax.graph.functions import is_array
 from tpp_jax.graph.naming import leaf_name, map_named, named_leaves, some
@@ -33,10 +40,10 @@ def slice_tree(plan: Plan, tree: Any, *, donate: bool = False) -> Any:
         be ``jax.ShapeDtypeStruct``. The states of optax's Adafactor, SM3, NovoGrad and
         L-BFGS, which have other shapes, are cut along the axes that they keep.
       donate: Whether the tree is given away: each JAX array is deleted as soon as it is
-        cut, and those that keep their shape are returned themselves. So the memory of
-        one array is needed in addition, not that of all. Traced arrays belong to the
-        computation that they are traced for, and NumPy arrays to whoever holds them;
-        neither is deleted.
+        cut, and those that keep their shape are returned themselves (or copied, on
+        several devices). So the memory of one array is needed in addition, not that of
+        all. Traced arrays belong to the computation that they are traced for, and NumPy
+        arrays to whoever holds them; neither is deleted.
 
     Returns:
       The same structure with smaller arrays. Kept channels keep their ascending order.
@@ -81,6 +88,7 @@ def slice_tree(plan: Plan, tree: Any, *, donate: bool = False) -> Any:
     # All of them before the first array is deleted, since they may raise.
     cuts = [_cuts(plan, copy) if copy else {} for copy in found]
     if donate:
+        _check_alive(names, leaves)
         small = _cut_in_turn(leaves, cuts)
     else:
         small = put_back(
@@ -93,15 +101,30 @@ def slice_tree(plan: Plan, tree: Any, *, donate: bool = False) -> Any:
     return follow_fields(result, plan.groups.sizes, plan.field_values())
 
 
+def _check_alive(names: list[str], leaves: list[Any]) -> None:
+    for name, leaf in zip(names, leaves, strict=True):
+        known = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+        if known and leaf.is_deleted():
+            raise TPPError(f"{name} is deleted: it was donated before")
+
+
 def _cut_in_turn(leaves: list[Any], cuts: list[dict[int, Positions]]) -> list[Any]:
-    """Returns arrays without their pruned positions, and deletes those that had any."""
-    last = {id(leaf): i for i, leaf in enumerate(leaves)}
-    uncut = {id(leaf) for leaf, own in zip(leaves, cuts, strict=True) if not own}
+    """Returns arrays without their pruned positions, and deletes those that had any.
+
+    Arrays on several devices are copied where they are not cut, since others may share
+    their memory unnoticed.
+    """
+    memory = [buffer_of(leaf) for leaf in leaves]
+    changed = [
+        bool(own) or is_spread(leaf) for leaf, own in zip(leaves, cuts, strict=True)
+    ]
+    last = {buffer: i for i, buffer in enumerate(memory)}
+    same = {buffer for buffer, new in zip(memory, changed, strict=True) if not new}
     small = []
     for i, (leaf, own) in enumerate(zip(leaves, cuts, strict=True)):
-        small += put_back([cut(leaf, own)], [leaf]) if own else [leaf]
+        small += put_back([cut(leaf, own)], [leaf]) if changed[i] else [leaf]
         traced = isinstance(small[-1], Tracer)
-        if last[id(leaf)] == i and id(leaf) not in uncut and not traced:
+        if last[memory[i]] == i and memory[i] not in same and not traced:
             jax.block_until_ready(small[-1])
             delete(leaf)
     return small
