@@ -17,12 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 import tpp_jax as tpp
 from benchmarks import machine
-from benchmarks.language_speed import RATE, SMOLLM2, TINY, UNITS
+from benchmarks.language_speed import RATE, SMOLLM2, TINY, UNITS, Timed, steps
 from tpp_jax.commands.compilation import keep_compiled_programs
 from tpp_jax.training.optimizers import optimizer
 
@@ -77,34 +76,14 @@ def main() -> None:
 
 def _run(
     model: nnx.Module, plan: tpp.Plan, tokens: np.ndarray, way: dict[str, Any] | None
-) -> Any:
-    """Returns a function that takes some steps, from where it was, to their ends."""
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+) -> Timed:
+    """Returns a function that takes some steps with the penalties of a row."""
     schedule = tpp.growing_schedule(granularity=1e-4, every=1, stabilize=100)
     penalty = None
     if way is not None:
         penalty = tpp.add_tpp_penalties(plan, schedule, **way)
     tx = optimizer("adamw", RATE, momentum=0.9, weight_decay=0.01, penalty=penalty)
-    ids = jnp.asarray(tokens)
-
-    def loss(params: Any) -> jax.Array:
-        logits = nnx.merge(graphdef, params, rest)(ids[:, :-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
-        return losses.mean()
-
-    def step(params: Any, state: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    compiled = jax.jit(step, donate_argnums=(0, 1))
-    held = [jax.tree.map(jnp.copy, params), tx.init(params)]
-
-    def run() -> None:
-        for _ in range(STEPS):
-            held[:] = compiled(*held)
-        jax.block_until_ready(held)
-
-    return run
+    return steps(model, tx, jnp.asarray(tokens), STEPS)
 
 
 if __name__ == "__main__":

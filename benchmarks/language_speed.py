@@ -117,12 +117,30 @@ def _pruned(config: DecoderConfig, ratio: float, half: bool) -> nnx.Module:
 def _our_sides(model: nnx.Module, tokens: np.ndarray, name: str) -> dict[str, Timed]:
     """Returns functions that run the forward pass and a training step to their ends."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    tx = optax.adamw(RATE)
     ids = jnp.asarray(tokens)
 
     @jax.jit
     def forward(params: Any) -> jax.Array:
         return nnx.merge(graphdef, params, rest)(ids)
+
+    return {
+        f"{name}, forward": lambda: jax.block_until_ready(forward(params)),
+        f"{name}, step": steps(model, optax.adamw(RATE), ids),
+    }
+
+
+def steps(
+    model: nnx.Module, tx: optax.GradientTransformation, ids: jax.Array, number: int = 1
+) -> Timed:
+    """Returns a function that takes some training steps, from where it was.
+
+    Args:
+      model: Network to start from.
+      tx: Optimizer.
+      ids: Tokens of the batch, ``[sequences, length]``.
+      number: Number of steps.
+    """
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params: Any) -> jax.Array:
         logits = nnx.merge(graphdef, params, rest)(ids[:, :-1]).astype(jnp.float32)
@@ -137,14 +155,12 @@ def _our_sides(model: nnx.Module, tokens: np.ndarray, name: str) -> dict[str, Ti
     # The step gives its arguments away, so it has parameters of its own.
     held = [jax.tree.map(jnp.copy, params), tx.init(params)]
 
-    def trained() -> None:
-        held[:] = compiled(*held)
+    def run() -> None:
+        for _ in range(number):
+            held[:] = compiled(*held)
         jax.block_until_ready(held)
 
-    return {
-        f"{name}, forward": lambda: jax.block_until_ready(forward(params)),
-        f"{name}, step": trained,
-    }
+    return run
 
 
 def _times(sides: dict[str, Timed], rounds: int) -> dict[str, float]:

@@ -120,9 +120,9 @@ def add_tpp_penalties(
 
     Raises:
       TPPError: If a pattern of ``strengths`` matches no layer, or ``gram_every`` is not
-        a positive integer; from ``init`` or
-        ``update``, if a parameter that the plan prunes is missing from the tree of
-        parameters, occurs twice, or has another shape.
+        a positive integer; from ``init`` or ``update``, if a parameter that the plan
+        prunes is missing from the tree of parameters, occurs twice, or has another
+        shape.
 
     References:
       Wang & Fu, Trainability Preserving Neural Pruning, ICLR 2023, section 3.2.
@@ -157,9 +157,13 @@ def add_tpp_penalties(
     ) -> tuple[optax.Updates, TPPState]:
         if params is None:
             raise TPPError(_NO_PARAMS)
-        found = _not_empty(find_filters(plan, filters, params), params)
         strength = schedule(state.step)
         parameters = named_leaves(params)
+        found = {  # except in the parameters of a removed branch
+            name: here
+            for name, here in find_filters(plan, filters, params).items()
+            if parameters[name].size
+        }
         kernels = {
             name: gradient
             for name, gradient in named_leaves(updates).items()
@@ -294,12 +298,6 @@ def zero_pruned(plan: Plan, schedule: GrowingSchedule) -> optax.GradientTransfor
         return updates, ZeroPrunedState(state.step + 1, state.step, undone)
 
     return optax.GradientTransformation(init, update)
-
-
-def _not_empty(found: dict[str, Filters], params: Any) -> dict[str, Filters]:
-    """Returns what was found in parameters other than those of a removed branch."""
-    leaves = named_leaves(params)
-    return {name: here for name, here in found.items() if leaves[name].size}
 
 
 def _add_gram(

@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 from tpp_jax.errors import TPPError
 from tpp_jax.graph import linen as linen_modules
-from tpp_jax.graph.arrays import buffer_of, delete, spread
+from tpp_jax.graph.arrays import spread
 from tpp_jax.graph.bridge import follow_inputs
 from tpp_jax.graph.comparing import Difference
 from tpp_jax.graph.functions import Structure, split_module
@@ -119,34 +119,25 @@ def prune(
     """
     if not isinstance(model, nnx.Module):
         source = _tried(plan, model, params)
-        small = slice_tree(
-            plan, _rescaled(plan, source, params, opt_state), donate=donate
-        )
-        _give_away(params if donate else (), small)
-        return small
+        rescale = _rescaling(plan, source, params, opt_state)
+        return rescale(slice_tree(plan, params, donate=donate))
     structure, function = split_module(model)
     source = _tried(plan, model, params, structure)
     named = dict(zip(function.names, function.params, strict=True))
-    named = slice_tree(plan, _rescaled(plan, source, named, opt_state), donate=donate)
-    _give_away(function.params if donate else (), named)
+    rescale = _rescaling(plan, source, named, opt_state)
+    named = rescale(slice_tree(plan, named, donate=donate))
     small = structure.merge([named[name] for name in function.names])
     adapt(list(modules(small)), plan)
     follow_inputs(small, *plan.groups.inputs, **plan.groups.kwargs)
     return small
 
 
-def _give_away(given: Any, small: Any) -> None:
-    """Deletes the arrays that were rescaled before the cut, and so are left over."""
-    handed_over = set(map(buffer_of, jax.tree.leaves(small)))
-    for leaf in jax.tree.leaves(given):
-        if buffer_of(leaf) not in handed_over:
-            delete(leaf)
-
-
-def _rescaled(
+def _rescaling(
     plan: Plan, source: Any, params: optax.Params, opt_state: optax.OptState | None
-) -> optax.Params:
-    """Rescales parameters whose pruned filters are zero, so that the cut is free.
+) -> Callable[[Any], Any]:
+    """Returns a function of the cut parameters that makes a cut of zeros free.
+
+    It changes nothing if the pruned filters are not zero.
 
     Warns if the cut changes what the network computes although it should not.
     """
@@ -155,11 +146,11 @@ def _rescaled(
     groups = plan.pruned_groups
     leaves = [*jax.tree.leaves(params), *plan.kept.values()]
     if not groups or any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in leaves):
-        return params
+        return _unchanged
     # The first filter is cheap to look at, and zero only after TPP.
     zero = _first_is_zero(plan, groups[0], params) and measure(plan, params).all_zero
     if not zero:
-        return params
+        return _unchanged
     found = find_rescaling(plan, source)
     if found.problem is not None:
         warnings.warn(
@@ -168,7 +159,11 @@ def _rescaled(
             UserWarning,
             stacklevel=3,
         )
-    return found.apply(plan, params)
+    return functools.partial(found.apply, plan)
+
+
+def _unchanged(params: Any) -> Any:
+    return params
 
 
 def _first_is_zero(plan: Plan, group: Group, params: Any) -> bool:

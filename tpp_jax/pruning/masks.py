@@ -1,5 +1,7 @@
 """The parts of each parameter that a plan keeps: masks of its axes, and its shape."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,10 +55,8 @@ def _positions_mask(kept: Indices, member: Member, n: int) -> Mask:
         return jnp.ones(n, bool).at[member.positions].set(channels)
     kept = np.asarray(kept)
     channels = np.zeros((*kept.shape[:-1], size), bool)
-    if kept.ndim == 1:
-        channels[kept] = True  # much faster than the general form
-    else:
-        np.put_along_axis(channels, kept, True, axis=-1)
+    layers = np.arange(math.prod(kept.shape[:-1]))[:, None]  # one, if not of a loop
+    channels.reshape(-1, size)[layers, kept.reshape(len(layers), -1)] = True
     mask = np.ones((*kept.shape[:-1], n), bool)
     mask[..., member.positions] = channels[..., None]
     return mask

@@ -188,6 +188,8 @@ def conv_on_cpu(
         called = trained = _convolved
     if taps * inputs <= _FEW_PRODUCTS:
         called = _summed
+    if called is trained:
+        return trained(images, kernel, case)
     return _by_use(images, kernel, case, called, trained)
 
 
