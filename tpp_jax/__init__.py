@@ -46,6 +46,7 @@ from tpp_jax.pruning.slicing import mask_tree, slice_tree
 from tpp_jax.pruning.statistics import hessian_diagonal, loss_gradient
 from tpp_jax.pruning.times import LatencyTable
 from tpp_jax.saving import load_model, load_model_info, save_model
+from tpp_jax.storage.orbax_trees import prune_orbax
 
 __version__ = "0.1.0"
 
@@ -112,6 +113,7 @@ __all__ = [
     "models",
     "prune",
     "prune_hf",
+    "prune_orbax",
     "recalibrate",
     "register_rule",
     "reinitialize",

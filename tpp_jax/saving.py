@@ -6,9 +6,7 @@ tree of the same structure.
 """
 
 import dataclasses
-import errno
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +31,6 @@ _META = {"model", "plan", "config", "metrics"}  # keys of a saved model's JSON
 _MODES = ("deterministic", "use_running_average", "decode")
 _SHOWN = 3  # number of differences that a message lists
 _FORMAT = 2
-_OF_THE_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
 
 def save_model(
@@ -450,18 +447,9 @@ def _write(
         raise
     except Exception as error:  # Orbax and TensorStore raise errors of any type
         raise TPPError(
-            f"the model could not be saved at {target} ({_reason(error)}); what was "
-            "there before is unchanged"
+            f"the model could not be saved at {target} ({folders.why(error)}); what "
+            "was there before is unchanged"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Returns the message of the system, which tensorstore wraps in long texts."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}"
-    known = (os.strerror(code) for code in _OF_THE_DISK)
-    return next((words for words in known if words in text), text[:200])
 
 
 def _load(

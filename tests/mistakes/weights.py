@@ -81,7 +81,17 @@ def language_models() -> Cases:
         (folder / "mine.txt").touch()
         return tpp.prune_hf(DECODER, folder, {"*.mlp.gate_proj": 0.5})
 
+    def pruned_checkpoint(folder: pathlib.Path, *given: Any) -> Any:
+        params = {"up": np.ones((4, 8), np.float32), "down": np.ones((8, 2))}
+        x = np.ones((1, 4), np.float32)
+        groups = tpp.channel_groups(
+            lambda p, x: x @ p["up"] @ p["down"], x, params=params
+        )
+        return tpp.prune_orbax(folder, folder / "small", groups, *given)
+
     yield from (
+        ("a checkpoint that is not there", lambda f: pruned_checkpoint(f / "no", 0.5)),
+        ("a folder without a checkpoint", lambda f: pruned_checkpoint(f, 0.5)),
         ("a folder without a language model", lambda f: tpp.load_hf(f)),
         ("an unknown language model", lambda f: folder(f, model_type="gpt2")),
         ("settings of another model", lambda f: folder(f, intermediate_size=12)),

@@ -5,6 +5,7 @@ averages) are found by name. The pruned positions of each of their axes are remo
 masked.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -77,16 +78,11 @@ def slice_tree(plan: Plan, tree: Any, *, donate: bool = False) -> Any:
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = [leaf_name(path) for path, _ in paths]
     named = dict(zip(names, [leaf for _, leaf in paths], strict=True))
-    copies = Copies(plan.groups, cut_shapes(plan), named)
-    _check_some_match(copies)
-    warn_if_early(plan, named)
-    found = [copies.find(name) for name in names]
-    leaves = [
-        named[copy.source] if copy else leaf
-        for copy, (_, leaf) in zip(found, paths, strict=True)
-    ]
     # All of them before the first array is deleted, since they may raise.
-    cuts = [_cuts(plan, copy) if copy else {} for copy in found]
+    found = find_cuts(plan, named)
+    warn_if_early(plan, named)
+    leaves = [named[found[name][0]] for name in names]
+    cuts = [found[name][1] for name in names]
     if donate:
         _check_alive(names, leaves)
         small = _cut_in_turn(leaves, cuts)
@@ -94,11 +90,36 @@ def slice_tree(plan: Plan, tree: Any, *, donate: bool = False) -> Any:
         small = put_back(
             [cut(*each) for each in zip(leaves, cuts, strict=True)], leaves
         )
-    if copies.cut:
+    if plan.pruned_groups:
         changed = with_new_products(dict(zip(names, small, strict=True)))
         small = [changed.get(n, leaf) for n, leaf in zip(names, small, strict=True)]
     result = jax.tree.unflatten(structure, small)
     return follow_fields(result, plan.groups.sizes, plan.field_values())
+
+
+def find_cuts(
+    plan: Plan, named: Mapping[str, Any]
+) -> dict[str, tuple[str, dict[int, Positions]]]:
+    """Returns how the leaves of a tree are cut.
+
+    Args:
+      plan: Plan of the channels to keep.
+      named: Leaves by name; of arrays only shapes and types are read.
+
+    Returns:
+      Leaf → the leaf whose array is cut for it (see :class:`Copy`), and the positions
+      to keep of each axis.
+
+    Raises:
+      TPPError: As :func:`slice_tree`.
+    """
+    copies = Copies(plan.groups, cut_shapes(plan), named)
+    _check_some_match(copies)
+    found = {name: copies.find(name) for name in named}
+    return {
+        name: (copy.source, _cuts(plan, copy)) if copy else (name, {})
+        for name, copy in found.items()
+    }
 
 
 def _check_alive(names: list[str], leaves: list[Any]) -> None:

@@ -6,6 +6,7 @@ old one by two renames. Between the two, the old one is in the work folder, wher
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -29,6 +30,7 @@ _OF_ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt", "_METADATA", "_shardi
 # Files that file managers create in the folders they show.
 _OF_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 _DAY = 86_400  # seconds
+_OF_THE_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
 
 def resolved(path: str | pathlib.Path) -> pathlib.Path:
@@ -188,6 +190,19 @@ def swap(work: pathlib.Path, target: pathlib.Path) -> None:
             old.rename(target)
         raise
     _to_disk(target.parent, deep=False)
+
+
+def why(error: Exception) -> str:
+    """Returns the message of the system, which tensorstore wraps in long texts.
+
+    Args:
+      error: Exception raised while writing.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    known = (os.strerror(code) for code in _OF_THE_DISK)
+    return next((words for words in known if words in text), text[:200])
 
 
 def _prefix(target: pathlib.Path) -> str:
