@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,3 +283,16 @@ def test_importing_the_library_does_not_import_orbax():
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.stdout.startswith("False <function save_model"), done.stderr
+
+
+def test_what_is_known_of_a_model_is_read_without_its_arrays(tmp_path):
+    tpp.save_model(tmp_path / "m", {"w": np.ones(3)}, metrics={"accuracy": 0.5})
+    shutil.rmtree(tmp_path / "m" / "arrays")
+    assert tpp.load_model_info(tmp_path / "m")["metrics"] == {"accuracy": 0.5}
+    with pytest.raises(TPPError, match="cannot be read"):
+        tpp.load_model(tmp_path / "m")
+    # A changed digit is noticed all the same.
+    file = tmp_path / "m" / "meta" / "metadata"
+    file.write_text(file.read_text().replace("0.5", "0.6"))
+    with pytest.raises(TPPError, match="is damaged"):
+        tpp.load_model_info(tmp_path / "m")

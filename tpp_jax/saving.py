@@ -111,9 +111,8 @@ def load_model(
         saved tree, a tree of the same structure; needed only if it has containers other
         than Python's and Flax's, or functions as leaves.
       sharding: Sharding of all arrays, or function of the name and shape of an array to
-        its sharding; None for the default device. Arrays that were divided over devices
-        when they were saved are read part by part. Axes of a mesh that do not divide an
-        array are left out.
+        its sharding, of which each device reads its part; None for the default device.
+        Axes of a mesh that do not divide an array are left out.
 
     Returns:
       The module, or the tree, with the saved arrays, pruned widths included. A module
@@ -184,7 +183,7 @@ def load_model_info(path: str | pathlib.Path) -> dict[str, Any]:
       >>> load_model_info(folder)["metrics"]
       {'accuracy': 0.5}
     """
-    meta = _load(path)[1]
+    meta = _load(path, info=True)[1]
     return {key: value for key, value in meta.items() if key != "contents"}
 
 
@@ -453,15 +452,26 @@ def _write(
 
 
 def _load(
-    path: str | pathlib.Path, shardings: Shardings | None = None
+    path: str | pathlib.Path, shardings: Shardings | None = None, *, info: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arrays and the JSON of a saved model.
+
+    Args:
+      path: Folder of the model.
+      shardings: Shardings of the arrays.
+      info: Whether the JSON is enough.
+    """
     folder = folders.whereabouts(folders.resolved(path))
     if not folder.is_dir():
         raise TPPError(f"there is no saved model at {folder}")
+    arrays = None
     try:
         with plain(folder) as place:
-            restored = items.restore(place, shardings)
-        arrays, meta = items.checked(restored)
+            meta = items.restore_meta(place)
+            if not info or items.SUMS not in meta:
+                notes = meta.get("contents", {}).get("leaves", {})
+                arrays = items.restore_arrays(place, shardings, on_host=notes)
+        meta = items.checked(meta, arrays)
     except TPPError:
         raise
     except Exception as error:  # Orbax and TensorStore raise errors of any type
@@ -474,4 +484,4 @@ def _load(
             f"the saved model at {folder} is not one of tpp_jax: it has no "
             f"{sorted(missing)[0]}"
         )
-    return arrays, meta
+    return arrays or {}, meta

@@ -13,6 +13,7 @@ from tests.sharded.checks import assert_divided_alike, assert_equal
 from tests.sharded.decoder import CONFIG, divided, parts, spec_of
 from tpp_jax.graph.naming import named_leaves
 from tpp_jax.models import Decoder
+from tpp_jax.storage import items
 from tpp_jax.storage.contents import content_sum
 
 
@@ -56,6 +57,9 @@ def test_a_model_is_loaded_into_other_parts(model, template, mesh, tmp_path):
     loaded = tpp.load_model(tmp_path / "one", template, sharding=rows)
     assert_equal(nnx.state(loaded), parts()[1], 0)
     assert loaded.layers[0].mlp.up_proj.kernel[...].sharding == rows
+    read = items.restore_arrays(tmp_path / "one", rows)  # by the devices themselves
+    assert read["layers.0.mlp.up_proj.kernel"].sharding == rows
+    assert all(isinstance(array, jax.Array) for array in read.values())
 
 
 def test_a_flipped_bit_in_a_part_is_noticed(mesh, tmp_path):

@@ -1,4 +1,4 @@
-"""Checksums of arrays that devices hold in parts.
+"""Checksums of arrays, whole or held by devices in parts.
 
 The words of an array (its bits, as 32-bit numbers) are added up, each times an odd
 number that follows from its place: modulo 2³², so that the sum is exact in any order.

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, Any]
 
-_DIVIDED = "divided"  # key of the checksums of arrays that were saved in parts
+SUMS = "sums"
+"""Key of the JSON: type, shape and checksum of each array; older versions lack it."""
+
+_DIVIDED = "divided"  # what older versions wrote, for arrays that were saved in parts
 
 
 class Damaged(Exception):
@@ -40,12 +43,9 @@ def to_save(arrays: Arrays, meta: Mapping[str, Any]) -> "ocp.args.Composite":
     # buffers can be donated while Orbax writes in the background.
     divided = {name: array for name, array in arrays.items() if is_divided(array)}
     rest = {name: array for name, array in arrays.items() if name not in divided}
-    if divided:
-        sums = {name: content_sum(divided[name]) for name in sorted(divided)}
-        meta = {**meta, _DIVIDED: sums}
-    rest = jax.device_get(rest)
-    meta = {**meta, "checksum": _checksum(rest, meta)}
-    arrays = rest | divided
+    arrays = jax.device_get(rest) | divided
+    meta = {**meta, SUMS: {name: _sum_of(arrays[name]) for name in sorted(arrays)}}
+    meta["checksum"] = _checksum({}, meta)
     return ocp.args.Composite(
         arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)
     )
@@ -60,45 +60,54 @@ def to_restore() -> "ocp.args.Composite":
     )
 
 
-def restore(folder: pathlib.Path, shardings: Shardings | None = None) -> Any:
-    """Returns the items in a folder, for :func:`checked`.
+def restore_meta(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the JSON in a folder, for :func:`restore_arrays` and :func:`checked`.
 
     Args:
       folder: Folder that Orbax wrote.
-      shardings: Shardings of arrays that were saved in parts, which are read in parts.
-        Other arrays are read into NumPy arrays.
     """
     require("train", "orbax.checkpoint")
     import orbax.checkpoint as ocp
-    from etils import epath
 
     with checkpointer() as loader:
         found = loader.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))
-    meta = found["meta"]
-    divided = meta.get(_DIVIDED)
-    if not divided:
-        with checkpointer() as loader:
-            return loader.restore(folder, to_restore())
-    on_host = ocp.RestoreArgs(restore_type=np.ndarray)
-    arguments = {}
+    return found["meta"]
+
+
+def restore_arrays(
+    folder: pathlib.Path,
+    shardings: Shardings | None = None,
+    on_host: Collection[str] = (),
+) -> Arrays:
+    """Returns the arrays in a folder, for :func:`checked`.
+
+    Args:
+      folder: Folder that Orbax wrote.
+      shardings: Shardings of the arrays, whose parts each device reads; an array for
+        which there is none is read into a NumPy array.
+      on_host: Names of arrays that are read into NumPy arrays in any case.
+    """
+    import orbax.checkpoint as ocp
+    from etils import epath
+
     path = epath.Path(folder) / "arrays"
-    for name, one in ocp.StandardCheckpointHandler().metadata(path).tree.items():
-        sharding = sharding_for(shardings, name, one.shape) if name in divided else None
-        arguments[name] = on_host
+    found = ocp.StandardCheckpointHandler().metadata(path).tree
+    arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found}
+    for name, one in found.items():
         # Types that JAX does not have at present are refused by who decodes them.
-        known = one.dtype is not None and (
-            jax.dtypes.canonicalize_dtype(one.dtype) == one.dtype
+        known = (
+            name not in on_host
+            and one.dtype is not None
+            and (jax.dtypes.canonicalize_dtype(one.dtype) == one.dtype)
         )
-        if sharding is not None and known:
+        sharding = sharding_for(shardings, name, one.shape) if known else None
+        if sharding is not None:
             arguments[name] = ocp.ArrayRestoreArgs(
                 sharding=sharding, global_shape=one.shape
             )
     with checkpointer() as loader:
-        arrays = loader.restore(
-            folder,
-            ocp.args.Composite(arrays=ocp.args.PyTreeRestore(restore_args=arguments)),
-        )
-    return {"arrays": arrays["arrays"], "meta": meta}
+        args = ocp.args.PyTreeRestore(restore_args=arguments)
+        return loader.restore(folder, ocp.args.Composite(arrays=args))["arrays"]
 
 
 def checkpointer() -> "ocp.Checkpointer":
@@ -113,28 +122,40 @@ def checkpointer() -> "ocp.Checkpointer":
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
-def checked(items: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
-    """Returns the arrays and the JSON that were read, after checking them.
+def checked(meta: Mapping[str, Any], arrays: Arrays | None) -> dict[str, Any]:
+    """Returns the JSON that was read, after checking it and the arrays.
 
     Orbax detects files that are missing or truncated, but not a flipped bit.
 
     Args:
-      items: Restored items.
+      meta: JSON as it was read.
+      arrays: Arrays as they were read; None to check the JSON alone, if it has
+        :data:`SUMS`.
 
     Raises:
-      Damaged: If the contents do not match their checksum.
+      Damaged: If the contents do not match their checksums.
     """
-    arrays, meta = items["arrays"], dict(items["meta"])
-    sums = meta.get(_DIVIDED, {})
-    rest = {name: array for name, array in arrays.items() if name not in sums}
-    same = meta.pop("checksum", None) == _checksum(rest, meta) and all(
-        name in arrays and content_sum(arrays[name]) == sums[name]
-        for name in sorted(sums)
-    )
+    meta = dict(meta)
+    checksum = meta.pop("checksum", None)
+    if SUMS in meta:
+        same = checksum == _checksum({}, meta)
+        sums = meta.pop(SUMS)
+        if same and arrays is not None:
+            same = arrays.keys() == sums.keys() and all(
+                _sum_of(arrays[name]) == sums[name] for name in sorted(sums)
+            )
+    else:
+        arrays = arrays or {}
+        sums = meta.get(_DIVIDED, {})
+        rest = {name: array for name, array in arrays.items() if name not in sums}
+        same = checksum == _checksum(rest, meta) and all(
+            name in arrays and content_sum(arrays[name]) == sums[name]
+            for name in sorted(sums)
+        )
+        meta.pop(_DIVIDED, None)
     if not same:
         raise Damaged("the content is not what was written")
-    meta.pop(_DIVIDED, None)
-    return arrays, meta
+    return meta
 
 
 def reason(error: Exception) -> str:
@@ -144,6 +165,11 @@ def reason(error: Exception) -> str:
       error: Exception raised while reading.
     """
     return str(error) if isinstance(error, Damaged) else type(error).__name__
+
+
+def _sum_of(array: Any) -> list[Any]:
+    """Returns the type, shape and checksum of an array, as JSON has them."""
+    return [str(array.dtype), list(array.shape), content_sum(array)]
 
 
 def _checksum(arrays: Arrays, meta: Mapping[str, Any]) -> int:

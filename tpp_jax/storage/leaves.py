@@ -179,7 +179,8 @@ def _decoded(
         array = np.frombuffer(content, dtype).reshape(shape).copy()
     if "numpy" in note:
         return array if note["numpy"] == "array" else np.asarray(array)[()]
-    dtype = array.dtype if is_divided(array) else np.asarray(array).dtype
+    is_placed = isinstance(array, jax.Array)
+    dtype = array.dtype if is_placed else np.asarray(array).dtype
     if exact and jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise TPPError(
             f"{name or 'the array'} was saved as {dtype}, which JAX has only under "
@@ -193,7 +194,7 @@ def _decoded(
                 f"{name or 'the array'} is a PRNG key of the implementation "
                 f"{note['key']!r}, which is unknown"
             ) from error
-    if is_divided(array):
+    if is_placed:
         return array
     return placed(array, sharding_for(shardings, name, np.shape(array)))
 

@@ -71,7 +71,8 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found = self._manager.restore(step, args=items.to_restore())
-                arrays, meta = items.checked(found)
+                arrays = found["arrays"]
+                meta = items.checked(found["meta"], arrays)
             except Exception as error:  # Orbax and TensorStore raise many types
                 damaged.append((step, error))
                 continue
