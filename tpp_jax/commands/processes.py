@@ -46,6 +46,8 @@ def connect(
             "the total number of processes and the index of this one, from 0"
         )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # On CPUs, programs that wait for each other at the same time may wait for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     # If the first process dies, JAX aborts the others with a message, which the stacks
     # of all their threads would hide.
     faulthandler.disable()
