@@ -5,7 +5,6 @@ may be larger than the memory of the host. Orbax's interface v1 reads and writes
 can leave out leaves when it loads, and add leaves to what it has saved.
 """
 
-import collections
 import dataclasses
 import math
 import pathlib
@@ -232,6 +231,9 @@ def _parameters(
 ) -> dict[str, Any]:
     """Returns the parameters of a model by its own names.
 
+    Of several leaves with the name of a parameter, the one that is least deep in the
+    tree is meant: moments of an optimizer are deeper than what they belong to.
+
     Args:
       named: Leaves of the checkpoint.
       groups: Groups of the model.
@@ -240,31 +242,29 @@ def _parameters(
     Raises:
       TPPError: There are no parameters, or several copies of them.
     """
-    if path is None:
-        found = collections.Counter(
-            name.removesuffix(known)
-            for name in named
-            if (known := longest_known_suffix(name, groups.shapes)) is not None
-        )
-        # The moments of an optimizer are deeper in the tree than what they belong to.
-        full = {start for start, n in found.items() if n == max(found.values())}
-        depth = min((start.count(".") for start in full), default=0)
-        starts = sorted(start for start in full if start.count(".") == depth)
-        if len(starts) > 1:
-            paths = some(start.rstrip(".") for start in starts)
-            raise TPPError(
-                f"the checkpoint has the parameters at {paths}: pass one as at"
-            )
-        start = starts[0] if starts else ""
-    else:
-        start = f"{path}." if path else ""
-    missing = [name for name in groups.shapes if f"{start}{name}" not in named]
-    if missing:
+    start = f"{path}." if path else ""
+    found: dict[str, list[str]] = {}
+    for name in named:
+        known = longest_known_suffix(name, groups.shapes)
+        if known is not None and name.startswith(start):
+            found.setdefault(known, []).append(name)
+    if not found:
         raise TPPError(
-            f"the checkpoint has no {some(start + name for name in missing)}: it has "
-            f"{some(named)}"
+            f"the checkpoint has no parameters of the model"
+            f"{f' at {path}' if path else ''}: it has {some(named)}, and the model "
+            f"{some(groups.shapes)}"
         )
-    return {name: named[f"{start}{name}"] for name in groups.shapes}
+    params = {}
+    for known, names in found.items():
+        depth = min(name.count(".") for name in names)
+        first, *others = [name for name in names if name.count(".") == depth]
+        if others:
+            raise TPPError(
+                f"the checkpoint has {known} as {some([first, *others])}: pass the "
+                "path of the parameters in the tree as at"
+            )
+        params[known] = named[first]
+    return params
 
 
 def _check_optimizer(named: Mapping[str, Any]) -> None:
@@ -287,17 +287,10 @@ def _write(
     from orbax.checkpoint.experimental import v1
 
     place_of = {name: i for i, name in enumerate(named)}
-    storage = v1.options.ArrayOptions.Saving.StorageOptions(
-        chunk_byte_size=_CHUNK_BYTES
-    )
-    options = v1.options.ArrayOptions(
-        saving=v1.options.ArrayOptions.Saving(storage_options=storage)
-    )
+    context = v1.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     with folders.work_folder(target) as work:
-        with (
-            plain(work / folders.NEW, new=True) as new,
-            v1.Context(array_options=options),
-        ):
+        with plain(work / folders.NEW, new=True) as new, context:
             for names in _batches(named):
                 sources = [place_of[cuts[name][0]] for name in names]
                 tree: dict[Any, Any] = {}
