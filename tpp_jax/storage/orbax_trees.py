@@ -42,7 +42,8 @@ def prune_orbax(
 
     The result is what :func:`tpp_jax.slice_tree` gives of the tree, but neither tree is
     ever in memory: only arrays of 256 MiB, or the largest one. Weights are not
-    rescaled: after TPP, whose pruned filters are zero, use :func:`tpp_jax.prune`.
+    rescaled, and whether pruned filters are zero is not checked: after TPP, use
+    :func:`tpp_jax.prune`.
 
     Args:
       folder: Checkpoint of one tree (``StandardSave``, ``PyTreeSave``, a step of a
