@@ -1,7 +1,6 @@
 """Set-up that every test needs: simulated devices, and reproducible properties."""
 
 import gc
-import importlib.metadata
 import os
 import pathlib
 import signal
@@ -15,14 +14,10 @@ gc.set_threshold(50_000, 20, 10)
 # optimization LLVM compiles them in two thirds of the time. With none, loops such as
 # convolutions in float64 would run too long. What the tests start by launch.py is
 # optimized. A value that the user has set is left alone.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # The older way to generate code gives LLVM less to compile: new programs take two
-    # thirds of the processor's time. A flag that XLA does not know ends the process, so
-    # versions that may have removed these do not get them.
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
-    FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1",
+)
 
 # What launch.py keeps in the user's cache folder: not in that of who runs the tests.
 _CACHES = pathlib.Path(tempfile.gettempdir()) / f"tpp_jax-tests-{os.getuid()}"
