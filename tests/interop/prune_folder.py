@@ -4,18 +4,13 @@ python -m tests.interop.prune_folder FOLDER TARGET BYTES
 """
 
 import pathlib
-import resource
 import sys
 
 import tpp_jax as tpp
+from tests.limited_memory import peak
 from tpp_jax.interop import pruned_folders
 
-
-def status(field):
-    """Returns a number of bytes that Linux reports of this process."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    [line] = [line for line in lines if line.startswith(f"{field}:")]
-    return 1024 * int(line.split()[1])
+RATIOS = {"*.mlp.gate_proj": 0.25}
 
 
 def main(folder, target, extra):
@@ -23,13 +18,8 @@ def main(folder, target, extra):
     pruned_folders._FILE_BYTES = 2**24
     # The library's own arrays and programs, before anything large is read.
     small = pathlib.Path(folder) / "small"
-    tpp.prune_hf(small, small / "pruned", {"*.mlp.gate_proj": 0.25})
-    limit = status("VmData") + int(extra)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-    before = status("VmHWM")
-    tpp.prune_hf(folder, target, {"*.mlp.gate_proj": 0.25})
-    print(status("VmHWM") - before)
+    tpp.prune_hf(small, small / "pruned", RATIOS)
+    print(peak(lambda: tpp.prune_hf(folder, target, RATIOS), int(extra)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """Folders of language models are pruned one tensor at a time."""
 
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
 import jax
@@ -13,11 +10,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import tpp_jax as tpp
+from tests.limited_memory import peak_of
 from tests.sharded.test_loading import save_in_files
 from tpp_jax.interop import pruned_folders
 from tpp_jax.models import Decoder, DecoderConfig
 
-ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = DecoderConfig(
     vocabulary=50,
     width=16,
@@ -119,18 +116,6 @@ def test_a_model_larger_than_the_memory_is_pruned(tmp_path):
     model = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
     size = save_in_files(model, tmp_path, 4)
     save_in_files(Decoder(CONFIG, rngs=nnx.Rngs(0)), tmp_path / "small", 2)
-    limit = size // 2
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.interop.prune_folder"),
-            *(str(tmp_path), str(tmp_path / "pruned"), str(limit)),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) < limit, (int(done.stdout), size)
-    assert tpp.load_hf(tmp_path / "pruned")[0].config.hidden == 1536
+    limit, pruned = size // 2, tmp_path / "pruned"
+    assert peak_of("tests.interop.prune_folder", tmp_path, pruned, limit) < limit
+    assert tpp.load_hf(pruned)[0].config.hidden == 1536

@@ -4,7 +4,6 @@ python -m tests.storage.prune_checkpoint FOLDER SIZE BYTES
 """
 
 import pathlib
-import resource
 import sys
 import threading
 
@@ -13,7 +12,7 @@ import numpy as np
 from orbax.checkpoint.experimental import v1
 
 import tpp_jax as tpp
-from tests.interop.prune_folder import status
+from tests.limited_memory import peak
 from tpp_jax.storage import orbax_trees
 
 
@@ -48,12 +47,8 @@ def main(folder, size, extra):
     own = tpp.channel_groups(net, jax.ShapeDtypeStruct((1, 64), np.float32), params=few)
     tpp.prune_orbax(folder / "few", folder / "fewer", own, 0.5)
     threading.stack_size(2**18)  # Orbax's threads, whose stacks count as memory
-    limit = status("VmData") + int(extra)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-    before = status("VmHWM")
-    tpp.prune_orbax(folder / "dense", folder / "small", groups, 0.5)
-    print(status("VmHWM") - before)
+    dense, small = folder / "dense", folder / "small"
+    print(peak(lambda: tpp.prune_orbax(dense, small, groups, 0.5), int(extra)))
 
 
 if __name__ == "__main__":
