@@ -104,6 +104,8 @@ def prune_orbax(
         cuts = find_cuts(plan, named)
         try:
             _write(saved, named, cuts, target)
+        except TPPError:
+            raise
         except Exception as error:  # Orbax and TensorStore raise errors of any type
             raise TPPError(
                 f"{folder} could not be read to its end, or {target} not be written "
